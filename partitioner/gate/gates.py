@@ -23,6 +23,7 @@ from splitonnx.files import read_regular
 from splitonnx.graph_limits import MODEL
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments, adjust
 from splitonnx.partitioner.gate.forms import check_form
+from splitonnx.partitioner.gate.fused_operators import claim_fused
 from splitonnx.partitioner.gate.ml_operators import unwrap_maps
 from splitonnx.partitioner.gate.names import check_names, check_texts, check_types
 from splitonnx.partitioner.gate.operators import check_operators, check_opsets
@@ -61,7 +62,7 @@ def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model
         try:
             version = check_opsets(proto.opset_import, label)
             check_texts(proto, label)
-            proto = unwrap_maps(proto)
+            proto = claim_fused(unwrap_maps(proto), version)
             check_operators(proto, version, label)
             check_types(proto, label)
             for tensor in list_tensors(proto):

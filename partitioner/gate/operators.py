@@ -15,6 +15,7 @@ from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, OperatorS
 from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.graph_limits import MODEL
 from splitonnx.operators import AXES, EINSUM, EQUATION, KINDS, STANDARD_DOMAINS, WINDOWS
+from splitonnx.partitioner.gate.fused_operators import is_fused, refuse_domain
 from splitonnx.partitioner.gate.ml_operators import DOMAIN, ESTIMATORS
 from splitonnx.partitioner.gate.names import refuse_long
 from splitonnx.partitioner.gate.walks import label_node, list_bodies, list_nodes
@@ -112,19 +113,19 @@ def _find_key(node: NodeProto) -> Key:
 
 
 def _find_schema(node: NodeProto, version: int) -> onnx.defs.OpSchema | None:
-    """Return the schema of a node's operator, or ``None`` for an operator of ``ai.onnx.ml``.
+    """Return the schema of a node's operator.
+
+    Return ``None`` for an operator of ``ai.onnx.ml`` and for a fused one of ONNX Runtime.
 
     Raises:
         UnsupportedModel: the operator is not known or is deprecated.
     """
     if node.domain == DOMAIN and node.op_type in ESTIMATORS:
         return None
+    if is_fused(node):
+        return None
     if node.domain not in STANDARD_DOMAINS:
-        raise UnsupportedModel(
-            label_node(node),
-            f"its domain '{node.domain}' is not one of ONNX's own",
-            "export the model with standard operators",
-        )
+        raise refuse_domain(node)
     try:
         schema = onnx.defs.get_schema(node.op_type, version, "")
     except onnx.defs.SchemaError as error:

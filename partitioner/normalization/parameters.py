@@ -63,7 +63,7 @@ _USUAL: Mapping[str, Collection[int]] = {
     "Pow": {1},
     "RNN": {5},
     "Range": {0, 2},
-    "RotaryEmbedding": {1, 2},
+    "RotaryEmbedding": {1, 2, 3},
 }
 """Maps an operator to inputs that have a gradient but often are masks, first states, exponents."""
 

@@ -25,6 +25,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import find_dependents, walk_back
+from splitonnx.partitioner.normalization.fused.packed_weights import unpack_weights
 
 _LIFTED = "splitonnx.lifted"
 """Metadata key of a QuantizeLinear that was added for a weight stored as integers."""
@@ -56,8 +57,9 @@ _ADVICE = "export the quantised model in QDQ format (QuantizeLinear and Dequanti
 def lift_quantized(graph: ir.Graph) -> None:
     """Replace integer weights, in place, with float weights that the graph quantises.
 
-    A weight is replaced only if a DequantizeLinear with a constant scale reads it.
+    A weight is replaced only if a DequantizeLinear with a constant scale reads it, or MatMulNBits.
     """
+    unpack_weights(graph)
     for node in [node for node in graph if _is(node, "DequantizeLinear")]:
         source = node.inputs[0]
         if source is None or not source.is_initializer() or source.is_graph_input():

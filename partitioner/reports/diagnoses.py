@@ -13,6 +13,7 @@ from enum import StrEnum
 
 import onnx_ir as ir
 
+from splitonnx.partitioner.gate import fused_operators
 from splitonnx.partitioner.gate.ml_operators import DOMAIN
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import list_nodes
@@ -44,6 +45,7 @@ class Kind(StrEnum):
     DROPOUT_OFF = "dropout off"
     QUANTIZED = "quantized"
     DICTIONARIES = "dictionaries"
+    OPTIMIZED = "optimized"
     CUTS_NOT_LISTED = "cuts not listed"
 
 
@@ -137,10 +139,22 @@ def _find_dictionaries(model: ir.Model) -> Iterator[Remark]:
         )
 
 
+def _find_optimized(model: ir.Model) -> Iterator[Remark]:
+    nodes = [node for node in list_nodes(model.graph) if node.domain == fused_operators.DOMAIN]
+    if nodes:
+        kinds = ", ".join(sorted({node.op_type for node in nodes}))
+        yield Remark(
+            kind=Kind.OPTIMIZED,
+            sentence=f"the model was optimized by ONNX Runtime: {len(nodes)} nodes ({kinds}) are "
+            "written in standard operators, also in the merged model",
+        )
+
+
 _LOOKS: Sequence[Callable[[ir.Model], Iterator[Remark]]] = (
     _miss_batchnorms,
     _find_frozen,
     _find_idle_dropouts,
     _find_quantized,
     _find_dictionaries,
+    _find_optimized,
 )

@@ -25,7 +25,6 @@ from splitonnx.partitioner.cutting.passes.forms import (
 from splitonnx.partitioner.cutting.passes.gradient_stops import stop_gradients
 from splitonnx.partitioner.cutting.passes.ties import tie_weights
 from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
-from splitonnx.partitioner.gate.ml_operators import normalize_ml_operators
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
@@ -44,6 +43,7 @@ from splitonnx.partitioner.normalization.explicit_reductions import (
     make_axes_vectors,
     make_reductions_explicit,
 )
+from splitonnx.partitioner.normalization.fused.replacements import replace_foreign
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.normalization.precisions import widen
 from splitonnx.partitioner.normalization.quantizations import (
@@ -207,8 +207,8 @@ PASSES: Sequence[Pass] = (
         requires=_F.ADAPTED,
     ),
     Pass(
-        work="relieved of operators of ai.onnx.ml",
-        run=_on_graph(normalize_ml_operators),
+        work="relieved of operators of other domains",
+        run=lambda work: replace_foreign(work.model),
         requires=_F.ADAPTED,
         ensures=_F.USUAL,
     ),

@@ -21,7 +21,7 @@ class Fact(Flag):
     QUANTIZED = auto()  # integer weights are quantized in the graph
     LIFTED = auto()  # weights are inputs of the graph
     ADAPTED = auto()  # operators belong to opset 18 to 21
-    USUAL = auto()  # recurrences and ai.onnx.ml operators are in standard form
+    USUAL = auto()  # recurrences and operators of other domains are in standard form
     TYPED = auto()  # types and shapes are set if they can be inferred
     PADDED = auto()  # paddings are explicit if the shapes allow it
     FLAT = auto()  # sequences of known length are replaced by tensors

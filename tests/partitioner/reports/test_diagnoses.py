@@ -8,6 +8,7 @@ import pytest
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.reports.diagnoses import Kind, diagnose
 from tests.end_to_end.test_exports import FOLDER
+from tests.support.small_models import load_model
 from tests.support.zoo import ZOO, Net
 
 
@@ -64,3 +65,9 @@ def test_a_dropout_that_is_off_is_said(on: bool | None) -> None:
 
 def test_scikit_learn_s_operators_are_said() -> None:
     assert list_kinds(onnx.load(FOLDER / "sklearn-pipeline.onnx")) == [Kind.DICTIONARIES]
+
+
+def test_operators_of_onnx_runtime_are_said() -> None:
+    (remark,) = diagnose(open_model(load_model("33_simplified_layernorm")))
+    assert remark.kind is Kind.OPTIMIZED
+    assert "1 nodes (SimplifiedLayerNormalization)" in remark.sentence

@@ -1,0 +1,87 @@
+"""Recognize the operators that ONNX Runtime's optimizers write into files.
+
+The optimizers of ONNX Runtime fuse nodes of a model into operators of the domain ``com.microsoft``.
+Layer normalization they write into ONNX's own domain, also for opsets that have no such operator.
+The operators in :data:`FUSED` are written in standard operators again later, by
+:mod:`splitonnx.partitioner.normalization.fused`; all others are refused here.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import NodeProto
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.operators import STANDARD_DOMAINS
+from splitonnx.partitioner.gate.walks import label_node, list_nodes
+
+DOMAIN = "com.microsoft"
+FUSED = frozenset(
+    {
+        "Attention",
+        "BiasGelu",
+        "EmbedLayerNormalization",
+        "FastGelu",
+        "FusedConv",
+        "FusedGemm",
+        "FusedMatMul",
+        "Gelu",
+        "LayerNormalization",
+        "MatMulNBits",
+        "MultiHeadAttention",
+        "QuickGelu",
+        "RotaryEmbedding",
+        "SimplifiedLayerNormalization",
+        "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+        "TransposeMatMul",
+    }
+)
+"""The fused operators that can be written in standard operators."""
+
+_MISPLACED = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
+"""Operators that ONNX Runtime has in ONNX's own domain for every opset."""
+
+
+def claim_fused(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
+    """Return the model with layer normalizations that its opset lacks in ``com.microsoft``.
+
+    ``version`` is the model's opset.  The result is a changed copy, or ``proto`` itself if the
+    opset has every operator of the model.
+    """
+    if not any(_is_misplaced(node, version) for node in list_nodes(proto.graph.node)):
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for node in list_nodes(copy.graph.node):
+        if _is_misplaced(node, version):
+            node.domain = DOMAIN
+    if all(entry.domain != DOMAIN for entry in copy.opset_import):
+        copy.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    return copy
+
+
+def _is_misplaced(node: NodeProto, version: int) -> bool:
+    if node.op_type not in _MISPLACED or node.domain not in STANDARD_DOMAINS:
+        return False
+    return not onnx.defs.has(node.op_type, version, "")
+
+
+def is_fused(node: NodeProto) -> bool:
+    """Return whether a node has a fused operator that can be written in standard operators."""
+    return bool(node.domain == DOMAIN and node.op_type in FUSED)
+
+
+def refuse_domain(node: NodeProto) -> UnsupportedModel:
+    """Return the error for a node whose domain is not one of ONNX's own."""
+    if node.domain.split(".")[:2] == DOMAIN.split("."):
+        return UnsupportedModel(
+            label_node(node),
+            f"it is an operator of ONNX Runtime ({node.domain}), so this is an optimized model",
+            "export the model without the optimizer",
+        )
+    return UnsupportedModel(
+        label_node(node),
+        f"its domain '{node.domain}' is not one of ONNX's own",
+        "export the model with standard operators",
+    )

@@ -1,0 +1,230 @@
+"""Attention, with or without the products that make its operands, and rotary embeddings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.builders import NodeBuilder, take_input, take_inputs
+from splitonnx.partitioner.normalization.fused.operands import (
+    find_dtype,
+    find_rank,
+    find_size,
+    refuse,
+    refuse_inputs,
+    refuse_outputs,
+    take_optional,
+)
+
+_HEADS_FIRST = [0, 2, 1, 3]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Operands:
+    """Queries, keys and values as ``[batch, heads, length, size]``, and the element type."""
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    dtype: ir.DataType
+    size: int
+
+
+def write_attention(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
+    """Compute queries, keys and values from one input, and attend."""
+    refuse_outputs(node, 0)
+    if take_optional(node, 4) is not None:
+        raise refuse(node, "it continues from past keys and values")
+    refuse_inputs(node, 6)
+    if node.attributes.get_int("do_rotary", 0):
+        raise refuse(node, "it rotates its operands")
+    x, weights = take_inputs(node, 2)
+    heads, dtype = _count_heads(node), find_dtype(weights)
+    given = node.attributes.get("qkv_hidden_sizes")
+    width = find_size(weights, 1)
+    sizes = [width // 3] * 3 if given is None else list(given.as_ints())
+    if sum(sizes) != width or len(sizes) != 3 or sizes[0] % heads or sizes[2] % heads:
+        raise refuse(node, f"{heads} heads do not divide its weights of {width} columns")
+    made = builder.op("MatMul", x, weights)
+    if (bias := take_optional(node, 2)) is not None:
+        made = builder.op("Add", made, bias)
+    parts = [
+        _split_heads(builder, part, heads)
+        for part in builder.ops("Split", [made, builder.integers(sizes)], 3, {"axis": -1})
+    ]
+    operands = _Operands(
+        query=parts[0], key=parts[1], value=parts[2], dtype=dtype, size=sizes[0] // heads
+    )
+    return [_attend(builder, node, operands, take_optional(node, 3), take_optional(node, 5))]
+
+
+def write_multi_head(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
+    """Attend to keys and values that are given beside the queries.
+
+    ONNX Runtime 1.19's kernel for processors ignores the mask, so what the model means with one
+    depends on where it runs.
+    """
+    refuse_outputs(node, 0)
+    refuse_inputs(node, 6)
+    if take_optional(node, 4) is not None:
+        raise refuse(node, "it has a mask, which some kernels of ONNX Runtime ignore")
+    query, key, value = take_input(node), take_optional(node, 1), take_optional(node, 2)
+    if key is None or value is None or find_rank(query) != 3:
+        raise refuse(node, "its queries, keys and values are packed into one input")
+    heads, bias = _count_heads(node), take_optional(node, 3)
+    width, dtype = find_size(query, 2), find_dtype(query)
+    parts: list[ir.Value] = [query, key, value]
+    if bias is not None:
+        total = find_size(bias, 0)
+        sizes = builder.integers([width, width, total - 2 * width])
+        shifts = builder.ops("Split", [bias, sizes], 3, {"axis": 0})
+        if find_rank(key) == 4:
+            raise refuse(node, "it adds a bias to keys that are split into heads already")
+        parts = [builder.op("Add", p, s) for p, s in zip(parts, shifts, strict=True)]
+    split = [
+        _split_heads(builder, part, heads) if find_rank(given) == 3 else part
+        for part, given in zip(parts, (query, key, value), strict=True)
+    ]
+    operands = _Operands(
+        query=split[0], key=split[1], value=split[2], dtype=dtype, size=width // heads
+    )
+    return [_attend(builder, node, operands, None, take_optional(node, 5))]
+
+
+def _count_heads(node: ir.Node) -> int:
+    heads = node.attributes.get_int("num_heads", 0)
+    if heads < 1:
+        raise refuse(node, f"it has {heads} heads")
+    return heads
+
+
+def _split_heads(builder: NodeBuilder, value: ir.Value, heads: int) -> ir.Value:
+    split = builder.op("Reshape", value, builder.integers([0, 0, heads, -1]))
+    return builder.op("Transpose", split, perm=_HEADS_FIRST)
+
+
+def _attend(
+    builder: NodeBuilder,
+    node: ir.Node,
+    operands: _Operands,
+    mask: ir.Value | None,
+    shift: ir.Value | None,
+) -> ir.Value:
+    """Compute ``softmax(scale * Q @ K^T + shift + mask) @ V``, and join the heads.
+
+    A position that the mask excludes gets ``mask_filter_value`` added, and one after the query's
+    own, if ``unidirectional``, the lowest number there is.
+    """
+    dtype = operands.dtype
+    scale = node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(operands.size)
+    turned = builder.op("Transpose", operands.key, perm=[0, 1, 3, 2])
+    scores = builder.op("MatMul", operands.query, turned)
+    scores = builder.op("Mul", scores, builder.number(scale, dtype))
+    if shift is not None:
+        scores = builder.op("Add", scores, shift)
+    if mask is not None:
+        kept = _spread_mask(builder, node, mask, operands.key)
+        added = node.attributes.get_float("mask_filter_value", -10000.0)
+        scores = builder.op("Add", scores, _choose(builder, kept, added, dtype))
+    if node.attributes.get_int("unidirectional", 0):
+        rows = builder.op("Unsqueeze", _count(builder, operands.query), builder.integers([1]))
+        earlier = builder.op("LessOrEqual", _count(builder, operands.key), rows)
+        lowest = float(np.finfo(np.float16 if dtype.bitwidth == 16 else np.float32).min)
+        scores = builder.op("Where", earlier, scores, builder.number(lowest, dtype))
+    weights = builder.op("Softmax", scores, axis=-1)
+    joined = builder.op(
+        "Transpose", builder.op("MatMul", weights, operands.value), perm=[0, 2, 1, 3]
+    )
+    return builder.op("Reshape", joined, builder.integers([0, 0, -1]))
+
+
+def _choose(builder: NodeBuilder, kept: ir.Value, added: float, dtype: ir.DataType) -> ir.Value:
+    return builder.op("Where", kept, builder.number(0.0, dtype), builder.number(added, dtype))
+
+
+def _count(builder: NodeBuilder, value: ir.Value) -> ir.Value:
+    """Return the positions of ``[batch, heads, length, size]``, from 0 on."""
+    length = builder.op("Squeeze", builder.op("Shape", value, start=2, end=3))
+    return builder.op("Range", builder.integer(0), length, builder.integer(1))
+
+
+def _spread_mask(builder: NodeBuilder, node: ir.Node, mask: ir.Value, key: ir.Value) -> ir.Value:
+    """Return which positions a mask keeps, as a tensor that fits ``[batch, heads, query, key]``.
+
+    The mask has the length of each sample, or a number for each position, which keeps it if it is
+    greater than 0.
+    """
+    rank, zero = find_rank(mask), builder.number(0, find_dtype(mask))
+    if rank == 1:
+        lengths = builder.op("Cast", mask, to=ir.DataType.INT64.value)
+        lengths = builder.op("Unsqueeze", lengths, builder.integers([1, 2, 3]))
+        return builder.op("Less", _count(builder, key), lengths)
+    if rank not in (2, 3):
+        raise refuse(node, f"its mask has {rank} dimensions")
+    kept = builder.op("Greater", mask, zero)
+    return builder.op("Unsqueeze", kept, builder.integers([1, 2] if rank == 2 else [1]))
+
+
+def write_rotary(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
+    """Rotate pairs of numbers by the angles of their position, read from tables."""
+    x, places, cosines, sines = take_inputs(node, 4)
+    half, rank = find_size(cosines, 1), find_rank(x)
+    size = 2 * half
+    if node.attributes.get_int("rotary_embedding_dim", 0) not in (0, size):
+        raise refuse(node, "it rotates a part of each head")
+    if node.attributes.get_int("is_packed_batching", 0):
+        raise refuse(node, "its samples are packed")
+    if node.attributes.get_float("scale", 1.0) != 1.0:
+        raise refuse(node, "it scales its positions")
+    if rank == 4:
+        split = builder.op("Transpose", x, perm=_HEADS_FIRST)
+    else:
+        split = builder.op("Reshape", x, builder.integers([0, 0, -1, size]))
+    positions = places
+    if find_rank(places) == 1:  # the position of the first token
+        length = builder.op("Squeeze", builder.op("Shape", split, start=1, end=2))
+        counted = builder.op("Range", builder.integer(0), length, builder.integer(1))
+        positions = builder.op(
+            "Unsqueeze", builder.op("Add", counted, places), builder.integers([0])
+        )
+    cosine, sine = (
+        builder.op("Unsqueeze", builder.op("Gather", table, positions), builder.integers([2]))
+        for table in (cosines, sines)
+    )
+    turned = _rotate(builder, node, split, (cosine, sine), half)
+    if rank == 4:
+        return [builder.op("Transpose", turned, perm=_HEADS_FIRST)]
+    return [builder.op("Reshape", turned, builder.integers([0, 0, -1]))]
+
+
+def _rotate(
+    builder: NodeBuilder,
+    node: ir.Node,
+    split: ir.Value,
+    angles: tuple[ir.Value, ir.Value],
+    half: int,
+) -> ir.Value:
+    """Rotate ``[batch, length, heads, size]``; pairs are neighbours, or lie half the size apart."""
+    cosine, sine = angles
+    if is_interleaved := node.attributes.get_int("interleaved", 0):
+        pairs = builder.op("Reshape", split, builder.integers([0, 0, 0, half, 2]))
+        sizes, axis = builder.integers([1, 1]), -1
+        first, second = (
+            builder.op("Squeeze", part, builder.integers([-1]))
+            for part in builder.ops("Split", [pairs, sizes], 2, {"axis": axis})
+        )
+    else:
+        sizes = builder.integers([half, half])
+        first, second = builder.ops("Split", [split, sizes], 2, {"axis": -1})
+    real = builder.op("Sub", builder.op("Mul", first, cosine), builder.op("Mul", second, sine))
+    other = builder.op("Add", builder.op("Mul", second, cosine), builder.op("Mul", first, sine))
+    if not is_interleaved:
+        return builder.op("Concat", real, other, axis=-1)
+    last = builder.integers([-1])
+    joined = builder.op(
+        "Concat", builder.op("Unsqueeze", real, last), builder.op("Unsqueeze", other, last), axis=-1
+    )
+    return builder.op("Reshape", joined, builder.integers([0, 0, 0, 2 * half]))

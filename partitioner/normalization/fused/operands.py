@@ -1,0 +1,96 @@
+"""Find out what a fused operator's formula needs to know of the node's inputs."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.builders import known_rank
+
+MOST_STEPS = 1000
+"""Limit on how many nodes before a value are looked at for its element type."""
+
+
+class NotYet(Exception):
+    """Raised if a shape that a formula needs is not inferred yet; the text names the value."""
+
+
+def take_optional(node: ir.Node, index: int) -> ir.Value | None:
+    """Return a node's input at ``index``, or ``None`` if it is left out."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def find_dtype(value: ir.Value | None) -> ir.DataType:
+    """Return the element type of a value, traced back to where it is known.
+
+    Raises:
+        NotYet: no node before the value tells the type.
+    """
+    start = value
+    for _ in range(MOST_STEPS):
+        if value is None:
+            break
+        if value.dtype is not None:
+            return value.dtype
+        node = value.producer()
+        if node is None:
+            break
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes["to"].as_int())
+        value = node.inputs[1 if node.op_type == "Where" else 0] if node.inputs else None
+    raise NotYet(f"the element type of '{start.name if start else ''}'")
+
+
+def find_rank(value: ir.Value) -> int:
+    """Return a value's number of dimensions.
+
+    Raises:
+        NotYet: it is not known.
+    """
+    rank = known_rank(value)
+    if rank is None:
+        raise NotYet(f"the rank of '{value.name}'")
+    return rank
+
+
+def find_size(value: ir.Value, axis: int) -> int:
+    """Return one dimension of a value.
+
+    Raises:
+        NotYet: it is not known.
+    """
+    dim = None if value.shape is None else value.shape[axis]
+    if not isinstance(dim, int):
+        raise NotYet(f"dimension {axis} of '{value.name}'")
+    return dim
+
+
+def refuse(node: ir.Node, reason: str) -> UnsupportedModel:
+    """Return the error for a fused node that cannot be written in standard operators."""
+    return UnsupportedModel(
+        f"node '{node.name}' ({node.op_type})",
+        f"{reason}; it is an operator of ONNX Runtime, so this is an optimized model",
+        "export the model without the optimizer",
+    )
+
+
+def refuse_inputs(node: ir.Node, first: int) -> None:
+    """Check that a node has no inputs from ``first`` on.
+
+    Raises:
+        UnsupportedModel: it has one.
+    """
+    for index, value in enumerate(node.inputs[first:], first):
+        if value is not None:
+            raise refuse(node, f"its input {index} ('{value.name}') cannot be written out")
+
+
+def refuse_outputs(node: ir.Node, *kept: int) -> None:
+    """Check that nothing reads the outputs of a node other than those in ``kept``.
+
+    Raises:
+        UnsupportedModel: something does.
+    """
+    for index, value in enumerate(node.outputs):
+        if index not in kept and (value.uses() or value.is_graph_output()):
+            raise refuse(node, f"its output {index} ('{value.name}') cannot be written out")

@@ -1,0 +1,74 @@
+"""Turn weights that MatMulNBits holds in 2 to 8 bits into float weights, which can be trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.partitioner.gate.fused_operators import DOMAIN
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, take_input
+from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.normalization.fused.operands import refuse, take_optional
+
+
+def unpack_weights(graph: ir.Graph) -> None:
+    """Replace each MatMulNBits by a MatMul with a float weight of the packed one's name."""
+    for node in list_nodes(graph):
+        if node.domain == DOMAIN and node.op_type == "MatMulNBits":
+            _unpack(node)
+
+
+def _unpack(node: ir.Node) -> None:
+    owner = node.graph
+    packed, scales = take_input(node, 1), take_input(node, 2)
+    if take_optional(node, 4) is not None:
+        raise refuse(node, "its columns are in groups of their own order (g_idx)")
+    numbers, factors = known_array(packed), known_array(scales)
+    points = take_optional(node, 3)
+    zeros = None if points is None else known_array(points)
+    if numbers is None or factors is None or (points is not None and zeros is None):
+        raise refuse(node, "its weight is not stored in the model")
+    assert isinstance(owner, ir.Graph)
+    weight = _dequantize(node, numbers, factors, zeros)
+    name = f"{packed.name}#float"
+    value = ir.Value(name=name, const_value=ir.tensor(weight.astype(factors.dtype), name=name))
+    owner.register_initializer(value)
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/unpacked")
+    product = builder.op("MatMul", take_input(node), value)
+    if (bias := take_optional(node, 5)) is not None:
+        product = builder.op("Add", product, bias)
+    builder.replace(node, [product])
+    for unused in (packed, scales, points):
+        if unused is not None and not unused.uses() and unused.is_initializer():
+            owner.initializers.pop(unused.name or "", None)
+
+
+def _dequantize(
+    node: ir.Node, numbers: np.ndarray, factors: np.ndarray, zeros: np.ndarray | None
+) -> np.ndarray:
+    """Compute ``(number - zero point) * scale`` for each block of a column; return ``[K, N]``."""
+    rows, columns = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
+    bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
+    if bits not in (2, 4, 8) or block < 16 or min(rows, columns) < 1:
+        raise refuse(node, f"its weight of {rows} x {columns} has {bits} bits in blocks of {block}")
+    blocks = -(-rows // block)
+    shape = (columns, blocks)
+    if numbers.size != columns * blocks * (block * bits // 8) or factors.size != columns * blocks:
+        raise refuse(node, "its weight or its scales have another size than it says")
+    whole = _split_bytes(numbers.reshape(*shape, -1), bits)
+    scale = factors.reshape(*shape, 1).astype(np.float64)
+    if zeros is None:
+        zero: np.ndarray | int = 1 << (bits - 1)
+    elif zeros.dtype == np.uint8:
+        zero = _split_bytes(zeros.reshape(columns, -1), bits)[:, :blocks, None]
+    else:
+        zero = zeros.reshape(*shape, 1)
+    weight: np.ndarray = ((whole - zero) * scale).reshape(columns, -1)[:, :rows].T
+    return weight
+
+
+def _split_bytes(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Split each byte into its numbers, the lowest bits first."""
+    count = 8 // bits
+    parts = [(packed >> (bits * place)) & ((1 << bits) - 1) for place in range(count)]
+    return np.stack(parts, -1).reshape(*packed.shape[:-1], -1).astype(np.float64)
