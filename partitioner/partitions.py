@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -14,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import UsageError
-from splitonnx.manifests import Recipe
+from splitonnx.errors import UsageError, quote
+from splitonnx.manifests import Recipe, Role
 from splitonnx.names import TARGETS, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
 from splitonnx.partitioner.cutting.assemblies import assemble
@@ -37,6 +38,8 @@ from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import is_float
 from splitonnx.partitioner.merges import merge
+from splitonnx.partitioner.normalization.parameters import find_input_scalings
+from splitonnx.partitioner.normalization.weights import make_pattern
 
 NO_CHECK = "SPLITONNX_NO_CHECK"
 """The environment variable with which cuts are not compared with the model by default."""
@@ -203,9 +206,23 @@ def cut_prepared(
     )
     options = LossOptions(class_axis=class_axis, labels=labels)
     _say_class_axis(prepared, loss, output, options)
+    _say_kept_scalings(prepared)
     training = build_training(prepared, names_at, names_tail, loss, output, options)
     predict = build_predict(prepared, names_at, names_tail)
     return assemble(prepared, training, predict, recipe, optimizer)
+
+
+def _say_kept_scalings(prepared: PreparedModel) -> None:
+    """Log a warning if weights are not trained because they only scale or shift raw inputs."""
+    kept = _list_kept_scalings(prepared)
+    if kept:
+        _log.warning(
+            "%s: not trained, because only raw inputs are scaled or shifted by it, as by an "
+            "image's mean and deviation; --train '%s' trains it, --freeze '%s' silences this",
+            quote(kept),
+            make_pattern(kept),
+            make_pattern(kept),
+        )
 
 
 def _list_bound(adjustments: Adjustments) -> dict[str, list[float]]:
@@ -225,6 +242,18 @@ def _say_class_axis(prepared: PreparedModel, loss: str, output: str, options: Lo
             describe_scores(graph, output),
             axis,
         )
+
+
+def _list_kept_scalings(prepared: PreparedModel) -> list[str]:
+    """List the weights that only normalize raw inputs, unless the user froze or bound them."""
+    found = find_input_scalings(prepared.skeleton.graph, prepared.weights)
+    return [
+        name
+        for name in found
+        if prepared.roles[name] is Role.FROZEN
+        and name not in prepared.adjustments.bindings
+        and not any(re.search(pattern, name) for pattern in prepared.freeze)
+    ]
 
 
 def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -11,8 +11,10 @@ A scalar is a constant.  The rules for other tensors are:
 - Any other initializer is a parameter.  Any other tensor of a Constant node is not, because
   exporters use Constant nodes for literals.
 
-With the option ``--train``, a constant that the user names also becomes a parameter.  This module
-depends on the meaning of operators, but not on how a model is trained.
+With the option ``--train``, a constant that the user names also becomes a parameter.  Parameters
+that only normalize a raw input, such as an image's mean and deviation, are not trained unless the
+user names them (:func:`find_input_scalings`).  This module depends on the meaning of operators, but
+not on how a model is trained.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from enum import Enum, auto
 
 import numpy as np
 import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.traversals import list_inputs
 
 _ALL = frozenset(range(64))
 
@@ -110,6 +114,8 @@ _PASSING = frozenset(
     {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 """Operators between a weight and the operator that uses it as a weight."""
+_SCALINGS = frozenset({"Add", "Div", "Mul", "Sub"})
+"""Operators that apply a mean and a deviation to a raw input."""
 _STATISTICS = frozenset({("BatchNormalization", 3), ("BatchNormalization", 4)})
 _LOOKED_AT = 1 << 16
 """The number of elements that are read to recognise a mask or a grid."""
@@ -204,3 +210,87 @@ def _read_type(node: ir.Node) -> int:
     if attribute.type is ir.AttributeType.STRING:  # before opset 6
         return ir.DataType[attribute.as_string()].value
     return attribute.as_int()
+
+
+def find_input_scalings(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol]) -> list[str]:
+    """Find the weights that only normalize a raw input, such as an image's mean and deviation.
+
+    They are added to a raw input, subtracted, multiplied or divided, before any other weight is
+    used, and another weight is used after them.  Such a tensor has one number for each channel; a
+    tensor that is subtracted or divided by may have any shape.  A vector of zeros that is added,
+    or of ones that is multiplied, is not included: these are the first values of a learned one.
+
+    ``weights`` are the inputs of ``graph`` that are not raw inputs, with their tensors.
+    """
+    holders = {value.name or "": value for value in graph.inputs}
+    refused: set[str] = set()
+    while True:
+        found = _follow_inputs(graph, weights, refused)
+        leading = _find_leading(graph, weights.keys() - found.keys())
+        stray = {
+            name
+            for name, nodes in found.items()
+            if not leading.intersection(nodes)
+            or not _is_scaling(holders[name], nodes, weights[name])
+        }
+        if not stray:
+            return [name for name in weights if name in found]
+        refused |= stray
+
+
+def _follow_inputs(
+    graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol], refused: Collection[str]
+) -> dict[str, list[ir.Node]]:
+    """Follow raw inputs to the first weight that does more than scale or shift them.
+
+    Return the weights that scale or shift them, except those in ``refused``, with the nodes.
+    """
+    raw = {value for value in graph.inputs if value.name not in weights}
+    holders = {v: v.name or "" for v in graph.inputs if v.name in weights and v.name not in refused}
+    found: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        sources = [value for value in node.inputs if value is not None]
+        if node.domain or not sources or len(node.outputs) != 1:
+            continue
+        if node.op_type in _PASSING:
+            if sources[0] in raw:
+                raw.add(node.outputs[0])
+            elif sources[0] in holders:
+                holders[node.outputs[0]] = holders[sources[0]]
+        elif node.op_type in _SCALINGS and len(sources) == 2:
+            others = [value for value in sources if value not in raw]
+            if len(others) != 1:
+                continue
+            name = holders.get(others[0])
+            if name is not None:
+                found.setdefault(name, []).append(node)
+                raw.add(node.outputs[0])
+            elif ir.convenience.get_const_tensor(others[0]) is not None:
+                raw.add(node.outputs[0])
+    return found
+
+
+def _find_leading(graph: ir.Graph, others: Collection[str]) -> set[ir.Node]:
+    """Find the nodes behind which one of the weights in ``others`` is used."""
+    used: set[ir.Node] = set()
+    leading: set[ir.Node] = set()
+    for node in reversed(graph):
+        after = [use.node for output in node.outputs for use in output.uses()]
+        if any(follower in used or follower in leading for follower in after):
+            leading.add(node)
+        if any(value.name in others for value in list_inputs(node)):
+            used.add(node)
+    return leading
+
+
+def _is_scaling(value: ir.Value, nodes: Collection[ir.Node], tensor: ir.TensorProtocol) -> bool:
+    """Return whether a weight does nothing but scale or shift raw inputs in ``nodes``."""
+    if {node for node, _ in _list_uses(value) if node.op_type not in _LOOKERS} != set(nodes):
+        return False
+    kinds = {node.op_type for node in nodes}
+    if not kinds & _LEARNT:
+        return True
+    if sum(dim != 1 for dim in tensor.shape.numpy()) > 1:
+        return False
+    array = tensor.numpy()
+    return not ((kinds == {"Add"} and not array.any()) or (kinds == {"Mul"} and (array == 1).all()))

@@ -17,7 +17,12 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel, UsageError, quote
 from splitonnx.manifests import Role
 from splitonnx.partitioner.graphs.traversals import list_bodies, list_nodes
-from splitonnx.partitioner.normalization.parameters import TensorKind, Verdict, classify_tensor
+from splitonnx.partitioner.normalization.parameters import (
+    TensorKind,
+    Verdict,
+    classify_tensor,
+    find_input_scalings,
+)
 
 _FLOATS = {
     ir.DataType.BFLOAT16,
@@ -94,7 +99,8 @@ def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
 
 
 def assign_roles(
-    weights: Collection[str],
+    graph: ir.Graph,
+    weights: Mapping[str, ir.TensorProtocol],
     statistics: set[str],
     buffers: set[str],
     *,
@@ -103,10 +109,11 @@ def assign_roles(
 ) -> dict[str, Role]:
     """Classify each weight as a trained parameter, a frozen weight, or a running statistic.
 
-    ``weights`` contains the names of all weights, and ``statistics`` the names of all running
-    statistics.  The statistics in ``buffers`` are updated by training; the others become frozen
-    weights.  A weight that matches a pattern of ``train`` is trained, even if it also matches a
-    pattern of ``freeze``.
+    ``weights`` contains the tensors that :func:`lift_weights` turned into inputs of ``graph``, and
+    ``statistics`` the names of all running statistics.  The statistics in ``buffers`` are updated
+    by training; the others become frozen weights.  So do weights that only normalize a raw input
+    (:func:`parameters.find_input_scalings`).  A weight that matches a pattern of ``train`` is
+    trained, even if it also matches a pattern of ``freeze``.
 
     Raises:
         UnsupportedModel: a pattern of ``freeze`` matches no weight.
@@ -124,6 +131,7 @@ def assign_roles(
                 f"--freeze {pattern} freezes nothing: --train trains all that it finds; drop one"
             )
         frozen |= found - trained
+    frozen |= set(find_input_scalings(graph, weights)) - trained
     roles: dict[str, Role] = {}
     for name in weights:
         if name in buffers:
@@ -138,6 +146,12 @@ def assign_roles(
 def pin_names(names: Collection[str]) -> tuple[str, ...]:
     """For each name, return a regular expression that matches only that name."""
     return tuple(f"^{re.escape(name)}$" for name in names)
+
+
+def make_pattern(names: Sequence[str]) -> str:
+    """Return one regular expression that matches exactly these names."""
+    escaped = [re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", name) for name in names]
+    return f"^{escaped[0]}$" if len(escaped) == 1 else f"^({'|'.join(escaped)})$"
 
 
 def read_array(tensor: ir.TensorProtocol) -> np.ndarray:

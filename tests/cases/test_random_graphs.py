@@ -88,5 +88,5 @@ def test_a_transpose_of_data_without_an_order_of_axes_is_trained_after() -> None
 
 def test_an_output_that_does_not_depend_on_data_is_no_output_to_learn_from() -> None:
     model = finish(build_net(), "w", [4, 2])
-    with pytest.raises(UsageError, match="'w' does not depend on the model's inputs.* of y$"):
+    with pytest.raises(UsageError, match=r"'w' does not depend on the model's inputs.* of y$"):
         cut(model, at=None, loss="mse", output="w")

@@ -143,7 +143,12 @@ def _assign_roles(work: Work) -> None:
     statistics, trained = {*work.buffers, *work.frozen_statistics}, set(work.buffers)
     bound = pin_names([name for name in work.bound if name in work.weights])
     work.roles = assign_roles(
-        work.weights, statistics, trained, train=work.train, freeze=[*work.freeze, *bound]
+        work.model.graph,
+        work.weights,
+        statistics,
+        trained,
+        train=work.train,
+        freeze=[*work.freeze, *bound],
     )
 
 

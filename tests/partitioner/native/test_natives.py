@@ -171,7 +171,7 @@ def test_an_input_that_is_an_output_comes_back_as_it_was() -> None:
         {"x": numpy_helper.from_array(array * factor).SerializeToString()} for factor in range(4)
     ]
     for factor, outputs in enumerate(
-        natives.run_session(model.SerializeToString(), batches, False)
+        natives.run_session(model.SerializeToString(), batches, "none")
     ):
         found = numpy_helper.to_array(onnx.TensorProto.FromString(outputs["x"]))
         np.testing.assert_array_equal(found, array * factor)

@@ -10,7 +10,12 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
-from splitonnx.partitioner.normalization.parameters import TensorKind, Verdict, classify_tensor
+from splitonnx.partitioner.normalization.parameters import (
+    TensorKind,
+    Verdict,
+    classify_tensor,
+    find_input_scalings,
+)
 
 P, C = TensorKind.PARAMETER, TensorKind.CONSTANT
 S, T = TensorKind.SETTING, TensorKind.STATISTIC
@@ -139,3 +144,60 @@ def test_what_is_only_looked_at_cannot_be_trained_and_hinders_nothing() -> None:
     look = helper.make_node("Shape", ["w"], ["s"])
     assert classify(ROW, look) == Verdict(kind=S, reason="nothing that has a gradient uses it")
     assert classify(ROW, look, use("MatMul", 1)).kind is P
+
+
+def scale(*nodes: onnx.NodeProto, **weights: np.ndarray) -> list[str]:
+    """List what only normalizes the raw input ``x``, of nodes that read it and ``weights``."""
+    inputs = {"x": [2, 3], **{name: list(array.shape) for name, array in weights.items()}}
+    graph = helper.make_graph(
+        list(nodes), "g",
+        [
+            helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+            for name, shape in inputs.items()
+        ],
+        [onnx.ValueInfoProto(name=nodes[-1].output[0])],
+        [numpy_helper.from_array(np.array(255, np.float32), "scalar")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    tensors = {name: ir.tensor(array) for name, array in weights.items()}
+    return find_input_scalings(ir.from_proto(model).graph, tensors)
+
+
+def do(kind: str, *inputs: str, out: str) -> onnx.NodeProto:
+    return helper.make_node(kind, list(inputs), [out])
+
+
+LAYER = np.ones((3, 2), np.float32)
+
+
+def test_what_only_normalizes_a_raw_input_is_found_behind_scalars_and_moves() -> None:
+    chain = [
+        do("Div", "x", "scalar", out="a"), do("Identity", "a", out="b"),
+        do("Sub", "b", "mean", out="c"), do("Div", "c", "std", out="d"),
+        do("MatMul", "d", "w", out="y"),
+    ]  # fmt: skip
+    assert scale(*chain, mean=ROW, std=ROW, w=LAYER) == ["mean", "std"]
+
+
+def test_what_is_used_behind_a_weight_or_used_again_is_not_found() -> None:
+    behind = [do("MatMul", "x", "w", out="h"), do("Sub", "h", "mean", out="y")]
+    assert scale(*behind, mean=ROW[:2], w=LAYER) == []
+    again = [
+        do("Sub", "x", "mean", out="c"), do("MatMul", "c", "w", out="h"),
+        do("MatMul", "mean", "w", out="m"), do("Add", "h", "m", out="y"),
+    ]  # fmt: skip
+    assert scale(*again, mean=ROW, w=LAYER) == []
+
+
+def test_a_model_that_only_scales_and_shifts_its_input_is_trained() -> None:
+    chain = [do("Mul", "x", "gain", out="s"), do("Add", "s", "shift", out="y")]
+    assert scale(*chain, gain=ROW, shift=ROW) == []
+
+
+def test_a_formula_of_the_input_is_not_its_normalization() -> None:
+    """LayerNormalization written out on a raw input: its gain is learned."""
+    chain = [
+        do("ReduceMean", "x", out="m"), do("Sub", "x", "m", out="c"),
+        do("Mul", "c", "gain", out="g"), do("MatMul", "g", "w", out="y"),
+    ]  # fmt: skip
+    assert scale(*chain, gain=ROW, w=LAYER) == []
