@@ -77,10 +77,10 @@ def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> No
             graph.register_initializer(value)
 
 
-def count_inner(graph: ir.Graph) -> int:
-    """Count the elements of the weights that :func:`return_weights` converted back to constants."""
+def list_returned(graph: ir.Graph) -> list[ir.Value]:
+    """List the weights that :func:`return_weights` converted back to constants."""
     inner = [v for v in graph.initializers.values() if INNER in v.metadata_props]
-    return sum(value.const_value.size for value in inner if value.const_value is not None)
+    return [value for value in inner if value.const_value is not None]
 
 
 def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:

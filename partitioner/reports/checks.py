@@ -20,13 +20,28 @@ from splitonnx.partitioner.differentiation.gradients import list_undifferentiabl
 from splitonnx.partitioner.differentiation.losses import fit_loss, list_losses
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import find_moving
 from splitonnx.partitioner.lowerings import lower
-from splitonnx.partitioner.normalization.weights import count_inner
+from splitonnx.partitioner.normalization.weights import list_returned
 from splitonnx.partitioner.partitions import choose_output
-from splitonnx.partitioner.reports.diagnoses import Kind, Remark, diagnose
+from splitonnx.partitioner.reports.batches import remark_on_batches
+from splitonnx.partitioner.reports.detaches import remark_on_detaches
+from splitonnx.partitioner.reports.diagnoses import diagnose
 from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
+from splitonnx.partitioner.reports.layers import Layer, list_layers
+from splitonnx.partitioner.reports.loss_readings import remark_on_loss
+from splitonnx.partitioner.reports.remarks import Kind, Remark
+from splitonnx.partitioner.reports.running_statistics import remark_on_statistics
+from splitonnx.partitioner.reports.suspects import (
+    find_computed,
+    list_kept_scalings,
+    remark_on_computed,
+    remark_on_conditional,
+    remark_on_scalings,
+)
+from splitonnx.partitioner.reports.ties import remark_on_ties
 
 
 class Handling(StrEnum):
@@ -62,9 +77,10 @@ class Check:
     reason why the model cannot be trained; if it is empty, the model can be trained.  Weights are
     counted in elements: ``parameters`` counts trained parameters, ``frozen`` parameters that are
     not trained, ``statistics`` running statistics, and ``conditional`` weights that cannot be
-    trained because they are in branches or loops that depend on data.  ``remarks`` describe what
-    the export changed.  If finding all cuts would take too long, ``cuts`` is empty, and a remark
-    gives the reason.
+    trained because they are in branches or loops that depend on data.  ``layers`` lists the
+    weights by layer.  ``remarks`` describe what the export changed and what training would do that
+    the model's author may not have meant, with the options of ``cut`` that settle it.  If finding
+    all cuts would take too long, ``cuts`` is empty, and a remark gives the reason.
     """
 
     opset: int
@@ -78,6 +94,7 @@ class Check:
     frozen: int
     statistics: int
     conditional: int
+    layers: tuple[Layer, ...]
     cuts: tuple[CutCandidate, ...]
 
     @property
@@ -114,13 +131,16 @@ def check(
     opened = open_model(model, adjustments)
     opset = opened.graph.opset_imports.get("", 0)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
-    remarks = tuple(diagnose(opened))
+    exported = diagnose(opened)
     prepared = prepare(opened, adjustments=adjustments)
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
     faults: list[NotDifferentiable] = []
     if losses:
         faults, obstacles = _try_training(prepared, losses[0], output)
+    doubts = find_computed(prepared)
+    noticed = _list_remarks(prepared, doubts, losses, output, producer)
+    doubts |= dict.fromkeys(list_kept_scalings(prepared), "scales or shifts a raw input")
     cuts, unlisted = _list_cuts(prepared, output)
     return Check(
         opset=opset,
@@ -128,14 +148,40 @@ def check(
         output=output,
         losses=losses,
         obstacles=(*map(str, faults), *obstacles),
-        remarks=(*remarks, *unlisted),
+        remarks=(*exported, *noticed, *unlisted),
         operators=_list_uses(prepared, {fault.node for fault in faults}),
         parameters=_count(prepared, Role.PARAMETER),
         frozen=_count(prepared, Role.FROZEN),
         statistics=_count(prepared, Role.BUFFER),
-        conditional=count_inner(prepared.skeleton.graph),
+        conditional=sum(
+            value.const_value.size
+            for value in list_returned(prepared.skeleton.graph)
+            if value.const_value is not None
+        ),
+        layers=list_layers(prepared, doubts),
         cuts=cuts,
     )
+
+
+@attribute_errors_to_pass("searched for what training would do unmeant")
+def _list_remarks(
+    prepared: PreparedModel,
+    computed: Mapping[str, str],
+    losses: Sequence[str],
+    output: str,
+    producer: str,
+) -> list[Remark]:
+    """List the remarks on a prepared model; ``computed`` is the result of ``find_computed``."""
+    return [
+        *remark_on_scalings(prepared),
+        *remark_on_computed(computed),
+        *remark_on_ties(prepared, computed),
+        *remark_on_statistics(prepared),
+        *remark_on_detaches(prepared),
+        *remark_on_loss(prepared, losses, output),
+        *remark_on_batches(prepared, output, producer),
+        *remark_on_conditional(prepared),
+    ]
 
 
 def _list_cuts(

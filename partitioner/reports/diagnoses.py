@@ -8,8 +8,6 @@ this means for training.  This module never refuses a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 import onnx_ir as ir
 
@@ -18,6 +16,7 @@ from splitonnx.partitioner.gate.ml_operators import DOMAIN
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
+from splitonnx.partitioner.reports.remarks import Kind, Remark
 
 _CALLS = {
     "pytorch": "export again with training=TrainingMode.TRAINING and do_constant_folding=False, "
@@ -35,26 +34,6 @@ Networks with so many convolutions are rarely trained without normalization.
 _NORMALIZATIONS = frozenset(
     {"BatchNormalization", "GroupNormalization", "InstanceNormalization", "LayerNormalization"}
 )
-
-
-class Kind(StrEnum):
-    """The topic of a remark."""
-
-    NO_BATCHNORM = "no batchnorm"
-    FROZEN_BATCHNORM = "frozen batchnorm"
-    DROPOUT_OFF = "dropout off"
-    QUANTIZED = "quantized"
-    DICTIONARIES = "dictionaries"
-    OPTIMIZED = "optimized"
-    CUTS_NOT_LISTED = "cuts not listed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Remark:
-    """A remark on a model: a sentence that may include advice on what to do."""
-
-    kind: Kind
-    sentence: str
 
 
 @attribute_errors_to_pass("searched for what its export left out")

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from splitonnx.commands.check_lines import format_check
 from splitonnx.commands.rows import FEW_ROWS, format_bytes, format_rows, list_cells
 from splitonnx.names import TRAIN
 
@@ -45,9 +46,8 @@ def print_json_lines(values: Iterable[object]) -> None:
 
 
 def print_check(check: Check, path: Path) -> None:
-    """Print how each operator of a model is handled, and whether the model can be trained."""
+    """Print how a model's operators are handled, what is trained, remarks, and the verdict."""
     from splitonnx.partitioner.reports.checks import Handling
-    from splitonnx.partitioner.reports.diagnoses import Kind
 
     table = _make_table("operator")
     for heading in Handling:
@@ -56,21 +56,9 @@ def print_check(check: Check, path: Path) -> None:
     for operator in dict.fromkeys(use.operator for use in check.operators):
         table.add_row(operator, *(nodes.get((operator, handling), "") for handling in Handling))
     _print(table)
-    producer = f", by {check.producer}" if check.producer else ""
-    _print(f"{path}: opset {check.opset}{producer}")
-    inner = f"{check.conditional:,} in branches or loops, which stay"
-    _print(
-        f"parameters: {check.parameters:,} to train, {check.frozen:,} frozen, "
-        f"{check.statistics:,} running statistics{f', {inner}' if check.conditional else ''}"
-    )
-    if not any(remark.kind is Kind.CUTS_NOT_LISTED for remark in check.remarks):
-        _print(f"single-tensor cuts: {len(check.cuts)} (see splitonnx inspect)")
-    if check.losses:
-        _print(f"losses that fit output '{check.output}': {', '.join(check.losses)}")
-    for remark in check.remarks:
-        _print(f"remark: {remark.sentence}")
-    for obstacle in check.obstacles:
-        _print(f"in the way: {obstacle}")
+    width = _open_console(sys.stdout).width if sys.stdout.isatty() else None
+    for line in format_check(check, path, width):
+        _print(line)
     verdict = "[green]can be trained[/]" if check.trainable else "[red]cannot be trained[/]"
     _print(verdict, markup=True)
 

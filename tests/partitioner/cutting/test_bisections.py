@@ -18,8 +18,8 @@ from splitonnx.partitioner.cutting.bisections import find_bisections
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
-from splitonnx.partitioner.reports.diagnoses import Kind
 from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.partitioner.reports.remarks import Kind
 
 FLOAT, INT64 = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
 Values = list[ir.Value]

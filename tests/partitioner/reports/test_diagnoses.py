@@ -6,7 +6,8 @@ import onnx
 import pytest
 
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.partitioner.reports.diagnoses import Kind, diagnose
+from splitonnx.partitioner.reports.diagnoses import diagnose
+from splitonnx.partitioner.reports.remarks import Kind
 from tests.end_to_end.test_exports import FOLDER
 from tests.support.small_models import load_model
 from tests.support.zoo import ZOO, Net

@@ -1,0 +1,122 @@
+"""Find where an export fixed the batch size: in the inputs, or in constants within the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.graphs.builders import known_array
+from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make_option
+
+_FIRST_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
+"""Maps an operator to its inputs for first states, whose batch is on axis 1."""
+
+
+def remark_on_batches(prepared: PreparedModel, output: str, producer: str) -> Iterator[Remark]:
+    """Yield a remark on a batch that the inputs fix, or on constants that hold one."""
+    graph = prepared.skeleton.graph
+    raw = [v for v in graph.inputs if v.name not in prepared.state and v.shape is not None]
+    raw = [value for value in raw if value.shape is not None and len(value.shape)]
+    firsts = {_read_dims(value)[0] for value in raw}
+    result = map_values(graph).get(output)
+    outcome = _read_dims(result)[:1] if result is not None else []
+    fixed = {dim for dim in firsts if isinstance(dim, int)}
+    symbols = {dim for value in raw for dim in _read_dims(value) if isinstance(dim, str)}
+    likely = fixed == {1} or not symbols  # otherwise the batch may be on another axis
+    if likely and raw and fixed == firsts and len(fixed) == 1 and outcome == list(fixed):
+        yield _remark_on_inputs(raw, output, fixed.pop(), producer)
+        return
+    held = list(_find_constants(graph, symbols))
+    for symbol, batch in dict.fromkeys((symbol, batch) for _, symbol, batch in held):
+        nodes = tuple(node.name or "" for node, *own in held if own == [symbol, batch])
+        yield Remark(
+            kind=Kind.FIXED_BATCH,
+            sentence=f"a {'batch' if symbol in firsts else 'size'} of {batch} is fixed by "
+            f"constants of {list_names(nodes)}, though the inputs leave it open as '{symbol}': "
+            "export again with sizes taken from the input, such as x.shape[0] or -1, or train "
+            "with this size alone",
+            names=nodes,
+            options=(make_option("--dim", f"{symbol}={batch}"),),
+        )
+
+
+def _remark_on_inputs(raw: list[ir.Value], output: str, batch: int, producer: str) -> Remark:
+    names = tuple(value.name or "" for value in raw)
+    return Remark(
+        kind=Kind.FIXED_BATCH,
+        sentence=f"the batch is fixed at {batch} by {list_names(names)}: every batch must have "
+        f"{batch} {'sample' if batch == 1 else 'samples'}; export again with a dynamic batch"
+        f"{_advise(names, output, producer)}, or train with --batch-size {batch}",
+        names=names,
+    )
+
+
+def _advise(names: tuple[str, ...], output: str, producer: str) -> str:
+    if producer.lower().startswith("pytorch"):
+        axes = ", ".join(f"'{name}': {{0: 'N'}}" for name in (*names, output))
+        return f" (dynamic_axes={{{axes}}}, or dynamic_shapes with dynamo=True)"
+    return ""
+
+
+def _read_dims(value: ir.Value) -> list[int | str | None]:
+    shape = value.shape if value.shape is not None else ()
+    return [dim if isinstance(dim, int) else dim.value for dim in shape]
+
+
+def _find_constants(graph: ir.Graph, symbols: set[str]) -> Iterator[tuple[ir.Node, str, int]]:
+    """Yield each node in which a constant stands for the batch, with its symbol and size."""
+    for node in graph:
+        if node.domain:
+            continue
+        if node.op_type == "Reshape":
+            found = _read_target(node)
+        elif node.op_type in _FIRST_STATES:
+            found = _read_first_states(node)
+        elif node.op_type == "Concat":
+            found = _read_parts(node)
+        else:
+            continue
+        if found is not None and found[0] in symbols:
+            yield node, *found
+
+
+def _read_target(node: ir.Node) -> tuple[str, int] | None:
+    """Read the batch from a Reshape to constant sizes of a tensor with one unknown size."""
+    source, target = node.inputs[0], known_array(node.inputs[1])
+    if source is None or source.shape is None or target is None or (target <= 0).any():
+        return None
+    dims = _read_dims(source)
+    open_dims = [dim for dim in dims if not isinstance(dim, int)]
+    elements, rest = int(target.prod()), 1
+    for dim in dims:
+        rest *= dim if isinstance(dim, int) else 1
+    if len(open_dims) != 1 or open_dims[0] is None or not rest or elements % rest:
+        return None
+    return str(open_dims[0]), elements // rest
+
+
+def _read_first_states(node: ir.Node) -> tuple[str, int] | None:
+    axis = 0 if node.attributes.get_int("layout", 0) else 1
+    source = node.inputs[0]
+    dims = _read_dims(source) if source is not None else []
+    for index in _FIRST_STATES[node.op_type]:
+        state = node.inputs[index] if index < len(node.inputs) else None
+        size = _read_dims(state)[axis : axis + 1] if state is not None else []
+        if size and isinstance(size[0], int) and len(dims) > axis and isinstance(dims[axis], str):
+            return str(dims[axis]), size[0]
+    return None
+
+
+def _read_parts(node: ir.Node) -> tuple[str, int] | None:
+    """Read the batch from a Concat along another axis, one part of which has a fixed first size."""
+    shapes = [_read_dims(value) for value in node.inputs if value is not None]
+    axis = node.attributes.get_int("axis", 0)
+    if not all(shapes) or axis in (0, -len(shapes[0])):
+        return None
+    firsts = list(dict.fromkeys(dims[0] for dims in shapes))
+    symbols = [dim for dim in firsts if isinstance(dim, str)]
+    sizes = [dim for dim in firsts if isinstance(dim, int)]
+    return (symbols[0], sizes[0]) if len(symbols) == 1 and len(sizes) == 1 else None

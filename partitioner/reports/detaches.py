@@ -1,0 +1,95 @@
+"""Find sums whose terms cancel, which is how a lost detach shows.
+
+A straight-through estimator is written ``z + (q - z).detach()``.  ONNX has no detach, so an export
+leaves ``z + (q - z)``, whose gradient with respect to z is 0 instead of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.graphs.traversals import find_moving, walk_back
+from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
+
+_MOST_TERMS = 8
+"""The number of terms up to which a sum is written out."""
+_SIGNS: Mapping[str, tuple[int, ...]] = {
+    "Add": (1, 1),
+    "Sub": (1, -1),
+    "Neg": (-1,),
+    "Identity": (1,),
+}
+
+Terms = dict[ir.Value, int]
+
+
+def remark_on_detaches(prepared: PreparedModel) -> Iterator[Remark]:
+    """Yield a remark for each sum from which a trained term vanishes."""
+    graph = prepared.skeleton.graph
+    trained = set(prepared.trainable)
+    moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
+    sums: dict[ir.Value, Terms] = {}
+    for node in graph:
+        parts = _list_parts(node)
+        if not parts:
+            continue
+        terms: Terms = {}
+        for value, sign in parts:
+            for term, factor in sums.get(value, {value: 1}).items():
+                terms[term] = terms.get(term, 0) + sign * factor
+        lost = [term for term, factor in terms.items() if factor == 0]
+        rest = {term: factor for term, factor in terms.items() if factor}
+        if rest and len(terms) <= _MOST_TERMS:
+            sums[node.outputs[0]] = rest
+        for term in lost if rest else ():
+            if term in moving:
+                yield _remark(node, term, sums)
+
+
+def _list_parts(node: ir.Node) -> list[tuple[ir.Value, int]]:
+    """List what a node adds up, each with its sign; nothing if it does something else."""
+    signs = () if node.domain else _SIGNS.get(node.op_type, ())
+    values = [value for value in node.inputs if value is not None]
+    return list(zip(values, signs, strict=True)) if len(values) == len(signs) else []
+
+
+def _remark(node: ir.Node, term: ir.Value, sums: Mapping[ir.Value, Terms]) -> Remark:
+    result, detached = node.outputs[0].name or "", _find_detached(node, term, sums)
+    name = term.name or ""
+    remedy = (
+        f"stop the gradient at '{detached}' if the model detached it"
+        if detached
+        else "no tensor holds the part that was detached; write the model so that one does"
+    )
+    return Remark(
+        kind=Kind.LOST_DETACH,
+        sentence=f"'{name}' cancels out of the sum '{result}', so no gradient reaches it from "
+        f"there, which looks like a detach that the export lost: {remedy}",
+        names=(result, name),
+        options=(make_option("--stop-gradient", detached),) if detached else (),
+    )
+
+
+def _find_detached(node: ir.Node, term: ir.Value, sums: Mapping[ir.Value, Terms]) -> str | None:
+    """Return the smallest sum within ``node`` that subtracts ``term``, if nothing else reads it."""
+    kept: list[ir.Value] = []
+    found = None
+    sign = 1
+    while True:
+        parts = [(v, s) for v, s in _list_parts(node) if term in sums.get(v, {v: 1})]
+        held = [(v, sign * s * sums.get(v, {v: 1})[term]) for v, s in parts]
+        lost = [(v, s) for v, s in parts if sign * s * sums.get(v, {v: 1})[term] < 0]
+        kept += [value for value, factor in held if factor > 0]
+        if len(lost) != 1 or lost[0][0] is term:
+            break
+        value, own = lost[0]
+        following = value.producer()
+        if following is None or not _list_parts(following):
+            break
+        found, node, sign = value, following, sign * own
+    if found is None or found.producer() in walk_back(kept)[0]:
+        return None
+    return found.name

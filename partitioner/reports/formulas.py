@@ -1,0 +1,233 @@
+"""Recognise tensors whose numbers were computed by a formula rather than learned.
+
+Exporters store position tables, Fourier and cosine kernels, filter banks and coordinates as they
+store weights.  Their numbers give them away: a sequence of sines satisfies
+``c[t+1] + c[t-1] = 2 cos(w) c[t]`` throughout, which learned numbers do not.  Of a large tensor
+only the first numbers along each axis are read.  This module does not know what tensors are for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+Array = np.ndarray
+
+_LOOKED_AT = 256
+"""The numbers along each axis that are read of a large tensor."""
+_LARGE = 1 << 16
+"""The number of elements from which on a tensor is large."""
+_TOLERANCE = 5e-3
+_COARSE = 2e-2
+"""What rounding may change, relative to the size of the numbers; the second for 16-bit types."""
+_FINER_BITS = 0x1FFF
+"""The bits of a float32 that float16 and bfloat16 do not have."""
+_LEAST_EVIDENCE = 6
+"""The number of equations, beyond those that define a formula, that its numbers must satisfy."""
+_FEWEST_NUMBERS = 3
+"""The number of different sizes below which numbers give no formula away."""
+_LARGEST_FACTOR = 64
+"""The largest whole number in a fixed filter."""
+
+
+def describe_formula(tensor: ir.TensorProtocol) -> str | None:
+    """Return in words how the numbers of a float tensor were computed, or ``None``.
+
+    The words complete the sentence "its numbers are ...".
+    """
+    if len(tensor.shape) == 0 or tensor.size < _LEAST_EVIDENCE:
+        return None
+    array = _read(tensor)
+    if not np.isfinite(array).all() or len(np.unique(np.abs(array))) < _FEWEST_NUMBERS:
+        return None
+    tolerance = _COARSE if _is_coarse(array) else _TOLERANCE
+    for words, test in _TESTS:
+        if test(array, tolerance):
+            return words
+    return None
+
+
+def is_fixed_filter(tensor: ir.TensorProtocol) -> bool:
+    """Return whether a convolution's kernel looks fixed, such as a blur, a Sobel filter, a wavelet.
+
+    The numbers of such a kernel are small whole numbers, but for a common factor.
+    """
+    array = _read(tensor)
+    sizes = np.abs(array[array != 0])
+    if len(array.shape) < 3 or np.prod(array.shape[2:]) < 2 or not sizes.size:
+        return False
+    if not np.isfinite(sizes).all():
+        return False
+    ratios = sizes / sizes.min()
+    return bool((ratios <= _LARGEST_FACTOR).all() and np.allclose(ratios, ratios.round(), 0, 1e-4))
+
+
+def _read(tensor: ir.TensorProtocol) -> Array:
+    array = tensor.numpy()
+    if array.size > _LARGE:
+        array = array[tuple(slice(_LOOKED_AT) for _ in array.shape)]
+    return array.astype(np.float64)
+
+
+def _is_coarse(array: Array) -> bool:
+    """Return whether numbers are of a 16-bit type, also if they were converted to a wider one."""
+    return not (array.astype(np.float32).view(np.uint32) & _FINER_BITS).any()
+
+
+def _list_sequences(array: Array, least: int) -> Iterator[Array]:
+    """Yield the array as columns, once for each axis along which it has ``least`` numbers."""
+    for axis, size in enumerate(array.shape):
+        if size >= least:
+            yield np.moveaxis(array, axis, 0).reshape(size, -1)
+
+
+def _follow(columns: Array) -> tuple[Array, Array]:
+    """Fit ``c[t+1] + c[t-1] = k c[t]`` to each column; return each k and relative deviation.
+
+    Columns of zeros, beside the others, deviate by 0.
+    """
+    middle, sides = columns[1:-1], columns[2:] + columns[:-2]
+    energy = (middle**2).sum(0)
+    negligible = energy <= 1e-12 * energy.max()
+    factors = np.where(negligible, 2, (middle * sides).sum(0) / np.where(negligible, 1, energy))
+    rest = np.sqrt(((sides - factors * middle) ** 2).sum(0))
+    return factors, np.where(negligible, 0, rest / np.sqrt(np.where(negligible, 1, energy)))
+
+
+def _are_sines(array: Array, tolerance: float) -> bool:
+    for columns in _list_sequences(array, 4):
+        length, count = columns.shape
+        if (length - 3) * count < _LEAST_EVIDENCE:
+            continue
+        factors, rests = _follow(columns)
+        swinging = factors < 2 - 1e-3
+        if (
+            (rests <= tolerance).all()
+            and (factors <= 2 + 1e-4).all()
+            and swinging.sum() >= max(1, count // 10)
+        ):
+            return True
+    return False
+
+
+def _are_pairs(array: Array, tolerance: float) -> bool:
+    """Return whether a table holds sines and cosines of the same angles, in one usual order.
+
+    These are sine and cosine alternating, one half each, or one half of each half; the table may
+    begin with rows of zeros.
+    """
+    rows = array.reshape(-1, array.shape[-1])
+    rows = rows[np.abs(rows).max(1) > 0]
+    width = rows.shape[1]
+    orders = [(rows[:, 0::2], rows[:, 1::2]), (rows[:, : width // 2], rows[:, width // 2 :])]
+    if width % 4 == 0:
+        quarters = rows.reshape(len(rows), 4, width // 4)
+        orders.append((quarters[:, 0::2], quarters[:, 1::2]))
+    for first, second in orders if width % 2 == 0 and rows.size >= 32 else []:
+        squares = first**2 + second**2
+        if np.ptp(np.abs(first)) < 0.1 * np.sqrt(squares.max()):
+            continue
+        if np.ptp(squares) <= tolerance * squares.max():
+            return True
+    return False
+
+
+def _are_windowed(array: Array, tolerance: float) -> bool:
+    """Return whether rows are oscillations under one window, as in a Fourier transform."""
+    if len(array.shape) < 2 or min(array.shape[0], array.shape[-1]) < 8:
+        return False
+    if array.size != array.shape[0] * array.shape[-1]:
+        return False
+    rows = array.reshape(array.shape[0], -1)
+    half = len(rows) // 2
+    for real, imaginary in ((rows[:half], rows[half:]), (rows[0::2], rows[1::2])):
+        if len(rows) % 2 or real.min() >= 0 or np.ptp(np.abs(real)) < 0.1 * real.max():
+            continue
+        windows = real**2 + imaginary**2
+        if np.ptp(windows, axis=0).max() <= tolerance * windows.max():
+            return True
+    return _has_rising_tones(rows)
+
+
+def _has_rising_tones(rows: Array) -> bool:
+    if rows.shape[1] < 32 or rows.min() >= 0:
+        return False
+    power = np.abs(np.fft.rfft(rows, axis=1)) ** 2
+    total = power.sum(1)
+    power, total = power[total > 1e-12 * total.max()], total[total > 1e-12 * total.max()]
+    peaks = power.argmax(1)
+    near = np.abs(np.arange(power.shape[1]) - peaks[:, None]) <= 3
+    concentrated = (power * near).sum(1) >= 0.98 * total
+    return bool(
+        concentrated.all()
+        and (np.diff(peaks) >= 0).all()
+        and len(set(peaks.tolist())) >= max(4, len(rows) // 2)
+    )
+
+
+def _is_window(array: Array, tolerance: float) -> bool:
+    """Return whether a vector is a window, such as Hann's: a sine around another number than 0."""
+    if array.size != max(array.shape) or array.size < 10 or array.min() < 0:
+        return False
+    steps = np.diff(array.reshape(-1, 1), axis=0)
+    factors, rests = _follow(steps)
+    return bool(factors[0] < 2 - 1e-6 and rests[0] <= tolerance)
+
+
+def _is_filter_bank(array: Array, tolerance: float) -> bool:
+    """Return whether rows or columns are triangles that follow one another, like mel filters."""
+    squeezed = array.squeeze()
+    if len(squeezed.shape) != 2 or squeezed.min() < 0 or (squeezed != 0).mean() > 0.5:
+        return False
+    return any(_are_triangles(filters) for filters in (squeezed, squeezed.T))
+
+
+def _are_triangles(filters: Array) -> bool:
+    filters = filters[filters.max(1) > 0]
+    if min(filters.shape) < 4 or (filters > 0).sum() < 2 * len(filters):
+        return False
+    peaks = filters.argmax(1)
+    if (np.diff(peaks) < 0).any() or peaks[0] == peaks[-1]:
+        return False
+    for row, peak in zip(filters, peaks, strict=True):
+        steps = np.diff(row)
+        if (steps[:peak] < 0).any() or (steps[peak:] > 0).any():
+            return False
+        support = np.flatnonzero(row)
+        if support[-1] - support[0] + 1 != len(support):
+            return False
+    return True
+
+
+def _are_evenly_spaced(array: Array, tolerance: float) -> bool:
+    for columns in _list_sequences(array, 5):
+        steps = np.diff(columns, axis=0)
+        first = steps[:1]
+        if (len(columns) - 2) * (np.abs(first) > 0).sum() < 3 or not first.any():
+            continue
+        if np.abs(steps - first).max() <= tolerance / 5 * np.abs(first).max():
+            return True
+    return False
+
+
+def _are_geometric(array: Array, tolerance: float) -> bool:
+    """Return whether a vector's numbers grow by one factor, as the frequencies of positions do."""
+    if array.size != max(array.shape) or array.size < _LEAST_EVIDENCE or array.min() <= 0:
+        return False
+    steps = np.diff(np.log(array.reshape(-1)))
+    return bool(
+        abs(steps[0]) > 1e-3 and np.abs(steps - steps[0]).max() <= tolerance * abs(steps[0])
+    )
+
+
+_TESTS: Sequence[tuple[str, Callable[[Array, float], bool]]] = (
+    ("evenly spaced, like coordinates", _are_evenly_spaced),
+    ("a window, such as Hann's", _is_window),
+    ("sines and cosines", _are_sines),
+    ("sines and cosines of the same angles", _are_pairs),
+    ("a geometric series, like frequencies", _are_geometric),
+    ("oscillations under a window, like a Fourier transform's", _are_windowed),
+    ("triangular filters, like a mel filter bank's", _is_filter_bank),
+)

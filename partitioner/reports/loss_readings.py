@@ -1,0 +1,137 @@
+"""Find what a loss would do to an output: skip its last activation, squash it twice, take an axis.
+
+``cross-entropy`` contains a Softmax and ``bce-with-logits`` a Sigmoid.  If the model ends in one,
+the loss skips it where it can.  ``cross-entropy`` takes the classes from axis 1, as torch does;
+language models have them on the last axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.differentiation.final_activations import find_activation
+from splitonnx.partitioner.graphs.builders import known_array
+from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
+
+_CONTAINED = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
+_SQUASHING = frozenset({"HardSigmoid", "Sigmoid", "Softmax"})
+_BEHIND = frozenset(
+    {"Add", "Cast", "Clip", "Div", "Flatten", "Identity", "Mul", "Reshape", "Slice", "Squeeze",
+     "Sub", "Transpose", "Unsqueeze"}
+)  # fmt: skip
+"""Operators between an activation and the output, if their other inputs are constants."""
+_CHANNELS_FIRST = frozenset(
+    {"AveragePool", "BatchNormalization", "Conv", "ConvTranspose", "GlobalAveragePool", "MaxPool",
+     "Resize", "Upsample"}
+)  # fmt: skip
+_CHANNELS_LAST = frozenset({"Gemm", "MatMul"})
+
+
+def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) -> Iterator[Remark]:
+    """Yield remarks on how the first of ``losses``, which all fit, reads ``output``."""
+    value = map_values(prepared.skeleton.graph).get(output)
+    loss = losses[0] if losses else ""
+    if value is None:
+        return
+    if loss in _CONTAINED:
+        yield from _remark_on_activation(value, loss, losses)
+    if loss == "cross-entropy" or _fits_either_axis(value):
+        yield from _remark_on_axis(value)
+
+
+def _fits_either_axis(value: ir.Value) -> bool:
+    """Return whether labels of one shape fit classes on axis 1 and on the last axis alike."""
+    dims = list(value.shape or ())
+    return len(dims) > 2 and isinstance(dims[1], int) and dims[1:-1] == dims[2:]
+
+
+def _remark_on_activation(value: ir.Value, loss: str, losses: Sequence[str]) -> Iterator[Remark]:
+    name = value.name or ""
+    found = find_activation(value, loss)
+    if found is not None:
+        yield Remark(
+            kind=Kind.ACTIVATION_SKIPPED,
+            sentence=f"'{name}' ends in a {found.kind}, which {loss} contains: the loss is "
+            f"computed from '{found.source.name}' before it, so that it is applied once",
+            names=(name, found.source.name or ""),
+        )
+        return
+    node = _find_squashing(value)
+    if node is None:
+        return
+    others = [own for own in losses if own != loss and find_activation(value, own) is not None]
+    source = node.inputs[0].name if node.inputs and node.inputs[0] is not None else ""
+    remedy = (
+        f"choose {others[0]}, which skips it, if the labels allow"
+        if others
+        else f"export the model with '{source}' as its output"
+    )
+    yield Remark(
+        kind=Kind.ACTIVATION_TWICE,
+        sentence=f"'{name}' comes from the {node.op_type} '{node.name}', and {loss} applies a "
+        f"{_CONTAINED[loss]} to it once more, which squashes the scores twice: {remedy}",
+        names=(name, node.name or ""),
+        options=tuple(make_option("--loss", own) for own in others[:1]),
+    )
+
+
+def _find_squashing(value: ir.Value) -> ir.Node | None:
+    """Find the activation behind which only moves, casts and arithmetic with constants follow."""
+    while (node := value.producer()) is not None and not node.domain:
+        if node.op_type in _SQUASHING:
+            return node
+        if node.op_type not in _BEHIND:
+            return None
+        open_inputs = [v for v in node.inputs if v is not None and known_array(v) is None]
+        if len(open_inputs) != 1:
+            return None
+        value = open_inputs[0]
+    return None
+
+
+def _remark_on_axis(value: ir.Value) -> Iterator[Remark]:
+    dims = [d if isinstance(d, int) else d.value for d in value.shape or ()]
+    if len(dims) < 3 or not isinstance(dims[1], int) or not isinstance(dims[-1], int):
+        return
+    made = _find_maker(value)
+    if made in _CHANNELS_FIRST or (made not in _CHANNELS_LAST and dims[1] != dims[-1]):
+        return
+    first, last = [dims[0], *dims[2:]], dims[:-1]
+    name = value.name or ""
+    yield Remark(
+        kind=Kind.CLASS_AXIS,
+        sentence=f"'{name}' is {_show(dims)}, and its classes may be on axis 1 ({dims[1]} classes, "
+        f"labels {_show(first)}, as cross-entropy takes them) or on the last axis ({dims[-1]} "
+        f"classes, labels {_show(last)}, as language models have them)",
+        names=(name,),
+        options=(make_option("--class-axis", "1"), make_option("--class-axis", "-1")),
+    )
+
+
+def _find_maker(value: ir.Value) -> str:
+    """Return the operator that made the classes, behind activations and biases."""
+    while (node := value.producer()) is not None and not node.domain:
+        if node.op_type in _CHANNELS_FIRST | _CHANNELS_LAST:
+            return node.op_type
+        if node.op_type not in _SQUASHING | {
+            "Add",
+            "Cast",
+            "Identity",
+            "LogSoftmax",
+            "Relu",
+            "Tanh",
+        }:
+            break
+        open_inputs = [v for v in node.inputs if v is not None and v.producer() is not None]
+        if len(open_inputs) != 1:
+            break
+        value = open_inputs[0]
+    return ""
+
+
+def _show(dims: Sequence[int | str | None]) -> str:
+    return f"({', '.join('?' if dim is None else str(dim) for dim in dims)})"

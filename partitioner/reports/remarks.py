@@ -1,0 +1,63 @@
+"""Remarks on a model: what was seen, the tensors concerned, and the option that settles it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from splitonnx.errors import quote
+
+_FEW = 4
+"""The number of names up to which a sentence lists them all."""
+
+
+class Kind(StrEnum):
+    """The topic of a remark."""
+
+    NO_BATCHNORM = "no batchnorm"
+    FROZEN_BATCHNORM = "frozen batchnorm"
+    DROPOUT_OFF = "dropout off"
+    QUANTIZED = "quantized"
+    DICTIONARIES = "dictionaries"
+    OPTIMIZED = "optimized"
+    CUTS_NOT_LISTED = "cuts not listed"
+    INPUT_SCALING = "input scaling"
+    COMPUTED_TABLE = "computed table"
+    FIXED_FILTER = "fixed filter"
+    LOST_TIE = "lost tie"
+    INITIAL_STATISTICS = "initial statistics"
+    UNTRACKED_STATISTICS = "untracked statistics"
+    LOST_DETACH = "lost detach"
+    ACTIVATION_SKIPPED = "activation skipped"
+    ACTIVATION_TWICE = "activation twice"
+    CLASS_AXIS = "class axis"
+    FIXED_BATCH = "fixed batch"
+    CONDITIONAL_WEIGHTS = "conditional weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remark:
+    """A remark on a model: a sentence that may include advice on what to do.
+
+    ``names`` are the tensors or nodes concerned.  ``options`` are the options of ``cut`` that
+    settle the matter, written for a shell; if there are several, each is another way.
+    """
+
+    kind: Kind
+    sentence: str
+    names: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+def make_option(name: str, value: str) -> str:
+    """Return an option with its value, quoted for a shell where it needs to be."""
+    return f"{name} {shlex.quote(value)}"
+
+
+def list_names(names: Sequence[str]) -> str:
+    """List names for a sentence: all if they are few, otherwise the first and how many more."""
+    if len(names) <= _FEW:
+        return quote(names)
+    return f"{quote(names[: _FEW - 1])} and {len(names) - _FEW + 1} more"

@@ -1,0 +1,64 @@
+"""Find running statistics that are still the initial ones: mean 0 and variance 1 throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
+from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names
+
+
+def remark_on_statistics(prepared: PreparedModel) -> Iterator[Remark]:
+    """Yield remarks on running statistics that were never updated, or never will be."""
+    nodes = list_batchnorms(prepared.skeleton.graph)
+    stored = [node for node in nodes if _list_statistics(prepared, node)]
+    still = [node for node in stored if is_training(node) and _get_momentum(node) == 1]
+    if still:
+        yield Remark(
+            kind=Kind.UNTRACKED_STATISTICS,
+            sentence=f"{list_names(_name(still))} {_have(still)} momentum 1, so training never "
+            "updates the running statistics, by which a prediction is normalised: if the model "
+            "normalises by the batch in predictions, too (track_running_stats=False), these will "
+            "differ; export it with statistics that are tracked",
+            names=_name(still),
+        )
+    if stored and all(_are_initial(prepared, node) for node in stored):
+        frozen = [node for node in stored if not is_training(node)]
+        options = ("--batchnorm train",) if frozen else ()
+        each = "the BatchNormalization" if len(stored) == 1 else "every BatchNormalization"
+        yield Remark(
+            kind=Kind.INITIAL_STATISTICS,
+            sentence=f"the running statistics of {each} are the initial ones (mean 0, variance "
+            "1): they were not tracked, or the model was not trained before its export"
+            f"{'; frozen, they normalise nothing' if frozen else ''}",
+            names=_name(stored),
+            options=options,
+        )
+
+
+def _list_statistics(prepared: PreparedModel, node: ir.Node) -> list[np.ndarray]:
+    """Return a node's mean and variance, or nothing if the model computes them."""
+    names = [value.name or "" for value in node.inputs[3:5] if value is not None]
+    stored = [prepared.weights[name].numpy() for name in names if name in prepared.weights]
+    return stored if len(stored) == 2 else []
+
+
+def _are_initial(prepared: PreparedModel, node: ir.Node) -> bool:
+    mean, variance = _list_statistics(prepared, node)
+    return bool((mean == 0).all() and (variance == 1).all())
+
+
+def _get_momentum(node: ir.Node) -> float:
+    return node.attributes.get_float("momentum", 0.9)
+
+
+def _name(nodes: list[ir.Node]) -> tuple[str, ...]:
+    return tuple(node.name or "" for node in nodes)
+
+
+def _have(nodes: list[ir.Node]) -> str:
+    return "has" if len(nodes) == 1 else "have"

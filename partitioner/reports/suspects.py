@@ -1,0 +1,94 @@
+"""Find tensors that would be trained or kept although their author may have meant the opposite.
+
+A position table, a Fourier kernel or an image's mean looks like a weight to a partitioner.  What
+such a tensor holds (:mod:`formulas`) and where it is used tell it apart.  Each remark names the
+tensors, the reason, and the option that settles it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+
+from splitonnx.manifests import Role
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.normalization.parameters import find_input_scalings
+from splitonnx.partitioner.normalization.weights import INNER, list_returned, make_pattern
+from splitonnx.partitioner.reports.formulas import describe_formula, is_fixed_filter
+from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make_option
+
+_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+_FILTER = "small whole numbers but for a factor, like a fixed filter"
+
+
+def find_computed(prepared: PreparedModel) -> dict[str, str]:
+    """Return the trained parameters that were probably not learned, each with the reason."""
+    inputs = {value.name: value for value in prepared.training.graph.inputs}
+    reasons: dict[str, str] = {}
+    for name in prepared.trainable:
+        tensor = prepared.weights[name]
+        reason = describe_formula(tensor)
+        if reason is None and _is_kernel(inputs.get(name)) and is_fixed_filter(tensor):
+            reason = _FILTER
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
+
+
+def _is_kernel(value: ir.Value | None) -> bool:
+    uses = value.uses() if value is not None else ()
+    return any(use.node.op_type in _CONVOLUTIONS and use.idx == 1 for use in uses)
+
+
+def remark_on_computed(reasons: Mapping[str, str]) -> Iterator[Remark]:
+    """Yield a remark for each reason in the result of :func:`find_computed`."""
+    for reason in dict.fromkeys(reasons.values()):
+        names = tuple(name for name, own in reasons.items() if own == reason)
+        it, numbers = (
+            ("it", "its numbers are") if len(names) == 1 else ("they", "their numbers are")
+        )
+        yield Remark(
+            kind=Kind.FIXED_FILTER if reason is _FILTER else Kind.COMPUTED_TABLE,
+            sentence=f"{list_names(names)} would be trained, but {numbers} {reason}: freeze "
+            f"{'it' if it == 'it' else 'them'} if {it} {'was' if it == 'it' else 'were'} not "
+            "learned",
+            names=names,
+            options=(make_option("--freeze", make_pattern(names)),),
+        )
+
+
+def list_kept_scalings(prepared: PreparedModel) -> tuple[str, ...]:
+    """List the weights that keep their value because they only normalize a raw input."""
+    found = find_input_scalings(prepared.skeleton.graph, prepared.weights)
+    return tuple(name for name in found if prepared.roles[name] is Role.FROZEN)
+
+
+def remark_on_scalings(prepared: PreparedModel) -> Iterator[Remark]:
+    """Yield a remark on the weights that only normalize a raw input, which are not trained."""
+    names = list_kept_scalings(prepared)
+    if names:
+        verb = "keeps its value" if len(names) == 1 else "keep their value"
+        yield Remark(
+            kind=Kind.INPUT_SCALING,
+            sentence=f"{list_names(names)} {verb}: only a raw input is scaled or shifted by "
+            f"{'it' if len(names) == 1 else 'them'}, before any other weight, as by an image's "
+            "mean and deviation; --train trains what was learned after all",
+            names=names,
+            options=(make_option("--train", make_pattern(names)),),
+        )
+
+
+def remark_on_conditional(prepared: PreparedModel) -> Iterator[Remark]:
+    """Yield a remark on each branch or loop whose weights are not trained."""
+    held: dict[str, list[str]] = {}
+    for value in list_returned(prepared.skeleton.graph):
+        held.setdefault(value.metadata_props[INNER], []).append(value.name or "")
+    for node, names in held.items():
+        yield Remark(
+            kind=Kind.CONDITIONAL_WEIGHTS,
+            sentence=f"{list_names(names)} in node '{node}' will not be trained: its branches or "
+            "iterations depend on the data; export the model without this control flow to train "
+            f"{'it' if len(names) == 1 else 'them'}",
+            names=tuple(names),
+        )

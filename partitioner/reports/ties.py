@@ -1,0 +1,104 @@
+"""Find parameters that hold the same numbers, because an export stored one parameter twice.
+
+A language model uses one matrix as embedding and, transposed, as output layer.  Exporters store the
+second as a tensor of its own, and the two are then trained apart.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from itertools import permutations
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.reports.layers import name_layer
+from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
+
+_FEWEST = 4
+"""The number of elements from which on equal numbers are not a coincidence."""
+_HIGHEST_RANK = 4
+
+
+def remark_on_ties(prepared: PreparedModel, computed: Collection[str]) -> Iterator[Remark]:
+    """Yield a remark for each set of trained parameters that hold the same numbers.
+
+    Parameters in ``computed``, and those of which all elements are equal, are left out.  So are
+    the same parameters of numbered layers, such as ``layers.0`` and ``layers.1``: frameworks begin
+    such layers as copies of one.
+    """
+    for group in _group(prepared, computed):
+        first, *others = group
+        ways = [_compare(prepared.weights[first], prepared.weights[other]) for other in others]
+        again = [
+            f"'{other}'{' (transposed)' if way == 'transposed' else ''}"
+            for other, way in zip(others, ways, strict=True)
+        ]
+        yield Remark(
+            kind=Kind.LOST_TIE,
+            sentence=f"'{first}' and {', '.join(again)} hold the same numbers but are trained "
+            "apart: tie them if the model had one parameter here",
+            names=tuple(group),
+            options=tuple(make_option("--tie", f"{first}={other}") for other in others),
+        )
+
+
+def _group(prepared: PreparedModel, computed: Collection[str]) -> Iterator[list[str]]:
+    sizes = defaultdict[tuple[object, ...], list[str]](list)
+    for name in prepared.trainable:
+        tensor = prepared.weights[name]
+        if tensor.size >= _FEWEST and name not in computed:
+            sizes[tensor.dtype, tensor.size].append(name)
+    alike = defaultdict[tuple[object, ...], list[str]](list)
+    for key, names in sizes.items():
+        for name in names if len(names) > 1 else ():
+            array = prepared.weights[name].numpy()
+            if array.min() != array.max():
+                alike[*key, _sum_bits(array)].append(name)
+    places = {value.name or "": value for value in prepared.skeleton.graph.inputs}
+    for rest in alike.values():
+        while len(rest) > 1:
+            first = rest[0]
+            same = [n for n in rest[1:] if _compare(prepared.weights[first], prepared.weights[n])]
+            rest = [name for name in rest[1:] if name not in same]
+            tied = [n for n in same if not _are_copies(places[first], places[n])]
+            if tied:
+                yield [first, *tied]
+
+
+def _sum_bits(array: np.ndarray) -> int:
+    """Return a checksum of an array's numbers that does not depend on their order."""
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")
+    return int(bits.sum(dtype=np.uint64))
+
+
+def _compare(one: ir.TensorProtocol, other: ir.TensorProtocol) -> str:
+    """Return how the numbers of two tensors agree: ``equal``, ``transposed``, or not at all."""
+    first, second = one.numpy(), other.numpy()
+    if np.array_equal(first.reshape(-1), second.reshape(-1)):
+        return "equal"
+    first, second = first.squeeze(), second.squeeze()
+    if first.ndim != second.ndim or first.ndim > _HIGHEST_RANK:
+        return ""
+    orders = (order for order in permutations(range(first.ndim)) if order != (0,))
+    return "transposed" if any(_matches(first, second, order) for order in orders) else ""
+
+
+def _matches(first: np.ndarray, second: np.ndarray, order: tuple[int, ...]) -> bool:
+    turned = first.transpose(order)
+    return turned.shape == second.shape and np.array_equal(turned, second)
+
+
+def _are_copies(one: ir.Value, other: ir.Value) -> bool:
+    """Return whether two weights have the same place in two numbered layers."""
+    places = [name_layer(value).replace("/", ".").split(".") for value in (one, other)]
+    if len(places[0]) != len(places[1]):
+        return False
+    different = [pair for pair in zip(*places, strict=True) if pair[0] != pair[1]]
+    numbered = all(all(re.fullmatch(r"(\w*_)?\d+", part) for part in pair) for pair in different)
+    shapes = [value.shape.numpy() if value.shape is not None else () for value in (one, other)]
+    return bool(different) and numbered and shapes[0] == shapes[1] and math.prod(shapes[0]) > 0

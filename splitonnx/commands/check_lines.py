@@ -1,0 +1,138 @@
+"""Write what ``check`` found as lines: the layers and what is trained of them, then the remarks.
+
+The lines are plain text, because the Rich library takes about a millisecond to format each row of a
+table.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from splitonnx.partitioner.reports.checks import Check
+    from splitonnx.partitioner.reports.layers import Layer
+    from splitonnx.partitioner.reports.remarks import Remark
+
+MOST_ROWS = 40
+"""The number of rows up to which every layer has a row of its own."""
+_COLUMNS = ("trained", "frozen", "statistics")
+
+
+def format_layers(layers: Sequence[Layer], width: int | None) -> Iterator[str]:
+    """Yield the lines of a table of layers, with the doubts about their weights below each.
+
+    Layers are joined by the first parts of their names if there are more than ``MOST_ROWS``.
+    ``width`` is where lines end; without it they end nowhere.
+    """
+    from splitonnx.manifests import Role
+
+    if not layers:
+        return
+    groups = _join(layers)
+    columns = {
+        heading: [f"{sum(layer.count(role) for layer in group):,}" for _, group in groups]
+        for heading, role in zip(_COLUMNS, (Role.PARAMETER, Role.FROZEN, Role.BUFFER), strict=True)
+    }
+    shown = {heading: cells for heading, cells in columns.items() if set(cells) != {"0"}}
+    sizes = {heading: max(map(len, (heading, *cells))) for heading, cells in shown.items()}
+    indent = " " * (1 + sum(size + 3 for size in sizes.values()))
+    yield _row([heading.rjust(size) for heading, size in sizes.items()], "layer")
+    labels = [_label(name, group) for name, group in groups]
+    longest = max(len(indent) + max(map(len, ("layer", *labels))) - 1, 1)
+    yield f" {'-' * min(longest, (width or longest + 1) - 1)}"
+    for index, (label, (_, group)) in enumerate(zip(labels, groups, strict=True)):
+        cells = [shown[heading][index] for heading in sizes]
+        right = [
+            ("" if cell == "0" else cell).rjust(size)
+            for cell, size in zip(cells, sizes.values(), strict=True)
+        ]
+        yield _row(right, label)
+        for layer in group:
+            for weight in layer.weights:
+                if weight.doubt is not None:
+                    shape = " x ".join(map(str, weight.shape))
+                    text = f"? {weight.name} ({shape}): {weight.doubt}"
+                    yield from _wrap(text, width, indent, f"{indent}  ")
+
+
+def format_remarks(remarks: Sequence[Remark], width: int | None) -> Iterator[str]:
+    """Yield the lines of the remarks, each with the options that settle it on lines below."""
+    for remark in remarks:
+        yield from _wrap(f"remark: {remark.sentence}", width, "", " " * 8)
+        for index, option in enumerate(remark.options):
+            yield f"{' ' * 8}{'or' if index else 'cut'} {option}"
+
+
+def format_check(check: Check, path: Path, width: int | None) -> Iterator[str]:
+    """Yield the lines of a check, except the table of operators and the verdict."""
+    from splitonnx.partitioner.reports.remarks import Kind
+
+    yield from format_layers(check.layers, width)
+    if check.layers:
+        yield ""
+    producer = f", by {check.producer}" if check.producer else ""
+    yield f"{path}: opset {check.opset}{producer}"
+    inner = f"{check.conditional:,} in branches or loops, which stay"
+    yield (
+        f"parameters: {check.parameters:,} to train, {check.frozen:,} frozen, "
+        f"{check.statistics:,} running statistics{f', {inner}' if check.conditional else ''}"
+    )
+    if not any(remark.kind is Kind.CUTS_NOT_LISTED for remark in check.remarks):
+        yield f"single-tensor cuts: {len(check.cuts)} (see splitonnx inspect)"
+    if check.losses:
+        yield f"losses that fit output '{check.output}': {', '.join(check.losses)}"
+    yield from format_remarks(check.remarks, width)
+    for obstacle in check.obstacles:
+        yield from _wrap(f"in the way: {obstacle}", width, "", " " * 8)
+
+
+def _join(layers: Sequence[Layer]) -> list[tuple[str, list[Layer]]]:
+    """Join layers by fewer and fewer parts of their names, until there are few enough."""
+    groups = {layer.name: [layer] for layer in layers}
+    depth = max(len(_split(layer.name)) for layer in layers)
+    while len(groups) > MOST_ROWS and depth > 1:
+        depth -= 1
+        groups = {}
+        for layer in layers:
+            parts = _split(layer.name)
+            groups.setdefault("".join(parts[:depth]).rstrip("./"), []).append(layer)
+    return list(groups.items())
+
+
+def _split(name: str) -> list[str]:
+    """Split a name behind each separator; the parts joined are the name again."""
+    parts = name.replace(".", ".\0").replace("/", "/\0").split("\0")
+    return [*parts] if parts[0] not in ("", "/") else ["".join(parts[:2]), *parts[2:]]
+
+
+def _label(name: str, group: Sequence[Layer]) -> str:
+    operators = list(dict.fromkeys(op for layer in group for op in layer.operators))
+    own = [weight.name for layer in group for weight in layer.weights]
+    told = _list([operator for operator in operators if operator not in name])
+    label = f"{name} ({told})" if told else name
+    return label if any(weight.startswith(name) for weight in own) else f"{label}: {_list(own)}"
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _row(cells: Sequence[str], label: str) -> str:
+    return f" {'   '.join((*cells, label))}"
+
+
+def _wrap(text: str, width: int | None, first: str, rest: str) -> Iterator[str]:
+    if width is None:
+        yield f"{first}{text}"
+        return
+    yield from textwrap.wrap(
+        text,
+        max(width, 40 + len(rest)),
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

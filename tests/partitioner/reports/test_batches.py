@@ -1,0 +1,79 @@
+"""A batch that an export fixed: in the inputs, or in constants of the graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.reports.batches import remark_on_batches
+from splitonnx.partitioner.reports.remarks import Remark
+from tests.support.nets import FLOAT, Net
+
+
+def list_remarks(model: onnx.ModelProto, producer: str = "") -> list[Remark]:
+    return list(remark_on_batches(prepare(open_model(model)), "y", producer))
+
+
+def build_reshape(*target: int) -> onnx.ModelProto:
+    """Reshape (B, 8) to a target and flatten it."""
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w", 4, 8), out="m")
+    value = net.op("Reshape", value, net.constant("target", np.array(target)), out="r")
+    value = net.op("Flatten", value, out="f", axis=0)
+    return net.finish({"x": (FLOAT, ["B", 4])}, net.op("Relu", value, out="y"), "M")
+
+
+@pytest.mark.parametrize("target", [(3, 2, 4), (2, 3, 4), (24,)])
+def test_a_constant_that_holds_the_batch_is_named_with_its_size(target: tuple[int, ...]) -> None:
+    (remark,) = list_remarks(build_reshape(*target))
+    assert remark.names == ("r_node",)
+    assert "a batch of 3" in remark.sentence
+    assert remark.options == ("--dim B=3",)
+
+
+@pytest.mark.parametrize("target", [(-1, 2, 4), (0, 2, 4), (1, -1, 4)])
+def test_a_target_that_follows_the_batch_calls_for_no_remark(target: tuple[int, ...]) -> None:
+    assert list_remarks(build_reshape(*target)) == []
+
+
+def test_a_class_token_of_one_sample_fixes_the_batch() -> None:
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w", 4, 4), out="m")
+    value = net.op("Concat", net.weight("token", 1, 1, 4), value, out="c", axis=1)
+    model = net.finish({"x": (FLOAT, ["B", 5, 4])}, net.op("Relu", value, out="y"), 6, 4)
+    (remark,) = list_remarks(model)
+    assert remark.names == ("c_node",)
+    assert remark.options == ("--dim B=1",)
+
+
+def test_first_states_of_a_recurrence_fix_the_batch() -> None:
+    net = Net()
+    net.constant("h0", np.zeros((1, 2, 3), np.float32))
+    weights = net.weight("wi", 1, 9, 4), net.weight("wr", 1, 9, 3)
+    value = net.op("GRU", "x", *weights, "", "", "h0", out="y", hidden_size=3)
+    model = net.finish({"x": (FLOAT, [5, "B", 4])}, value, 1, 2, 3)
+    (remark,) = [r for r in list_remarks(model) if r.names == (f"{value}_node",)]
+    assert "a size of 2" in remark.sentence
+    assert remark.options == ("--dim B=2",)
+
+
+def fix_batch(size: int) -> onnx.ModelProto:
+    net = Net()
+    model = net.finish(
+        {"x": (FLOAT, [size, 4])}, net.op("MatMul", "x", net.weight("w", 4, 3), out="y"), 3
+    )
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = size
+    return model
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_inputs_that_fix_the_batch_are_named_with_the_way_out(size: int) -> None:
+    (remark,) = list_remarks(fix_batch(size))
+    assert remark.names == ("x",)
+    assert f"fixed at {size}" in remark.sentence
+    assert remark.sentence.endswith(f"train with --batch-size {size}")
+    (remark,) = list_remarks(fix_batch(size), "pytorch 2.6.0")
+    assert "dynamic_axes={'x': {0: 'N'}, 'y': {0: 'N'}}" in remark.sentence

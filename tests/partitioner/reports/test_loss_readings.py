@@ -1,0 +1,88 @@
+"""How a loss reads an output: activations that it skips or applies twice, the axis of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.reports.loss_readings import remark_on_loss
+from splitonnx.partitioner.reports.remarks import Kind, Remark
+from tests.support.nets import FLOAT, Net
+
+Tail = Sequence[tuple[str, list[str], dict[str, Any]]]
+
+
+def list_remarks(tail: Tail, *losses: str) -> list[Remark]:
+    """Put operators behind scores of shape (N, 4)."""
+    net = Net()
+    net.constant("half", np.array(0.5, np.float32))
+    net.constant("low", np.array(1e-7, np.float32))
+    net.constant("high", np.array(1 - 1e-7, np.float32))
+    value = net.op("MatMul", "x", net.weight("w", 4, 4), out="scores")
+    for index, (kind, inputs, attributes) in enumerate(tail):
+        value = net.op(kind, value, *inputs, out=f"t{index}", **attributes)
+    model = net.finish({"x": (FLOAT, ["N", 4])}, value, 4)
+    return list(remark_on_loss(prepare(open_model(model)), losses, value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss"), [("Softmax", "cross-entropy"), ("Sigmoid", "bce-with-logits")]
+)
+def test_an_activation_that_the_loss_skips_is_told(kind: str, loss: str) -> None:
+    tails: list[Tail] = [[], [("Clip", ["low", "high"], {})], [("Identity", [], {})]]
+    for behind in tails:
+        (remark,) = list_remarks([(kind, [], {}), *behind], loss)
+        assert remark.kind is Kind.ACTIVATION_SKIPPED
+        assert "computed from 'scores'" in remark.sentence
+
+
+def test_an_activation_that_cannot_be_skipped_would_squash_twice() -> None:
+    for behind in ("Mul", "Add"):
+        (remark,) = list_remarks([("Softmax", [], {}), (behind, ["half"], {})], "cross-entropy")
+        assert remark.kind is Kind.ACTIVATION_TWICE
+        assert "export the model with 'scores' as its output" in remark.sentence
+        assert remark.options == ()
+
+
+def test_the_loss_that_skips_the_activation_is_offered() -> None:
+    (remark,) = list_remarks([("Sigmoid", [], {})], "cross-entropy", "mse", "bce-with-logits")
+    assert remark.kind is Kind.ACTIVATION_TWICE
+    assert remark.options == ("--loss bce-with-logits",)
+
+
+def test_raw_scores_and_losses_without_activation_call_for_no_remark() -> None:
+    assert list_remarks([], "cross-entropy", "bce-with-logits") == []
+    assert list_remarks([("Softmax", [], {})], "mse") == []
+    assert list_remarks([("Softmax", [], {}), ("Mul", ["half"], {})], "l1") == []
+    assert list_remarks([("LogSoftmax", [], {})], "cross-entropy") == []
+    assert list_remarks([]) == []
+
+
+def list_axes(source: str, shape: list[int | str], *dims: int) -> list[Remark]:
+    net = Net()
+    if source == "MatMul":
+        value = net.op("MatMul", "x", net.weight("w", 4, dims[-1]), out="m")
+        value = net.op("Add", value, net.weight("b", dims[-1]), out="y")
+    else:
+        value = net.op("Conv", "x", net.weight("w", dims[0], 4, 1), out="y")
+    model = net.finish({"x": (FLOAT, shape)}, value, *dims)
+    return list(remark_on_loss(prepare(open_model(model)), ["cross-entropy"], "y"))
+
+
+def test_classes_on_the_last_axis_are_told_with_both_readings() -> None:
+    for classes in (5, 7):
+        (remark,) = list_axes("MatMul", ["N", 5, 4], 5, classes)
+        assert remark.kind is Kind.CLASS_AXIS
+        assert f"axis 1 (5 classes, labels (N, {classes})" in remark.sentence
+        assert f"last axis ({classes} classes, labels (N, 5)" in remark.sentence
+        assert remark.options == ("--class-axis 1", "--class-axis -1")
+
+
+def test_channels_of_a_convolution_are_the_classes() -> None:
+    assert list_axes("Conv", ["N", 4, 6], 6, 6) == []
+    assert list_axes("MatMul", ["N", "T", 4], "T", 5) == []  # type: ignore[arg-type]

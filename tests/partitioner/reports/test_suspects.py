@@ -1,0 +1,138 @@
+"""What would be trained or kept unmeant: each remark's option, when followed, does what it says."""
+
+from __future__ import annotations
+
+import shlex
+
+import numpy as np
+import onnx
+import pytest
+
+from splitonnx.manifests import Role
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.reports.checks import check
+from splitonnx.partitioner.reports.remarks import Kind, Remark
+from splitonnx.partitioner.reports.suspects import (
+    find_computed,
+    list_kept_scalings,
+    remark_on_computed,
+    remark_on_conditional,
+    remark_on_scalings,
+)
+from tests.support.nets import FLOAT, Net
+
+
+def build_sound_model() -> onnx.ModelProto:
+    """Mel features, a position table and a fixed blur, with names that a pattern must escape."""
+    net, ramp = Net(), np.arange(10)[:, None]
+    bins = np.clip(1 - np.abs(np.arange(12) - 3 * np.arange(4)[:, None]) / 3, 0, None)
+    net.constant("front|end.mel(1)", bins.T.astype(np.float32))
+    net.constant("pe+", np.sin(ramp * 0.9 ** np.arange(4)).astype(np.float32)[None])
+    net.constant("blur", (np.outer([1, 2, 1], [1, 2, 1]) / 16)[None, None].astype(np.float32))
+    value = net.op("MatMul", "x", "front|end.mel(1)", out="m")
+    value = net.op("MatMul", value, net.weight("w", 4, 4), out="h")
+    value = net.op("Add", value, "pe+", out="p")
+    axis = net.constant("axis", np.array([1]))
+    value = net.op("Conv", net.op("Unsqueeze", value, axis, out="u"), "blur", out="b")
+    value = net.op("Flatten", value, out="f")
+    output = net.op("MatMul", value, net.weight("w2", 16, 3), out="y")
+    return net.finish({"x": (FLOAT, ["N", 10, 12])}, output, 3)
+
+
+def list_roles(model: onnx.ModelProto, remark: Remark | None = None) -> dict[str, Role]:
+    """Prepare a model, with the option that a remark offers."""
+    return dict(prepare_with(model, remark).roles)
+
+
+def prepare_with(model: onnx.ModelProto, remark: Remark | None = None) -> PreparedModel:
+    words = shlex.split(remark.options[0]) if remark is not None else ["", ""]
+    train, freeze = ([words[1]] if words[0] == key else [] for key in ("--train", "--freeze"))
+    return prepare(open_model(model), train=train, freeze=freeze)
+
+
+def test_each_suspect_is_told_with_its_reason() -> None:
+    reasons = find_computed(prepare_with(build_sound_model()))
+    assert reasons.keys() == {"front|end.mel(1)", "pe+", "blur"}
+    assert "mel filter bank" in reasons["front|end.mel(1)"]
+    assert "sines" in reasons["pe+"]
+    assert "fixed filter" in reasons["blur"]
+
+
+def test_the_pattern_offered_freezes_exactly_what_is_named() -> None:
+    model = build_sound_model()
+    before = list_roles(model)
+    remarks = list(remark_on_computed(find_computed(prepare_with(model))))
+    assert [remark.kind for remark in remarks].count(Kind.COMPUTED_TABLE) == 2
+    for remark in remarks:
+        after = list_roles(model, remark)
+        assert {name for name in before if before[name] is not after[name]} == set(remark.names)
+        assert all(after[name] is Role.FROZEN for name in remark.names)
+
+
+def build_normalized(
+    mean: np.ndarray, deviation: np.ndarray, kinds: tuple[str, str] = ("Sub", "Div")
+) -> onnx.ModelProto:
+    net = Net()
+    value = net.op(kinds[0], "x", net.constant("mean", mean.astype(np.float32)), out="c")
+    value = net.op(kinds[1], value, net.constant("std", deviation.astype(np.float32)), out="d")
+    output = net.op("MatMul", value, net.weight("w", 4, 3), out="y")
+    return net.finish({"x": (FLOAT, ["N", 5, 4])}, output, 5, 3)
+
+
+MEAN, DEVIATION = np.array([0.4, 0.5, 0.6, 0.7]), np.array([0.2, 0.3, 0.25, 0.9])
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (1, 1, 4)])
+@pytest.mark.parametrize("kinds", [("Sub", "Div"), ("Add", "Mul"), ("Mul", "Add")])
+def test_what_scales_a_raw_input_keeps_its_value_and_is_told(
+    shape: tuple[int, ...], kinds: tuple[str, str]
+) -> None:
+    model = build_normalized(MEAN.reshape(shape), DEVIATION.reshape(shape), kinds)
+    (remark,) = remark_on_scalings(prepare_with(model))
+    assert set(remark.names) == {"mean", "std"}
+    roles = list_roles(model)
+    assert (roles["mean"], roles["std"], roles["w"]) == (Role.FROZEN, Role.FROZEN, Role.PARAMETER)
+    assert set(list_roles(model, remark).values()) == {Role.PARAMETER}
+    assert list_kept_scalings(prepare_with(model, remark)) == ()
+
+
+def test_a_whole_image_is_a_mean_where_it_is_subtracted() -> None:
+    image = np.linspace(0.1, 0.9, 20).reshape(5, 4) ** 2
+    model = build_normalized(image, DEVIATION)
+    assert list_kept_scalings(prepare_with(model)) == ("mean", "std")
+    added = build_normalized(image, DEVIATION, ("Add", "Mul"))  # as a table of positions is
+    assert list_kept_scalings(prepare_with(added)) == ()
+
+
+def test_first_values_of_a_learned_scale_are_trained() -> None:
+    model = build_normalized(np.ones(4), np.zeros(4), ("Mul", "Add"))
+    assert list_kept_scalings(prepare_with(model)) == ()
+
+
+def build_conditional() -> onnx.ModelProto:
+    """A branch that depends on the data, with a weight that only it reads."""
+    value = onnx.helper.make_tensor_value_info
+    branches = {
+        name: onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMul", ["h", weight], [f"{name}_out"])],
+            name, [], [value(f"{name}_out", FLOAT, None)],
+            [onnx.numpy_helper.from_array(np.ones((4, 4), np.float32) * 0.5, weight)],
+        )
+        for name, weight in (("then_branch", "branch.w"), ("else_branch", "other.w"))
+    }  # fmt: skip
+    net = Net()
+    total = net.op("ReduceSum", "x", out="total", keepdims=0)
+    condition = net.op("Cast", total, out="condition", to=onnx.TensorProto.BOOL)
+    net.op("Identity", "x", out="h")
+    net.op("If", condition, out="chosen", **branches)
+    output = net.op("MatMul", "chosen", net.weight("w", 4, 3), out="y")
+    return net.finish({"x": (FLOAT, ["N", 4])}, output, 3)
+
+
+def test_weights_of_a_branch_are_named_with_its_node() -> None:
+    (remark,) = remark_on_conditional(prepare_with(build_conditional()))
+    assert remark.kind is Kind.CONDITIONAL_WEIGHTS
+    assert set(remark.names) == {"branch.w", "other.w"}
+    assert "'chosen_node'" in remark.sentence
+    assert check(build_conditional()).conditional == 32

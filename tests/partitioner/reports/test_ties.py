@@ -1,0 +1,67 @@
+"""Parameters that hold the same numbers: ties that an export lost, and layers that begin alike."""
+
+from __future__ import annotations
+
+import shlex
+
+import numpy as np
+import onnx
+
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.reports.remarks import Remark
+from splitonnx.partitioner.reports.ties import remark_on_ties
+from tests.support.nets import FLOAT, Net
+
+
+def build(*weights: tuple[str, np.ndarray]) -> onnx.ModelProto:
+    """Multiply by each weight in turn, all 4 x 4."""
+    net, value = Net(), "x"
+    for index, (name, array) in enumerate(weights):
+        value = net.op("MatMul", value, net.constant(name, array), out=f"v{index}")
+    return net.finish({"x": (FLOAT, ["N", 4])}, value, 4)
+
+
+def list_ties(model: onnx.ModelProto) -> list[Remark]:
+    return list(remark_on_ties(prepare(open_model(model)), ()))
+
+
+def draw(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((4, 4)).astype(np.float32)
+
+
+def test_equal_and_transposed_matrices_are_named_with_the_option_that_joins_them() -> None:
+    same = draw(1)
+    (remark,) = list_ties(
+        build(("emb.weight", same), ("w", draw(2)), ("head w", same.T.copy()), ("again", same))
+    )
+    assert remark.names == ("emb.weight", "head w", "again")
+    assert "'head w' (transposed), 'again'" in remark.sentence
+    assert [shlex.split(option) for option in remark.options] == [
+        ["--tie", "emb.weight=head w"],
+        ["--tie", "emb.weight=again"],
+    ]
+
+
+def test_the_same_numbers_in_another_order_are_no_tie() -> None:
+    same = draw(1)
+    assert list_ties(build(("a.w", same), ("b.w", np.roll(same, 1, axis=1)))) == []
+
+
+def test_weights_of_one_number_are_no_tie() -> None:
+    ones = np.ones((4, 4), np.float32)
+    assert list_ties(build(("a.w", ones), ("b.w", ones))) == []
+
+
+def test_numbered_layers_may_begin_alike() -> None:
+    same = draw(1)
+    assert list_ties(build(("layers.0.w", same), ("layers.1.w", same))) == []
+    (remark,) = list_ties(build(("left.w", same), ("right.w", same)))
+    assert remark.names == ("left.w", "right.w")
+
+
+def test_two_sets_of_equal_parameters_are_two_remarks() -> None:
+    remarks = list_ties(
+        build(("a.w", draw(1)), ("b.w", draw(2)), ("c.w", draw(1)), ("d.w", draw(2)))
+    )
+    assert [remark.names for remark in remarks] == [("a.w", "c.w"), ("b.w", "d.w")]
