@@ -97,7 +97,17 @@ def main() -> None:
         print(f"{size / 1e9:.2f} GB in {len(sizes) - 1} weights")
         commands: list[tuple[str | Path, ...]] = [
             ("inspect", model),
-            ("cut", model, "--at", cut, "--loss", "mse", "-o", folder / "bundle"),
+            (
+                "cut",
+                model,
+                "--at",
+                cut,
+                "--send-labels",
+                "--loss",
+                "mse",
+                "-o",
+                folder / "bundle",
+            ),
             ("merge", folder / "bundle", "-o", folder / "trained.onnx"),
         ]
         print(f"{'command':10} {'exit':>4} {'seconds':>8} {'GB':>6}")

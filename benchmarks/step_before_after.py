@@ -68,7 +68,8 @@ def work(model: str, tail: bool, threads: int | None) -> None:
 
     Each time, it prints the seconds of each step, and those that client and server computed in all.
     """
-    from splitonnx import Client, cut
+    from splitonnx import Client
+    from splitonnx.partitioner.partitions import cut
 
     random = np.random.default_rng(1)
     batch: dict[str, np.ndarray]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -25,7 +25,7 @@ from splitonnx.partitioner.cutting.conformance.comparisons import (
     USUAL_BYTES,
     compare_with_original,
 )
-from splitonnx.partitioner.cutting.joints import build_predict, build_training
+from splitonnx.partitioner.cutting.joints import JointGraph, build_predict, build_training
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.differentiation.losses import (
     LABELS,
@@ -43,6 +43,9 @@ from splitonnx.partitioner.normalization.weights import make_pattern
 
 NO_CHECK = "SPLITONNX_NO_CHECK"
 """The environment variable with which cuts are not compared with the model by default."""
+
+Approval = Callable[[PreparedModel, JointGraph, JointGraph], None]
+"""Looks at how a model was divided to train and to predict, and raises to refuse it."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,8 +72,12 @@ def cut(
     client_target: Target = TRAINING,
     server_target: Target = TRAINING,
     check: bool | None = None,
+    approve: Approval | None = None,
 ) -> Bundle:
     """Cut a model into a client part and a server part, ready for training.
+
+    Users call :func:`splitonnx.cut` (in :mod:`permissions`), which refuses to send raw inputs and
+    labels that were not named.  This function sends what the cut needs.
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded model.  An ``onnx.ModelProto`` is not
@@ -113,6 +120,7 @@ def cut(
             warning.  By default, models with up to 256 MiB of weights are compared, unless the
             environment variable ``SPLITONNX_NO_CHECK`` is set to 1.  An ``onnx_ir`` model, which
             is changed, cannot be compared.
+        approve: called before the bundle is made.
 
     Returns:
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
@@ -154,6 +162,7 @@ def cut(
         labels=labels,
         client_target=client_target,
         server_target=server_target,
+        approve=approve,
     )
     wanted = os.environ.get(NO_CHECK) != "1" if check is None else check
     if wanted and not isinstance(model, ir.Model):
@@ -177,6 +186,7 @@ def cut_prepared(
     labels: str = LABELS,
     client_target: Target = TRAINING,
     server_target: Target = TRAINING,
+    approve: Approval | None = None,
 ) -> Bundle:
     """Cut a prepared model as :func:`cut` does, without comparing the result with anything.
 
@@ -209,6 +219,8 @@ def cut_prepared(
     _say_kept_scalings(prepared)
     training = build_training(prepared, names_at, names_tail, loss, output, options)
     predict = build_predict(prepared, names_at, names_tail)
+    if approve is not None:
+        approve(prepared, training, predict)
     return assemble(prepared, training, predict, recipe, optimizer)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from splitonnx.errors import SplitonnxError
     from splitonnx.optimizers import SGD, Adam, AdamW
     from splitonnx.partitioner.merges import merge, write_merged
-    from splitonnx.partitioner.partitions import cut
+    from splitonnx.partitioner.permissions import cut
     from splitonnx.partitioner.reports.checks import check
     from splitonnx.partitioner.reports.inspections import inspect
     from splitonnx.runtime.client.clients import Client
@@ -53,7 +53,7 @@ _HOMES = {
     "Server": "runtime.server.servers",
     "SplitonnxError": "errors",
     "check": "partitioner.reports.checks",
-    "cut": "partitioner.partitions",
+    "cut": "partitioner.permissions",
     "export": "runtime.engine.exports",
     "inspect": "partitioner.reports.inspections",
     "merge": "partitioner.merges",

@@ -44,7 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
     import splitonnx
 
     folder = tmp_path_factory.mktemp("inputs")
-    splitonnx.cut(MODEL, at=AT, client_target="portable").save(folder / "bundle")
+    splitonnx.cut(MODEL, at=AT, send_labels=True, client_target="portable").save(folder / "bundle")
     image = np.zeros((SAMPLES, 1, 8, 8), np.float32)
     np.savez(folder / "data.npz", image=image, labels=np.zeros(SAMPLES, np.int64))
     with Server(folder / "bundle" / "server", port=0) as server:
@@ -61,7 +61,7 @@ def place(tmp_path: Path) -> Path:
 
 
 COMMANDS: Mapping[str, Callable[[Inputs, str], list[object]]] = {
-    "cut": lambda _, output: ["cut", MODEL, "--at", AT, "--force", "-o", output],
+    "cut": lambda _, output: ["cut", MODEL, "--at", AT, "--send-labels", "--force", "-o", output],
     "merge": lambda given, output: ["merge", given.bundle, "--force", "-o", output],
     "export": lambda given, output: [
         "export", given.bundle / "client", "--for", "mobile", "--force", "-o", output,

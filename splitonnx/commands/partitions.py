@@ -135,6 +135,21 @@ def cut(
             "loss and the labels stay there; repeatable.",
         ),
     ] = None,
+    send_input: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Let this raw input leave the client, named in --at or crossing beside it; "
+            "repeatable.",
+        ),
+    ] = None,
+    send_labels: Annotated[
+        bool,
+        typer.Option(
+            "--send-labels",
+            help="Let the labels leave the client, as a cut without --tail-at needs.",
+        ),
+    ] = False,
     loss: LossOption = None,
     output: OutputOption = None,
     optimizer: OptimizerOption = None,
@@ -187,6 +202,8 @@ def cut(
         labels=means.labels,
         client_target=(client_target or Target.TRAINING).value,
         server_target=(server_target or Target.TRAINING).value,
+        send_inputs=send_input or (),
+        send_labels=send_labels,
         check=check,
     )
     made.save(bundle, overwrite=force)

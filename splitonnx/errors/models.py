@@ -169,12 +169,48 @@ class NotACut(CutError):
     def __str__(self) -> str:
         if self.missing:
             source = f" (of the raw input {quote(self.raw)}, which stays home)" if self.raw else ""
+            options = " ".join(f"--send-input {name}" for name in self.raw)
+            named = f", with {options}" if self.raw else ""
             return (
                 f"{quote(self.tensors)} do not divide the model: {quote(self.missing)} would cross "
-                f"too{source}; add them to the cut to let them cross, or choose another one "
-                "(`splitonnx inspect` lists the single-tensor cuts)"
+                f"too{source}; add them to the cut to let them cross{named}, or choose another "
+                "one (`splitonnx inspect` lists the single-tensor cuts)"
             )
         return f"{quote(self.tensors)} do not divide the model: {self.reason}"
+
+
+@dataclass(eq=False)
+class InputsNotPermitted(CutError):
+    """A cut would send raw inputs to the server that the user did not name.
+
+    ``tensor`` is what would be sent: an input itself, or computed from ``inputs`` alone.
+    """
+
+    tensor: str
+    inputs: Sequence[str]
+
+    def __str__(self) -> str:
+        options = " ".join(f"--send-input {name}" for name in self.inputs)
+        named = ", ".join(map(repr, self.inputs))
+        derived = self.tensor not in self.inputs
+        source = f"'{self.tensor}', which is computed without any weight from " if derived else ""
+        return (
+            f"this cut would send {source}the raw input {quote(self.inputs)}; to let it leave the "
+            f"client, add {options} (in Python: send_inputs=[{named}]), else cut behind the first "
+            "layer with weights"
+        )
+
+
+@dataclass(eq=False)
+class LabelsNotPermitted(CutError):
+    """A vanilla cut would send the labels to the server, and the user did not permit it."""
+
+    def __str__(self) -> str:
+        return (
+            "the server would compute the loss, so this cut would send the labels; to let them "
+            "leave the client, add --send-labels (in Python: send_labels=True), or keep them there "
+            "with --tail-at NAME (tail_at=), and the last layers and the loss with them"
+        )
 
 
 @dataclass(eq=False)

@@ -26,7 +26,7 @@ def try_commands(build: Callable[[], onnx.ModelProto], ground: Ground) -> Outcom
     model = save(build(), folder)
     seen, held = [], True
     for command, *options in (
-        ("check",), ("inspect",), ("cut", "--at", "first", "-o", folder / "bundle")
+        ("check",), ("inspect",), ("cut", "--at", "first", "--send-labels", "-o", folder / "bundle")
     ):  # fmt: skip
         ended = ground.checkout.run(command, model, *options, seconds=SECONDS)
         how = f"{ended.how} after {ended.seconds:.1f} s" if ended.code is not None else ended.how

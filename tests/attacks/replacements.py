@@ -33,7 +33,8 @@ def killed_replacement(ground: Ground) -> Outcome:
             before = (old / "manifest.json").read_bytes()
             model = ground.checkout.root / "examples" / "digits.onnx"
             ended = ground.checkout.run(
-                "cut", model, "--at", "/block1/Relu_output_0", "--force", "-o", old,
+                "cut", model, "--at", "/block1/Relu_output_0", "--send-labels", "--force",
+                "-o", old,
                 through=(HERE / "killed.py", old, number, way),
             )  # fmt: skip
             is_killed = ended.code == -signal.SIGKILL

@@ -63,7 +63,7 @@ from splitonnx.commands import main
 atexit.register(lambda: print(gc.isenabled(), len(gc.get_objects()), gc.get_freeze_count() > 5e4))
 main()
 """
-    options = ["--at", AT, "-o", str(tmp_path / "bundle")] if name == "cut" else []
+    options = ["--at", AT, "--send-labels", "-o", str(tmp_path / "bundle")] if name == "cut" else []
     done = subprocess.run(
         [sys.executable, "-c", script, name, str(MODEL), *options],
         capture_output=True, text=True, check=True,

@@ -81,7 +81,7 @@ def test_cut_compares_the_parts_with_the_model(
         return [{name: factor * array for name, array in values.items()} for values in made]
 
     monkeypatch.setattr(dataflow, "run_session", run_wrong)
-    cut = ("cut", MODEL, "--at", AT, "-o", tmp_path / "bundle")
+    cut = ("cut", MODEL, "--at", AT, "--send-labels", "-o", tmp_path / "bundle")
     line = command.fail(*cut, "--check")
     assert "a mistake in splitonnx, not in the model: what the parts predict differs" in line
     assert not (tmp_path / "bundle").exists()
@@ -93,13 +93,15 @@ def test_cut_takes_several_tensors(command: Command, tmp_path: Path) -> None:
     model, folder = tmp_path / "model.onnx", tmp_path / "bundle"
     onnx.save(entry.build(), model)
     first, second = entry.several
-    command.succeed("cut", model, "--at", first, "--at", second, "-o", folder)
+    command.succeed("cut", model, "--at", first, "--at", second, "--send-labels", "-o", folder)
     assert Bundle.load(folder).manifest.recipe.at == (first, second)
     assert f"'{second}'" in command.fail("cut", model, "--at", first, "-o", tmp_path / "other")
 
 
 def test_cut_as_json_says_what_each_party_holds(command: Command, tmp_path: Path) -> None:
-    out = command.succeed("cut", MODEL, "--at", AT, "-o", tmp_path / "bundle", "--json")
+    out = command.succeed(
+        "cut", MODEL, "--at", AT, "--send-labels", "-o", tmp_path / "bundle", "--json"
+    )
     summary = json.loads(out)
     assert summary["recipe"]["at"] == [AT]
     assert summary["parties"]["client"]["parameters"] == 264
@@ -112,7 +114,8 @@ def test_cut_as_json_says_what_each_party_holds(command: Command, tmp_path: Path
 def test_an_existing_bundle_is_replaced_with_force_only(command: Command, bundle: Path) -> None:
     assert "--force" in command.fail("cut", MODEL, "--at", AT, "-o", bundle)
     assert Bundle.load(bundle).manifest.recipe.tail_at == (TAIL_AT,)
-    assert command.succeed("cut", MODEL, "--at", AT, "-o", bundle, "--force", "--quiet") == ""
+    again = ("cut", MODEL, "--at", AT, "--send-labels", "-o", bundle, "--force", "--quiet")
+    assert command.succeed(*again) == ""
     assert Bundle.load(bundle).manifest.recipe.tail_at == ()
 
 
@@ -141,7 +144,7 @@ def test_verify_exits_with_1_where_split_and_unsplit_differ(
     command: Command, data: Path, tmp_path: Path
 ) -> None:
     bundle = tmp_path / "bundle"
-    splitonnx.cut(MODEL, at=AT, client_target="portable").save(bundle)
+    splitonnx.cut(MODEL, at=AT, send_labels=True, client_target="portable").save(bundle)
     arguments = ("verify", bundle, "--data", data, "--steps", 2, "--batch-size", 8, "--rtol")
     code, out, _ = command(*arguments, 0)
     assert code == 1

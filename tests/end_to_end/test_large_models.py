@@ -62,7 +62,9 @@ def test_cutting_takes_no_more_memory_for_large_weights(tmp_path: Path) -> None:
     for width in (8, 5000):
         model = write_model(tmp_path / str(width), width)
         bundle = tmp_path / f"bundle{width}"
-        peaks[width] = measure("cut", model, "--at", "hidden", "--loss", "mse", "-o", bundle)
+        peaks[width] = measure(
+            "cut", model, "--at", "hidden", "--send-labels", "--loss", "mse", "-o", bundle
+        )
     assert peaks[5000] - peaks[8] < size / 4
     for party, name in (("client", "w0"), ("server", "w1")):
         weight = Bundle.load(bundle).parties[party].weights[name]
@@ -92,7 +94,7 @@ def test_pages_that_were_written_to_are_not_given_back(tmp_path: Path) -> None:
 def test_a_merged_model_too_large_for_one_file_is_written_as_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = cut(ZOO["batchnorm_trained"].build(), at="r1")
+    bundle = cut(ZOO["batchnorm_trained"].build(), at="r1", send_labels=True)
     whole = merge(bundle)
     monkeypatch.setattr(merges, "MAX_INSIDE", 64)
     with pytest.raises(UsageError, match="write_merged"):
@@ -111,7 +113,7 @@ def test_a_merged_model_too_large_for_one_file_is_written_as_two(
 def test_a_merged_model_overwrites_nothing_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = cut(ZOO["chain"].build(), at="act1")
+    bundle = cut(ZOO["chain"].build(), at="act1", send_labels=True)
     monkeypatch.setattr(merges, "MAX_INSIDE", 64)
     beside = tmp_path / "trained.onnx.data"
     beside.write_bytes(b"mine")

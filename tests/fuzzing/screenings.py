@@ -27,7 +27,7 @@ _SECONDS = 60
 _PROCESSOR_SECONDS = 30
 """Beyond either, the system ends the process, and its exit code says so."""
 _MEMORY = 2 << 30
-_CUT = ("--at", "act1", "--loss", "mse")
+_CUT = ("--at", "act1", "--loss", "mse", "--send-labels")
 
 
 def load(folder: Path) -> None:

@@ -20,6 +20,7 @@ import splitonnx
 from splitonnx import atomic, bundles
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import BundleError, ForbiddenGraph, NotExportable, StageFailed
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine import engines, exports
 from splitonnx.runtime.engine.engines import Engine, InstalledRuntime
@@ -95,7 +96,7 @@ def test_models_of_the_zoo_train_the_same_in_either_format(name: str, tmp_path: 
     entry = ZOO[name]
     model = entry.build()
     cuts = [found.tensor for found in splitonnx.inspect(model)]
-    made = splitonnx.cut(model, at=cuts[len(cuts) // 2], loss=entry.loss, client_target="portable")
+    made = cut(model, at=cuts[len(cuts) // 2], loss=entry.loss, client_target="portable")
     folder = tmp_path / "bundle"
     made.save(folder)
     export(folder / "client")
@@ -240,7 +241,7 @@ def test_ort_format_that_is_cut_short_is_an_error(kept: int) -> None:
 def test_training_operators_are_refused_with_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    splitonnx.cut(MODEL, at=AT).save(tmp_path / "bundle")
+    cut(MODEL, at=AT).save(tmp_path / "bundle")
     sentence = r"'head\.\w+\.onnx' has training operators .*BatchNorm.*--client-target portable$"
     for installed in (engines.installed_runtime(), InstalledRuntime(version="1", training=False)):
         monkeypatch.setattr(engines, "installed_runtime", lambda found=installed: found)

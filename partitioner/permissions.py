@@ -1,0 +1,205 @@
+"""Cut a model for a user: raw inputs and labels leave the client only if the user names them.
+
+:func:`cut` is the function that users call.  It makes what :func:`partitions.cut` makes, and
+refuses a cut that would send data that nobody named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from splitonnx.bundles import Bundle
+from splitonnx.errors import InputsNotPermitted, LabelsNotPermitted, UsageError, quote
+from splitonnx.manifests import WireKind
+from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Target
+from splitonnx.optimizers import Optimizer
+from splitonnx.partitioner import partitions
+from splitonnx.partitioner.cutting.joints import JointGraph
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.differentiation.losses import LABELS
+from splitonnx.partitioner.gate.adjustments import Binding
+from splitonnx.partitioner.gate.gates import ModelSource
+from splitonnx.partitioner.graphs.traversals import reads_size, walk_back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permission:
+    """The data that a user lets leave the client: the named raw inputs, and perhaps the labels."""
+
+    inputs: tuple[str, ...] = ()
+    labels: bool = False
+
+    def check(self, prepared: PreparedModel, training: JointGraph, predict: JointGraph) -> None:
+        """Check that a cut sends the data that were named, and no others.
+
+        Raises:
+            InputsNotPermitted: a raw input would leave that was not named.
+            LabelsNotPermitted: the labels would leave, and this was not permitted.
+            UsageError: what was named does not leave.
+        """
+        raw = {value.name or "" for value in prepared.training.graph.inputs}
+        leaving: dict[str, list[str]] = {}
+        for joint in (training, predict):
+            for tensor, inputs in find_raw_inputs(joint, raw - prepared.state).items():
+                leaving[tensor] = inputs
+        for tensor, inputs in leaving.items():
+            unnamed = [name for name in inputs if name not in self.inputs]
+            if unnamed:
+                raise InputsNotPermitted(tensor, unnamed)
+        self._check_named({name for inputs in leaving.values() for name in inputs})
+        self._check_labels(bool(sends_labels(training, raw)))
+
+    def _check_named(self, leaving: set[str]) -> None:
+        if unsent := [name for name in self.inputs if name not in leaving]:
+            sends = f"the raw inputs {quote(sorted(leaving))}" if leaving else "no raw input"
+            raise UsageError(
+                f"--send-input names {quote(unsent)}, but this cut sends {sends}; leave it out, or "
+                "name the input with --at too"
+            )
+
+    def _check_labels(self, are_sent: bool) -> None:
+        if are_sent and not self.labels:
+            raise LabelsNotPermitted
+        if self.labels and not are_sent:
+            raise UsageError("--send-labels: this cut does not send the labels; leave it out")
+
+
+def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
+    """Map each tensor that the client sends and that is raw data to the inputs it is computed from.
+
+    A tensor is raw data if it is an input, or computed from inputs alone, without any weight.
+    Tensors that hold only sizes are not.
+    """
+    readers = {node for node in joint.graph if reads_size(node)}
+    found: dict[str, list[str]] = {}
+    for wire in joint.wires:
+        if wire.crossing.sender != CLIENT or wire.kind in (WireKind.GRADIENT, WireKind.NORM):
+            continue
+        sources = [v.name or "" for v in _find_sources(wire.crossing.value, readers)]
+        inputs = sorted(name for name in sources if name in raw)
+        if inputs and not any(name in joint.owners for name in sources):
+            found[wire.tensor.name.removesuffix(f"@{wire.crossing.receiver}")] = inputs
+    return found
+
+
+def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
+    """Return whether the client sends the labels, which the loss added to the model's inputs."""
+    labels = {name for name in joint.data if name not in inputs}
+    sent = [wire for wire in joint.wires if wire.kind is WireKind.INPUT]
+    return any(wire.tensor.name.rpartition("@")[0] in labels for wire in sent)
+
+
+def _find_sources(value: ir.Value, readers: set[ir.Node]) -> set[ir.Value]:
+    return walk_back([value], ends=readers)[1]
+
+
+def cut(
+    model: ModelSource | ir.Model,
+    *,
+    at: str | Sequence[str] | None,
+    tail_at: str | Sequence[str] = (),
+    loss: str = "cross-entropy",
+    output: str | None = None,
+    optimizer: Optimizer | None = None,
+    batchnorm: BatchNormModes = None,
+    dropout: DropoutMode | None = None,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+    dims: Mapping[str, int | str] | None = None,
+    bind: Mapping[str, Binding] | None = None,
+    ties: Sequence[tuple[str, str]] = (),
+    stop_gradients: str | Sequence[str] = (),
+    class_axis: int | None = None,
+    labels: str = LABELS,
+    client_target: Target = TRAINING,
+    server_target: Target = TRAINING,
+    send_inputs: Sequence[str] = (),
+    send_labels: bool = False,
+    check: bool | None = None,
+) -> Bundle:
+    """Cut a model into a client part and a server part, ready for training.
+
+    Raw inputs and labels leave the client only if they are named.
+
+    Args:
+        model: a path, the bytes of an ONNX model, or a loaded model.  An ``onnx.ModelProto`` is not
+            changed.  An ``onnx_ir`` model is changed and must not be used afterwards; it is assumed
+            to be valid.
+        at: the tensors that the client sends to the server, given as tensor names, node names or
+            glob patterns.  The nodes before these tensors are the client's head.  If ``at`` is
+            ``None``, the model is not cut, for training without a server.
+        tail_at: the tensors that the server sends back to the client in a U-shaped cut.  The
+            client then also has the nodes after these tensors, the loss and the labels.
+        loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` if
+            ``output`` is itself the loss; see :func:`losses.attach_loss`.
+        output: the model output from which the loss is computed; by default the first float
+            output.
+        optimizer: the optimizer that updates the parameters; by default ``AdamW(lr=1e-3)``.
+        batchnorm: ``train`` normalizes with batch statistics and updates the running statistics,
+            ``frozen`` uses the running statistics; by default each node's own setting applies.  A
+            dictionary maps regular expressions for the names of nodes and of their tensors to
+            modes; the last one that matches a node applies.
+        dropout: ``keep`` turns every Dropout on, ``off`` turns every Dropout off; by default each
+            node's own setting applies.
+        train: regular expressions for the names of parameters to train.  An expression that matches
+            no parameter selects constants, which then become parameters.  ``train`` takes
+            precedence over ``freeze``.
+        freeze: regular expressions for the names of parameters that keep their values.
+        dims: sizes of the model's inputs, by symbol or by an axis written as ``input:axis``.  A
+            size is a number, or a symbol if it is not to be fixed any more.
+        bind: values of inputs that always have the same value, such as a sampling rate: one number
+            for all elements, or as many numbers as elements.  The data then need not have them.
+        ties: pairs of parameters that are one.  Their numbers must be equal, also if one of them is
+            transposed; the second is then replaced by the first.
+        stop_gradients: the tensors through which no gradient passes, named as in ``at``.
+        class_axis: the axis of ``output`` that holds the classes for ``cross-entropy``; by default
+            axis 1, or the last axis if only the size of this one is known.
+        labels: the name of the labels among the data.
+        client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
+            ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
+        send_inputs: the names of the raw inputs that may leave the client: those in ``at``, and
+            those from which a tensor in ``at`` is computed without any weight.
+        send_labels: let the labels leave the client.  A cut without ``tail_at`` needs them at the
+            server, which computes its loss there.
+        check: compare what was cut with the model on random inputs, by onnx's reference evaluator
+            and by ONNX Runtime without optimizations.  What cannot be compared is logged as a
+            warning.  By default, models with up to 256 MiB of weights are compared, unless the
+            environment variable ``SPLITONNX_NO_CHECK`` is set to 1.
+
+    Returns:
+        The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
+
+    Raises:
+        ModelError: the model cannot be read, prepared or differentiated.
+        CutError: the tensors do not exist or do not divide the model, or data would leave the
+            client that were not named.
+        UsageError: arguments contradict each other.
+        ForbiddenOperator: an internal error; the bundle would not run.
+        DifferentResult: an internal error; the parts would compute something else than the model.
+    """
+    named = (send_inputs,) if isinstance(send_inputs, str) else tuple(send_inputs)
+    return partitions.cut(
+        model,
+        at=at,
+        tail_at=tail_at,
+        loss=loss,
+        output=output,
+        optimizer=optimizer,
+        batchnorm=batchnorm,
+        dropout=dropout,
+        train=train,
+        freeze=freeze,
+        dims=dims,
+        bind=bind,
+        ties=ties,
+        stop_gradients=stop_gradients,
+        class_axis=class_axis,
+        labels=labels,
+        client_target=client_target,
+        server_target=server_target,
+        check=check,
+        approve=Permission(inputs=named, labels=send_labels).check,
+    )

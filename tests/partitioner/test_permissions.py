@@ -1,0 +1,125 @@
+"""Tests that raw inputs and labels leave the client only if the user named them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import onnx
+import pytest
+from onnx import helper
+
+import splitonnx
+from splitonnx.errors import InputsNotPermitted, LabelsNotPermitted, NotACut, UsageError
+from splitonnx.manifests import WireKind
+from splitonnx.names import CLIENT, TRAIN
+from splitonnx.partitioner import partitions, permissions
+from tests.support.zoo import FLOAT, ZOO, Net
+
+
+def list_data_sent(bundle: splitonnx.Bundle) -> set[str]:
+    wires = bundle.client.manifest.phase(TRAIN).wires
+    return {
+        wire.tensor.name for wire in wires if wire.sender == CLIENT and wire.kind is WireKind.INPUT
+    }
+
+
+def build_masked() -> onnx.ModelProto:
+    """Build two layers that a mask reaches, the second after it was scaled without a weight."""
+    net = Net()
+    masked = net.op("Mul", net.op("MatMul", "x", net.weight("w1", 4, 4), out="h1"), "mask", out="m")
+    hidden = net.op("Relu", masked, out="h2")
+    scaled = net.op("Neg", net.op("Exp", "mask", out="e"), out="scaled")
+    hidden = net.op("Add", net.op("MatMul", hidden, net.weight("w2", 4, 4), out="h3"), scaled,
+                    out="h4")  # fmt: skip
+    output = net.op("MatMul", hidden, net.weight("w3", 4, 3), out="scores")
+    return net.finish({"x": (FLOAT, ["N", 4]), "mask": (FLOAT, ["N", 4])}, output, 3)
+
+
+def test_labels_stay_unless_they_are_named() -> None:
+    model = ZOO["chain"].build()
+    with pytest.raises(LabelsNotPermitted, match=r"--send-labels .*send_labels=True.*--tail-at"):
+        splitonnx.cut(model, at="act1")
+    assert list_data_sent(splitonnx.cut(model, at="act1", send_labels=True)) == {"labels@server"}
+    assert list_data_sent(splitonnx.cut(model, at="act1", tail_at="act3")) == set()
+
+
+@pytest.mark.parametrize("tail", [None, "act3"])
+def test_a_raw_input_leaves_only_by_its_name(tail: str | None) -> None:
+    options: dict[str, Any] = {"tail_at": tail} if tail else {"send_labels": True}
+    model = ZOO["chain"].build()
+    with pytest.raises(InputsNotPermitted, match=r"raw input 'x'.*--send-input x") as caught:
+        splitonnx.cut(model, at="x", **options)
+    assert (caught.value.tensor, caught.value.inputs) == ("x", ["x"])
+    with pytest.raises(InputsNotPermitted):  # a pattern names tensors, not what may leave
+        splitonnx.cut(model, at="x*", **options)
+    sent = list_data_sent(splitonnx.cut(model, at="x", send_inputs=("x",), **options))
+    assert "x@server" in sent
+
+
+def test_a_mask_beside_the_cut_is_named_as_the_refusals_say() -> None:
+    model = build_masked()
+    with pytest.raises(NotACut) as refused:
+        splitonnx.cut(model, at="h2", send_labels=True)
+    (missing,) = re.findall(r"'([^']*)' would cross too", str(refused.value))
+    (named,) = re.findall(r"--send-input (\w+)", str(refused.value))
+    assert (missing, named) == ("scaled", "mask")
+    with pytest.raises(InputsNotPermitted, match="'scaled', which is computed without any weight"):
+        splitonnx.cut(model, at=["h2", "scaled"], send_labels=True)
+    bundle = splitonnx.cut(model, at=["h2", missing], send_labels=True, send_inputs=[named])
+    assert bundle.server is not None
+
+
+def test_what_weights_have_changed_is_not_raw() -> None:
+    net = Net()
+    masked = net.op("Mul", net.op("MatMul", "x", net.weight("w1", 4, 4), out="h1"), "mask", out="m")
+    output = net.op("MatMul", masked, net.weight("w2", 4, 3), out="scores")
+    model = net.finish({"x": (FLOAT, ["N", 4]), "mask": (FLOAT, ["N", 4])}, output, 3)
+    assert list_data_sent(splitonnx.cut(model, at="m", send_labels=True)) == {"labels@server"}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"at": "act1", "send_labels": True, "send_inputs": ["x"]}, "sends no raw input"),
+        ({"at": "x", "send_labels": True, "send_inputs": ["x", "y"]}, "names 'y'.*raw inputs 'x'"),
+        ({"at": "act1", "tail_at": "act3", "send_labels": True}, "does not send the labels"),
+        ({"at": None, "send_labels": True}, "does not send the labels"),
+        ({"at": None, "send_inputs": "x"}, "sends no raw input"),
+    ],
+)
+def test_what_is_named_and_does_not_leave_is_refused(
+    options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        splitonnx.cut(ZOO["chain"].build(), **options)
+
+
+def test_a_loss_of_the_model_itself_has_no_labels_to_name() -> None:
+    net = Net()
+    hidden = net.op("Relu", net.op("MatMul", "x", net.weight("w1", 4, 4), out="m1"), out="h")
+    error = net.op("Sub", net.op("MatMul", hidden, net.weight("w2", 4, 1), out="p"), "y", out="d")
+    output = net.op("ReduceMean", net.op("Mul", error, error, out="s"), out="mean", keepdims=0)
+    graph = helper.make_graph(
+        net.nodes,
+        "own loss",
+        [helper.make_tensor_value_info(n, FLOAT, ["N", w]) for n, w in (("x", 4), ("y", 1))],
+        [helper.make_tensor_value_info(output, FLOAT, [])],
+        net.weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    options: dict[str, Any] = {"at": ["h", "y"], "loss": "from-model"}
+    with pytest.raises(InputsNotPermitted, match="--send-input y"):
+        splitonnx.cut(model, **options)
+    bundle = splitonnx.cut(model, **options, send_inputs=["y"])
+    assert list_data_sent(bundle) == {"y@server"}
+
+
+def test_users_have_every_option_of_a_cut() -> None:
+    asked = inspect.signature(permissions.cut).parameters
+    made = inspect.signature(partitions.cut).parameters
+    assert splitonnx.cut is permissions.cut
+    assert set(asked) - set(made) == {"send_inputs", "send_labels"}
+    assert set(made) - set(asked) == {"approve"}
+    assert all(asked[name] == made[name] for name in set(asked) & set(made))
