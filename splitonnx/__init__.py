@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from splitonnx.partitioner.reports.checks import check
     from splitonnx.partitioner.reports.inspections import inspect
     from splitonnx.runtime.client.clients import Client
+    from splitonnx.runtime.client.explanations import explain
     from splitonnx.runtime.client.histories import History
     from splitonnx.runtime.engine.exports import export
     from splitonnx.runtime.server.servers import Server
@@ -36,6 +37,7 @@ __all__ = [
     "SplitonnxError",
     "check",
     "cut",
+    "explain",
     "export",
     "inspect",
     "merge",
@@ -54,6 +56,7 @@ _HOMES = {
     "SplitonnxError": "errors",
     "check": "partitioner.reports.checks",
     "cut": "partitioner.permissions",
+    "explain": "runtime.client.explanations",
     "export": "runtime.engine.exports",
     "inspect": "partitioner.reports.inspections",
     "merge": "partitioner.merges",

@@ -19,7 +19,7 @@ import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
-from splitonnx.manifests import Phase
+from splitonnx.manifests import PartyManifest, Phase
 from splitonnx.names import EVALUATE, PREDICT, TRAIN
 from splitonnx.runtime.channels.channels import Channel, Dial
 from splitonnx.runtime.channels.credentials import Credentials
@@ -147,6 +147,11 @@ class Client:
         self.close()
 
     @property
+    def manifest(self) -> PartyManifest:
+        """Return the manifest of this part, which declares all that it sends."""
+        return self._manifest
+
+    @property
     def steps(self) -> int:
         """Return how many training steps this part has performed since the bundle was created."""
         return self._executor.step
@@ -174,6 +179,7 @@ class Client:
         when_unsaved: WhenUnsaved = "stop",
         restart: bool = False,
         save: bool = False,
+        on_start: Callable[[], None] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         on_epoch: Callable[[Evaluation], None] | None = None,
     ) -> History:
@@ -200,6 +206,7 @@ class Client:
             restart: discard an interrupted run in the folder.
             save: call :meth:`save` at the end; if the server has lost steps by then, they are
                 repeated first.
+            on_start: a function that is called before the first step, when all else was checked.
             on_step: a function that is called with the record of each step.
             on_epoch: a function that is called with the record of each evaluation.
 
@@ -249,6 +256,8 @@ class Client:
             if checkpoint_every is not None:
                 self._run.begin_run(restart=restart)
             self._executor.prepare(TRAIN)
+            if on_start is not None:
+                on_start()
             return self._loop.fit(options, self._run.take_position(start))
 
     @contextmanager

@@ -28,9 +28,10 @@ from typing import Self
 import msgspec
 
 from splitonnx.bundles import PartyBundle
+from splitonnx.disclosures import describe_step, list_sent
 from splitonnx.errors import UsageError
 from splitonnx.folder_locks import FolderLock
-from splitonnx.names import SERVER
+from splitonnx.names import SERVER, TRAIN
 from splitonnx.runtime.edge.client_files import ClientFiles
 from splitonnx.runtime.edge.descriptors import Rarely, find_limit, raise_limit
 from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal
@@ -80,8 +81,7 @@ class Server:
             Client("bundle/client", server.url).fit(data)
 
     Each client has its own session, which starts from the folder's state and outlives the client's
-    connections.  The same port answers ``GET /health``, ``GET /metrics`` and, if ``client`` is
-    given, ``GET /client/...``.
+    connections.  The same port answers ``GET /health``, ``GET /metrics`` and ``GET /client/...``.
 
     Args:
         bundle: the server's folder, or the server's part if it is already loaded.
@@ -135,11 +135,9 @@ class Server:
         with ExitStack() as undo:
             if self._lock is not None:
                 undo.callback(self._lock.release)
-            party = (
-                bundle
-                if isinstance(bundle, PartyBundle)
-                else PartyBundle.load(bundle, is_held=True)
-            )
+            if not isinstance(bundle, PartyBundle):
+                bundle = PartyBundle.load(bundle, is_held=True)
+            party = bundle
             if party.manifest.party != SERVER:
                 raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
             check_exposure(host, tokens, tls, insecure=insecure)
@@ -171,6 +169,7 @@ class Server:
                 disk_per_owner=self._limits.disk_per_owner,
                 keep_seconds=None if keep_sessions is None else keep_sessions * DAY,
             )
+            self._leaving = describe_step(list_sent(party.manifest, TRAIN))
             self._estimates = Estimates(party.manifest, party.graphs)
             self._client_files = None if client is None else ClientFiles(client, party.manifest)
             self._compute = Turns(name="splitonnx-compute")
@@ -303,6 +302,7 @@ class Server:
         ) as port:
             self.port = port
             _logger.info("serving on %s", self.url)
+            _logger.info("%s", self._leaving)
             if self._pages is not None:
                 _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
             if started is not None:

@@ -1,4 +1,4 @@
-"""The command line: ``splitonnx check | inspect | cut | serve | token | train | predict | ...``.
+"""The command line: ``splitonnx check | inspect | cut | explain | serve | token | train | ...``.
 
 Each command is a thin wrapper around a function of the library.  A command imports most modules
 only when it runs, so that ``--help`` is fast and a device can train without ``onnx``.  Errors that
@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from splitonnx.commands import partitions, security, services, trainings
+from splitonnx.commands import disclosures, partitions, security, services, trainings
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
 from splitonnx.commands.logs import silencing
 from splitonnx.commands.streams import (
@@ -47,6 +47,7 @@ for command in (
     partitions.check,
     partitions.inspect,
     partitions.cut,
+    disclosures.explain,
     services.serve,
     security.token,
     trainings.train,

@@ -18,6 +18,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "check": "splitonnx check model.onnx",
         "inspect": "splitonnx inspect model.onnx --batch 32",
         "cut": "splitonnx cut model.onnx --at /layer1/Relu_output_0 --send-labels -o bundle",
+        "explain": "splitonnx explain bundle/client --batch 32",
         "serve": "splitonnx serve bundle/server --port 8765",
         "token": "splitonnx token ana --token-file tokens",
         "train": "splitonnx train bundle/client --server ws://127.0.0.1:8765 --data train.npz",

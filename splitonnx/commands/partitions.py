@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import printing
+from splitonnx.commands import disclosures, printing
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.groups import spread
 from splitonnx.commands.model_options import (
@@ -208,9 +208,11 @@ def cut(
     )
     made.save(bundle, overwrite=force)
     if as_json:
-        printing.print_json(printing.summarize_bundle(made))
+        sent = disclosures.summarize_steps(made.client.manifest)
+        printing.print_json({**printing.summarize_bundle(made), "leaves": sent})
     elif not quiet:
         printing.print_bundle(made, bundle)
+        disclosures.print_steps(made.client.manifest)
 
 
 def merge(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ import typer
 
 import splitonnx
 from splitonnx.commands import printing
+from splitonnx.commands.disclosures import RunDisclosure
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.groups import list_given, spread
 from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims
@@ -222,6 +224,10 @@ def train(
         trusted=trusted,
     ) as client:
         dataset = open_dataset(data)
+        held_out = None if eval_data is None else open_dataset(eval_data)
+        disclosure = RunDisclosure(
+            client.manifest, dataset, held_out, epochs=run.epochs, batch_size=run.batch_size
+        )
         has_checkpoints = not local and run.checkpoint_every > 0
         exempt_loaded()
         with (
@@ -232,12 +238,13 @@ def train(
                 dataset,
                 epochs=run.epochs,
                 batch_size=run.batch_size,
-                eval_data=eval_data,
+                eval_data=held_out,
                 learning_rate=run.lr,
                 checkpoint_every=run.checkpoint_every if has_checkpoints else None,
                 when_unsaved="stop" if run.when_unsaved is WhenUnsaved.STOP else "continue",
                 restart=run.restart,
                 save=bundle is None,
+                on_start=None if local or quiet else partial(disclosure.show, as_json=as_json),
                 on_step=display.show_step,
                 on_epoch=display.show_evaluation,
             )

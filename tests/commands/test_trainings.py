@@ -23,6 +23,8 @@ def test_training_prints_a_line_of_json_a_step(
         "--epochs", 2, "--batch-size", 8, "--seed", 3, "--threads", 1, "--json",
     )  # fmt: skip
     records = [json.loads(line) for line in out.splitlines()]
+    disclosed = records.pop(0)["leaves"]
+    assert {phase: part["steps"] for phase, part in disclosed.items()} == {"train": 6, "predict": 6}
     steps = [record for record in records if "step" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     assert [record["epoch"] for record in records if "step" not in record] == [0, 1]

@@ -1,0 +1,175 @@
+"""Follow data through a party's stage graphs: on what does each tensor that leaves depend?
+
+All stages of a phase together form one graph: what one stage keeps, a later one reads under the
+same name.  Every node is taken to use all that it reads for all that it makes, except that Shape
+and Size read sizes alone.  So what is called independent here is independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.manifests import Phase, Role, Source, Stage
+from splitonnx.runtime.gate.readings import GraphNode, read_nodes
+
+Value = tuple[str, str]
+"""A value of a phase: where it comes from (a source, or the stage that makes it), and its name."""
+_SIZES = frozenset({"Shape", "Size"})
+
+
+class Extent(IntEnum):
+    """How much of an array a value depends on."""
+
+    NOTHING = 0
+    SIZES = 1
+    VALUES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A node that reads weights: its name, its operator and the names of the weights."""
+
+    node: str
+    operator: str
+    weights: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.operator} '{self.node}' ({', '.join(self.weights)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dependence:
+    """How a tensor that leaves depends on an array.
+
+    ``layers`` are the first nodes with weights on the ways from the array to the tensor.
+    ``is_bare`` means that a way leads past all weights.
+    """
+
+    extent: Extent
+    is_bare: bool
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """A node within a phase, with the values that it reads and makes."""
+
+    node: GraphNode
+    reads: tuple[Value, ...]
+    makes: tuple[Value, ...]
+
+
+class Flow:
+    """The graph of one phase of a party, and what depends on what in it."""
+
+    def __init__(self, party: PartyBundle, phase: Phase) -> None:
+        self._steps = [
+            step for stage in phase.stages for step in _list_steps(stage, party.graphs[stage.graph])
+        ]
+        self._weights: dict[Value, tuple[str, ...]] = {
+            (Source.STATE.value, spec.tensor.name): (spec.tensor.name,)
+            for spec in party.manifest.state
+            if spec.role is not Role.OPTIMIZER
+        }
+        self._find_derived_weights()
+
+    def find_dependence(self, array: str, sent: str) -> Dependence | None:
+        """Return how the tensor ``sent`` depends on an array of data; ``None`` if it does not."""
+        start, end = (Source.DATA.value, array), (Source.STASH.value, sent)
+        reached = self._reach([start], lambda step: True)
+        if end not in reached:
+            return None
+        bare = self._reach([start], lambda step: not self._list_weights(step))
+        before = self._walk_back(end)
+        layers = [
+            Layer(
+                node=step.node.name,
+                operator=step.node.operator,
+                weights=self._list_weights(step),
+            )
+            for index, step in enumerate(self._steps)
+            if index in before and self._list_weights(step) and bare.keys() & set(step.reads)
+        ]
+        return Dependence(extent=reached[end], is_bare=end in bare, layers=tuple(layers))
+
+    def count_dependent(self, array: str, values: Iterable[str]) -> int:
+        """Count those of the named values of stages that depend on an array of data."""
+        reached = self._reach([(Source.DATA.value, array)], lambda step: True)
+        return sum((Source.STASH.value, name) in reached for name in values)
+
+    def _list_weights(self, step: _Step) -> tuple[str, ...]:
+        """List the weights that a node reads beside data."""
+        if all(value in self._weights for value in step.makes):
+            return ()  # a weight's own preparation is not a layer
+        found = [name for value in step.reads for name in self._weights.get(value, ())]
+        return tuple(dict.fromkeys(found))
+
+    def _find_derived_weights(self) -> None:
+        """Add the values that are computed from weights alone, such as a transposed weight."""
+        sources = {
+            value
+            for step in self._steps
+            for value in step.reads
+            if value[0] in (Source.DATA.value, Source.WIRE.value)
+        }
+        moving = self._reach(sources, lambda step: True)
+        for step in self._steps:
+            names = [name for value in step.reads for name in self._weights.get(value, ())]
+            if names and not any(value in moving for value in step.reads):
+                self._weights |= {value: tuple(dict.fromkeys(names)) for value in step.makes}
+
+    def _reach(
+        self, starts: Collection[Value], passes: Callable[[_Step], bool]
+    ) -> Mapping[Value, Extent]:
+        """Find what depends on ``starts`` through the nodes that ``passes`` accepts."""
+        reached = dict.fromkeys(starts, Extent.VALUES)
+        before = -1
+        while before != sum(reached.values()):  # stages may be listed in any order
+            before = sum(reached.values())
+            for step in self._steps:
+                extent = max((reached.get(v, Extent.NOTHING) for v in step.reads), default=0)
+                if extent and passes(step):
+                    if step.node.operator in _SIZES:
+                        extent = Extent.SIZES
+                    for value in step.makes:
+                        reached[value] = Extent(max(extent, reached.get(value, 0)))
+        return reached
+
+    def _walk_back(self, end: Value) -> set[int]:
+        """Find the indices of the nodes on which a value depends."""
+        makers = {value: index for index, step in enumerate(self._steps) for value in step.makes}
+        found: set[int] = set()
+        pending = [end]
+        while pending:
+            index = makers.get(pending.pop())
+            if index is not None and index not in found:
+                found.add(index)
+                pending += self._steps[index].reads
+        return found
+
+
+def _list_steps(stage: Stage, graph: bytes) -> list[_Step]:
+    sources = {item.name: item.source.value for item in stage.inputs}
+    outputs = set(stage.outputs)
+
+    def locate(name: str) -> Value:
+        if name in sources:
+            return sources[name], name
+        return (Source.STASH.value if name in outputs else stage.name), name
+
+    steps = [
+        _Step(
+            node=node,
+            reads=tuple(map(locate, node.reads)),
+            makes=tuple(map(locate, node.makes)),
+        )
+        for node in read_nodes(stage.name, graph)
+    ]
+    for name in outputs & sources.keys():  # handed through
+        node = GraphNode(name=name, operator="Identity", reads=(name,), makes=(name,))
+        made = (Source.STASH.value, name)
+        steps.append(_Step(node=node, reads=(locate(name),), makes=(made,)))
+    return steps

@@ -1,0 +1,116 @@
+"""Read from a stage's graph which values each node reads and makes, without the onnx package.
+
+The bytes must have passed the gate (:mod:`gates`).  Attributes are not read, except that a node
+with bodies (If, Loop, Scan) reads every value that its bodies mention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splitonnx.errors import ForbiddenGraph
+from splitonnx.graph_limits import STAGE
+from splitonnx.runtime.gate import schemas
+from splitonnx.runtime.gate.gates import check_graph
+from splitonnx.runtime.gate.protobufs import Malformed, Place, Reader
+
+_MOST_FIELDS = 4
+"""How often each field may be read: by the pass over nodes, and by those over their bodies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphNode:
+    """A node of a graph: its name, its operator, and the names of the values it reads and makes."""
+
+    name: str
+    operator: str
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+
+
+def read_nodes(stage: str, content: bytes) -> tuple[GraphNode, ...]:
+    """Read the nodes of a stage's graph, in the order in which they run.
+
+    ``stage`` is the stage's name for the error message.
+
+    Raises:
+        ForbiddenGraph: the gate refuses the graph, or it is not in ONNX's own format.
+    """
+    check_graph(stage, content)
+    try:
+        return tuple(_NodeReader(content).read_model())
+    except Malformed as error:
+        raise ForbiddenGraph(stage, "the graph", str(error)) from error
+
+
+class _NodeReader:
+    """The reader of one graph's nodes."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self._reader = Reader(content, max_fields=_MOST_FIELDS * STAGE.fields)
+
+    def read_model(self) -> list[GraphNode]:
+        nodes = []
+        for name, start, stop in self._reader.read((0, len(self._content)), schemas.MODEL):
+            if name == "graph":
+                nodes += [self._read_node(place) for place in self._list_nodes((start, stop))]
+        return nodes
+
+    def _list_nodes(self, graph: Place) -> list[Place]:
+        fields = self._reader.read(graph, schemas.GRAPH)
+        return [(start, stop) for name, start, stop in fields if name == "node"]
+
+    def _read_node(self, place: Place) -> GraphNode:
+        texts: dict[str, list[str]] = {}
+        attributes: list[Place] = []
+        for name, start, stop in self._reader.read(place, schemas.NODE):
+            if name == "attribute":
+                attributes.append((start, stop))
+            elif name in ("argument", "result", "name", "operator"):
+                texts.setdefault(name, []).append(self._read_text((start, stop)))
+        reads = [*texts.get("argument", []), *self._list_mentioned(attributes)]
+        return GraphNode(
+            name="".join(texts.get("name", [])),
+            operator="".join(texts.get("operator", [])),
+            reads=tuple(dict.fromkeys(filter(None, reads))),
+            makes=tuple(filter(None, texts.get("result", []))),
+        )
+
+    def _list_mentioned(self, attributes: list[Place]) -> list[str]:
+        """List every value that a node within the bodies of these attributes reads."""
+        mentioned = []
+        pending = self._list_bodies(attributes)
+        while pending:  # no recursion: deep nesting must not crash the process
+            body = pending.pop()
+            mentioned += self._list_outputs(body)
+            for node in self._list_nodes(body):
+                inner: list[Place] = []
+                for name, start, stop in self._reader.read(node, schemas.NODE):
+                    if name == "argument":
+                        mentioned.append(self._read_text((start, stop)))
+                    elif name == "attribute":
+                        inner.append((start, stop))
+                pending += self._list_bodies(inner)
+        return mentioned
+
+    def _list_bodies(self, attributes: list[Place]) -> list[Place]:
+        return [
+            (start, stop)
+            for attribute in attributes
+            for name, start, stop in self._reader.read(attribute, schemas.ATTRIBUTE)
+            if name == "graph"
+        ]
+
+    def _list_outputs(self, body: Place) -> list[str]:
+        """List the outputs of a body, which may hand through a value of the graph around it."""
+        return [
+            self._read_text((at, end))
+            for name, start, stop in self._reader.read(body, schemas.GRAPH)
+            if name == "output"
+            for field, at, end in self._reader.read((start, stop), schemas.VALUE)
+            if field == "name"
+        ]
+
+    def _read_text(self, place: Place) -> str:
+        return self._reader.read_text(place, STAGE.name_bytes)

@@ -1,0 +1,170 @@
+"""The ``explain`` command, and what ``cut`` and ``train`` print about what leaves the client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import splitonnx
+from splitonnx.commands import printing
+from splitonnx.commands.options import JsonOption
+from splitonnx.names import EVALUATE, PREDICT, TRAIN
+
+if TYPE_CHECKING:
+    from splitonnx.disclosures import Sending
+    from splitonnx.manifests import PartyManifest
+    from splitonnx.runtime.client.datasets import Dataset
+    from splitonnx.runtime.client.explanations import ArrayExplanation, Explanation
+
+BESIDES = (
+    "beside these tensors, messages hold their session, phase, step, micro-batch and turn, the "
+    "seed, the learning rate, and names, types and shapes of tensors; the greeting holds the "
+    "bundle's digest, the steps of checkpoints, the declarations above, and a token if there is one"
+)
+
+
+def explain(
+    source: Annotated[Path, typer.Argument(help="The client's folder.")],
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch size, to know bytes where it is dynamic.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Explain what leaves the client and what comes in, with the proof from the client's graphs.
+
+    For each raw input and the labels, it says which tensors that leave depend on them, and through
+    which first layers with weights, or that there is no path.
+    """
+    found = splitonnx.explain(source, batch=batch)
+    if as_json:
+        printing.print_json(summarize_explanation(found))
+        return
+    for line in list_lines(found):
+        print(line)
+
+
+def summarize_sending(sending: Sending) -> dict[str, Any]:
+    """Return what leaves in a step as a dictionary, together with its bytes."""
+    import msgspec
+
+    return {**msgspec.to_builtins(sending), "bytes": sending.bytes}
+
+
+def summarize_explanation(explanation: Explanation) -> dict[str, Any]:
+    """Return an explanation as a dictionary, together with the sentences of the proof."""
+    import msgspec
+
+    return {
+        "digest": explanation.digest,
+        "phases": [
+            {
+                "phase": phase.leaves.phase,
+                "leaves": summarize_sending(phase.leaves),
+                "arrives": summarize_sending(phase.arrives),
+                "stages": phase.stages,
+                "kept": phase.kept,
+                "arrays": [
+                    {
+                        **msgspec.to_builtins(array),
+                        "sentences": [sentence for _, sentence in _list_sentences(array)],
+                    }
+                    for array in phase.arrays
+                ],
+            }
+            for phase in explanation.phases
+        ],
+        "besides": BESIDES,
+    }
+
+
+def list_lines(explanation: Explanation) -> Iterator[str]:
+    """Yield the lines of an explanation."""
+    for phase in explanation.phases:
+        rows = "" if phase.leaves.batch is None else f" of {phase.leaves.batch:,}"
+        then = ", after predicting" if phase.leaves.phase == EVALUATE else ""
+        yield f"{phase.leaves.phase}, per step{rows}{then}"
+        yield f"  leaves: {phase.leaves}"
+        yield f"  comes in: {phase.arrives}"
+        for array in phase.arrays:
+            for subject, sentence in _list_sentences(array):
+                yield f"  {subject}: {sentence}"
+        stays = f"{phase.kept:,} other values that they make stay here"
+        yield f"  proof: the graphs of {', '.join(phase.stages)}; {stays}"
+    yield BESIDES
+
+
+def _list_sentences(array: ArrayExplanation) -> Iterator[tuple[str, str]]:
+    subject = f"{array.kind} '{array.name}' {array.declared}"
+    for way in array.ways:
+        yield subject, str(way)
+    if not array.ways:
+        yield subject, "stays here: no path leads from it to anything that leaves"
+    if array.updates:
+        yield (
+            subject,
+            f"a step changes {array.updates:,} weights and statistics here by it, and what later "
+            "steps send depends on these",
+        )
+
+
+def summarize_steps(manifest: PartyManifest) -> dict[str, Any]:
+    """Return what leaves the client in each step of training and of prediction."""
+    from splitonnx.disclosures import list_sent
+
+    return {phase: summarize_sending(list_sent(manifest, phase)) for phase in (TRAIN, PREDICT)}
+
+
+def print_steps(manifest: PartyManifest) -> None:
+    """Print what leaves the client in each step of training and of prediction."""
+    from splitonnx.disclosures import describe_step, list_sent
+
+    print(describe_step(list_sent(manifest, TRAIN)))
+    print(describe_step(list_sent(manifest, PREDICT)))
+
+
+class RunDisclosure:
+    """What leaves the client in a whole training run: in each step, and in all."""
+
+    def __init__(
+        self,
+        manifest: PartyManifest,
+        data: Dataset,
+        held_out: Dataset | None,
+        *,
+        epochs: int,
+        batch_size: int,
+    ) -> None:
+        parts = [(TRAIN, data), *([] if held_out is None else [(PREDICT, held_out)])]
+        self._parts = [
+            _describe_part(manifest, phase, dataset.size, epochs, batch_size)
+            for phase, dataset in parts
+        ]
+
+    def show(self, *, as_json: bool) -> None:
+        """Print it as sentences, or as one line of JSON."""
+        if as_json:
+            fields = {part["phase"]: part for part, _ in self._parts}
+            printing.print_json_lines([{"leaves": fields}])
+            return
+        for _, sentence in self._parts:
+            print(sentence, flush=True)
+
+
+def _describe_part(
+    manifest: PartyManifest, phase: str, samples: int | None, epochs: int, batch_size: int
+) -> tuple[dict[str, Any], str]:
+    """Describe what leaves to train, or to evaluate after each epoch: as fields, as a sentence."""
+    from splitonnx.disclosures import count_run, describe_step, list_sent
+
+    sending = list_sent(manifest, phase, batch=batch_size)
+    steps = total = None
+    if samples is not None:
+        steps, total = count_run(manifest, phase, samples=samples, batch=batch_size, passes=epochs)
+    unit = "steps of a whole run" if phase == TRAIN else "batches to evaluate after each epoch"
+    known = "" if total is None else f": {total:,} bytes"
+    run = "" if steps is None else f"; in all {steps:,} {unit}{known}"
+    fields = {**summarize_sending(sending), "steps": steps, "total_bytes": total}
+    return fields, f"{describe_step(sending)}{run}"

@@ -1,0 +1,123 @@
+"""Tests of the command ``explain``, and of what other commands print about what leaves."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from splitonnx.bundles import Bundle
+from tests.support.commands import AT, MODEL, TAIL_AT, Command, start
+
+HEAD = f"activation '{AT}' F32"
+TAIL = f"gradient of '{TAIL_AT}' F32"
+UP, DOWN = 24 * 8 * 8 * 4, 48 * 2 * 2 * 4
+"""Bytes of a sample: its activation, and the gradient of what came back."""
+
+
+def test_explain_shows_what_leaves_with_the_proof(command: Command, bundle: Path) -> None:
+    lines = command.succeed("explain", bundle / "client", "--batch", 4).splitlines()
+    assert lines[:3] == [
+        "train, per step of 4",
+        f"  leaves: {HEAD}[4, 24, 8, 8] ({4 * UP:,} bytes), "
+        f"{TAIL}[4, 48, 2, 2] ({4 * DOWN:,} bytes)",
+        f"  comes in: activation '{TAIL_AT}' F32[4, 48, 2, 2] ({4 * DOWN:,} bytes), "
+        f"gradient of '{AT}' F32[4, 24, 8, 8] ({4 * UP:,} bytes)",
+    ]
+    image = "  raw input 'image' F32[N, 1, 8, 8]: "
+    weight = "Conv '/block1/conv1/Conv' (block1.conv1.weight)"
+    assert f"{image}activation '{AT}' depends on it through {weight}" in lines
+    stays = "  labels 'labels' I64[N]: stays here: no path leads from it to anything that leaves"
+    assert lines.index(stays) > lines.index("evaluate, per step of 4, after predicting")
+    assert sum(line.startswith("  proof: the graphs of ") for line in lines) == 3
+    assert "a token if there is one" in lines[-1]
+
+
+def test_explain_as_json_has_the_same_facts(command: Command, bundle: Path) -> None:
+    found = json.loads(command.succeed("explain", bundle / "client", "--batch", 4, "--json"))
+    train, predict, evaluate = found["phases"]
+    assert (train["phase"], train["leaves"]["bytes"]) == ("train", 4 * (UP + DOWN))
+    assert (predict["leaves"]["bytes"], evaluate["leaves"]["bytes"]) == (4 * UP, 0)
+    (labels,) = evaluate["arrays"]
+    assert (labels["kind"], labels["ways"]) == ("labels", [])
+    printed = command.succeed("explain", bundle / "client", "--batch", 4)
+    for phase in found["phases"]:
+        for array in phase["arrays"]:
+            assert all(sentence in printed for sentence in array["sentences"])
+    assert found["digest"] == Bundle.load(bundle).manifest.digest
+
+
+def test_explain_reads_a_clients_folder_only(command: Command, bundle: Path) -> None:
+    line = command.fail("explain", bundle / "server")
+    assert "this is the server's part; explain reads the client's" in line
+
+
+def test_cut_prints_what_leaves_the_client(command: Command, tmp_path: Path) -> None:
+    words = ("cut", MODEL, "--at", AT, "--send-labels", "--force", "-o", tmp_path / "bundle")
+    lines = command.succeed(*words).splitlines()
+    assert lines[-2:] == [
+        f"leaves the client per step: {HEAD}[N, 24, 8, 8] ({UP:,} bytes a sample), "
+        "labels I64[N] (8 bytes a sample)",
+        f"leaves the client per batch to predict: {HEAD}[N, 24, 8, 8] ({UP:,} bytes a sample)",
+    ]
+    leaves = json.loads(command.succeed(*words, "--json"))["leaves"]
+    assert [t["kind"] for t in leaves["train"]["tensors"]] == ["activation", "labels"]
+    assert [t["kind"] for t in leaves["predict"]["tensors"]] == ["activation"]
+
+
+@pytest.mark.parametrize(
+    ("words", "option"), [((AT,), "--send-labels"), (("image",), "--send-input image")]
+)
+def test_what_a_refusal_advises_lets_the_cut_be_made(
+    command: Command, tmp_path: Path, words: tuple[str, ...], option: str
+) -> None:
+    given = ["cut", MODEL, "--at", *words, "-o", tmp_path / "bundle"]
+    for _ in range(2):
+        code, out, err = command(*given)
+        if not code:
+            break
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        advised = err.partition("add ")[2].partition(" (in Python")[0]
+        given += shlex.split(advised)
+    else:
+        assert command(*given)[0] == 0
+    assert option in " ".join(map(str, given))
+
+
+def test_train_prints_what_leaves_per_step_and_in_all(
+    command: Command, bundle: Path, url: str, data: Path
+) -> None:
+    words = ("train", bundle / "client", "--server", url, "--data", data, "--eval-data", data)
+    lines = command.succeed(*words, "--epochs", 2, "--batch-size", 10).splitlines()
+    assert lines[:2] == [
+        f"leaves the client per step of 10: {HEAD}[10, 24, 8, 8] ({10 * UP:,} bytes), "
+        f"{TAIL}[10, 48, 2, 2] ({10 * DOWN:,} bytes); in all 6 steps of a whole run: "
+        f"{2 * 24 * (UP + DOWN):,} bytes",
+        f"leaves the client per batch to predict of 10: {HEAD}[10, 24, 8, 8] ({10 * UP:,} bytes); "
+        f"in all 6 batches to evaluate after each epoch: {2 * 24 * UP:,} bytes",
+    ]
+    first, *_ = command.succeed(*words, "--json", "--restart").splitlines()
+    assert json.loads(first)["leaves"]["train"]["total_bytes"] == 24 * (UP + DOWN)
+    assert command.succeed(*words, "--quiet", "--restart") == ""
+
+
+def test_a_model_that_is_trained_here_sends_nothing_and_says_nothing(
+    command: Command, data: Path
+) -> None:
+    assert "leaves" not in command.succeed("train", MODEL, "--local", "--data", data)
+
+
+def test_serve_logs_what_its_clients_send(bundle: Path) -> None:
+    with start("serve", bundle / "server", "--port", 0, "--log-format", "json") as process:
+        try:
+            assert process.stderr is not None
+            events = [json.loads(process.stderr.readline())["event"] for _ in range(2)]
+        finally:
+            process.kill()
+    assert events[0].startswith("serving on ")
+    assert events[1] == (
+        f"leaves the client per step: {HEAD}[N, 24, 8, 8] ({UP:,} bytes a sample), "
+        f"{TAIL}[N, 48, 2, 2] ({DOWN:,} bytes a sample)"
+    )
