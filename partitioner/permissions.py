@@ -22,7 +22,10 @@ from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.differentiation.losses import LABELS
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
-from splitonnx.partitioner.graphs.traversals import reads_size, walk_back
+from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size, walk_back
+
+_NO_LAYERS = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization", "BatchNormInternal"})
+"""Operators that shift, scale or normalize each number by itself, even with weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +43,23 @@ class Permission:
             LabelsNotPermitted: the labels would leave, and this was not permitted.
             UsageError: what was named does not leave.
         """
-        raw = {value.name or "" for value in prepared.training.graph.inputs}
+        forms = (prepared.training, prepared.inference)
+        raw = {value.name or "" for form in forms for value in form.graph.inputs}
         leaving: dict[str, list[str]] = {}
         for joint in (training, predict):
             for tensor, inputs in find_raw_inputs(joint, raw - prepared.state).items():
                 leaving[tensor] = inputs
-        for tensor, inputs in leaving.items():
-            unnamed = [name for name in inputs if name not in self.inputs]
-            if unnamed:
-                raise InputsNotPermitted(tensor, unnamed)
+        unnamed = {
+            tensor: [name for name in inputs if name not in self.inputs]
+            for tensor, inputs in leaving.items()
+        }
+        missing = sorted({name for inputs in unnamed.values() for name in inputs})
+        needs_labels = sends_labels(training, raw)
+        if missing:
+            tensors = [tensor for tensor, inputs in unnamed.items() if inputs]
+            raise InputsNotPermitted(tensors, missing, labels=needs_labels and not self.labels)
         self._check_named({name for inputs in leaving.values() for name in inputs})
-        self._check_labels(bool(sends_labels(training, raw)))
+        self._check_labels(needs_labels)
 
     def _check_named(self, leaving: set[str]) -> None:
         if unsent := [name for name in self.inputs if name not in leaving]:
@@ -70,19 +79,38 @@ class Permission:
 def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
     """Map each tensor that the client sends and that is raw data to the inputs it is computed from.
 
-    A tensor is raw data if it is an input, or computed from inputs alone, without any weight.
-    Tensors that hold only sizes are not.
+    A tensor is raw data if it is an input, or computed from inputs without a layer of weights.
+    What is only shifted, scaled or normalized by stored numbers, such as an image's mean, is raw
+    data too.  Tensors that hold only sizes are not.
     """
     readers = {node for node in joint.graph if reads_size(node)}
     found: dict[str, list[str]] = {}
     for wire in joint.wires:
         if wire.crossing.sender != CLIENT or wire.kind in (WireKind.GRADIENT, WireKind.NORM):
             continue
-        sources = [v.name or "" for v in _find_sources(wire.crossing.value, readers)]
-        inputs = sorted(name for name in sources if name in raw)
-        if inputs and not any(name in joint.owners for name in sources):
-            found[wire.tensor.name.removesuffix(f"@{wire.crossing.receiver}")] = inputs
+        nodes, sources = walk_back([wire.crossing.value], ends=readers)
+        inputs = {value for value in sources if value.name in raw}
+        if inputs and not _has_layer(joint, nodes, inputs):
+            name = wire.tensor.name.removesuffix(f"@{wire.crossing.receiver}")
+            found[name] = sorted(value.name or "" for value in inputs)
     return found
+
+
+def _has_layer(joint: JointGraph, nodes: set[ir.Node], inputs: set[ir.Value]) -> bool:
+    """Return whether one of ``nodes`` applies weights to what is computed from ``inputs``."""
+    weights = {value for value in joint.graph.inputs if value.name in joint.owners}
+    data = set(inputs)
+    for node in joint.graph:
+        if node not in nodes or reads_size(node):
+            continue
+        reads = set(list_inputs(node))
+        if reads & data:
+            data.update(node.outputs)
+        elif reads & weights:
+            weights.update(node.outputs)
+        if reads & data and reads & weights and node.op_type not in _NO_LAYERS:
+            return True
+    return False
 
 
 def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
@@ -90,10 +118,6 @@ def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
     labels = {name for name in joint.data if name not in inputs}
     sent = [wire for wire in joint.wires if wire.kind is WireKind.INPUT]
     return any(wire.tensor.name.rpartition("@")[0] in labels for wire in sent)
-
-
-def _find_sources(value: ir.Value, readers: set[ir.Node]) -> set[ir.Value]:
-    return walk_back([value], ends=readers)[1]
 
 
 def cut(
@@ -161,7 +185,7 @@ def cut(
         client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
             ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
         send_inputs: the names of the raw inputs that may leave the client: those in ``at``, and
-            those from which a tensor in ``at`` is computed without any weight.
+            those from which a tensor in ``at`` is computed without a layer of weights.
         send_labels: let the labels leave the client.  A cut without ``tail_at`` needs them at the
             server, which computes its loss there.
         check: compare what was cut with the model on random inputs, by onnx's reference evaluator

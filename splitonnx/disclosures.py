@@ -168,8 +168,10 @@ def _describe(wire: Wire, labels: str | None, rows: str | None, batch: int | Non
 def _count_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int | None:
     dims = [_fill_in(dim, sizes) for dim in spec.shape]
     numbers = [dim for dim in dims if isinstance(dim, int)]
-    known = len(numbers) == len(dims)
-    return DTYPES[spec.dtype].itemsize * math.prod(numbers) if known else None
+    dtype = DTYPES.get(spec.dtype)  # a manifest of somebody else's may declare any
+    if dtype is None or len(numbers) < len(dims):
+        return None
+    return dtype.itemsize * math.prod(numbers)
 
 
 def _strip_port(wire: Wire) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from splitonnx.disclosures import (
@@ -75,6 +76,13 @@ def test_a_step_is_described_with_the_sizes_that_are_known() -> None:
         "raw input 'mask' F32[1, T]"
     )
     assert describe_step(list_sent(make_manifest(), EVALUATE)).endswith(": nothing")
+
+
+def test_bytes_of_an_element_type_that_nobody_knows_are_not_known() -> None:
+    strange = send(spec("h@server", "F99", "N"), WireKind.ACTIVATION)
+    train = Phase(name=TRAIN, wires=(strange,))
+    manifest = msgspec.structs.replace(make_manifest(), phases=(train,))
+    assert str(list_sent(manifest, TRAIN, batch=2)) == "activation 'h' F99[N]"
 
 
 def test_what_comes_in_is_described_as_well() -> None:

@@ -53,7 +53,7 @@ def test_who_looks_at_all_modules_does_not_import_a_postponed_one(
 USING = """
 import contextlib, sys
 from splitonnx.commands import main
-sys.argv = ["splitonnx", "cut", {model!r}, "--at", {at!r}, "-o", {folder!r}]
+sys.argv = ["splitonnx", "cut", {model!r}, "--at", {at!r}, "--send-labels", "-o", {folder!r}]
 with contextlib.suppress(SystemExit):
     main()
 print("sympy.core" in sys.modules)

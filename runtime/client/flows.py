@@ -44,8 +44,8 @@ class Layer:
 class Dependence:
     """How a tensor that leaves depends on an array.
 
-    ``layers`` are the first nodes with weights on the ways from the array to the tensor.
-    ``is_bare`` means that a way leads past all weights.
+    ``layers`` are the first nodes with weights on the ways that the array's values take to the
+    tensor.  ``is_bare`` means that a way leads past all weights.
     """
 
     extent: Extent
@@ -83,6 +83,7 @@ class Flow:
         if end not in reached:
             return None
         bare = self._reach([start], lambda step: not self._list_weights(step))
+        whole = {value for value, extent in bare.items() if extent is Extent.VALUES}
         before = self._walk_back(end)
         layers = [
             Layer(
@@ -91,9 +92,9 @@ class Flow:
                 weights=self._list_weights(step),
             )
             for index, step in enumerate(self._steps)
-            if index in before and self._list_weights(step) and bare.keys() & set(step.reads)
+            if index in before and self._list_weights(step) and whole & set(step.reads)
         ]
-        return Dependence(extent=reached[end], is_bare=end in bare, layers=tuple(layers))
+        return Dependence(extent=reached[end], is_bare=end in whole, layers=tuple(layers))
 
     def count_dependent(self, array: str, values: Iterable[str]) -> int:
         """Count those of the named values of stages that depend on an array of data."""

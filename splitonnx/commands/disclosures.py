@@ -10,6 +10,7 @@ import typer
 
 import splitonnx
 from splitonnx.commands import printing
+from splitonnx.commands.logs import escape
 from splitonnx.commands.options import JsonOption
 from splitonnx.names import EVALUATE, PREDICT, TRAIN
 
@@ -43,7 +44,7 @@ def explain(
         printing.print_json(summarize_explanation(found))
         return
     for line in list_lines(found):
-        print(line)
+        print(escape(line))
 
 
 def summarize_sending(sending: Sending) -> dict[str, Any]:
@@ -121,8 +122,8 @@ def print_steps(manifest: PartyManifest) -> None:
     """Print what leaves the client in each step of training and of prediction."""
     from splitonnx.disclosures import describe_step, list_sent
 
-    print(describe_step(list_sent(manifest, TRAIN)))
-    print(describe_step(list_sent(manifest, PREDICT)))
+    for phase in (TRAIN, PREDICT):
+        print(escape(describe_step(list_sent(manifest, phase))))
 
 
 class RunDisclosure:
@@ -150,7 +151,7 @@ class RunDisclosure:
             printing.print_json_lines([{"leaves": fields}])
             return
         for _, sentence in self._parts:
-            print(sentence, flush=True)
+            print(escape(sentence), flush=True)
 
 
 def _describe_part(

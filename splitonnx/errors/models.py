@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -169,7 +170,7 @@ class NotACut(CutError):
     def __str__(self) -> str:
         if self.missing:
             source = f" (of the raw input {quote(self.raw)}, which stays home)" if self.raw else ""
-            options = " ".join(f"--send-input {name}" for name in self.raw)
+            options = " ".join(f"--send-input {shlex.quote(name)}" for name in self.raw)
             named = f", with {options}" if self.raw else ""
             return (
                 f"{quote(self.tensors)} do not divide the model: {quote(self.missing)} would cross "
@@ -183,20 +184,26 @@ class NotACut(CutError):
 class InputsNotPermitted(CutError):
     """A cut would send raw inputs to the server that the user did not name.
 
-    ``tensor`` is what would be sent: an input itself, or computed from ``inputs`` alone.
+    ``tensors`` are what would be sent: inputs themselves, or computed from ``inputs`` alone.
+    ``labels`` means that the labels would leave as well, and were not permitted to.
     """
 
-    tensor: str
+    tensors: Sequence[str]
     inputs: Sequence[str]
+    labels: bool = False
 
     def __str__(self) -> str:
-        options = " ".join(f"--send-input {name}" for name in self.inputs)
-        named = ", ".join(map(repr, self.inputs))
-        derived = self.tensor not in self.inputs
-        source = f"'{self.tensor}', which is computed without any weight from " if derived else ""
+        options = [f"--send-input {shlex.quote(name)}" for name in self.inputs]
+        arguments = [f"send_inputs=[{', '.join(map(repr, self.inputs))}]"]
+        if self.labels:
+            options.append("--send-labels")
+            arguments.append("send_labels=True")
+        derived = [name for name in self.tensors if name not in self.inputs]
+        source = f"{quote(derived)}, computed without a layer of weights from " if derived else ""
         return (
-            f"this cut would send {source}the raw input {quote(self.inputs)}; to let it leave the "
-            f"client, add {options} (in Python: send_inputs=[{named}]), else cut behind the first "
+            f"this cut would send {source}the raw input {quote(self.inputs)}"
+            f"{', and the labels' if self.labels else ''}; to let this leave the client, add "
+            f"{' '.join(options)} (in Python: {', '.join(arguments)}), else cut behind the first "
             "layer with weights"
         )
 

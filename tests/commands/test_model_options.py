@@ -80,7 +80,8 @@ def test_cut_follows_every_option_and_keeps_it_in_the_recipe(
     assert recipe.ties == (("shared.weight", "onnx::MatMul_1430"),)
     assert (recipe.dims, recipe.labels) == ({"ids:1": 5}, "next")
     command.succeed(
-        "cut", detached, "--at", "s", "--stop-gradient", "e", "--class-axis", "-1",
+        "cut", detached, "--at", "s", "--send-labels", "--stop-gradient", "e",
+        "--class-axis", "-1",
         "-o", tmp_path / "detached",
     )  # fmt: skip
     recipe = Bundle.load(tmp_path / "detached").manifest.recipe

@@ -12,8 +12,9 @@ import onnx
 import onnxruntime
 import pytest
 
+from splitonnx import verifications
 from splitonnx.bundles import Bundle
-from splitonnx.names import Target
+from splitonnx.names import TRAIN, Target
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
@@ -24,6 +25,7 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import leave_whole, verify
 from tests.support.oracles import sample_gradients, to_inference
+from tests.support.recordings import RecordingTransport, check_explained
 from tests.support.wholes import share_wholes
 from tests.support.zoo import ZOO
 
@@ -44,6 +46,19 @@ SEVERAL = [name for name, entry in ZOO.items() if entry.several]
 def wholes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Build what all cuts of a network are compared with once a network."""
     share_wholes(monkeypatch)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[RecordingTransport]:
+    """Record every connection that a verification makes."""
+    made: list[RecordingTransport] = []
+
+    def connect(executor: Executor) -> RecordingTransport:
+        made.append(RecordingTransport(executor))
+        return made[-1]
+
+    monkeypatch.setattr(verifications, "connect_in_memory", connect)
+    return made
 
 
 @cache
@@ -82,8 +97,13 @@ def _computing(counts: Counter[str]) -> Counter[str]:
 
 
 @pytest.mark.parametrize(("name", "tensor"), VANILLA)
-def test_a_vanilla_cut_trains_as_the_whole_model(name: str, tensor: str) -> None:
-    assert_equal_to_whole(name, cut_zoo(name, tensor))
+def test_a_vanilla_cut_trains_as_the_whole_model(
+    name: str, tensor: str, recordings: list[RecordingTransport]
+) -> None:
+    bundle = cut_zoo(name, tensor)
+    assert_equal_to_whole(name, bundle)
+    (recording,) = recordings
+    check_explained(bundle.client, recording, BATCH, {TRAIN: STEPS})
 
 
 @pytest.mark.parametrize(("name", "first", "last"), U_SHAPED)

@@ -51,7 +51,7 @@ def test_a_raw_input_leaves_only_by_its_name(tail: str | None) -> None:
     model = ZOO["chain"].build()
     with pytest.raises(InputsNotPermitted, match=r"raw input 'x'.*--send-input x") as caught:
         splitonnx.cut(model, at="x", **options)
-    assert (caught.value.tensor, caught.value.inputs) == ("x", ["x"])
+    assert (caught.value.tensors, caught.value.inputs) == (["x"], ["x"])
     with pytest.raises(InputsNotPermitted):  # a pattern names tensors, not what may leave
         splitonnx.cut(model, at="x*", **options)
     sent = list_data_sent(splitonnx.cut(model, at="x", send_inputs=("x",), **options))
@@ -65,10 +65,27 @@ def test_a_mask_beside_the_cut_is_named_as_the_refusals_say() -> None:
     (missing,) = re.findall(r"'([^']*)' would cross too", str(refused.value))
     (named,) = re.findall(r"--send-input (\w+)", str(refused.value))
     assert (missing, named) == ("scaled", "mask")
-    with pytest.raises(InputsNotPermitted, match="'scaled', which is computed without any weight"):
+    with pytest.raises(InputsNotPermitted, match="'scaled', computed without a layer of"):
         splitonnx.cut(model, at=["h2", "scaled"], send_labels=True)
     bundle = splitonnx.cut(model, at=["h2", missing], send_labels=True, send_inputs=[named])
     assert bundle.server is not None
+
+
+@pytest.mark.parametrize("at", ["turned", "moved", "normal"])
+def test_an_image_that_is_only_normalized_is_raw(at: str) -> None:
+    net = Net()
+    mean, deviation = net.weight("mean", 3, 1, 1), net.weight("deviation", 3, 1, 1)
+    turned = net.op("Transpose", "image", out="turned", perm=[0, 3, 1, 2])
+    moved = net.op("Sub", turned, mean, out="moved")
+    normal = net.op("Div", moved, net.op("Exp", deviation, out="scale"), out="normal")
+    hidden = net.op("Conv", normal, net.weight("kernel", 4, 3, 2, 2), out="c")
+    flat = net.op("Flatten", net.op("Relu", hidden, out="r"), out="flat")
+    output = net.op("MatMul", flat, net.weight("last", 36, 3), out="scores")
+    model = net.finish({"image": (FLOAT, ["N", 4, 4, 3])}, output, 3)
+    with pytest.raises(InputsNotPermitted, match=f"'{at}', computed .* raw input 'image'"):
+        splitonnx.cut(model, at=at, send_labels=True)
+    assert splitonnx.cut(model, at=at, send_labels=True, send_inputs=["image"]).server
+    assert splitonnx.cut(model, at="c", send_labels=True).server
 
 
 def test_what_weights_have_changed_is_not_raw() -> None:

@@ -13,6 +13,7 @@ from splitonnx.errors import (
     BundleError,
     BundleMismatch,
     ConnectionLost,
+    DataError,
     LocalProtocolError,
     NotFinite,
     RemoteFault,
@@ -197,6 +198,21 @@ def test_records_come_as_they_happen_and_as_lines_of_json() -> None:
     assert lines[5]["metrics"]["mae"] == epochs[1].metrics["mae"]
     seconds = sum(r.seconds for r in steps)
     assert history.samples_per_second == pytest.approx(60 / seconds)
+
+
+def test_a_start_is_told_once_before_the_first_step_and_not_where_the_data_are_refused() -> None:
+    events: list[str] = []
+    client, _ = split_client()
+    with pytest.raises(DataError):
+        client.fit({"x": DATA["x"]}, on_start=lambda: events.append("start"))
+    assert events == []
+    client.fit(
+        DATA,
+        batch_size=20,
+        on_start=lambda: events.append("start"),
+        on_step=lambda record: events.append("step"),
+    )
+    assert events == ["start", "step", "step"]
 
 
 def test_the_traffic_of_a_step_is_what_its_wires_weigh_and_a_little_more() -> None:

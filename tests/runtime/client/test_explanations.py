@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from splitonnx import SGD, Client, cut
 from splitonnx.bundles import Bundle
-from splitonnx.disclosures import Sending
 from splitonnx.errors import ForbiddenGraph, UsageError
 from splitonnx.manifests import PartyManifest
 from splitonnx.names import PREDICT, TRAIN
 from splitonnx.runtime.client.explanations import ArrayExplanation, Explanation, explain
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.memory import connect_in_memory
 from tests.support import tiny
-from tests.support.recordings import Arrays, RecordingTransport
+from tests.support.recordings import RecordingTransport, check_explained
 from tests.support.zoo import ZOO
 
 CUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,39 +47,16 @@ def find_array(explanation: Explanation, phase: str, name: str) -> ArrayExplanat
     return next(array for array in arrays if array.name == name)
 
 
-def describe(arrays: Arrays) -> dict[str, tuple[list[int], str, int]]:
-    return {n: (list(a.shape), a.dtype.name, a.nbytes) for n, a in arrays.items()}
-
-
-def declare(sending: Sending) -> dict[str, tuple[list[int], str, int]]:
-    """Read what is printed of each tensor: its shape, its type and its bytes."""
-    types = {"F32": "float32", "I64": "int64"}
-    found = {}
-    for tensor in sending.tensors:
-        dtype, _, dims = tensor.declared.removesuffix("]").partition("[")
-        shape = [int(dim) for dim in dims.split(", ") if dim]
-        assert tensor.bytes is not None
-        found[tensor.wire] = (shape, types[dtype], tensor.bytes)
-    return found
-
-
 @pytest.mark.parametrize("name", CUTS)
 def test_what_leaves_and_arrives_is_what_is_explained_byte_for_byte(name: str) -> None:
     bundle = make(name)
     assert bundle.server is not None
-    recording = RecordingTransport(connect_in_memory(Executor(bundle.server, Engine(threads=1))))
+    recording = RecordingTransport(Executor(bundle.server, Engine(threads=1)))
     data = ZOO[CUTS[name][0]].data(2 * BATCH)
     with Client(bundle.client, recording, threads=1) as client:
         client.fit(data, epochs=2, batch_size=BATCH, eval_data=data)
         client.predict({n: a for n, a in data.items() if n != "labels"}, batch_size=BATCH)
-    explanation = explain(bundle.client, batch=BATCH)
-    assert set(recording.sent) == {TRAIN, PREDICT}
-    for phase, tasks in recording.sent.items():
-        explained = find_phase(explanation, phase)
-        assert len(tasks) == {TRAIN: 4, PREDICT: 6}[phase]
-        assert all(describe(arrays) == declare(explained.leaves) for arrays in tasks.values())
-        arrived = recording.received[phase].values()
-        assert all(describe(arrays) == declare(explained.arrives) for arrays in arrived)
+    check_explained(bundle.client, recording, BATCH, {TRAIN: 4, PREDICT: 6})
 
 
 def test_a_raw_input_reaches_what_leaves_through_its_first_layer() -> None:
@@ -121,6 +100,23 @@ def test_a_step_changes_the_clients_weights_by_its_inputs() -> None:
 
 def _list_trained(manifest: PartyManifest) -> list[Any]:
     return [spec.tensor for spec in manifest.state if spec.role == "parameter"]
+
+
+def test_a_device_explains_without_onnx_and_onnx_runtime(tmp_path: Path) -> None:
+    make("U-shaped").save(tmp_path / "bundle")
+    script = """
+import sys
+from splitonnx import explain
+print(len(explain(sys.argv[1]).phases), {"onnx", "onnx_ir", "onnxruntime"} & sys.modules.keys())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "bundle" / "client"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "3 set()\n"
 
 
 def test_only_a_clients_part_is_explained() -> None:

@@ -98,6 +98,23 @@ def test_the_sizes_of_an_array_are_told_from_its_values() -> None:
     assert found.extent is Extent.SIZES
 
 
+def test_a_way_for_sizes_beside_weights_is_not_one_for_values() -> None:
+    nodes = [
+        node("MatMul", "x w", "h"),
+        node("Shape", "x", "s"),
+        node("Expand", "w s", "sized"),
+        node("Expand", "h s", "sent"),
+    ]
+    inputs = {"x": Source.DATA, "w": Source.STATE}
+    flow = make_flow((inputs, nodes, ("sent", "sized")))
+    found, sized = flow.find_dependence("x", "sent"), flow.find_dependence("x", "sized")
+    assert found is not None
+    assert (found.extent, found.is_bare) == (Extent.VALUES, False)
+    assert [layer.node for layer in found.layers] == ["h_node"]
+    assert sized is not None
+    assert (sized.extent, sized.layers) == (Extent.SIZES, ())
+
+
 def test_a_way_past_the_weights_is_seen_beside_one_through_them() -> None:
     nodes = [node("MatMul", "x w", "h"), node("Add", "h x", "sent")]
     inputs = {"x": Source.DATA, "w": Source.STATE}
