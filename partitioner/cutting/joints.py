@@ -117,7 +117,7 @@ def build_training(
     """
     model = copy_model(prepared.training)
     graph = model.graph
-    cut = [resolve_names(graph, names) for names in (at, tail_at)]
+    cut = _resolve_cut(prepared, graph, at, tail_at)
     graph.outputs[:] = [map_values(graph)[output]]
     partition = _divide(prepared, graph, *(_keep_needed(graph, values) for values in cut))
     axis = find_class_axis(graph, loss, output, options)
@@ -178,7 +178,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     server also sends the outputs that it computes to the client.
     """
     graph = copy_model(prepared.inference).graph
-    cut = [resolve_names(graph, names) for names in (at, tail_at)]
+    cut = _resolve_cut(prepared, graph, at, tail_at)
     partition = _divide(prepared, graph, *cut)
     ports = insert_ports(graph, partition, partition.server)
     add_safeguards(graph, set(graph), is_training=False)
@@ -206,6 +206,24 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     )
 
 
+def _resolve_cut(
+    prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
+) -> list[tuple[ir.Value, ...]]:
+    """Find the tensors at both ends of a cut.
+
+    Raises:
+        UnknownTensor: a name matches nothing.
+        IntegerCut: a tensor of integers would keep gradients from trained parameters.
+    """
+    cut = [resolve_names(graph, names) for names in (at, tail_at)]
+    for tensors in cut:
+        lost = find_lost(tensors, prepared.trainable)
+        if lost:
+            value, parameters = lost
+            raise IntegerCut(value.name or "", str(value.dtype), parameters)
+    return cut
+
+
 def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]:
     """Keep the cut tensors that the graph's output, from which the loss is computed, depends on.
 
@@ -227,11 +245,6 @@ def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]
 def _divide(
     prepared: PreparedModel, graph: ir.Graph, first: Sequence[ir.Value], last: Sequence[ir.Value]
 ) -> Partition:
-    for tensors in (first, last):
-        lost = find_lost(tensors, prepared.trainable)
-        if lost:
-            value, parameters = lost
-            raise IntegerCut(value.name or "", str(value.dtype), parameters)
     known = Inference(graph.opset_imports[""])
     state, trainable = prepared.state, prepared.trainable
     around = survey(graph, state=state, trainable=trainable, known=known) if first else None

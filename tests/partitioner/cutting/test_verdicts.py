@@ -102,7 +102,15 @@ def test_a_mistake_leaves_no_bundle_and_one_line(
 ) -> None:
     plant(monkeypatch, spoil_node)
     onnx.save(build(), tmp_path / "model.onnx")
-    arguments = ["cut", str(tmp_path / "model.onnx"), "--at", "h", "-o", str(tmp_path / "bundle")]
+    arguments = [
+        "cut",
+        str(tmp_path / "model.onnx"),
+        "--at",
+        "h",
+        "--send-labels",
+        "-o",
+        str(tmp_path / "bundle"),
+    ]
     monkeypatch.setattr("sys.argv", ["splitonnx", *arguments])
     with pytest.raises(SystemExit) as end:
         main()
