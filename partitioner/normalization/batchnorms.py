@@ -211,16 +211,18 @@ def use_running_statistics(graph: ir.Graph) -> None:
 
 
 def write_out_own_statistics(graph: ir.Graph, weights: Collection[str]) -> bool:
-    """Replace each BatchNormalization without running statistics by its formula, in place.
+    """Replace each normalization without running statistics by its formula, in place.
 
-    A node in training mode has no running statistics if its input depends only on weights, or if
-    the graph repeats its statistics once per sample.  A node is left unchanged if the rank of its
-    input is not known.  Return whether any node was replaced.
+    These are MeanVarianceNormalization, for which the kernel of ONNX Runtime 1.19.2 divides by zero
+    where all elements are equal, and BatchNormalization.  A BatchNormalization in training mode has
+    no running statistics if its input depends only on weights, or if the graph repeats its
+    statistics once per sample.  A node is left unchanged if the rank of its input is not known.
+    Return whether any node was replaced.
     """
+    found = _write_out_mean_variances(graph)
     training = [node for node in list_batchnorms(graph) if is_training(node)]
     if not training:
-        return False
-    found = False
+        return found
     data = find_data(graph, [value for value in graph.inputs if value.name not in weights])
     for node in training:
         x, *_, mean, variance = node.inputs
@@ -230,6 +232,29 @@ def write_out_own_statistics(graph: ir.Graph, weights: Collection[str]) -> bool:
             with attribute_errors_to(node, "written as its formula"):
                 _write_out_as_own(node, x, len(x.shape))
             found = True
+    return found
+
+
+def _write_out_mean_variances(graph: ir.Graph) -> bool:
+    """Replace each MeanVarianceNormalization by (x - mean) / (deviation + 1e-9).
+
+    The deviation is sqrt(variance + 1e-18), whose gradient is finite where all elements are equal.
+    A node in 16 bits, in which these numbers are zero, is left to the rewrites.
+    """
+    found = False
+    for node in list(graph):
+        x = node.inputs[0] if node.op_type == "MeanVarianceNormalization" else None
+        if node.domain or x is None or x.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+            continue
+        builder = NodeBuilder(f"{node.outputs[0].name}/formula")
+        axes = builder.integers(list(node.attributes.get_ints("axes", [0, 2, 3])))
+        centred = builder.op("Sub", x, builder.op("ReduceMean", x, axes, keepdims=1))
+        square = builder.op("Mul", centred, centred)
+        variance = builder.op("ReduceMean", square, axes, keepdims=1)
+        root = builder.op("Sqrt", builder.op("Add", variance, builder.number(1e-18, x.dtype)))
+        divisor = builder.op("Add", root, builder.number(1e-9, x.dtype))
+        builder.replace(node, [builder.op("Div", centred, divisor)])
+        found = True
     return found
 
 

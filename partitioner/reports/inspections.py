@@ -104,7 +104,9 @@ def list_cuts(
     return [
         _describe(each, makers)
         for each in found
-        if each.at[0].name in trained and not _loses_gradient(each)
+        if each.at[0].name in trained
+        and not _loses_gradient(each)
+        and all(_can_travel(value, form.graph) for value in each.at)
     ]
 
 
@@ -125,6 +127,15 @@ def _list_trained(
     finally:
         graph.outputs[:] = outputs
     return {each.at[0].name or "" for each in found}
+
+
+def _can_travel(value: ir.Value, graph: ir.Graph) -> bool:
+    """Return whether a tensor can be sent.
+
+    Its element type and its rank must be known, and no body of a control-flow node may read it.
+    """
+    is_read_inside = any(use.node.graph is not graph for use in value.uses())
+    return _declare_shape(value)[1] > 0 and not is_read_inside
 
 
 def _loses_gradient(bisection: Bisection) -> bool:

@@ -90,3 +90,13 @@ def test_an_output_that_does_not_depend_on_data_is_no_output_to_learn_from() -> 
     model = finish(build_net(), "w", [4, 2])
     with pytest.raises(UsageError, match=r"'w' does not depend on the model's inputs.* of y$"):
         cut(model, at=None, loss="mse", output="w")
+
+
+def test_elements_that_are_all_equal_are_normalized_to_zero() -> None:
+    net = build_net()
+    net.op("MeanVarianceNormalization", "x", out="even", axes=[0])
+    model = finish(net, "even", ["N", 4])
+    equal = np.full((3, 4), 0.3, np.float32)
+    with Client(cut(model, at=None, loss="mse").client, threads=1) as client:
+        found = client.predict({"x": equal})["even"]
+    np.testing.assert_allclose(found, np.zeros((3, 4)), atol=1e-6)

@@ -27,6 +27,10 @@ _CONTRADICTION = 1e-2
 """Relative difference from which on the two evaluators contradict each other."""
 _ROUNDING = 1e-6
 """Difference up to which rounding explains any relative one, as in a sum that cancels out."""
+_SCALES = (10.0, 0.1, 100.0)
+"""Sizes of inputs that are tried if those of a normal distribution tell nothing."""
+_MOST_PARTIAL = 4
+"""Draws of integers that only one evaluator accepts; smaller integers are tried until then."""
 _COARSE_TYPES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 _COARSE_OPERATORS = frozenset(
     {"ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
@@ -47,6 +51,13 @@ class Expectation:
     batches: Sequence[Arrays]
     reference: Sequence[Arrays] | None
     session: Sequence[Arrays] | None
+
+    @property
+    def is_telling(self) -> bool:
+        """Return whether an output has elements that differ, if any has more than one."""
+        outcome = self.session or self.reference or ()
+        several = [array for batch in outcome for array in batch.values() if array.size > 1]
+        return not several or any(bool((array != array.flat[0]).any()) for array in several)
 
     @cached_property
     def noise(self) -> Mapping[str, Difference]:
@@ -86,7 +97,7 @@ class Expectation:
         """List the outputs of the model that ``found`` does not have."""
         outcome = self.reference or self.session or ()
         lists = zip(outcome, found, strict=True)
-        return list(dict.fromkeys(name for want, have in lists for name in want.keys() - have))
+        return list(dict.fromkeys(n for want, have in lists for n in want if n not in have))
 
     def find_difference(self, found: Sequence[Arrays]) -> Difference:
         """Return the largest difference from what an evaluator says, of those not allowed.
@@ -111,9 +122,20 @@ class Expectation:
 def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
     """Draw inputs that a model accepts, and evaluate it with them.
 
+    If no output tells one element from another, as behind a Relu of negative numbers alone, inputs
+    of other sizes are tried.
+
     Raises:
         NotRun: no evaluator accepts any of the draws.
     """
+    first = _expect(model, subject, seed, 1.0)
+    if first.is_telling:
+        return first
+    others = (_expect(model, subject, seed, scale) for scale in _SCALES)
+    return next((other for other in others if other.is_telling), first)
+
+
+def _expect(model: onnx.ModelProto, subject: str, seed: int, scale: float) -> Expectation:
     content = model.SerializeToString()
     runs: dict[str, Callable[[Sequence[Arrays]], list[Arrays]]] = {
         "session": partial(run_session, content, subject=subject, level="none")
@@ -121,8 +143,8 @@ def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
     if len(content) <= _MOST_REFERENCE:
         runs["reference"] = partial(run_reference, content, subject=subject)
     refusal = NotRun("no input could be drawn for its inputs' types")
-    fallback = None
-    for batches in iter_draws(model, seed):
+    halves: list[Expectation] = []
+    for batches in iter_draws(model, seed, scale):
         made: dict[str, list[Arrays]] = {}
         for name, run in runs.items():
             try:
@@ -137,13 +159,18 @@ def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
             reference=made.get("reference"),
             session=made.get("session"),
         )
-        if found.session is not None:
+        if len(made) == len(runs) or not _has_integers(batches):
             return found
-        fallback = fallback or found  # indices out of range, which numpy takes, for instance
-        runs.pop("reference", None)
-    if fallback is None:
+        halves.append(found)  # an index out of range, which one of them takes, perhaps
+        if len(halves) == _MOST_PARTIAL:
+            break
+    if not halves:
         raise refusal
-    return fallback
+    return halves[0]
+
+
+def _has_integers(batches: Sequence[Arrays]) -> bool:
+    return any(array.dtype.kind in "iu" for batch in batches for array in batch.values())
 
 
 def _is_contradiction(noise: Difference) -> bool:

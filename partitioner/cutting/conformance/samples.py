@@ -19,13 +19,14 @@ _BATCHES = ((2, 3), (1,))
 """The batch sizes of a draw: two, and one for models whose symbolic batch works with 1 alone."""
 _LENGTHS = (8, 32, 4, 64, 224, 1)
 """Values tried for symbolic sizes that are not the batch."""
-_INTEGERS = (8, 2, 1)
+_INTEGERS = (8, 4, 2, 1)
 """Integers are drawn below these limits, in this order, since tables of indices may be small."""
 
 
-def iter_draws(model: onnx.ModelProto, seed: int) -> Iterator[list[Arrays]]:
+def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterator[list[Arrays]]:
     """Yield draws to try in turn; each holds the inputs of a model at one or two batch sizes.
 
+    Floats are drawn from a normal distribution with the deviation ``scale``.
     An input whose type is not a tensor of numbers or booleans ends the iteration at once.
     """
     inputs = list_inputs(model)
@@ -41,7 +42,7 @@ def iter_draws(model: onnx.ModelProto, seed: int) -> Iterator[list[Arrays]]:
     for sizes, length, limit in product(_BATCHES, lengths, limits):
         random = np.random.default_rng(seed)
         yield [
-            {value.name: _draw(random, value, batch, length, limit) for value in inputs}
+            {value.name: _draw(random, value, batch, length, limit, scale) for value in inputs}
             for batch in (sizes if has_batch else sizes[:1])
         ]
 
@@ -70,7 +71,12 @@ def decode(tensors: Mapping[str, bytes]) -> Arrays:
 
 
 def _draw(
-    random: np.random.Generator, value: onnx.ValueInfoProto, batch: int, length: int, limit: int
+    random: np.random.Generator,
+    value: onnx.ValueInfoProto,
+    batch: int,
+    length: int,
+    limit: int,
+    scale: float,
 ) -> np.ndarray:
     shape = [
         dim.dim_value if not _is_symbolic(value, axis) else length if axis else batch
@@ -81,7 +87,7 @@ def _draw(
         return random.random(shape) < 0.5
     if dtype.kind in "iu":
         return random.integers(0, limit, shape).astype(dtype)
-    return random.standard_normal(shape).astype(dtype)
+    return (random.standard_normal(shape) * scale).astype(dtype)
 
 
 def _dims(value: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:

@@ -111,6 +111,36 @@ def test_an_integer_behind_trained_parameters_is_no_cut() -> None:
     assert tensors & {"hidden", "rows"}
 
 
+def test_a_tensor_of_unknown_rank_is_no_cut() -> None:
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 6, 1), out="column")
+    net.op("Squeeze", "column", out="row")  # a batch of one would lose its axis as well
+    net.op("Mul", "row", net.weight("scale", 1), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 6])}, "y")
+    listed = [each.tensor for each in inspect(model)]
+    assert listed == ["column"]
+    cut(model, at="column", loss="mse")
+
+
+def test_a_tensor_that_a_body_reads_is_no_cut() -> None:
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 6, 3), out="hidden")
+    net.op("ReduceMax", "x", out="top", keepdims=0)
+    net.op("Greater", "top", net.constant("bar", np.array(0.5, np.float32)), out="is_high")
+    bodies = [
+        helper.make_graph(
+            [helper.make_node(kind, ["hidden"], [kind])], kind, [],
+            [helper.make_tensor_value_info(kind, FLOAT, ["N", 3])],
+        )
+        for kind in ("Relu", "Neg")
+    ]  # fmt: skip
+    net.op("If", "is_high", out="chosen", then_branch=bodies[0], else_branch=bodies[1])
+    net.op("Mul", "chosen", net.weight("scale", 3), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 6])}, "y", 3)
+    for each in inspect(model, sent=["x"]):
+        cut(model, at=[each.tensor, *each.sent], loss="mse")
+
+
 def test_bytes_that_are_no_model_are_refused() -> None:
     with pytest.raises(NotAModel):
         inspect(b"no model at all")

@@ -67,6 +67,42 @@ def test_integers_are_drawn_so_small_that_onnx_runtime_takes_them_too() -> None:
     assert expect(model, "it", 0).session is not None
 
 
+def test_labels_are_drawn_so_small_that_the_reference_takes_them_too() -> None:
+    net = Net()
+    net.op("SoftmaxCrossEntropyLoss", "x", "labels", out="y")
+    inputs: dict[str, tuple[int, list[int | str]]] = {
+        "x": (FLOAT, ["N", 3]),
+        "labels": (INT64, ["N"]),
+    }
+    graph = helper.make_graph(
+        net.nodes,
+        "loss",
+        [helper.make_tensor_value_info(name, kind, dims) for name, (kind, dims) in inputs.items()],
+        [helper.make_tensor_value_info("y", FLOAT, [])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    expectation = expect(model, "it", 0)
+    assert expectation.reference is not None
+    assert max(batch["labels"].max() for batch in expectation.batches) < 3
+
+
+def test_inputs_of_another_size_are_drawn_if_all_elements_are_equal() -> None:
+    net = Net()
+    low = net.constant("low", np.array(5, np.float32))
+    net.op("Relu", net.op("Sub", "x", low, out="gap"), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 6])}, "y", 6)
+    expectation = expect(model, "it", 0)
+    assert expectation.is_telling
+    assert max(batch["x"].max() for batch in expectation.batches) > 5
+
+
+def test_outputs_that_are_always_equal_are_compared_all_the_same() -> None:
+    net = Net()
+    zero = net.constant("zero", np.zeros(1, np.float32))
+    model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("Mul", "x", zero, out="y"), 6)
+    assert not expect(model, "it", 0).is_telling
+
+
 def test_a_model_that_nobody_can_run_is_told() -> None:
     net = Net()
     impossible = net.constant("impossible", np.array([5, 7]))
