@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import Role
+from splitonnx.partitioner.cutting.passes.equal_sizes import join_sizes
 from splitonnx.partitioner.cutting.passes.forms import (
     declare_statistics,
     keep_data_outputs,
@@ -110,6 +111,11 @@ def _infer(work: Work) -> None:
     infer_shapes(work.model)
     if make_axes_vectors(work.model.graph):
         infer_shapes(work.model)
+
+
+def _join_sizes(work: Work) -> None:
+    if join_sizes(work.model.graph, work.weights):
+        _infer(work)
 
 
 def _write_out_own_statistics(work: Work) -> None:
@@ -227,6 +233,11 @@ PASSES: Sequence[Pass] = (
         run=_infer,
         requires=_F.ADAPTED | _F.USUAL,
         ensures=_F.TYPED,
+    ),
+    Pass(
+        work="given one name for equal sizes",
+        run=_join_sizes,
+        requires=_F.LIFTED | _F.TYPED,
     ),
     Pass(
         work="given explicit padding",  # before a shape that it corrects becomes a constant
