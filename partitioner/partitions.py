@@ -26,6 +26,8 @@ from splitonnx.partitioner.cutting.conformance.comparisons import (
     compare_with_original,
 )
 from splitonnx.partitioner.cutting.joints import JointGraph, build_predict, build_training
+from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
+from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fixed_batch
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.differentiation.losses import (
     LABELS,
@@ -217,6 +219,7 @@ def cut_prepared(
     options = LossOptions(class_axis=class_axis, labels=labels)
     _say_class_axis(prepared, loss, output, options)
     _say_kept_scalings(prepared)
+    _say_batch(prepared, output)
     training = build_training(prepared, names_at, names_tail, loss, output, options)
     predict = build_predict(prepared, names_at, names_tail)
     if approve is not None:
@@ -241,6 +244,15 @@ def _list_bound(adjustments: Adjustments) -> dict[str, list[float]]:
     return {
         name: np.asarray(value).ravel().tolist() for name, value in adjustments.bindings.items()
     }
+
+
+def _say_batch(prepared: PreparedModel, output: str) -> None:
+    """Log a warning if the batch is fixed, or if nodes were changed because of a batch of 1."""
+    fixed = find_fixed_batch(prepared.training.graph, prepared.state, output)
+    changed = describe_freed(prepared.freed), describe_decided(prepared.decided)
+    for sentence in (*changed, fixed):
+        if sentence:
+            _log.warning("%s", sentence)
 
 
 def _say_class_axis(prepared: PreparedModel, loss: str, output: str, options: LossOptions) -> None:

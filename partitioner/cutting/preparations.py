@@ -27,8 +27,10 @@ class PreparedModel:
     with all of its outputs.  The two forms keep only the outputs that depend on the model's inputs.
     ``weights`` holds the tensors that became graph inputs, in the model's order, and ``roles`` maps
     each name to the weight's role.  ``next_buffers`` maps each running statistic to the value in
-    ``training`` that replaces it after a step.  The other fields are the options that
-    :func:`prepare` was called with.
+    ``training`` that replaces it after a step.  ``freed`` names the nodes whose batch of 1 was
+    taken for the batch of the data (:mod:`batches`), and ``decided`` the nodes in whose place the
+    branch for batches of 2 or more was put (:mod:`batch_decisions`).  The other fields are the
+    options that :func:`prepare` was called with.
 
     A cut works on copies of the forms, so a prepared model can be cut any number of times.
     """
@@ -39,6 +41,8 @@ class PreparedModel:
     weights: Mapping[str, ir.TensorProtocol]
     roles: Mapping[str, Role]
     next_buffers: Mapping[str, str]
+    freed: tuple[str, ...] = ()
+    decided: tuple[str, ...] = ()
     batchnorm: BatchNormModes = None
     dropout: DropoutMode | None = None
     train: tuple[str, ...] = ()
@@ -105,6 +109,8 @@ def prepare(
         weights=work.masters,
         roles=work.roles,
         next_buffers=work.buffers,
+        freed=tuple(work.freed),
+        decided=tuple(work.decided),
         batchnorm=batchnorm,
         dropout=dropout,
         train=tuple(train),

@@ -15,6 +15,8 @@ import onnx_ir as ir
 from splitonnx.errors import ModelError, NotDifferentiable, TooManyTries, UsageError
 from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.joints import build_training
+from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
+from splitonnx.partitioner.cutting.passes.batches import describe_freed
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.losses import fit_loss, list_losses
@@ -148,7 +150,7 @@ def check(
         output=output,
         losses=losses,
         obstacles=(*map(str, faults), *obstacles),
-        remarks=(*exported, *noticed, *unlisted),
+        remarks=(*exported, *noticed, *_note_batch(prepared), *unlisted),
         operators=_list_uses(prepared, {fault.node for fault in faults}),
         parameters=_count(prepared, Role.PARAMETER),
         frozen=_count(prepared, Role.FROZEN),
@@ -182,6 +184,13 @@ def _list_remarks(
         *remark_on_batches(prepared, output, producer),
         *remark_on_conditional(prepared),
     ]
+
+
+def _note_batch(prepared: PreparedModel) -> Iterator[Remark]:
+    """Yield remarks on what was changed because of a batch of 1."""
+    for sentence in (describe_freed(prepared.freed), describe_decided(prepared.decided)):
+        if sentence:
+            yield Remark(kind=Kind.BATCH, sentence=sentence)
 
 
 def _list_cuts(

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     QUANTIZED = "quantized"
     DICTIONARIES = "dictionaries"
     OPTIMIZED = "optimized"
+    BATCH = "batch"
     CUTS_NOT_LISTED = "cuts not listed"
     INPUT_SCALING = "input scaling"
     COMPUTED_TABLE = "computed table"

@@ -17,7 +17,8 @@ from typing import BinaryIO, TypeAlias
 import msgspec
 import numpy as np
 
-from splitonnx.errors import ArrayMismatch, MissingArray, NotFinite, UnusableData
+from splitonnx.errors import ArrayMismatch, DataError, MissingArray, NotFinite, UnusableData
+from splitonnx.expressions import parse_terms
 from splitonnx.files import open_regular
 from splitonnx.runtime.limits import measure_memory
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, describe
@@ -195,7 +196,35 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
         if array.dtype != dtype:
             advice = f"convert it with .astype('{dtype.name}')"
             raise ArrayMismatch(spec.name, str(spec), f"{describe(array)}; {advice}")
-        check_array(array, spec, sizes)
+        try:
+            check_array(array, spec, sizes)
+        except ArrayMismatch as error:
+            raise _explain_rows(error, array, spec) from error
+
+
+def _explain_rows(error: ArrayMismatch, array: np.ndarray, spec: TensorSpec) -> ArrayMismatch:
+    """Advise where to look, if the number of rows is one that the model does not take."""
+    declared = spec.shape[0] if spec.shape else None
+    if not array.ndim or declared is None:
+        return error
+    if isinstance(declared, str):
+        fewest = _count_fewest(declared)
+        if array.shape[0] >= fewest:
+            return error
+        advice = f"the model was cut for {fewest} rows or more; `splitonnx check` says why"
+        return ArrayMismatch(error.name, error.expected, f"{error.actual}; {advice}")
+    try:
+        check_array(array, _any_rows(spec), {})
+    except DataError:
+        return error
+    advice = "the model fixes its number of rows; `splitonnx check` says where"
+    return ArrayMismatch(error.name, error.expected, f"{error.actual}; {advice}")
+
+
+def _count_fewest(dim: str) -> int:
+    """Return the least size of a symbolic dimension whose names stand for at least 1."""
+    terms = parse_terms(dim)
+    return sum(factor for _, factor in terms) if all(factor > 0 for _, factor in terms) else 1
 
 
 def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> None:

@@ -15,6 +15,11 @@ from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import Role
+from splitonnx.partitioner.cutting.passes.batch_decisions import (
+    decide_by_batch,
+    refuse_batch_of_1,
+)
+from splitonnx.partitioner.cutting.passes.batches import MOST_ROUNDS, free_batches
 from splitonnx.partitioner.cutting.passes.equal_sizes import join_sizes
 from splitonnx.partitioner.cutting.passes.forms import (
     declare_statistics,
@@ -118,6 +123,21 @@ def _join_sizes(work: Work) -> None:
         _infer(work)
 
 
+def _free_batches(work: Work) -> None:
+    for _ in range(MOST_ROUNDS):
+        freed = free_batches(work.model.graph, work.weights)
+        if not freed:
+            return
+        work.freed += freed
+        _infer(work)
+
+
+def _decide_by_batch(work: Work) -> None:
+    work.decided = decide_by_batch(work.model.graph, work.weights)
+    if work.decided:
+        _infer(work)
+
+
 def _write_out_own_statistics(work: Work) -> None:
     if write_out_own_statistics(work.model.graph, work.weights):
         infer_shapes(work.model)
@@ -125,6 +145,8 @@ def _write_out_own_statistics(work: Work) -> None:
 
 def _part_forms(work: Work) -> None:
     work.forms = (copy_model(work.model), copy_model(work.model))
+    if work.decided:  # the parties' declarations refuse a batch of 1 already
+        refuse_batch_of_1(work.model.graph, work.weights)
 
 
 def _widen(work: Work) -> None:
@@ -237,6 +259,16 @@ PASSES: Sequence[Pass] = (
     Pass(
         work="given one name for equal sizes",
         run=_join_sizes,
+        requires=_F.LIFTED | _F.TYPED,
+    ),
+    Pass(
+        work="freed of a batch of 1",
+        run=_free_batches,
+        requires=_F.LIFTED | _F.TYPED,
+    ),
+    Pass(
+        work="given the branches of larger batches",
+        run=_decide_by_batch,
         requires=_F.LIFTED | _F.TYPED,
     ),
     Pass(

@@ -58,6 +58,8 @@ class Work:
     buffers: Mapping[str, str] = field(default_factory=dict)
     frozen_statistics: Collection[str] = ()
     roles: Mapping[str, Role] = field(default_factory=dict)
+    freed: list[str] = field(default_factory=list)
+    decided: Sequence[str] = ()
     forms: tuple[ir.Model, ...] = ()
 
     @property

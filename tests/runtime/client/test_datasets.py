@@ -175,3 +175,21 @@ def test_a_folder_of_arrays_is_mapped_not_read(tmp_path: Path) -> None:
     while not isinstance(base, np.memmap):
         assert base.base is not None
         base = base.base
+
+
+@pytest.mark.parametrize(
+    ("dim", "rows", "advice"),
+    [
+        (1, 4, "`splitonnx check` says where"),
+        ("N + 1", 1, "cut for 2 rows or more; `splitonnx check` says why"),
+    ],
+)
+def test_a_number_of_rows_that_a_model_never_takes_is_told_with_advice(
+    dim: int | str, rows: int, advice: str
+) -> None:
+    spec = TensorSpec(name="x", dtype="F32", shape=(dim, 3))
+    with pytest.raises(ArrayMismatch, match=advice):
+        check_batch({"x": np.zeros((rows, 3), np.float32)}, [spec])
+    with pytest.raises(ArrayMismatch) as other:
+        check_batch({"x": np.zeros((rows, 4), np.float32)}, [spec])
+    assert (advice in str(other.value)) is isinstance(dim, str)

@@ -1,0 +1,194 @@
+"""Free a batch of 1 that an exporter wrote into a model, and find where a batch stays fixed.
+
+An exporter that traces one sample may write its number, 1, into the shape of a Reshape, or into a
+constant that stands beside the data.  The model then runs for one sample alone, although its inputs
+have a batch of any size.  Such a 1 is replaced if it can only be the batch: if the model computes
+the same for one sample, and cannot run for any other number as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import onnx_ir as ir
+
+from splitonnx.errors import quote
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
+from splitonnx.partitioner.graphs.traversals import find_dependents, walk_back
+
+MOST_ROUNDS = 64
+"""Limit on how often shapes are inferred again because a batch was freed."""
+
+MOST_NAMED = 8
+"""The most nodes that a sentence names."""
+
+_FIXING = frozenset(
+    {"Concat", "Expand", "GRU", "Gather", "LSTM", "RNN", "Reshape", "Slice", "Split", "Tile"}
+)
+"""Operators behind which a batch can be of one size, unlike those that make one loss of it."""
+_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
+"""Map a recurrence to its inputs that hold first states, ``[directions, batch, size]``."""
+
+
+def free_batches(graph: ir.Graph, weights: Collection[str]) -> list[str]:
+    """Replace each 1 that can only be the batch of the data, in place; return the nodes changed.
+
+    The shapes of what depends on these nodes are forgotten, and have to be inferred again.  More
+    nodes may be found then.
+    """
+    symbols = _list_symbols(graph, weights)
+    if not symbols:
+        return []
+    changed = [node for node in list(graph) if _free(graph, node, symbols)]
+    _forget_shapes(graph, changed)
+    return [node.name or "" for node in changed]
+
+
+def describe_freed(nodes: Sequence[str]) -> str:
+    """Say that nodes had a batch of 1, or return an empty string if there are none."""
+    if not nodes:
+        return ""
+    return (
+        f"{quote(nodes[:MOST_NAMED])} {'have' if len(nodes) > 1 else 'has'} a batch of 1 in the "
+        "model's file, and could run for no other; it is taken for the batch of the data"
+    )
+
+
+def find_fixed_batch(graph: ir.Graph, weights: Collection[str], output: str) -> str:
+    """Say where the batch of an output is fixed, or return an empty string if it is not."""
+    ends = [value for value in graph.outputs if value.name == output]
+    size = _read_first(ends[0]) if ends else None
+    if not isinstance(size, int):
+        return ""
+    symbols, reached = _list_symbols(graph, weights), walk_back(ends)[0]
+    for node in graph:
+        is_after_batch = any(_is_batch(value, symbols) for value in node.inputs)
+        is_fixing = node.op_type in _FIXING and _read_first(node.outputs[0]) == size
+        if is_fixing and is_after_batch and node in reached:
+            return f"the batch is fixed at {size} by node '{node.name}' ({node.op_type})"
+    raw = [value for value in graph.inputs if value.name not in weights]
+    fixed = [value.name or "" for value in raw if _read_first(value) == size]
+    if not fixed:
+        return ""
+    options = " ".join(f"--dim {name}:0=N" for name in fixed)
+    return f"the batch is fixed at {size} by what the inputs declare; {options} frees it"
+
+
+def _list_symbols(graph: ir.Graph, weights: Collection[str]) -> set[str]:
+    """List the names of the first dimensions of the data."""
+    firsts = [_read_first(value) for value in graph.inputs if value.name not in weights]
+    return {first for first in firsts if isinstance(first, str)}
+
+
+def _read_first(value: ir.Value | None, axis: int = 0) -> int | str | None:
+    if value is None or value.shape is None or len(value.shape) <= axis:
+        return None
+    dim = value.shape[axis]
+    return dim if isinstance(dim, int) else dim.value
+
+
+def _is_batch(value: ir.Value | None, symbols: Collection[str], axis: int = 0) -> bool:
+    first = _read_first(value, axis)
+    return isinstance(first, str) and first in symbols
+
+
+def _free(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
+    if node.domain:
+        return False
+    if node.op_type == "Reshape":
+        return _free_reshape(graph, node, symbols)
+    if node.op_type == "Concat" and node.attributes.get_int("axis", 0) > 0:
+        beside = next((value for value in node.inputs if _is_batch(value, symbols)), None)
+        return _repeat(graph, node, range(len(node.inputs)), beside, 0, 0)
+    states = _STATES.get(node.op_type, ())
+    sequence = node.inputs[0] if states else None
+    if not _is_batch(sequence, symbols, 1):
+        return False
+    return _repeat(graph, node, states, sequence, 1, 1)
+
+
+def _free_reshape(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
+    """Let a Reshape to ``[1, ...]`` keep the batch, if it keeps the elements of each sample.
+
+    Without a -1 it could run for no other batch.  With one it could, and then the size of the -1
+    has to be what the next node takes of one sample.
+    """
+    data, target = node.inputs[0], known_array(node.inputs[1])
+    if target is None or target.ndim != 1 or not target.size or node.attributes.get("allowzero"):
+        return False
+    if int(target[0]) != 1 or not _is_batch(data, symbols):
+        return False
+    assert data is not None
+    assert data.shape is not None
+    sizes = [dim for dim in data.shape[1:] if isinstance(dim, int)]
+    if len(sizes) < len(data.shape) - 1:
+        return False
+    rest = [int(size) for size in target[1:]]
+    if any(not size and index + 1 >= len(data.shape) for index, size in enumerate(rest)):
+        return False
+    rest = [size or sizes[index] for index, size in enumerate(rest)]
+    elements, known = math.prod(sizes), math.prod(size for size in rest if size != -1)
+    if -1 in rest:
+        if not known or elements % known or not _is_tied(node, rest, elements // known):
+            return False
+    elif known != elements:
+        return False
+    builder = NodeBuilder(f"{node.outputs[0].name}/batch")
+    node.replace_input_with(1, builder.integers([0, *rest]))
+    graph.insert_before(node, builder.nodes)
+    return True
+
+
+def _is_tied(node: ir.Node, rest: Sequence[int], size: int) -> bool:
+    """Return whether a product that reads the last axis, which is the -1, takes only ``size``."""
+    if rest[-1] != -1:
+        return False
+    for use in node.outputs[0].uses():
+        product, index = use.node, use.idx
+        if product.op_type not in ("Gemm", "MatMul") or product.domain or index != 0:
+            continue
+        turned = product.attributes.get_int("transB", 0)
+        if product.attributes.get_int("transA", 0):
+            continue
+        other = product.inputs[1]
+        rank = 0 if other is None or other.shape is None else len(other.shape)
+        if rank > 1 and _read_first(other, rank - 1 if turned else rank - 2) == size:
+            return True
+    return False
+
+
+def _repeat(
+    graph: ir.Graph,
+    node: ir.Node,
+    indices: Collection[int],
+    beside: ir.Value | None,
+    axis: int,
+    place: int,
+) -> bool:
+    """Repeat inputs that have one row on ``axis`` for each row on ``place`` of ``beside``.
+
+    The node takes only as many rows as ``beside`` has.
+    """
+    found = False
+    for index in indices:
+        value = node.inputs[index] if index < len(node.inputs) else None
+        if beside is None or value is None or _read_first(value, axis) != 1:
+            continue
+        assert value.shape is not None
+        builder = NodeBuilder(f"{node.outputs[0].name or node.name}/batch{index}")
+        rows = builder.op("Shape", beside, start=place, end=place + 1)
+        before, after = [1] * axis, [1] * (len(value.shape) - axis - 1)
+        parts = [builder.integers(before)] if before else []
+        parts += [rows, *([builder.integers(after)] if after else [])]
+        shape = builder.op("Concat", *parts, axis=0) if len(parts) > 1 else rows
+        node.replace_input_with(index, builder.op("Expand", value, shape))
+        graph.insert_before(node, builder.nodes)
+        found = True
+    return found
+
+
+def _forget_shapes(graph: ir.Graph, changed: Sequence[ir.Node]) -> None:
+    made = [value for node in changed for value in node.outputs]
+    for value in {*made, *find_dependents(graph, made)}:
+        value.shape = None
