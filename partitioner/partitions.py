@@ -27,7 +27,7 @@ from splitonnx.partitioner.cutting.conformance.comparisons import (
 )
 from splitonnx.partitioner.cutting.joints import JointGraph, build_predict, build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
-from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fixed_batch
+from splitonnx.partitioner.cutting.passes.batches import describe_freed
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.differentiation.losses import (
     LABELS,
@@ -219,7 +219,7 @@ def cut_prepared(
     options = LossOptions(class_axis=class_axis, labels=labels)
     _say_class_axis(prepared, loss, output, options)
     _say_kept_scalings(prepared)
-    _say_batch(prepared, output)
+    _say_batch(prepared)
     training = build_training(prepared, names_at, names_tail, loss, output, options)
     predict = build_predict(prepared, names_at, names_tail)
     if approve is not None:
@@ -246,11 +246,9 @@ def _list_bound(adjustments: Adjustments) -> dict[str, list[float]]:
     }
 
 
-def _say_batch(prepared: PreparedModel, output: str) -> None:
-    """Log a warning if the batch is fixed, or if nodes were changed because of a batch of 1."""
-    fixed = find_fixed_batch(prepared.training.graph, prepared.state, output)
-    changed = describe_freed(prepared.freed), describe_decided(prepared.decided)
-    for sentence in (*changed, fixed):
+def _say_batch(prepared: PreparedModel) -> None:
+    """Log a warning if nodes were changed because of a batch of 1."""
+    for sentence in (describe_freed(prepared.freed), describe_decided(prepared.decided)):
         if sentence:
             _log.warning("%s", sentence)
 

@@ -45,12 +45,15 @@ def remark_on_batches(prepared: PreparedModel, output: str, producer: str) -> It
 
 def _remark_on_inputs(raw: list[ir.Value], output: str, batch: int, producer: str) -> Remark:
     names = tuple(value.name or "" for value in raw)
+    options = tuple(make_option("--dim", f"{name}:0=N") for name in names)
     return Remark(
         kind=Kind.FIXED_BATCH,
         sentence=f"the batch is fixed at {batch} by {list_names(names)}: every batch must have "
-        f"{batch} {'sample' if batch == 1 else 'samples'}; export again with a dynamic batch"
-        f"{_advise(names, output, producer)}, or train with --batch-size {batch}",
+        f"{batch} {'sample' if batch == 1 else 'samples'}, as with --batch-size {batch}; export "
+        f"again with a dynamic batch{_advise(names, output, producer)}, or {' '.join(options)} "
+        f"{'frees' if len(options) == 1 else 'free'} it",
         names=names,
+        options=options,
     )
 
 

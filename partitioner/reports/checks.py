@@ -16,7 +16,7 @@ from splitonnx.errors import ModelError, NotDifferentiable, TooManyTries, UsageE
 from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.joints import build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
-from splitonnx.partitioner.cutting.passes.batches import describe_freed
+from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fixing_node
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.losses import fit_loss, list_losses
@@ -150,7 +150,7 @@ def check(
         output=output,
         losses=losses,
         obstacles=(*map(str, faults), *obstacles),
-        remarks=(*exported, *noticed, *_note_batch(prepared), *unlisted),
+        remarks=(*exported, *noticed, *_note_batch(prepared, output, noticed), *unlisted),
         operators=_list_uses(prepared, {fault.node for fault in faults}),
         parameters=_count(prepared, Role.PARAMETER),
         frozen=_count(prepared, Role.FROZEN),
@@ -186,11 +186,16 @@ def _list_remarks(
     ]
 
 
-def _note_batch(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield remarks on what was changed because of a batch of 1."""
+def _note_batch(
+    prepared: PreparedModel, output: str, noticed: Sequence[Remark]
+) -> Iterator[Remark]:
+    """Yield remarks on what was changed because of a batch of 1, and on a node that fixes one."""
     for sentence in (describe_freed(prepared.freed), describe_decided(prepared.decided)):
         if sentence:
             yield Remark(kind=Kind.BATCH, sentence=sentence)
+    fixing = find_fixing_node(prepared.training.graph, prepared.state, output)
+    if fixing and all(remark.kind is not Kind.FIXED_BATCH for remark in noticed):
+        yield Remark(kind=Kind.FIXED_BATCH, sentence=fixing)
 
 
 def _list_cuts(

@@ -123,13 +123,14 @@ def test_two_axes_that_may_hold_the_classes_are_told() -> None:
 
 
 def test_a_batch_in_constants_is_told_with_its_node() -> None:
-    remark = find("12_batch_baked", Kind.FIXED_BATCH)
-    assert remark.options == ("--dim N=1",)
-    assert "Reshape" in remark.names[0]
+    remark = find("12_batch_baked", Kind.BATCH)
+    assert "'Reshape_1', 'Reshape_3' have a batch of 1" in remark.sentence
 
 
 def test_a_batch_that_the_export_fixed_is_told_and_the_model_trains_by_it() -> None:
-    assert find("42_fixed_batch", Kind.FIXED_BATCH).sentence.endswith("train with --batch-size 1")
+    remark = find("42_fixed_batch", Kind.FIXED_BATCH)
+    assert remark.sentence.endswith("--dim x:0=N frees it")
+    assert "--batch-size 1" in remark.sentence
     bundle = cut(load_model("42_fixed_batch"), at="b")
     assert verify(bundle, load_data("42_fixed_batch"), batch_size=1, steps=2).ok
 

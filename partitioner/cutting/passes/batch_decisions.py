@@ -26,7 +26,7 @@ _REFUSED = "batch_of_1_refused"
 
 
 def decide_by_batch(graph: ir.Graph, weights: Collection[str]) -> list[str]:
-    """Put the branch for larger batches in place of each If that only asks for a batch of 1.
+    """Replace each If that only asks for a batch of 1 by the branch for larger batches.
 
     Return the names of the nodes replaced.  The shapes of what depends on the data are then
     forgotten, and have to be inferred again.
@@ -57,7 +57,7 @@ def _decide(graph: ir.Graph, raw: Sequence[ir.Value], symbol: str, size: str) ->
 
 
 def describe_decided(nodes: Sequence[str]) -> str:
-    """Say which nodes were decided, or return an empty string if there are none."""
+    """Return a sentence on the nodes that were decided, or an empty string if there are none."""
     if not nodes:
         return ""
     return (
@@ -67,7 +67,7 @@ def describe_decided(nodes: Sequence[str]) -> str:
 
 
 def refuse_batch_of_1(graph: ir.Graph, weights: Collection[str]) -> None:
-    """Let a model fail at once if it is run with a batch of 1, in place."""
+    """Make a model fail at once if it is run with a batch of 1, in place."""
     raw = [value for value in graph.inputs if value.name not in weights]
     source = next(value for value in raw if _LESS_1 in _read_batch(value))
     uses = list(source.uses())

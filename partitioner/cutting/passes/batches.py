@@ -46,7 +46,7 @@ def free_batches(graph: ir.Graph, weights: Collection[str]) -> list[str]:
 
 
 def describe_freed(nodes: Sequence[str]) -> str:
-    """Say that nodes had a batch of 1, or return an empty string if there are none."""
+    """Return a sentence on nodes that had a batch of 1, or an empty string if there are none."""
     if not nodes:
         return ""
     return (
@@ -55,8 +55,8 @@ def describe_freed(nodes: Sequence[str]) -> str:
     )
 
 
-def find_fixed_batch(graph: ir.Graph, weights: Collection[str], output: str) -> str:
-    """Say where the batch of an output is fixed, or return an empty string if it is not."""
+def find_fixing_node(graph: ir.Graph, weights: Collection[str], output: str) -> str:
+    """Return a sentence on the node that fixes the batch of an output, or an empty string."""
     ends = [value for value in graph.outputs if value.name == output]
     size = _read_first(ends[0]) if ends else None
     if not isinstance(size, int):
@@ -67,12 +67,7 @@ def find_fixed_batch(graph: ir.Graph, weights: Collection[str], output: str) -> 
         is_fixing = node.op_type in _FIXING and _read_first(node.outputs[0]) == size
         if is_fixing and is_after_batch and node in reached:
             return f"the batch is fixed at {size} by node '{node.name}' ({node.op_type})"
-    raw = [value for value in graph.inputs if value.name not in weights]
-    fixed = [value.name or "" for value in raw if _read_first(value) == size]
-    if not fixed:
-        return ""
-    options = " ".join(f"--dim {name}:0=N" for name in fixed)
-    return f"the batch is fixed at {size} by what the inputs declare; {options} frees it"
+    return ""
 
 
 def _list_symbols(graph: ir.Graph, weights: Collection[str]) -> set[str]:

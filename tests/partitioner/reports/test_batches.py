@@ -39,14 +39,13 @@ def test_a_target_that_follows_the_batch_calls_for_no_remark(target: tuple[int, 
     assert list_remarks(build_reshape(*target)) == []
 
 
-def test_a_class_token_of_one_sample_fixes_the_batch() -> None:
+def test_a_class_token_of_one_sample_is_freed_before() -> None:
     net = Net()
     value = net.op("MatMul", "x", net.weight("w", 4, 4), out="m")
     value = net.op("Concat", net.weight("token", 1, 1, 4), value, out="c", axis=1)
     model = net.finish({"x": (FLOAT, ["B", 5, 4])}, net.op("Relu", value, out="y"), 6, 4)
-    (remark,) = list_remarks(model)
-    assert remark.names == ("c_node",)
-    assert remark.options == ("--dim B=1",)
+    assert list_remarks(model) == []
+    assert prepare(open_model(model)).freed == ("c_node",)
 
 
 def test_first_states_of_a_recurrence_fix_the_batch() -> None:
@@ -74,6 +73,7 @@ def test_inputs_that_fix_the_batch_are_named_with_the_way_out(size: int) -> None
     (remark,) = list_remarks(fix_batch(size))
     assert remark.names == ("x",)
     assert f"fixed at {size}" in remark.sentence
-    assert remark.sentence.endswith(f"train with --batch-size {size}")
+    assert remark.sentence.endswith("--dim x:0=N frees it")
+    assert f"--batch-size {size}" in remark.sentence
     (remark,) = list_remarks(fix_batch(size), "pytorch 2.6.0")
     assert "dynamic_axes={'x': {0: 'N'}, 'y': {0: 'N'}}" in remark.sentence

@@ -67,7 +67,7 @@ class Value:
             raise Unfit
 
 
-class Draft:
+class DrawnModel:
     """A model in the making."""
 
     def __init__(self, draw: DrawFn, opset: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from tests.support.random_graphs.drafts import Draft, Unfit, Value
+from tests.support.random_graphs.drafts import DrawnModel, Unfit, Value
 
 PLAIN: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "Relu": {},
@@ -57,7 +57,7 @@ REDUCTIONS = (
 Made = Sequence[Value]
 
 
-def draw_plain(draft: Draft) -> Made:
+def draw_plain(draft: DrawnModel) -> Made:
     op = draft.pick(list(PLAIN))
     attributes = {name: draft.pick(held) for name, held in PLAIN[op].items()}
     made = draft.add(op, [draft.value()], **attributes)
@@ -66,18 +66,18 @@ def draw_plain(draft: Draft) -> Made:
     return [made]
 
 
-def draw_bounded(draft: Draft) -> Made:
+def draw_bounded(draft: DrawnModel) -> Made:
     bounded = draft.add("Tanh", [draft.value()])
     bounded = draft.add("Mul", [bounded, draft.constant(0.9, np.float32)])
     return [draft.add(draft.pick(BOUNDED), [bounded])]
 
 
-def draw_positive(draft: Draft) -> Made:
+def draw_positive(draft: DrawnModel) -> Made:
     above = draft.add("Add", [draft.add("Abs", [draft.value()]), draft.constant(1.1, np.float32)])
     return [draft.add(draft.pick(POSITIVE), [above])]
 
 
-def draw_partner(draft: Draft, value: Value, *, low: float | None = None) -> Value:
+def draw_partner(draft: DrawnModel, value: Value, *, low: float | None = None) -> Value:
     """Draw a tensor that broadcasts with ``value``: another of the model, or a weight."""
     if draft.flag():
         others = [v for v in draft.values if v.is_float and _broadcasts(v, value)]
@@ -100,7 +100,7 @@ def _broadcasts(one: Value, other: Value) -> bool:
     return True
 
 
-def draw_binary(draft: Draft) -> Made:
+def draw_binary(draft: DrawnModel) -> Made:
     op, value = draft.pick(["Add", "Mul", "Sub", "Max", "Min", "Sum", "Mean"]), draft.value()
     pair = [value, draw_partner(draft, value)]
     if draft.flag():
@@ -110,7 +110,7 @@ def draw_binary(draft: Draft) -> Made:
     return [draft.add(op, pair)]
 
 
-def draw_division(draft: Draft) -> Made:
+def draw_division(draft: DrawnModel) -> Made:
     value = draft.value()
     op = draft.pick(["Div", "Mod", "Pow", "Pow"])
     if op == "Div":
@@ -125,13 +125,13 @@ def draw_division(draft: Draft) -> Made:
     return [draft.add("Pow", [above, draw_partner(draft, above)])]
 
 
-def draw_slope(draft: Draft) -> Made:
+def draw_slope(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     shape = [value.shape[a] if a in value.fixed and draft.flag() else 1 for a in range(value.rank)]
     return [draft.add("PRelu", [value, draft.weight(*shape[draft.number(0, value.rank - 1) :])])]
 
 
-def draw_clip(draft: Draft) -> Made:
+def draw_clip(draft: DrawnModel) -> Made:
     value, low, high = draft.value(), draft.pick([None, -0.5, 0.0]), draft.pick([None, 1.0, 0.4])
     if draft.opset < 11:
         return [draft.add("Clip", [value], min=low, max=high)]
@@ -141,7 +141,7 @@ def draw_clip(draft: Draft) -> Made:
     return [draft.add("Clip", [value, *limits])]
 
 
-def draw_choice(draft: Draft) -> Made:
+def draw_choice(draft: DrawnModel) -> Made:
     """Compare two tensors, and use the truth values to choose between others or as numbers."""
     value = draft.value()
     kinds = ["Greater", "Less", "GreaterOrEqual", "LessOrEqual", "mask"]
@@ -167,7 +167,7 @@ def draw_choice(draft: Draft) -> Made:
     return [draft.add("Where", [condition, *pair])]
 
 
-def draw_cast(draft: Draft) -> Made:
+def draw_cast(draft: DrawnModel) -> Made:
     value = draft.value()
     kind = draft.pick([TensorProto.DOUBLE, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL])
     there = draft.add("Cast", [value], to=kind)
@@ -176,7 +176,7 @@ def draw_cast(draft: Draft) -> Made:
     return [draft.add("Cast", [there], to=TensorProto.FLOAT)]
 
 
-def draw_along_axis(draft: Draft) -> Made:
+def draw_along_axis(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     op = draft.pick(["Softmax", "LogSoftmax", "Hardmax", "LpNormalization", "CumSum"])
     if op == "CumSum":
@@ -189,7 +189,7 @@ def draw_along_axis(draft: Draft) -> Made:
     return [draft.add(op, [value], axis=axis)]
 
 
-def draw_reduction(draft: Draft) -> Made:
+def draw_reduction(draft: DrawnModel) -> Made:
     value, op = draft.value(least_rank=1), draft.pick(REDUCTIONS)
     if op == "ReduceLogSum":
         value = draft.add("Add", [draft.add("Abs", [value]), draft.constant(0.1, np.float32)])
@@ -203,7 +203,7 @@ def draw_reduction(draft: Draft) -> Made:
     return [draft.add(op, [value], axes=axes or None, keepdims=keep)]
 
 
-def draw_place(draft: Draft) -> Made:
+def draw_place(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     op = draft.pick(["ArgMax", "ArgMin", "TopK"])
     if op == "TopK":
@@ -225,14 +225,14 @@ def draw_place(draft: Draft) -> Made:
     return [draft.add("Cast", [made], to=TensorProto.FLOAT)]
 
 
-def draw_triangle(draft: Draft) -> Made:
+def draw_triangle(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=2)
     upper = draft.pick([None, 0, 1])
     offset = [draft.constant(draft.number(-2, 2))] if draft.flag() else []
     return [draft.add("Trilu", [value, *offset], upper=upper)]
 
 
-DRAWN: Sequence[Callable[[Draft], Made]] = (
+DRAWN: Sequence[Callable[[DrawnModel], Made]] = (
     draw_plain, draw_binary, draw_plain, draw_bounded, draw_positive, draw_division, draw_slope,
     draw_clip, draw_choice, draw_cast, draw_along_axis, draw_reduction, draw_reduction, draw_place,
     draw_triangle,

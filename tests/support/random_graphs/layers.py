@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from tests.support.random_graphs.drafts import Draft, Unfit, Value
+from tests.support.random_graphs.drafts import DrawnModel, Unfit, Value
 
 Made = Sequence[Value]
 
 
-def draw_matmul(draft: Draft) -> Made:
+def draw_matmul(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     way = draft.pick(["right", "right", "left", "itself", "vector", "stack"])
     if way == "left" and value.rank >= 2:
@@ -32,13 +32,13 @@ def draw_matmul(draft: Draft) -> Made:
     return [draft.add("MatMul", [value, draft.weight(width, draft.number(1, 5))])]
 
 
-def draw_scale(draft: Draft) -> Made:
+def draw_scale(draft: DrawnModel) -> Made:
     value = draft.value()
     shape = [value.shape[a] if a in value.fixed and draft.flag() else 1 for a in range(value.rank)]
     return [draft.add(draft.pick(["Mul", "Mul", "Add"]), [value, draft.weight(*shape)])]
 
 
-def draw_end(draft: Draft) -> Made:
+def draw_end(draft: DrawnModel) -> Made:
     """End with a weight that is certainly trained, after a tensor that depends on the batch."""
     value = draft.value()
     if len(value.fixed) == value.rank or not value.fixed:
@@ -48,7 +48,7 @@ def draw_end(draft: Draft) -> Made:
     return [draft.add("Mul", [value, draft.store(array, "w")])]
 
 
-def draw_gemm(draft: Draft) -> Made:
+def draw_gemm(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=2, most_rank=2)
     value.need_fixed(1)
     width, units = value.shape[1], draft.number(1, 5)
@@ -64,7 +64,7 @@ def draw_gemm(draft: Draft) -> Made:
     return [draft.add("Gemm", inputs, transA=trans_a, transB=trans_b, alpha=alpha, beta=beta)]
 
 
-def _draw_window(draft: Draft, value: Value, kernel: Sequence[int]) -> dict[str, Any]:
+def _draw_window(draft: DrawnModel, value: Value, kernel: Sequence[int]) -> dict[str, Any]:
     """Draw strides, dilations and padding of a window."""
     axes = range(len(kernel))
     window: dict[str, Any] = {}
@@ -78,18 +78,18 @@ def _draw_window(draft: Draft, value: Value, kernel: Sequence[int]) -> dict[str,
     return window
 
 
-def _draw_images(draft: Draft, ranks: Sequence[int] = (3, 4, 5)) -> Value:
+def _draw_images(draft: DrawnModel, ranks: Sequence[int] = (3, 4, 5)) -> Value:
     value = draft.value(least_rank=min(ranks), most_rank=max(ranks))
     if not value.is_batch_first:
         raise Unfit
     return value
 
 
-def _draw_dilations(draft: Draft, count: int) -> list[int] | None:
+def _draw_dilations(draft: DrawnModel, count: int) -> list[int] | None:
     return [draft.number(1, 2) for _ in range(count)] if draft.flag() else None
 
 
-def draw_convolution(draft: Draft) -> Made:
+def draw_convolution(draft: DrawnModel) -> Made:
     value = _draw_images(draft)
     channels, spatial = value.shape[1], value.rank - 2
     kernel = [draft.number(1, 3) for _ in range(spatial)]
@@ -112,7 +112,7 @@ def draw_convolution(draft: Draft) -> Made:
     return [draft.add("Conv", inputs, group=group, dilations=dilations, **window)]
 
 
-def draw_pool(draft: Draft) -> Made:
+def draw_pool(draft: DrawnModel) -> Made:
     value = _draw_images(draft)
     op = draft.pick(["MaxPool", "AveragePool", "LpPool", "global"])
     if op == "global":
@@ -134,7 +134,7 @@ def draw_pool(draft: Draft) -> Made:
     return [draft.add(op, [value], kernel_shape=kernel, **window)]
 
 
-def draw_normalization(draft: Draft) -> Made:
+def draw_normalization(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=2, most_rank=5)
     op = draft.pick(
         ["BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization",
@@ -184,7 +184,7 @@ def draw_normalization(draft: Draft) -> Made:
     return [draft.add(op, [value, *given], epsilon=epsilon, momentum=momentum)]
 
 
-def draw_recurrence(draft: Draft) -> Made:
+def draw_recurrence(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=3, most_rank=3)
     op = draft.pick(["LSTM", "GRU", "RNN"])
     direction = draft.pick([None, "forward", "reverse", "bidirectional"])
@@ -214,7 +214,7 @@ def draw_recurrence(draft: Draft) -> Made:
     return draft.add_several(op, inputs, count, **attributes)
 
 
-DRAWN: Sequence[Callable[[Draft], Made]] = (
+DRAWN: Sequence[Callable[[DrawnModel], Made]] = (
     draw_matmul, draw_matmul, draw_gemm, draw_convolution, draw_pool, draw_normalization,
     draw_normalization, draw_recurrence, draw_convolution, draw_gemm,
 )  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis.strategies import DrawFn
 from onnx import helper
 
 from tests.support.random_graphs import elementwise, layers, rarities, reshapes, selections
-from tests.support.random_graphs.drafts import BATCHES, Draft, Unfit, Value, draw_input
+from tests.support.random_graphs.drafts import BATCHES, DrawnModel, Unfit, Value, draw_input
 
 OPSETS = (18, 21, 20, 19, 17, 16, 15, 13, 12, 11, 9)
 SHAPES = ((4,), (3, 4), (4, 5, 6), (2, 4), (6, 3), (2, 4, 4), (1, 6, 5), (2, 3, 4, 3), (5,))
@@ -54,7 +54,7 @@ GROUPS = (
 @st.composite
 def models(draw: DrawFn) -> Drawn:
     """Draw a model with a symbolic batch."""
-    draft = Draft(draw, draw(st.sampled_from(OPSETS)))
+    draft = DrawnModel(draw, draw(st.sampled_from(OPSETS)))
     shapes = [draft.pick(SHAPES)]
     if draft.flag():
         shapes.append(shapes[0] if draft.flag() else draft.pick(SHAPES))
@@ -102,7 +102,7 @@ def models(draw: DrawFn) -> Drawn:
     )
 
 
-def _grow(draft: Draft, among: Sequence[Callable[[Draft], Sequence[Value]]]) -> None:
+def _grow(draft: DrawnModel, among: Sequence[Callable[[DrawnModel], Sequence[Value]]]) -> None:
     """Add an operator, or nothing if the one drawn does not fit."""
     before = len(draft.nodes), len(draft.weights), len(draft.inputs), len(draft.known)
     grow = draft.pick(among)
@@ -113,7 +113,7 @@ def _grow(draft: Draft, among: Sequence[Callable[[Draft], Sequence[Value]]]) -> 
         del draft.nodes[nodes:], draft.weights[weights:], draft.inputs[inputs:], draft.known[known:]
 
 
-def _draw_outputs(draft: Draft) -> tuple[list[Value], Value]:
+def _draw_outputs(draft: DrawnModel) -> tuple[list[Value], Value]:
     """Draw outputs, and the one for the loss: the last tensor, sometimes others before it."""
     made = [v for v in draft.values[::-1] if v.is_float and draft.depends(v)]
     assume(bool(made))

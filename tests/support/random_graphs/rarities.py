@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
-from tests.support.random_graphs.drafts import Draft, Unfit, Value
+from tests.support.random_graphs.drafts import DrawnModel, Unfit, Value
 
 Made = Sequence[Value]
 
 
-def draw_crop(draft: Draft) -> Made:
+def draw_crop(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     if draft.opset < 18:
         raise Unfit
@@ -22,7 +22,7 @@ def draw_crop(draft: Draft) -> Made:
     return [draft.add("CenterCropPad", [value, size], axes=[axis])]
 
 
-def draw_compression(draft: Draft) -> Made:
+def draw_compression(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     if draft.opset < 11:
         raise Unfit
@@ -31,7 +31,7 @@ def draw_compression(draft: Draft) -> Made:
     return [draft.add("Compress", [value, draft.constant(kept, np.bool_)], axis=axis)]
 
 
-def draw_determinant(draft: Draft) -> Made:
+def draw_determinant(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=2, most_rank=4)
     value.need_fixed(-1)
     if draft.opset < 11 or value.rank not in (2, 3, 4):
@@ -42,7 +42,7 @@ def draw_determinant(draft: Draft) -> Made:
     return [draft.add("Det", [square])]
 
 
-def draw_positions(draft: Draft) -> Made:
+def draw_positions(draft: DrawnModel) -> Made:
     """Add a row of a table for each place along an axis."""
     value = draft.value(least_rank=3)
     value.need_fixed(-1, -2)
@@ -54,7 +54,7 @@ def draw_positions(draft: Draft) -> Made:
     return [draft.add("Add", [value, draft.add("Gather", [table, places], axis=0)])]
 
 
-def draw_branch(draft: Draft) -> Made:
+def draw_branch(draft: DrawnModel) -> Made:
     """Choose between two bodies by a constant, or by the size of a tensor."""
     value = draft.value()
     condition = draft.constant(draft.flag(), np.bool_)
@@ -72,7 +72,7 @@ def draw_branch(draft: Draft) -> Made:
     )
 
 
-def draw_grid_sample(draft: Draft) -> Made:
+def draw_grid_sample(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=4, most_rank=4)
     if draft.opset < 16 or not value.is_batch_first:
         raise Unfit
@@ -87,7 +87,7 @@ def draw_grid_sample(draft: Draft) -> Made:
     ]  # fmt: skip
 
 
-def draw_unpool(draft: Draft) -> Made:
+def draw_unpool(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=4, most_rank=4)
     if draft.opset < 11 or not value.is_batch_first:
         raise Unfit
@@ -96,14 +96,14 @@ def draw_unpool(draft: Draft) -> Made:
     return [draft.add("MaxUnpool", [pooled, places], **window)]
 
 
-def draw_wide_pool(draft: Draft) -> Made:
+def draw_wide_pool(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=3, most_rank=5)
     if not value.is_batch_first:
         raise Unfit
     return [draft.add("GlobalLpPool", [value], p=draft.pick([None, 1, 2, 3]))]
 
 
-def draw_loss(draft: Draft, value: Value) -> Value:
+def draw_loss(draft: DrawnModel, value: Value) -> Value:
     """Add a loss to a tensor, of labels that are an input; or else its mean."""
     op = draft.pick(["ReduceMean", "SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss"])
     fits = value.rank >= 2 and value.is_batch_first and draft.opset >= 12
@@ -120,7 +120,7 @@ def draw_loss(draft: Draft, value: Value) -> Value:
     return draft.add(op, inputs, reduction=draft.pick([None, "sum"]), ignore_index=ignored)
 
 
-DRAWN: Sequence[Callable[[Draft], Made]] = (
+DRAWN: Sequence[Callable[[DrawnModel], Made]] = (
     draw_crop, draw_compression, draw_determinant, draw_positions, draw_branch, draw_grid_sample,
     draw_unpool, draw_wide_pool,
 )  # fmt: skip

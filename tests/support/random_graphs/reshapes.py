@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from tests.support.random_graphs.drafts import Draft, Unfit, Value
+from tests.support.random_graphs.drafts import DrawnModel, Unfit, Value
 
 Made = Sequence[Value]
 
 
-def draw_transpose(draft: Draft) -> Made:
+def draw_transpose(draft: DrawnModel) -> Made:
     value = draft.value()
     if draft.flag():
         return [draft.add("Transpose", [value])]
     return [draft.add("Transpose", [value], perm=draft.order(value.rank))]
 
 
-def draw_reshape(draft: Draft) -> Made:
+def draw_reshape(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     way = draft.pick(["zeros", "minus", "split", "path", "flat"])
     if way == "flat":
@@ -52,7 +52,7 @@ def draw_reshape(draft: Draft) -> Made:
     return [draft.add("Reshape", [value, shape_value])]
 
 
-def draw_flatten(draft: Draft) -> Made:
+def draw_flatten(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     if draft.flag():
         return [draft.add("Flatten", [value])]
@@ -60,7 +60,7 @@ def draw_flatten(draft: Draft) -> Made:
     return [draft.add("Flatten", [value], axis=draft.number(least, value.rank))]
 
 
-def draw_unsqueeze(draft: Draft) -> Made:
+def draw_unsqueeze(draft: DrawnModel) -> Made:
     value = draft.value(most_rank=4)
     count = draft.number(1, 2)
     axes = draft.order(value.rank + count)[:count]
@@ -69,7 +69,7 @@ def draw_unsqueeze(draft: Draft) -> Made:
     return [draft.unsqueeze(value, axes)]
 
 
-def draw_squeeze(draft: Draft) -> Made:
+def draw_squeeze(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     ones = [axis for axis in value.fixed if value.shape[axis] == 1]
     if not ones:
@@ -84,7 +84,7 @@ def draw_squeeze(draft: Draft) -> Made:
     return [draft.add("Squeeze", [value], axes=axes)]
 
 
-def draw_concat(draft: Draft) -> Made:
+def draw_concat(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     axis = draft.axis(value)
 
@@ -106,7 +106,7 @@ def draw_concat(draft: Draft) -> Made:
     return [draft.add("Concat", parts, axis=axis)]
 
 
-def draw_split(draft: Draft) -> Made:
+def draw_split(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     axis = draft.axis(value, fixed=True)
     size = value.shape[axis]
@@ -119,7 +119,7 @@ def draw_split(draft: Draft) -> Made:
     return draft.add_several("Split", [value], 2, axis=axis, split=sizes)
 
 
-def draw_slice(draft: Draft) -> Made:
+def draw_slice(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     axes = draft.order(value.rank)[: draft.number(1, min(2, value.rank))]
     starts, ends, steps = [], [], []
@@ -148,7 +148,7 @@ def draw_slice(draft: Draft) -> Made:
     return [draft.add("Slice", inputs)]
 
 
-def draw_pad(draft: Draft) -> Made:
+def draw_pad(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     modes = [None, "constant", "reflect", "edge"] + (["wrap"] if draft.opset >= 19 else [])
     mode = draft.pick(modes)
@@ -172,7 +172,7 @@ def draw_pad(draft: Draft) -> Made:
     return [draft.add("Pad", inputs, mode=mode)]
 
 
-def draw_repeat(draft: Draft) -> Made:
+def draw_repeat(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1, most_rank=4)
     if draft.flag():
         repeats = [draft.number(1, 2) for _ in range(value.rank)]
@@ -183,7 +183,7 @@ def draw_repeat(draft: Draft) -> Made:
     return [draft.add("Expand", [value, draft.constant(shape)])]
 
 
-def draw_resize(draft: Draft) -> Made:
+def draw_resize(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=3, most_rank=4)
     if draft.opset < 13 or not value.is_batch_first:
         raise Unfit
@@ -215,7 +215,7 @@ def draw_resize(draft: Draft) -> Made:
     return [draft.add("Resize", [value, None, draft.constant(scales, np.float32)], **attributes)]
 
 
-def draw_blocks(draft: Draft) -> Made:
+def draw_blocks(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=4, most_rank=4)
     value.need_fixed(1, 2, 3)
     if draft.flag() and value.shape[1] % 4 == 0:
@@ -232,7 +232,7 @@ EQUATIONS = {
 }
 
 
-def draw_einsum(draft: Draft) -> Made:
+def draw_einsum(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1, most_rank=4)
     if draft.opset < 12:
         raise Unfit
@@ -251,7 +251,7 @@ def draw_einsum(draft: Draft) -> Made:
     return [draft.add("Einsum", inputs, equation=equation)]
 
 
-def draw_shape_numbers(draft: Draft) -> Made:
+def draw_shape_numbers(draft: DrawnModel) -> Made:
     """Use the extents of a tensor as numbers, or a constant in its shape."""
     value = draft.value(least_rank=1)
     way = draft.pick(["scale", "zeros", "size"])
@@ -270,7 +270,7 @@ def draw_shape_numbers(draft: Draft) -> Made:
     return [draft.add("Mul", [value, draft.add("Sqrt", [size])])]
 
 
-DRAWN: Sequence[Callable[[Draft], Made]] = (
+DRAWN: Sequence[Callable[[DrawnModel], Made]] = (
     draw_transpose, draw_reshape, draw_flatten, draw_unsqueeze, draw_squeeze, draw_concat,
     draw_split, draw_slice, draw_slice, draw_pad, draw_pad, draw_repeat, draw_resize, draw_blocks,
     draw_einsum, draw_shape_numbers,

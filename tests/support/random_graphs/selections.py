@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from onnx import TensorProto
 
-from tests.support.random_graphs.drafts import Draft, Unfit, Value
+from tests.support.random_graphs.drafts import DrawnModel, Unfit, Value
 
 Made = Sequence[Value]
 
 
-def _draw_indices(draft: Draft, shape: Sequence[int], limit: int) -> Value:
+def _draw_indices(draft: DrawnModel, shape: Sequence[int], limit: int) -> Value:
     random = np.random.default_rng(math.prod(shape) + limit)
     least = -limit if draft.opset >= 11 and draft.flag() else 0
     kind = draft.pick([np.int64, np.int32])
     return draft.constant(random.integers(least, limit, shape), kind)
 
 
-def draw_gather(draft: Draft) -> Made:
+def draw_gather(draft: DrawnModel) -> Made:
     if draft.flag():
         value = draft.value(least_rank=1)
         axis = draft.axis(value, fixed=True)
@@ -34,7 +34,7 @@ def draw_gather(draft: Draft) -> Made:
     return [draft.add("Gather", [table, indices], axis=draft.pick([0, -2]))]
 
 
-def draw_one_hot(draft: Draft) -> Made:
+def draw_one_hot(draft: DrawnModel) -> Made:
     depth = draft.number(2, 4)
     indices = draft.input(np.int64, draft.pick([(), (3,)]), depth)
     values = draft.constant(draft.pick([[0.0, 1.0], [-0.5, 2.0]]), np.float32)
@@ -44,7 +44,7 @@ def draw_one_hot(draft: Draft) -> Made:
     return [draft.add("MatMul", [hot, draft.weight(hot.shape[-1], 2)])] if axis is None else [hot]
 
 
-def draw_gather_elements(draft: Draft) -> Made:
+def draw_gather_elements(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     axis = draft.axis(value, fixed=True)
     if draft.opset < 11:
@@ -58,7 +58,7 @@ def draw_gather_elements(draft: Draft) -> Made:
     return [draft.add("GatherElements", [value, indices], axis=axis)]
 
 
-def draw_gather_nd(draft: Draft) -> Made:
+def draw_gather_nd(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=2)
     if draft.opset < 12:
         raise Unfit
@@ -71,7 +71,7 @@ def draw_gather_nd(draft: Draft) -> Made:
     return [draft.add("GatherND", [value, indices], batch_dims=1)]
 
 
-def draw_scatter_elements(draft: Draft) -> Made:
+def draw_scatter_elements(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=2)
     axis = draft.axis(value, fixed=True, least=1)
     if draft.opset < 16 or not value.is_batch_first:
@@ -88,7 +88,7 @@ def draw_scatter_elements(draft: Draft) -> Made:
     ]  # fmt: skip
 
 
-def draw_scatter_nd(draft: Draft) -> Made:
+def draw_scatter_nd(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=1)
     table = draft.weight(4, 3)
     if draft.opset < 16:
@@ -103,7 +103,7 @@ def draw_scatter_nd(draft: Draft) -> Made:
     return [draft.add("MatMul", [value, draft.add("Transpose", [made])])]
 
 
-def draw_reverse(draft: Draft) -> Made:
+def draw_reverse(draft: DrawnModel) -> Made:
     value = draft.value(least_rank=2)
     if draft.opset < 10 or not value.is_batch_first:
         raise Unfit
@@ -114,7 +114,7 @@ def draw_reverse(draft: Draft) -> Made:
     return [draft.add("ReverseSequence", [value, lengths], batch_axis=0, time_axis=1)]
 
 
-DRAWN: Sequence[Callable[[Draft], Made]] = (
+DRAWN: Sequence[Callable[[DrawnModel], Made]] = (
     draw_gather, draw_gather, draw_one_hot, draw_gather_elements, draw_gather_nd,
     draw_scatter_elements, draw_scatter_nd, draw_reverse,
 )  # fmt: skip
