@@ -214,10 +214,9 @@ def write_out_own_statistics(graph: ir.Graph, weights: Collection[str]) -> bool:
     """Replace each normalization without running statistics by its formula, in place.
 
     These are MeanVarianceNormalization, for which the kernel of ONNX Runtime 1.19.2 divides by zero
-    where all elements are equal, and BatchNormalization.  A BatchNormalization in training mode has
-    no running statistics if its input depends only on weights, or if the graph repeats its
-    statistics once per sample.  A node is left unchanged if the rank of its input is not known.
-    Return whether any node was replaced.
+    where all elements are equal, and BatchNormalization in training mode if its input depends only
+    on weights, or if the graph repeats its statistics once per sample.  A BatchNormalization is
+    left unchanged if the rank of its input is not known.  Return whether any node was replaced.
     """
     found = _write_out_mean_variances(graph)
     training = [node for node in list_batchnorms(graph) if is_training(node)]

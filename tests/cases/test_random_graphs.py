@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
-from splitonnx.errors import UsageError
+from splitonnx.errors import DifferentResult, UsageError
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from tests.support.derivatives import assert_differentiable
@@ -58,6 +60,25 @@ def test_an_output_that_the_parts_do_not_predict_is_named(
     assert [record.getMessage() for record in caplog.records] == [
         "what the parts predict leaves out 'w', an output of the model"
     ]
+
+
+def test_a_difference_is_found_beside_an_output_that_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = Net()
+    net.op("Tanh", net.op("MatMul", "x", net.weight("w", 4, 2), out="product"), out="y")
+    model = finish(net, "w", [4, 2])
+
+    def prepare_wrongly(*arguments: ir.Model, **options: object) -> PreparedModel:
+        prepared = prepare(*arguments, **options)  # type: ignore[arg-type]
+        for node in list(prepared.inference.graph):
+            if node.op_type == "Tanh":
+                node.op_type = "Sigmoid"
+        return prepared
+
+    monkeypatch.setattr("splitonnx.partitioner.partitions.prepare", prepare_wrongly)
+    with pytest.raises(DifferentResult):
+        cut(model, at=None, loss="mse", check=True)
 
 
 @pytest.mark.parametrize("opset", [9, 13, 15])

@@ -169,21 +169,26 @@ def _hold(form: _Form, subject: str) -> list[str]:
             f"rounding leaves little of '{noise.tensor}' in {subject}: onnx's reference evaluator "
             f"and ONNX Runtime differ by {noise.gap:.1e}, {noise.size:.1e} of its largest value"
         )
-    return remarks + [
-        remark
-        for made in form.made
-        if (remark := _hold_made(made, expectation, subject)) is not None
-    ]
-
-
-def _hold_made(made: _Made, expectation: Expectation, subject: str) -> str | None:
-    try:
-        found = made.run(expectation.batches)
+    for made in form.made:
+        try:
+            found = made.run(expectation.batches)
+        except NotRun as error:
+            remarks.append(f"{made.label} does not run on inputs that {subject} takes: {error}")
+            continue
         if made.has_all and (missing := expectation.find_missing(found)):
-            return f"{made.label} leaves out {quote(missing)}, an output of {subject}"
-        difference = expectation.find_difference(found)
-        if not difference.size:
-            return None
+            remarks.append(f"{made.label} leaves out {quote(missing)}, an output of {subject}")
+        if (remark := _hold_made(made, found, expectation, subject)) is not None:
+            remarks.append(remark)
+    return remarks
+
+
+def _hold_made(
+    made: _Made, found: Sequence[Arrays], expectation: Expectation, subject: str
+) -> str | None:
+    difference = expectation.find_difference(found)
+    if not difference.size:
+        return None
+    try:
         again = expect(expectation.model, subject, _SEEDS[1])
         confirmed = again.find_difference(made.run(again.batches))
     except NotRun as error:

@@ -124,19 +124,19 @@ def test_a_tensor_of_unknown_rank_is_no_cut() -> None:
 
 def test_a_tensor_that_a_body_reads_is_no_cut() -> None:
     net = Net()
-    net.op("MatMul", "x", net.weight("w", 6, 3), out="hidden")
+    net.op("Tanh", "x", out="hidden")
     net.op("ReduceMax", "x", out="top", keepdims=0)
     net.op("Greater", "top", net.constant("bar", np.array(0.5, np.float32)), out="is_high")
     bodies = [
         helper.make_graph(
             [helper.make_node(kind, ["hidden"], [kind])], kind, [],
-            [helper.make_tensor_value_info(kind, FLOAT, ["N", 3])],
+            [helper.make_tensor_value_info(kind, FLOAT, ["N", 6])],
         )
         for kind in ("Relu", "Neg")
     ]  # fmt: skip
     net.op("If", "is_high", out="chosen", then_branch=bodies[0], else_branch=bodies[1])
-    net.op("Mul", "chosen", net.weight("scale", 3), out="y")
-    model = net.finish({"x": (FLOAT, ["N", 6])}, "y", 3)
+    net.op("Mul", "chosen", net.weight("scale", 6), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 6])}, "y", 6)
     for each in inspect(model, sent=["x"]):
         cut(model, at=[each.tensor, *each.sent], loss="mse")
 
