@@ -13,7 +13,7 @@ from hypothesis.strategies import DrawFn
 from onnx import helper
 
 from tests.support.random_graphs import elementwise, layers, rarities, reshapes, selections
-from tests.support.random_graphs.drafts import BATCHES, DrawnModel, Unfit, Value, draw_input
+from tests.support.random_graphs.builders import BATCHES, GraphBuilder, Unfit, Value, draw_input
 
 OPSETS = (18, 21, 20, 19, 17, 16, 15, 13, 12, 11, 9)
 SHAPES = ((4,), (3, 4), (4, 5, 6), (2, 4), (6, 3), (2, 4, 4), (1, 6, 5), (2, 3, 4, 3), (5,))
@@ -54,38 +54,38 @@ GROUPS = (
 @st.composite
 def models(draw: DrawFn) -> Drawn:
     """Draw a model with a symbolic batch."""
-    draft = DrawnModel(draw, draw(st.sampled_from(OPSETS)))
-    shapes = [draft.pick(SHAPES)]
-    if draft.flag():
-        shapes.append(shapes[0] if draft.flag() else draft.pick(SHAPES))
-    draft.values = [draft.input(np.float32, shape) for shape in shapes]
-    _grow(draft, [layers.draw_scale, layers.draw_matmul, layers.draw_convolution])
-    for _ in range(draft.number(1, MOST_OPERATORS - 1)):
-        _grow(draft, draft.pick(GROUPS))
-    if draft.pick([True, True, True, False]):
-        _grow(draft, [layers.draw_end])
-    assume(len(draft.nodes) >= 2)
-    outputs, output = _draw_outputs(draft)
+    builder = GraphBuilder(draw, draw(st.sampled_from(OPSETS)))
+    shapes = [builder.pick(SHAPES)]
+    if builder.flag():
+        shapes.append(shapes[0] if builder.flag() else builder.pick(SHAPES))
+    builder.values = [builder.input(np.float32, shape) for shape in shapes]
+    _grow(builder, [layers.draw_scale, layers.draw_matmul, layers.draw_convolution])
+    for _ in range(builder.number(1, MOST_OPERATORS - 1)):
+        _grow(builder, builder.pick(GROUPS))
+    if builder.pick([True, True, True, False]):
+        _grow(builder, [layers.draw_end])
+    assume(len(builder.nodes) >= 2)
+    outputs, output = _draw_outputs(builder)
     loss = "mse"
-    if draft.pick([False, False, False, True]):
+    if builder.pick([False, False, False, True]):
         loss = "from-model"
         try:
-            output = rarities.draw_loss(draft, output)
+            output = rarities.draw_loss(builder, output)
         except Unfit:
             assume(False)
         outputs = [output, *outputs]
-    weights = {tensor.name for tensor in draft.weights}
+    weights = {tensor.name for tensor in builder.weights}
     graph = helper.make_graph(
-        draft.nodes,
+        builder.nodes,
         "drawn",
-        [_declare(value) for value in draft.inputs],
+        [_declare(value) for value in builder.inputs],
         [_declare(value) for value in outputs],
-        draft.weights,
+        builder.weights,
     )
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", draft.opset)],
-        ir_version=draft.pick([8, 9, 10] if draft.opset < 20 else [9, 10]),
+        opset_imports=[helper.make_opsetid("", builder.opset)],
+        ir_version=builder.pick([8, 9, 10] if builder.opset < 20 else [9, 10]),
     )
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -94,36 +94,43 @@ def models(draw: DrawFn) -> Drawn:
     assume(any(v.is_float and v.name not in weights for v in outputs))
     return Drawn(
         model=model,
-        limits=draft.limits,
+        limits=builder.limits,
         output=output.name,
         loss=loss,
-        at=draft.draw(st.one_of(st.none(), st.integers(0, 7), st.integers(0, 7))),
-        portable=(draft.flag(), draft.flag()),
+        at=builder.draw(st.one_of(st.none(), st.integers(0, 7), st.integers(0, 7))),
+        portable=(builder.flag(), builder.flag()),
     )
 
 
-def _grow(draft: DrawnModel, among: Sequence[Callable[[DrawnModel], Sequence[Value]]]) -> None:
+def _grow(
+    builder: GraphBuilder, among: Sequence[Callable[[GraphBuilder], Sequence[Value]]]
+) -> None:
     """Add an operator, or nothing if the one drawn does not fit."""
-    before = len(draft.nodes), len(draft.weights), len(draft.inputs), len(draft.known)
-    grow = draft.pick(among)
+    before = len(builder.nodes), len(builder.weights), len(builder.inputs), len(builder.known)
+    grow = builder.pick(among)
     try:
-        draft.values += grow(draft)
+        builder.values += grow(builder)
     except Unfit:
         nodes, weights, inputs, known = before
-        del draft.nodes[nodes:], draft.weights[weights:], draft.inputs[inputs:], draft.known[known:]
+        del (
+            builder.nodes[nodes:],
+            builder.weights[weights:],
+            builder.inputs[inputs:],
+            builder.known[known:],
+        )
 
 
-def _draw_outputs(draft: DrawnModel) -> tuple[list[Value], Value]:
+def _draw_outputs(builder: GraphBuilder) -> tuple[list[Value], Value]:
     """Draw outputs, and the one for the loss: the last tensor, sometimes others before it."""
-    made = [v for v in draft.values[::-1] if v.is_float and draft.depends(v)]
+    made = [v for v in builder.values[::-1] if v.is_float and builder.depends(v)]
     assume(bool(made))
     last = made[0]
     outputs = [last]
-    for _ in range(draft.pick([0, 0, 0, 1, 2])):
-        held = [*made, *(v for v in draft.inputs if draft.opset >= 13), *draft.known]
-        other = draft.pick(held)
+    for _ in range(builder.pick([0, 0, 0, 1, 2])):
+        held = [*made, *(v for v in builder.inputs if builder.opset >= 13), *builder.known]
+        other = builder.pick(held)
         if other not in outputs:
-            outputs.insert(draft.number(0, len(outputs)), other)
+            outputs.insert(builder.number(0, len(outputs)), other)
     return outputs, last
 
 

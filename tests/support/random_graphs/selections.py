@@ -8,113 +8,117 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from onnx import TensorProto
 
-from tests.support.random_graphs.drafts import DrawnModel, Unfit, Value
+from tests.support.random_graphs.builders import GraphBuilder, Unfit, Value
 
 Made = Sequence[Value]
 
 
-def _draw_indices(draft: DrawnModel, shape: Sequence[int], limit: int) -> Value:
+def _draw_indices(builder: GraphBuilder, shape: Sequence[int], limit: int) -> Value:
     random = np.random.default_rng(math.prod(shape) + limit)
-    least = -limit if draft.opset >= 11 and draft.flag() else 0
-    kind = draft.pick([np.int64, np.int32])
-    return draft.constant(random.integers(least, limit, shape), kind)
+    least = -limit if builder.opset >= 11 and builder.flag() else 0
+    kind = builder.pick([np.int64, np.int32])
+    return builder.constant(random.integers(least, limit, shape), kind)
 
 
-def draw_gather(draft: DrawnModel) -> Made:
-    if draft.flag():
-        value = draft.value(least_rank=1)
-        axis = draft.axis(value, fixed=True)
-        shape = draft.pick([(2,), (), (1,), (2, 2)])
-        indices = _draw_indices(draft, shape, value.shape[axis])
-        return [draft.add("Gather", [value, indices], axis=axis)]
-    rows = draft.number(2, 5)
-    table = draft.weight(rows, draft.number(1, 4))
-    kind = draft.pick([np.int64, np.int32])
-    indices = draft.input(kind, draft.pick([(), (3,), (1,)]), rows)
-    return [draft.add("Gather", [table, indices], axis=draft.pick([0, -2]))]
+def draw_gather(builder: GraphBuilder) -> Made:
+    if builder.flag():
+        value = builder.value(least_rank=1)
+        axis = builder.axis(value, fixed=True)
+        shape = builder.pick([(2,), (), (1,), (2, 2)])
+        indices = _draw_indices(builder, shape, value.shape[axis])
+        return [builder.add("Gather", [value, indices], axis=axis)]
+    rows = builder.number(2, 5)
+    table = builder.weight(rows, builder.number(1, 4))
+    kind = builder.pick([np.int64, np.int32])
+    indices = builder.input(kind, builder.pick([(), (3,), (1,)]), rows)
+    return [builder.add("Gather", [table, indices], axis=builder.pick([0, -2]))]
 
 
-def draw_one_hot(draft: DrawnModel) -> Made:
-    depth = draft.number(2, 4)
-    indices = draft.input(np.int64, draft.pick([(), (3,)]), depth)
-    values = draft.constant(draft.pick([[0.0, 1.0], [-0.5, 2.0]]), np.float32)
-    axis = draft.pick([None, -1, 0, 1])
-    size = draft.constant(depth if draft.flag() else [depth])
-    hot = draft.add("OneHot", [indices, size, values], axis=axis)
-    return [draft.add("MatMul", [hot, draft.weight(hot.shape[-1], 2)])] if axis is None else [hot]
+def draw_one_hot(builder: GraphBuilder) -> Made:
+    depth = builder.number(2, 4)
+    indices = builder.input(np.int64, builder.pick([(), (3,)]), depth)
+    values = builder.constant(builder.pick([[0.0, 1.0], [-0.5, 2.0]]), np.float32)
+    axis = builder.pick([None, -1, 0, 1])
+    size = builder.constant(depth if builder.flag() else [depth])
+    hot = builder.add("OneHot", [indices, size, values], axis=axis)
+    return (
+        [builder.add("MatMul", [hot, builder.weight(hot.shape[-1], 2)])] if axis is None else [hot]
+    )
 
 
-def draw_gather_elements(draft: DrawnModel) -> Made:
-    value = draft.value(least_rank=1)
-    axis = draft.axis(value, fixed=True)
-    if draft.opset < 11:
+def draw_gather_elements(builder: GraphBuilder) -> Made:
+    value = builder.value(least_rank=1)
+    axis = builder.axis(value, fixed=True)
+    if builder.opset < 11:
         raise Unfit
-    if value.is_batch_first and draft.flag():
+    if value.is_batch_first and builder.flag():
         shape = list(value.shape)
-        shape[axis] = draft.number(1, 3)
-        indices = draft.input(np.int64, shape[1:], value.shape[axis])
+        shape[axis] = builder.number(1, 3)
+        indices = builder.input(np.int64, shape[1:], value.shape[axis])
     else:
-        indices = draft.add("ArgMax", [value], axis=axis, keepdims=1)
-    return [draft.add("GatherElements", [value, indices], axis=axis)]
+        indices = builder.add("ArgMax", [value], axis=axis, keepdims=1)
+    return [builder.add("GatherElements", [value, indices], axis=axis)]
 
 
-def draw_gather_nd(draft: DrawnModel) -> Made:
-    value = draft.value(least_rank=2)
-    if draft.opset < 12:
+def draw_gather_nd(builder: GraphBuilder) -> Made:
+    value = builder.value(least_rank=2)
+    if builder.opset < 12:
         raise Unfit
     if not value.is_batch_first:
         if len(value.fixed) < value.rank:
             raise Unfit
-        indices = _draw_indices(draft, (2, 1), value.shape[0])
-        return [draft.add("GatherND", [value, draft.add("Cast", [indices], to=TensorProto.INT64)])]
-    indices = draft.input(np.int64, draft.pick([(1,), (2, 1)]), value.shape[1])
-    return [draft.add("GatherND", [value, indices], batch_dims=1)]
+        indices = _draw_indices(builder, (2, 1), value.shape[0])
+        return [
+            builder.add("GatherND", [value, builder.add("Cast", [indices], to=TensorProto.INT64)])
+        ]
+    indices = builder.input(np.int64, builder.pick([(1,), (2, 1)]), value.shape[1])
+    return [builder.add("GatherND", [value, indices], batch_dims=1)]
 
 
-def draw_scatter_elements(draft: DrawnModel) -> Made:
-    value = draft.value(least_rank=2)
-    axis = draft.axis(value, fixed=True, least=1)
-    if draft.opset < 16 or not value.is_batch_first:
+def draw_scatter_elements(builder: GraphBuilder) -> Made:
+    value = builder.value(least_rank=2)
+    axis = builder.axis(value, fixed=True, least=1)
+    if builder.opset < 16 or not value.is_batch_first:
         raise Unfit
-    reductions = ["add", "mul"] + (["max", "min"] if draft.opset >= 18 else [])
+    reductions = ["add", "mul"] + (["max", "min"] if builder.opset >= 18 else [])
     shape = list(value.shape)
-    indices = draft.input(np.int64, shape[1:], value.shape[axis])
-    updates = draft.add("Tanh", [value])
+    indices = builder.input(np.int64, shape[1:], value.shape[axis])
+    updates = builder.add("Tanh", [value])
     return [
-        draft.add(
+        builder.add(
             "ScatterElements", [value, indices, updates], axis=axis,
-            reduction=draft.pick(reductions),
+            reduction=builder.pick(reductions),
         )
     ]  # fmt: skip
 
 
-def draw_scatter_nd(draft: DrawnModel) -> Made:
-    value = draft.value(least_rank=1)
-    table = draft.weight(4, 3)
-    if draft.opset < 16:
+def draw_scatter_nd(builder: GraphBuilder) -> Made:
+    value = builder.value(least_rank=1)
+    table = builder.weight(4, 3)
+    if builder.opset < 16:
         raise Unfit
-    reductions = [None, "none", "add", "mul"] + (["max", "min"] if draft.opset >= 18 else [])
-    indices = draft.constant([[3], [1]])
-    made = draft.add(
-        "ScatterND", [table, indices, draft.weight(2, 3)], reduction=draft.pick(reductions)
+    reductions = [None, "none", "add", "mul"] + (["max", "min"] if builder.opset >= 18 else [])
+    indices = builder.constant([[3], [1]])
+    made = builder.add(
+        "ScatterND", [table, indices, builder.weight(2, 3)], reduction=builder.pick(reductions)
     )
     if value.shape[-1] != 3 or value.rank - 1 not in value.fixed:
         return [made]
-    return [draft.add("MatMul", [value, draft.add("Transpose", [made])])]
+    return [builder.add("MatMul", [value, builder.add("Transpose", [made])])]
 
 
-def draw_reverse(draft: DrawnModel) -> Made:
-    value = draft.value(least_rank=2)
-    if draft.opset < 10 or not value.is_batch_first:
+def draw_reverse(builder: GraphBuilder) -> Made:
+    value = builder.value(least_rank=2)
+    if builder.opset < 10 or not value.is_batch_first:
         raise Unfit
-    lengths = draft.add("Expand", [draft.constant([draft.number(1, value.shape[1])]),
-                                   draft.add("Shape", [value])])  # fmt: skip
+    lengths = builder.add("Expand", [builder.constant([builder.number(1, value.shape[1])]),
+                                   builder.add("Shape", [value])])  # fmt: skip
     while lengths.rank > 1:
-        lengths = draft.add("Gather", [lengths, draft.constant(0)], axis=lengths.rank - 1)
-    return [draft.add("ReverseSequence", [value, lengths], batch_axis=0, time_axis=1)]
+        lengths = builder.add("Gather", [lengths, builder.constant(0)], axis=lengths.rank - 1)
+    return [builder.add("ReverseSequence", [value, lengths], batch_axis=0, time_axis=1)]
 
 
-DRAWN: Sequence[Callable[[DrawnModel], Made]] = (
+DRAWN: Sequence[Callable[[GraphBuilder], Made]] = (
     draw_gather, draw_gather, draw_one_hot, draw_gather_elements, draw_gather_nd,
     draw_scatter_elements, draw_scatter_nd, draw_reverse,
 )  # fmt: skip

@@ -67,7 +67,7 @@ class Value:
             raise Unfit
 
 
-class DrawnModel:
+class GraphBuilder:
     """A model in the making."""
 
     def __init__(self, draw: DrawFn, opset: int) -> None:
@@ -262,7 +262,7 @@ def evaluate(
     """
     graph = helper.make_graph(
         nodes,
-        "draft",
+        "builder",
         [
             helper.make_tensor_value_info(
                 name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
