@@ -124,6 +124,8 @@ def draw_pool(builder: GraphBuilder) -> Made:
         return [builder.add(op, [value])]
     kernel = [builder.number(1, 3) for _ in range(value.rank - 2)]
     window = _draw_window(builder, value, kernel)
+    if op == "MaxPool" and window.get("auto_pad", "").startswith("SAME"):
+        window.pop("strides", None)  # onnx's own evaluator rounds the number of windows down
     since = {"MaxPool": 10, "AveragePool": 19, "LpPool": 18}[op]
     if builder.opset >= since:
         window["dilations"] = _draw_dilations(builder, len(kernel))
