@@ -166,7 +166,7 @@ def _expect(model: onnx.ModelProto, subject: str, seed: int, scale: float) -> Ex
             break
     if not halves:
         raise refusal
-    return halves[0]
+    return halves[max(0, len(halves) - 2)]  # of 0 and 1: ONNX Runtime reads beyond some tables
 
 
 def _has_integers(batches: Sequence[Arrays]) -> bool:
