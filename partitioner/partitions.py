@@ -35,10 +35,14 @@ from splitonnx.partitioner.differentiation.losses import (
     describe_scores,
     find_class_axis,
 )
+from splitonnx.partitioner.differentiation.squashings import (
+    CONTAINED,
+    find_repeated_activation,
+)
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.pauses import pause_collection
-from splitonnx.partitioner.graphs.traversals import is_float
+from splitonnx.partitioner.graphs.traversals import is_float, map_values
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.normalization.parameters import find_input_scalings
 from splitonnx.partitioner.normalization.weights import make_pattern
@@ -219,12 +223,31 @@ def cut_prepared(
     options = LossOptions(class_axis=class_axis, labels=labels)
     _say_class_axis(prepared, loss, output, options)
     _say_kept_scalings(prepared)
+    _say_repeated_activation(prepared, loss, output, options)
     _say_batch(prepared)
     training = build_training(prepared, names_at, names_tail, loss, output, options)
     predict = build_predict(prepared, names_at, names_tail)
     if approve is not None:
         approve(prepared, training, predict)
     return assemble(prepared, training, predict, recipe, optimizer)
+
+
+def _say_repeated_activation(
+    prepared: PreparedModel, loss: str, output: str, options: LossOptions
+) -> None:
+    """Log a warning if the loss applies an activation that the model applies as well."""
+    axis = find_class_axis(prepared.training.graph, loss, output, options)
+    repeated = find_repeated_activation(map_values(prepared.skeleton.graph)[output], loss, axis)
+    if repeated is not None:
+        _log.warning(
+            "%s applies a %s to '%s', which comes from the %s '%s' already, so scores are squashed "
+            "twice; export the model without it, or see splitonnx check",
+            loss,
+            CONTAINED[loss],
+            output,
+            repeated.op_type,
+            repeated.name,
+        )
 
 
 def _say_kept_scalings(prepared: PreparedModel) -> None:

@@ -116,6 +116,8 @@ _PASSING = frozenset(
 """Operators between a weight and the operator that uses it as a weight."""
 _SCALINGS = frozenset({"Add", "Div", "Mul", "Sub"})
 """Operators that apply a mean and a deviation to a raw input."""
+_PICKING = frozenset({"Clip", "Gather", "Pad", "Resize", "Slice"})
+"""Operators that prepare a raw input, such as an image that is resized and whose channels turn."""
 _STATISTICS = frozenset({("BatchNormalization", 3), ("BatchNormalization", 4)})
 _LOOKED_AT = 1 << 16
 """The number of elements that are read to recognise a mask or a grid."""
@@ -257,6 +259,9 @@ def _follow_inputs(
                 raw.add(node.outputs[0])
             elif sources[0] in holders:
                 holders[node.outputs[0]] = holders[sources[0]]
+        elif node.op_type in _PICKING and sources[0] in raw:
+            if all(ir.convenience.get_const_tensor(value) is not None for value in sources[1:]):
+                raw.add(node.outputs[0])
         elif node.op_type in _SCALINGS and len(sources) == 2:
             others = [value for value in sources if value not in raw]
             if len(others) != 1:

@@ -13,6 +13,7 @@ from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make
 
 _FIRST_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
 """Maps an operator to its inputs for first states, whose batch is on axis 1."""
+_BROADCASTING = frozenset({"Add", "Div", "Mul", "Sub", "Where"})
 
 
 def remark_on_batches(prepared: PreparedModel, output: str, producer: str) -> Iterator[Remark]:
@@ -80,6 +81,8 @@ def _find_constants(graph: ir.Graph, symbols: set[str]) -> Iterator[tuple[ir.Nod
             found = _read_first_states(node)
         elif node.op_type == "Concat":
             found = _read_parts(node)
+        elif node.op_type in _BROADCASTING:
+            found = _read_operands(node)
         else:
             continue
         if found is not None and found[0] in symbols:
@@ -123,3 +126,15 @@ def _read_parts(node: ir.Node) -> tuple[str, int] | None:
     symbols = [dim for dim in firsts if isinstance(dim, str)]
     sizes = [dim for dim in firsts if isinstance(dim, int)]
     return (symbols[0], sizes[0]) if len(symbols) == 1 and len(sizes) == 1 else None
+
+
+def _read_operands(node: ir.Node) -> tuple[str, int] | None:
+    """Read the size that an operand without symbols, a constant or a weight, forces on another."""
+    shapes = [_read_dims(value)[::-1] for value in node.inputs if value is not None]
+    fixed = [dims for dims in shapes if all(isinstance(dim, int) for dim in dims)]
+    for dims in shapes:
+        for other in fixed:
+            for dim, size in zip(dims, other, strict=False):
+                if isinstance(dim, str) and isinstance(size, int) and size > 1:
+                    return dim, size
+    return None

@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 Array = np.ndarray
 
-_LOOKED_AT = 256
-"""The numbers along each axis that are read of a large tensor."""
+_LOOKED_AT = 64
+_LOOKED_AT_LAST = 1024
+"""The numbers along each axis, and along the last, that are read of a large tensor."""
 _LARGE = 1 << 16
 """The number of elements from which on a tensor is large."""
 _TOLERANCE = 5e-3
@@ -26,8 +27,6 @@ _FINER_BITS = 0x1FFF
 """The bits of a float32 that float16 and bfloat16 do not have."""
 _LEAST_EVIDENCE = 6
 """The number of equations, beyond those that define a formula, that its numbers must satisfy."""
-_FEWEST_NUMBERS = 3
-"""The number of different sizes below which numbers give no formula away."""
 _LARGEST_FACTOR = 64
 """The largest whole number in a fixed filter."""
 
@@ -40,8 +39,9 @@ def describe_formula(tensor: ir.TensorProtocol) -> str | None:
     if len(tensor.shape) == 0 or tensor.size < _LEAST_EVIDENCE:
         return None
     array = _read(tensor)
-    if not np.isfinite(array).all() or len(np.unique(np.abs(array))) < _FEWEST_NUMBERS:
-        return None
+    sizes = np.abs(array)
+    if not np.isfinite(sizes).all() or ((sizes == sizes.min()) | (sizes == sizes.max())).all():
+        return None  # two sizes give no formula away
     tolerance = _COARSE if _is_coarse(array) else _TOLERANCE
     for words, test in _TESTS:
         if test(array, tolerance):
@@ -64,10 +64,20 @@ def is_fixed_filter(tensor: ir.TensorProtocol) -> bool:
     return bool((ratios <= _LARGEST_FACTOR).all() and np.allclose(ratios, ratios.round(), 0, 1e-4))
 
 
+def has_whole_numbers(tensor: ir.TensorProtocol) -> bool:
+    """Return whether a matrix holds different whole numbers, as a table of codes does."""
+    if sum(dim > 1 for dim in tensor.shape.numpy()) < 2:
+        return False
+    array = _read(tensor)
+    if not np.isfinite(array).all() or array.min() == array.max():
+        return False
+    return bool((array == array.round()).all())
+
+
 def _read(tensor: ir.TensorProtocol) -> Array:
     array = tensor.numpy()
     if array.size > _LARGE:
-        array = array[tuple(slice(_LOOKED_AT) for _ in array.shape)]
+        array = array[(*(slice(_LOOKED_AT) for _ in array.shape[:-1]), slice(_LOOKED_AT_LAST))]
     return array.astype(np.float64)
 
 

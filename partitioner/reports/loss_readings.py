@@ -13,17 +13,15 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.differentiation.final_activations import find_activation
-from splitonnx.partitioner.graphs.builders import known_array
+from splitonnx.partitioner.differentiation.losses import find_class_axis
+from splitonnx.partitioner.differentiation.squashings import (
+    CONTAINED,
+    SQUASHING,
+    find_repeated_activation,
+)
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 
-_CONTAINED = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
-_SQUASHING = frozenset({"HardSigmoid", "Sigmoid", "Softmax"})
-_BEHIND = frozenset(
-    {"Add", "Cast", "Clip", "Div", "Flatten", "Identity", "Mul", "Reshape", "Slice", "Squeeze",
-     "Sub", "Transpose", "Unsqueeze"}
-)  # fmt: skip
-"""Operators between an activation and the output, if their other inputs are constants."""
 _CHANNELS_FIRST = frozenset(
     {"AveragePool", "BatchNormalization", "Conv", "ConvTranspose", "GlobalAveragePool", "MaxPool",
      "Resize", "Upsample"}
@@ -37,8 +35,9 @@ def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) 
     loss = losses[0] if losses else ""
     if value is None:
         return
-    if loss in _CONTAINED:
-        yield from _remark_on_activation(value, loss, losses)
+    if loss in CONTAINED:
+        axis = find_class_axis(prepared.training.graph, loss, output)
+        yield from _remark_on_activation(value, loss, losses, axis)
     if loss == "cross-entropy" or _fits_either_axis(value):
         yield from _remark_on_axis(value)
 
@@ -49,9 +48,11 @@ def _fits_either_axis(value: ir.Value) -> bool:
     return len(dims) > 2 and isinstance(dims[1], int) and dims[1:-1] == dims[2:]
 
 
-def _remark_on_activation(value: ir.Value, loss: str, losses: Sequence[str]) -> Iterator[Remark]:
+def _remark_on_activation(
+    value: ir.Value, loss: str, losses: Sequence[str], axis: int
+) -> Iterator[Remark]:
     name = value.name or ""
-    found = find_activation(value, loss)
+    found = find_activation(value, loss, axis)
     if found is not None:
         yield Remark(
             kind=Kind.ACTIVATION_SKIPPED,
@@ -60,7 +61,7 @@ def _remark_on_activation(value: ir.Value, loss: str, losses: Sequence[str]) -> 
             names=(name, found.source.name or ""),
         )
         return
-    node = _find_squashing(value)
+    node = find_repeated_activation(value, loss, axis)
     if node is None:
         return
     others = [own for own in losses if own != loss and find_activation(value, own) is not None]
@@ -73,24 +74,10 @@ def _remark_on_activation(value: ir.Value, loss: str, losses: Sequence[str]) -> 
     yield Remark(
         kind=Kind.ACTIVATION_TWICE,
         sentence=f"'{name}' comes from the {node.op_type} '{node.name}', and {loss} applies a "
-        f"{_CONTAINED[loss]} to it once more, which squashes the scores twice: {remedy}",
+        f"{CONTAINED[loss]} to it once more, which squashes the scores twice: {remedy}",
         names=(name, node.name or ""),
         options=tuple(make_option("--loss", own) for own in others[:1]),
     )
-
-
-def _find_squashing(value: ir.Value) -> ir.Node | None:
-    """Find the activation behind which only moves, casts and arithmetic with constants follow."""
-    while (node := value.producer()) is not None and not node.domain:
-        if node.op_type in _SQUASHING:
-            return node
-        if node.op_type not in _BEHIND:
-            return None
-        open_inputs = [v for v in node.inputs if v is not None and known_array(v) is None]
-        if len(open_inputs) != 1:
-            return None
-        value = open_inputs[0]
-    return None
 
 
 def _remark_on_axis(value: ir.Value) -> Iterator[Remark]:
@@ -117,7 +104,7 @@ def _find_maker(value: ir.Value) -> str:
     while (node := value.producer()) is not None and not node.domain:
         if node.op_type in _CHANNELS_FIRST | _CHANNELS_LAST:
             return node.op_type
-        if node.op_type not in _SQUASHING | {
+        if node.op_type not in SQUASHING | {
             "Add",
             "Cast",
             "Identity",

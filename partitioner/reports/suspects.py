@@ -15,10 +15,16 @@ from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.normalization.parameters import find_input_scalings
 from splitonnx.partitioner.normalization.weights import INNER, list_returned, make_pattern
-from splitonnx.partitioner.reports.formulas import describe_formula, is_fixed_filter
+from splitonnx.partitioner.reports.formulas import (
+    describe_formula,
+    has_whole_numbers,
+    is_fixed_filter,
+)
 from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make_option
 
-_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+_KERNELS = frozenset({("Conv", 1), ("ConvTranspose", 1)})
+_MATRICES = frozenset({("Gather", 0), ("Gemm", 0), ("Gemm", 1), ("MatMul", 0), ("MatMul", 1)})
+_WHOLE = "whole numbers, like a table of codes"
 _FILTER = "small whole numbers but for a factor, like a fixed filter"
 
 
@@ -28,30 +34,32 @@ def find_computed(prepared: PreparedModel) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for name in prepared.trainable:
         tensor = prepared.weights[name]
+        places = _list_places(inputs.get(name))
         reason = describe_formula(tensor)
-        if reason is None and _is_kernel(inputs.get(name)) and is_fixed_filter(tensor):
+        if reason is None and places & _KERNELS and is_fixed_filter(tensor):
             reason = _FILTER
+        if reason is None and places & _MATRICES and has_whole_numbers(tensor):
+            reason = _WHOLE
         if reason is not None:
             reasons[name] = reason
     return reasons
 
 
-def _is_kernel(value: ir.Value | None) -> bool:
+def _list_places(value: ir.Value | None) -> set[tuple[str, int]]:
+    """Return the operators that read a weight, each with the number of the input."""
     uses = value.uses() if value is not None else ()
-    return any(use.node.op_type in _CONVOLUTIONS and use.idx == 1 for use in uses)
+    return {(use.node.op_type, use.idx) for use in uses}
 
 
 def remark_on_computed(reasons: Mapping[str, str]) -> Iterator[Remark]:
     """Yield a remark for each reason in the result of :func:`find_computed`."""
     for reason in dict.fromkeys(reasons.values()):
         names = tuple(name for name, own in reasons.items() if own == reason)
-        it, numbers = (
-            ("it", "its numbers are") if len(names) == 1 else ("they", "their numbers are")
-        )
+        one = len(names) == 1
         yield Remark(
-            kind=Kind.FIXED_FILTER if reason is _FILTER else Kind.COMPUTED_TABLE,
-            sentence=f"{list_names(names)} would be trained, but {numbers} {reason}: freeze "
-            f"{'it' if it == 'it' else 'them'} if {it} {'was' if it == 'it' else 'were'} not "
+            kind=Kind.FIXED_FILTER if reason == _FILTER else Kind.COMPUTED_TABLE,
+            sentence=f"{list_names(names)} would be trained, but {'its' if one else 'their'} "
+            f"numbers are {reason}: freeze {'it if it was' if one else 'them if they were'} not "
             "learned",
             names=names,
             options=(make_option("--freeze", make_pattern(names)),),

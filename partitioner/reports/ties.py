@@ -22,6 +22,8 @@ from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 _FEWEST = 4
 """The number of elements from which on equal numbers are not a coincidence."""
 _HIGHEST_RANK = 4
+_NUMBERED = re.compile(r"((layers?|blocks?|cells?|h)_)?\d+")
+"""A part of a name that counts layers."""
 
 
 def remark_on_ties(prepared: PreparedModel, computed: Collection[str]) -> Iterator[Remark]:
@@ -99,6 +101,6 @@ def _are_copies(one: ir.Value, other: ir.Value) -> bool:
     if len(places[0]) != len(places[1]):
         return False
     different = [pair for pair in zip(*places, strict=True) if pair[0] != pair[1]]
-    numbered = all(all(re.fullmatch(r"(\w*_)?\d+", part) for part in pair) for pair in different)
+    numbered = all(all(map(_NUMBERED.fullmatch, pair)) for pair in different)
     shapes = [value.shape.numpy() if value.shape is not None else () for value in (one, other)]
     return bool(different) and numbered and shapes[0] == shapes[1] and math.prod(shapes[0]) > 0

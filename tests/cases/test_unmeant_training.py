@@ -18,7 +18,7 @@ from splitonnx.partitioner.reports.checks import Check, check
 from splitonnx.partitioner.reports.remarks import Kind, Remark
 from splitonnx.verifications import verify
 from tests.end_to_end.test_exports import FOLDER
-from tests.support.case_trials import TARGETS
+from tests.support.case_trials import TARGETS, run_step
 from tests.support.small_models import hold_predictions, hold_step, load_data, load_model
 from tests.support.zoo import ZOO
 
@@ -104,6 +104,18 @@ def test_statistics_that_are_the_initial_ones_are_told(name: str) -> None:
     assert "mean 0, variance 1" in find(name, Kind.INITIAL_STATISTICS).sentence
     kinds = {remark.kind for remark in check(load_model(name)).remarks}
     assert (Kind.UNTRACKED_STATISTICS in kinds) == (name == "36_bn_untracked")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_running_variances_are_those_of_onnx_which_divide_by_n(
+    target: Target,
+) -> None:
+    model, data = load_model("24_bn_small_batch"), load_data("24_bn_small_batch", rows=4)
+    bundle = cut(model, at=None, client_target=target, server_target=target)
+    next_variance = run_step(bundle, data)["nv"]
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    hidden = data["x"] @ weights["w1"] + weights["b1"]
+    np.testing.assert_allclose(next_variance, 0.9 + 0.1 * hidden.var(0), rtol=1e-5)
 
 
 def test_a_lost_detach_is_told_with_the_tensor_to_stop_at() -> None:

@@ -172,7 +172,7 @@ LAYER = np.ones((3, 2), np.float32)
 
 def test_what_only_normalizes_a_raw_input_is_found_behind_scalars_and_moves() -> None:
     chain = [
-        do("Div", "x", "scalar", out="a"), do("Identity", "a", out="b"),
+        do("Div", "x", "scalar", out="a"), do("Clip", "a", "", "scalar", out="b"),
         do("Sub", "b", "mean", out="c"), do("Div", "c", "std", out="d"),
         do("MatMul", "d", "w", out="y"),
     ]  # fmt: skip

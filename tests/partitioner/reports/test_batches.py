@@ -77,3 +77,14 @@ def test_inputs_that_fix_the_batch_are_named_with_the_way_out(size: int) -> None
     assert f"--batch-size {size}" in remark.sentence
     (remark,) = list_remarks(fix_batch(size), "pytorch 2.6.0")
     assert "dynamic_axes={'x': {0: 'N'}, 'y': {0: 'N'}}" in remark.sentence
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(7, ["--dim T=7"]), (1, [])])
+def test_a_table_of_positions_fixes_the_length(rows: int, expected: list[str]) -> None:
+    net = Net()
+    value = net.op("Add", "x", net.weight("positions", 1, rows, 4), out="p")
+    value = net.op("MatMul", value, net.weight("w", 4, 3), out="y")
+    model = net.finish({"x": (FLOAT, ["B", "T", 4])}, value, "T", 3)
+    remarks = list_remarks(model)
+    assert [option for remark in remarks for option in remark.options] == expected
+    assert all("a size of 7" in remark.sentence for remark in remarks)

@@ -9,7 +9,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from splitonnx.partitioner.reports.formulas import describe_formula, is_fixed_filter
+from splitonnx.partitioner.reports.formulas import (
+    describe_formula,
+    has_whole_numbers,
+    is_fixed_filter,
+)
 
 Array = np.ndarray
 ANGLES = np.arange(40)[:, None] * 10000.0 ** (-np.arange(0, 16, 2) / 16)
@@ -79,6 +83,12 @@ COMPUTED: dict[str, tuple[Array, str]] = {
     "coordinates": (np.stack(np.meshgrid(LINE, LINE))[None], "evenly spaced"),
     "line": (LINE, "evenly spaced"),
 }
+WIDE = np.arange(70)[:, None] * 10000.0 ** (-np.arange(0, 1000, 2) / 1000)
+LARGE = {
+    "concatenated": (np.concatenate([np.sin(WIDE), np.cos(WIDE)], 1), "sines"),
+    "interleaved": (interleave(np.sin(WIDE), np.cos(WIDE))[None], "sines"),
+}
+"""Tables of which only a part is read."""
 TYPES = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -87,6 +97,15 @@ TYPES = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "BF16": ml_dty
 def test_a_computed_tensor_is_recognised_by_its_numbers(name: str, dtype: str) -> None:
     array, words = COMPUTED[name]
     said = describe_formula(ir.tensor(array.astype(TYPES[dtype])))
+    assert said is not None
+    assert words in said
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_part_of_a_large_table_is_enough(name: str) -> None:
+    array, words = LARGE[name]
+    assert array.size > 1 << 16
+    said = describe_formula(ir.tensor(array.astype(np.float32)))
     assert said is not None
     assert words in said
 
@@ -137,3 +156,11 @@ def test_drawn_kernels_and_kernels_of_one_number_are_no_fixed_filters() -> None:
     random = np.random.default_rng(2)
     for array in (random.standard_normal((4, 3, 3, 3)), np.ones((4, 3, 1, 1)), np.zeros((2, 1, 3))):
         assert not is_fixed_filter(ir.tensor(array.astype(np.float32)))
+
+
+def test_a_matrix_of_whole_numbers_is_a_table_of_codes() -> None:
+    codes = np.array([[0, 1, 1], [1, 0, 2]], np.float32)
+    assert has_whole_numbers(ir.tensor(codes))
+    first_bias = np.repeat(np.array([[0, 1, 0, 0]], np.float32), 3)[None]  # of an LSTM's gates
+    for array in (codes * 0.3, np.ones((3, 3)), np.zeros((3, 3)), first_bias):
+        assert not has_whole_numbers(ir.tensor(array.astype(np.float32)))

@@ -70,6 +70,17 @@ def test_the_pattern_offered_freezes_exactly_what_is_named() -> None:
         assert all(after[name] is Role.FROZEN for name in remark.names)
 
 
+def test_a_table_of_codes_is_told_and_weights_of_whole_numbers_elsewhere_are_not() -> None:
+    net = Net()
+    net.constant("codes", np.eye(4, dtype=np.float32)[:, :3] * 2)
+    bias = net.constant("bias", np.array([0, 1, 0], np.float32))
+    value = net.op("Gemm", "x", "codes", bias, out="g")
+    output = net.op("MatMul", value, net.weight("w", 3, 3), out="y")
+    reasons = find_computed(prepare_with(net.finish({"x": (FLOAT, ["N", 4])}, output, 3)))
+    assert list(reasons) == ["codes"]
+    assert "whole numbers" in reasons["codes"]
+
+
 def build_normalized(
     mean: np.ndarray, deviation: np.ndarray, kinds: tuple[str, str] = ("Sub", "Div")
 ) -> onnx.ModelProto:

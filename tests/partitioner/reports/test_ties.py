@@ -56,8 +56,9 @@ def test_weights_of_one_number_are_no_tie() -> None:
 def test_numbered_layers_may_begin_alike() -> None:
     same = draw(1)
     assert list_ties(build(("layers.0.w", same), ("layers.1.w", same))) == []
-    (remark,) = list_ties(build(("left.w", same), ("right.w", same)))
-    assert remark.names == ("left.w", "right.w")
+    for names in (("left.w", "right.w"), ("onnx::MatMul_1", "onnx::MatMul_2")):
+        (remark,) = list_ties(build((names[0], same), (names[1], same)))
+        assert remark.names == names
 
 
 def test_two_sets_of_equal_parameters_are_two_remarks() -> None:
