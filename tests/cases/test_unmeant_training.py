@@ -33,7 +33,7 @@ def list_roles(model: onnx.ModelProto, *options: str) -> dict[str, str]:
     """Cut a model nowhere, with options as ``check`` writes them, and return each weight's role."""
     words = [shlex.split(option) for option in options]
     train, freeze = (
-        [value for option, value in words if option == f"--{key}"] for key in ("train", "freeze")
+        [value for option, value in words if option == name] for name in ("--train", "--freeze")
     )
     bundle = cut(model, at=None, train=train, freeze=freeze)
     stored = {tensor.name for tensor in model.graph.initializer}

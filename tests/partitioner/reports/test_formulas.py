@@ -35,8 +35,8 @@ def make_cosines(size: int) -> Array:
     """The two-dimensional discrete cosine transform as a convolution's kernel."""
     steps = np.arange(size)
     one = np.cos(np.pi / size * (steps + 0.5) * steps[:, None])
-    kernels: Array = np.einsum("au,bv->abuv", one, one).reshape(size * size, 1, size, size)
-    return kernels
+    both: Array = np.einsum("au,bv->abuv", one, one).reshape(size * size, 1, size, size)
+    return both
 
 
 def make_fourier(window: Array, *, halves: bool = True) -> Array:

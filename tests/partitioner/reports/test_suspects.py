@@ -46,8 +46,8 @@ def list_roles(model: onnx.ModelProto, remark: Remark | None = None) -> dict[str
 
 
 def prepare_with(model: onnx.ModelProto, remark: Remark | None = None) -> PreparedModel:
-    words = shlex.split(remark.options[0]) if remark is not None else ["", ""]
-    train, freeze = ([words[1]] if words[0] == key else [] for key in ("--train", "--freeze"))
+    option, value = shlex.split(remark.options[0]) if remark is not None else ("", "")
+    train, freeze = ([value] if option == name else [] for name in ("--train", "--freeze"))
     return prepare(open_model(model), train=train, freeze=freeze)
 
 
