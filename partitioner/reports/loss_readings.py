@@ -36,7 +36,8 @@ def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) 
     if value is None:
         return
     if loss in CONTAINED:
-        axis = find_class_axis(prepared.training.graph, loss, output)
+        unclear = loss == "cross-entropy" and _fits_either_axis(value)  # then it is refused
+        axis = 1 if unclear else find_class_axis(prepared.training.graph, loss, output)
         yield from _remark_on_activation(value, loss, losses, axis)
     if loss == "cross-entropy" or _fits_either_axis(value):
         yield from _remark_on_axis(value)
