@@ -1,9 +1,9 @@
-"""List the tensors that a manifest lets one party send to the other, and say so in plain words.
+"""List the tensors that one party may send to the other, and describe them in plain words.
 
-A party sends the tensors that its manifest declares and no others: the engine takes only these from
-the stages, and the protocol accepts only these.  The sizes of a step follow from the size of its
-batch, where no other dimension is symbolic.  Headers of messages are not counted: they name the
-session, the phase, the step, the seed and the learning rate.
+A party sends only the tensors that its manifest declares: no other stage output is put into a
+message, and the other party rejects any other tensor.  If the batch size is the only symbolic
+dimension, it determines how many bytes are sent per step.  Message headers are not counted; they
+contain, for example, the session, the phase, the step, the seed and the learning rate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER, TRAIN
 from splitonnx.tensors import DTYPES, TensorSpec
 
 LABELS, RAW_INPUT = "labels", "raw input"
-"""The words for the two kinds of data that leave only when a user names them."""
+"""The names of the two kinds of data that leave the client only if the user permits it."""
 _WORDS: Mapping[WireKind, str] = {
     WireKind.ACTIVATION: "activation",
     WireKind.GRADIENT: "gradient",
@@ -35,10 +35,11 @@ _WORDS: Mapping[WireKind, str] = {
 class SentTensor:
     """A tensor that is sent once in each step of a phase.
 
-    ``wire`` is its name in messages, and ``tensor`` its name in the model.  ``kind`` is what it is,
-    in words.  ``declared`` is its type and shape, with the sizes that are known.  ``bytes`` is the
-    size of its values, and ``bytes_per_sample`` that of each sample's values; they are ``None``
-    where a dimension is not known.
+    ``wire`` is its name in messages, and ``tensor`` is its name in the model.  ``kind`` describes
+    it in words, such as ``activation``.  ``declared`` is its type and shape, with all known sizes
+    filled in.  ``bytes`` is the total size of its values, or ``None`` if a dimension is unknown.
+    ``bytes_per_sample`` is the size per sample, or ``None`` if the total size is not proportional
+    to the number of samples.
     """
 
     wire: str
@@ -58,7 +59,7 @@ class SentTensor:
 
     @property
     def name(self) -> str:
-        """Return what the tensor is and its name, such as ``activation 'relu1'``."""
+        """Return the tensor's kind and name, such as ``activation 'relu1'``."""
         if self.kind in (LABELS, _WORDS[WireKind.NORM]):
             return self.kind
         link = " of" if self.kind == _WORDS[WireKind.GRADIENT] else ""
@@ -67,7 +68,10 @@ class SentTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Sending:
-    """What one party sends in each step of a phase; ``batch`` is the size of the step's batch."""
+    """The tensors that one party sends in each step of a phase.
+
+    ``batch`` is the number of samples per step, or ``None`` if it is unknown.
+    """
 
     phase: str
     batch: int | None
@@ -75,7 +79,7 @@ class Sending:
 
     @property
     def bytes(self) -> int | None:
-        """Return the bytes of all tensors together, or ``None`` if one is not known."""
+        """Return the total size of all tensors in bytes, or ``None`` if a size is unknown."""
         sizes = [tensor.bytes for tensor in self.tensors]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
@@ -86,9 +90,10 @@ class Sending:
 def list_sent(
     manifest: PartyManifest, phase: str, sender: str = CLIENT, batch: int | None = None
 ) -> Sending:
-    """List what ``sender`` sends in each step of a phase with ``batch`` samples.
+    """List the tensors that ``sender`` sends in each step of a phase.
 
-    Either party's manifest gives the same list.
+    ``batch`` is the number of samples per step, or ``None`` if it is unknown.  The result is the
+    same for the client's manifest and the server's.
     """
     part = manifest.phase(phase)
     rows = _name_rows(manifest, part)
@@ -102,10 +107,10 @@ def list_sent(
 
 
 def find_labels(manifest: PartyManifest) -> str | None:
-    """Return the name of the array that holds the labels, or ``None`` if the loss reads none.
+    """Return the name of the array that contains the labels, or ``None`` if none is known.
 
-    A server's manifest does not list arrays.  It knows labels only if they are sent to it: these
-    are then the one input that leaves to train and not to predict.
+    A server's manifest does not list the client's arrays.  It reveals the labels only if the client
+    sends them: they are the only input that the client sends for training but not for prediction.
     """
     measured = manifest.phase(EVALUATE)
     predicted = manifest.phase(PREDICT).results
@@ -115,7 +120,7 @@ def find_labels(manifest: PartyManifest) -> str | None:
 
 
 def find_batch(manifest: PartyManifest) -> int | None:
-    """Return the size of batch that the model fixes, or ``None`` if any size will do."""
+    """Return the batch size that the model requires, or ``None`` if it accepts any size."""
     fixed = {spec.shape[0] for spec in _list_rows(manifest, manifest.phase(TRAIN))}
     size = next(iter(fixed), None)
     return size if len(fixed) == 1 and isinstance(size, int) else None
@@ -131,10 +136,11 @@ def describe_step(sending: Sending) -> str:
 def count_run(
     manifest: PartyManifest, phase: str, *, samples: int, batch: int, passes: int
 ) -> tuple[int, int | None]:
-    """Count the steps of ``passes`` over the data, and the bytes that the client sends in them.
+    """Return how many steps a run takes, and how many bytes the client sends in all of them.
 
-    The bytes are ``None`` if they are not known.  A smaller last batch is left out where the model
-    fixes the size of the batch.
+    The run makes ``passes`` passes over ``samples`` samples in the given phase, with ``batch``
+    samples per step.  Training skips a smaller last batch if the model's batch size is fixed.  The
+    number of bytes is ``None`` if it is unknown.
     """
     steps, rest = divmod(samples, batch)
     full = list_sent(manifest, phase, CLIENT, batch).bytes
@@ -175,7 +181,7 @@ def _count_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int | None:
 
 
 def _strip_port(wire: Wire) -> str:
-    """Return the name that the model has for a tensor, without what marks its way."""
+    """Return the name of a tensor in the model, without the suffix that marks its direction."""
     name = wire.tensor.name
     back = CLIENT if wire.receiver == SERVER else SERVER
     if wire.kind is WireKind.GRADIENT:
@@ -191,7 +197,7 @@ def _fill_in(dim: int | str | None, sizes: Mapping[str, int]) -> int | str | Non
 
 
 def _name_rows(manifest: PartyManifest, phase: Phase) -> str | None:
-    """Return the one name that stands for the number of rows of a step, if there is one."""
+    """Return the symbol for the number of samples in a step, if there is exactly one."""
     rows = {spec.shape[0] for spec in _list_rows(manifest, phase)}
     name = next(iter(rows), None)
     return name if len(rows) == 1 and isinstance(name, str) and is_name(name) else None

@@ -1,4 +1,4 @@
-"""Postpone or leave out imports that take long and are not needed: processes start faster."""
+"""Postpone or skip slow imports that may not be needed, so that processes start faster."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class _Postponed(ModuleType):
 
 
 def postpone(*names: str) -> None:
-    """Postpone the import of modules until they are used; ignore packages that are not installed.
+    """Postpone the import of each named module until one of its attributes is used.
 
-    This changes imports in the whole process.  Use it only in a process that runs a command.
+    Modules of packages that are not installed are ignored.  This affects the whole process, so call
+    it only in a process that runs the command line.
     """
     for name in names:
         package = name.partition(".")[0]
@@ -35,9 +36,11 @@ def postpone(*names: str) -> None:
 
 @contextmanager
 def leaving_out(name: str) -> Iterator[None]:
-    """Refuse the import of a submodule during a ``with`` block that first imports its package.
+    """Make the import of a submodule fail inside a ``with`` block that imports its package.
 
-    The package must catch the ``ImportError``.  After the block, the submodule can be imported.
+    ``name`` is the full name of the submodule.  The package must catch the ``ImportError``.  After
+    the block, the submodule can be imported as usual.  If the package has been imported before,
+    this does nothing.
     """
     package = name.rpartition(".")[0]
     if package in sys.modules or name in sys.modules:

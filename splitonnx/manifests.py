@@ -169,9 +169,11 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of a cut.
 
-    They suffice to cut the same model again, or to train it without a cut.  ``class_axis`` is the
-    axis of the output that holds the classes, and ``labels`` is the name of the labels among the
-    data.
+    With these settings, the same model can be cut again or trained without a cut.  ``dims`` and
+    ``bound`` contain the sizes and the constant values that the user set for inputs.  ``ties`` are
+    pairs of parameters that are treated as one, and no gradient passes through the tensors in
+    ``stop_gradients``.  ``class_axis`` is the axis of the output that represents the classes, and
+    ``labels`` is the name of the array that contains the labels.
     """
 
     at: tuple[str, ...]

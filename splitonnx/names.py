@@ -16,8 +16,11 @@ Target: TypeAlias = Literal["portable", "training"]
 BatchNormMode: TypeAlias = Literal["train", "frozen"]
 """The statistics that BatchNormalization uses: those of the batch, or the running statistics."""
 BatchNormModes: TypeAlias = BatchNormMode | dict[str, BatchNormMode] | None
-"""One mode for every BatchNormalization, or modes by regular expressions for the names of nodes and
-of their tensors, of which the last that matches applies; ``None`` keeps each node's own mode."""
+"""One mode for all BatchNormalization nodes, or a dictionary from regular expressions to modes.
+
+The expressions are searched for in the names of a node and of its tensors, and the last match
+applies.  A node without a match keeps its own mode, as do all nodes if the value is ``None``.
+"""
 DropoutMode: TypeAlias = Literal["keep", "off"]
 """Dropout is active during training (``keep``) or never (``off``)."""
 PORTABLE: Final = "portable"

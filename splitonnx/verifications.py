@@ -143,7 +143,8 @@ def compare_steps(
 def leave_whole(bundle: Bundle) -> Bundle:
     """Build an uncut bundle with the model, loss, optimizer and initial weights of ``bundle``.
 
-    Ties and stops of gradients are part of the model already.
+    Tied parameters and stopped gradients are not set again, because the bundle's model already
+    includes them.
     """
     recipe = bundle.manifest.recipe
     specs = [spec for party in bundle.parties.values() for spec in party.manifest.state]

@@ -88,7 +88,7 @@ class BoundedConnection(ClientConnection):
                     self._add_pause("bytes")
 
     def close(self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
-        """Close the connection; skip the closing handshake while too much is unread."""
+        """Close the connection; skip the closing handshake if there is too much unread data."""
         if self._pauses:
             self.close_socket()
         else:

@@ -148,7 +148,7 @@ class Client:
 
     @property
     def manifest(self) -> PartyManifest:
-        """Return the manifest of this part, which declares all that it sends."""
+        """Return the manifest of this part, which declares every tensor that the part sends."""
         return self._manifest
 
     @property
@@ -206,7 +206,7 @@ class Client:
             restart: discard an interrupted run in the folder.
             save: call :meth:`save` at the end; if the server has lost steps by then, they are
                 repeated first.
-            on_start: a function that is called before the first step, when all else was checked.
+            on_start: a function that is called once, after all checks and before the first step.
             on_step: a function that is called with the record of each step.
             on_epoch: a function that is called with the record of each evaluation.
 
@@ -301,7 +301,7 @@ class Client:
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
         """Run the model on the data and return its outputs, with samples along the first dimension.
 
-        An output that is a single number has one entry for each batch.
+        If an output is a single number per batch, its array contains one number for each batch.
 
         Raises:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.

@@ -1,7 +1,8 @@
-"""Explain what leaves a client in each phase, and prove from its graphs that nothing else does.
+"""Explain which tensors leave the client in each phase, and on which data each of them depends.
 
-The manifest declares what is sent.  The stage graphs show for each array of data which of these
-tensors depend on it, and by which way.  Neither ONNX Runtime nor the onnx package is needed.
+The manifest lists the tensors that are sent.  The stage graphs show which of them depend on each
+raw input or on the labels, and through which layers.  This module needs neither ONNX Runtime nor
+the onnx package.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from splitonnx.runtime.client.flows import Dependence, Extent, Flow
 from splitonnx.tensors import TensorSpec
 
 MOST_LAYERS = 3
-"""The most layers that a sentence names."""
+"""The maximum number of layers that a sentence names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """The dependence of one tensor that leaves on one array; ``is_itself`` if it is the array."""
+    """How one tensor that leaves the client depends on one array of the client's data.
+
+    ``is_itself`` means that the tensor is the array itself.
+    """
 
     tensor: SentTensor
     is_itself: bool
@@ -46,11 +50,13 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayExplanation:
-    """Where one array of data goes in a phase.
+    """How one array of the client's data is used in a phase.
 
-    ``kind`` is ``raw input`` or ``labels``.  ``ways`` lead to tensors that leave; without one,
-    nothing that leaves depends on the array.  ``updates`` counts the client's weights and running
-    statistics that a step changes by it: what later steps send depends on these.
+    ``kind`` is ``raw input`` or ``labels``, and ``declared`` is the array's type and shape.
+    ``ways`` has one entry for each tensor that leaves the client and depends on the array.
+    ``updates`` is the number of the client's weights and running statistics that are updated with
+    values computed from the array.  Tensors sent in later steps may depend on the array through
+    these updates.
     """
 
     name: str
@@ -62,9 +68,11 @@ class ArrayExplanation:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseExplanation:
-    """What leaves and arrives in each step of a phase, and where each array of data goes.
+    """What the client sends and receives in each step of a phase, and how its data are used.
 
-    ``stages`` are the graphs that were read.  ``kept`` counts their outputs that do not leave.
+    ``arrays`` has one entry for each array of the client's data that the phase uses.
+    ``stages`` are the names of the stages that were analyzed.  ``kept`` is the number of outputs of
+    these stages that do not leave the client.
     """
 
     leaves: Sending
@@ -76,23 +84,24 @@ class PhaseExplanation:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """All that leaves a client, by phase."""
+    """Everything that a client sends and receives, by phase; ``digest`` identifies the bundle."""
 
     digest: str
     phases: tuple[PhaseExplanation, ...]
 
 
 def explain(bundle: str | Path | PartyBundle, *, batch: int | None = None) -> Explanation:
-    """Explain what leaves the client and what comes in, with the proof from its graphs.
+    """Explain which tensors the client sends and receives, with a proof from its graphs.
 
     Args:
         bundle: the client's folder, or the client's part if it is already loaded.
-        batch: the number of samples of a step, to know sizes in bytes.
+        batch: the number of samples per step, which is needed for sizes in bytes if the model
+            accepts any batch size.
 
     Raises:
         BundleError, FormatError: the folder cannot be used.
-        ForbiddenGraph: a graph cannot be read, such as one exported for mobile apps.
-        UsageError: this is the server's part.
+        ForbiddenGraph: a graph cannot be read, for example because it was exported for mobile apps.
+        UsageError: ``bundle`` is the server's part.
     """
     party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
     manifest = party.manifest
@@ -119,7 +128,7 @@ def _explain_phase(party: PartyBundle, phase: Phase, batch: int | None) -> Phase
 
 
 def _list_arrays(manifest: PartyManifest, phase: Phase) -> list[TensorSpec]:
-    """List the arrays of a phase that are the user's, without the predictions that it measures."""
+    """List the arrays that the user supplies in a phase; exclude predictions to be evaluated."""
     predicted = manifest.phase(PREDICT).results if phase.name == EVALUATE else ()
     return [spec for spec in phase.data if spec.name not in predicted]
 

@@ -1,8 +1,9 @@
-"""Follow data through a party's stage graphs: on what does each tensor that leaves depend?
+"""Analyze a party's stage graphs to find the data on which each sent tensor depends.
 
-All stages of a phase together form one graph: what one stage keeps, a later one reads under the
-same name.  Every node is taken to use all that it reads for all that it makes, except that Shape
-and Size read sizes alone.  So what is called independent here is independent.
+The stages of a phase are analyzed as one graph: a value that one stage outputs can be read by a
+later stage under the same name.  Each output of a node is assumed to depend on all inputs of the
+node; the outputs of Shape and Size are assumed to depend only on the sizes of the inputs.  The
+analysis may therefore report a dependence that does not exist, but it never misses one.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from splitonnx.manifests import Phase, Role, Source, Stage
 from splitonnx.runtime.gate.readings import GraphNode, read_nodes
 
 Value = tuple[str, str]
-"""A value of a phase: where it comes from (a source, or the stage that makes it), and its name."""
+"""A value in a phase: its origin (a source, or the stage that computes it) and its name."""
 _SIZES = frozenset({"Shape", "Size"})
 
 
 class Extent(IntEnum):
-    """How much of an array a value depends on."""
+    """How a value depends on an array: not at all, only on its sizes, or on its elements."""
 
     NOTHING = 0
     SIZES = 1
@@ -42,10 +43,11 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Dependence:
-    """How a tensor that leaves depends on an array.
+    """How a tensor that a party sends depends on an array of the party's data.
 
-    ``layers`` are the first nodes with weights on the ways that the array's values take to the
-    tensor.  ``is_bare`` means that a way leads past all weights.
+    ``layers`` are the first nodes with weights on each path from the array to the tensor.
+    ``is_bare`` means that there is a path without any such node.  Paths that pass on only the sizes
+    of the array are ignored in both.
     """
 
     extent: Extent
@@ -55,7 +57,7 @@ class Dependence:
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """A node within a phase, with the values that it reads and makes."""
+    """A node within a phase, with the values that it reads and the values that it computes."""
 
     node: GraphNode
     reads: tuple[Value, ...]
@@ -63,7 +65,7 @@ class _Step:
 
 
 class Flow:
-    """The graph of one phase of a party, and what depends on what in it."""
+    """The stages of one phase of a party, analyzed as one graph."""
 
     def __init__(self, party: PartyBundle, phase: Phase) -> None:
         self._steps = [
@@ -77,7 +79,7 @@ class Flow:
         self._find_derived_weights()
 
     def find_dependence(self, array: str, sent: str) -> Dependence | None:
-        """Return how the tensor ``sent`` depends on an array of data; ``None`` if it does not."""
+        """Return how the tensor ``sent`` depends on ``array``, or ``None`` if it does not."""
         start, end = (Source.DATA.value, array), (Source.STASH.value, sent)
         reached = self._reach([start], lambda step: True)
         if end not in reached:
@@ -97,19 +99,19 @@ class Flow:
         return Dependence(extent=reached[end], is_bare=end in whole, layers=tuple(layers))
 
     def count_dependent(self, array: str, values: Iterable[str]) -> int:
-        """Count those of the named values of stages that depend on an array of data."""
+        """Return how many of the stage outputs named in ``values`` depend on ``array``."""
         reached = self._reach([(Source.DATA.value, array)], lambda step: True)
         return sum((Source.STASH.value, name) in reached for name in values)
 
     def _list_weights(self, step: _Step) -> tuple[str, ...]:
-        """List the weights that a node reads beside data."""
+        """List the weights that a node reads, unless it only derives values from weights."""
         if all(value in self._weights for value in step.makes):
             return ()  # a weight's own preparation is not a layer
         found = [name for value in step.reads for name in self._weights.get(value, ())]
         return tuple(dict.fromkeys(found))
 
     def _find_derived_weights(self) -> None:
-        """Add the values that are computed from weights alone, such as a transposed weight."""
+        """Record values that are computed only from weights, such as a transposed weight."""
         sources = {
             value
             for step in self._steps
@@ -125,7 +127,7 @@ class Flow:
     def _reach(
         self, starts: Collection[Value], passes: Callable[[_Step], bool]
     ) -> Mapping[Value, Extent]:
-        """Find what depends on ``starts`` through the nodes that ``passes`` accepts."""
+        """Find the values that depend on ``starts`` through nodes that ``passes`` accepts."""
         reached = dict.fromkeys(starts, Extent.VALUES)
         before = -1
         while before != sum(reached.values()):  # stages may be listed in any order

@@ -1,7 +1,8 @@
-"""Read from a stage's graph which values each node reads and makes, without the onnx package.
+"""Read the nodes of a stage's graph and the names of their values, without the onnx package.
 
-The bytes must have passed the gate (:mod:`gates`).  Attributes are not read, except that a node
-with bodies (If, Loop, Scan) reads every value that its bodies mention.
+A graph is read only if it passes the checks in :mod:`gates`.  The only attributes that are read are
+subgraph bodies: a node with bodies (If, Loop or Scan) is treated as if it read every value that its
+bodies mention.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from splitonnx.runtime.gate.gates import check_graph
 from splitonnx.runtime.gate.protobufs import Malformed, Place, Reader
 
 _MOST_FIELDS = 4
-"""How often each field may be read: by the pass over nodes, and by those over their bodies."""
+"""How often each field may be read: in the pass over nodes, and in the passes over bodies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphNode:
-    """A node of a graph: its name, its operator, and the names of the values it reads and makes."""
+    """A node of a graph: its name, its operator, and the names of its input and output values."""
 
     name: str
     operator: str
@@ -29,12 +30,13 @@ class GraphNode:
 
 
 def read_nodes(stage: str, content: bytes) -> tuple[GraphNode, ...]:
-    """Read the nodes of a stage's graph, in the order in which they run.
+    """Return the nodes of a stage's graph, in the order in which they run.
 
-    ``stage`` is the stage's name for the error message.
+    ``stage`` is the stage's name for error messages, and ``content`` is the serialized graph.
 
     Raises:
-        ForbiddenGraph: the gate refuses the graph, or it is not in ONNX's own format.
+        ForbiddenGraph: the graph is not in ONNX format, or does not pass the checks in
+            :mod:`gates`.
     """
     check_graph(stage, content)
     try:
@@ -78,7 +80,7 @@ class _NodeReader:
         )
 
     def _list_mentioned(self, attributes: list[Place]) -> list[str]:
-        """List every value that a node within the bodies of these attributes reads."""
+        """List every value that the subgraph bodies in these attributes read or output."""
         mentioned = []
         pending = self._list_bodies(attributes)
         while pending:  # no recursion: deep nesting must not crash the process
@@ -103,7 +105,7 @@ class _NodeReader:
         ]
 
     def _list_outputs(self, body: Place) -> list[str]:
-        """List the outputs of a body, which may hand through a value of the graph around it."""
+        """List the outputs of a body; one of them may be a value of the enclosing graph."""
         return [
             self._read_text((at, end))
             for name, start, stop in self._reader.read(body, schemas.GRAPH)

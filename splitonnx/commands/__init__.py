@@ -30,8 +30,9 @@ from splitonnx.imports import postpone
 TRACEBACK = "SPLITONNX_TRACEBACK"
 """If this environment variable is set, errors are shown with their traceback."""
 UNUSED = ("sympy", "onnx_ir._symbolic_shapes")
-"""onnx_ir imports SymPy for arithmetic on symbolic dimensions, which no command uses.
+"""Modules that are imported only if they are used, because their import is slow.
 
+The onnx_ir package imports them for arithmetic on symbolic dimensions, which no command uses.
 Importing SymPy takes a third of the time of ``splitonnx check`` for a small model.
 """
 

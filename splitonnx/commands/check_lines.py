@@ -1,6 +1,6 @@
-"""Write what ``check`` found as lines: the layers and what is trained of them, then the remarks.
+"""Format the results of the ``check`` command as lines of plain text.
 
-The lines are plain text, because the Rich library takes about a millisecond to format each row of a
+The Rich library is not used here because it takes about a millisecond to format each row of a
 table.
 """
 
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from splitonnx.partitioner.reports.remarks import Remark
 
 MOST_ROWS = 40
-"""The number of rows up to which every layer has a row of its own."""
+"""If there are more layers than this, several layers share a row."""
 _COLUMNS = ("trained", "frozen", "statistics")
 
 
 def format_layers(layers: Sequence[Layer], width: int | None) -> Iterator[str]:
-    """Yield the lines of a table of layers, with the doubts about their weights below each.
+    """Yield the lines of a table that shows how many elements of each layer are trained or frozen.
 
-    Layers are joined by the first parts of their names if there are more than ``MOST_ROWS``.
-    ``width`` is where lines end; without it they end nowhere.
+    Below each row are the weights that may be trained or frozen by mistake, each with the reason.
+    If there are more than ``MOST_ROWS`` layers, they are grouped by the first parts of their names.
+    ``width`` is the width at which reasons are wrapped; if it is ``None``, they are not wrapped.
     """
     from splitonnx.manifests import Role
 
@@ -59,7 +60,10 @@ def format_layers(layers: Sequence[Layer], width: int | None) -> Iterator[str]:
 
 
 def format_remarks(remarks: Sequence[Remark], width: int | None) -> Iterator[str]:
-    """Yield the lines of the remarks, each with the options that settle it on lines below."""
+    """Yield the lines of the remarks; below each remark are the options of ``cut`` that resolve it.
+
+    ``width`` is the width at which remarks are wrapped; if it is ``None``, they are not wrapped.
+    """
     for remark in remarks:
         yield from _wrap(f"remark: {remark.sentence}", width, "", " " * 8)
         for index, option in enumerate(remark.options):
@@ -67,7 +71,11 @@ def format_remarks(remarks: Sequence[Remark], width: int | None) -> Iterator[str
 
 
 def format_check(check: Check, path: Path, width: int | None) -> Iterator[str]:
-    """Yield the lines of a check, except the table of operators and the verdict."""
+    """Yield the lines for the results of a check, except the table of operators and the verdict.
+
+    ``path`` is the model's file.  ``width`` is the width at which long lines are wrapped; if it is
+    ``None``, they are not wrapped.
+    """
     from splitonnx.partitioner.reports.remarks import Kind
 
     yield from format_layers(check.layers, width)
@@ -90,7 +98,7 @@ def format_check(check: Check, path: Path, width: int | None) -> Iterator[str]:
 
 
 def _join(layers: Sequence[Layer]) -> list[tuple[str, list[Layer]]]:
-    """Join layers by fewer and fewer parts of their names, until there are few enough."""
+    """Group layers by fewer and fewer parts of their names, until there are few enough groups."""
     groups = {layer.name: [layer] for layer in layers}
     depth = max(len(_split(layer.name)) for layer in layers)
     while len(groups) > MOST_ROWS and depth > 1:
@@ -103,7 +111,7 @@ def _join(layers: Sequence[Layer]) -> list[tuple[str, list[Layer]]]:
 
 
 def _split(name: str) -> list[str]:
-    """Split a name behind each separator; the parts joined are the name again."""
+    """Split a name after each separator, so that the joined parts are equal to the name."""
     parts = name.replace(".", ".\0").replace("/", "/\0").split("\0")
     return [*parts] if parts[0] not in ("", "/") else ["".join(parts[:2]), *parts[2:]]
 

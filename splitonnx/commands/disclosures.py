@@ -1,4 +1,4 @@
-"""The ``explain`` command, and what ``cut`` and ``train`` print about what leaves the client."""
+"""The ``explain`` command, and the output of ``cut`` and ``train`` on what leaves the client."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def explain(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Explain what leaves the client and what comes in, with the proof from the client's graphs.
+    """Explain which tensors the client sends and receives, with a proof from the client's graphs.
 
-    For each raw input and the labels, it says which tensors that leave depend on them, and through
-    which first layers with weights, or that there is no path.
+    The client's arrays are its raw inputs and the labels.  For each array, the output lists the
+    sent tensors that depend on it and the first layers with weights in between, or states that no
+    sent tensor depends on it.
     """
     found = splitonnx.explain(source, batch=batch)
     if as_json:
@@ -48,14 +49,14 @@ def explain(
 
 
 def summarize_sending(sending: Sending) -> dict[str, Any]:
-    """Return what leaves in a step as a dictionary, together with its bytes."""
+    """Return a dictionary that describes what is sent per step, including the size in bytes."""
     import msgspec
 
     return {**msgspec.to_builtins(sending), "bytes": sending.bytes}
 
 
 def summarize_explanation(explanation: Explanation) -> dict[str, Any]:
-    """Return an explanation as a dictionary, together with the sentences of the proof."""
+    """Return an explanation as a dictionary, including the sentences of its proof."""
     import msgspec
 
     return {
@@ -82,7 +83,7 @@ def summarize_explanation(explanation: Explanation) -> dict[str, Any]:
 
 
 def list_lines(explanation: Explanation) -> Iterator[str]:
-    """Yield the lines of an explanation."""
+    """Yield an explanation as lines of text."""
     for phase in explanation.phases:
         rows = "" if phase.leaves.batch is None else f" of {phase.leaves.batch:,}"
         then = ", after predicting" if phase.leaves.phase == EVALUATE else ""
@@ -112,7 +113,7 @@ def _list_sentences(array: ArrayExplanation) -> Iterator[tuple[str, str]]:
 
 
 def summarize_steps(manifest: PartyManifest) -> dict[str, Any]:
-    """Return what leaves the client in each step of training and of prediction."""
+    """Return a dictionary of what leaves the client per step, for training and for prediction."""
     from splitonnx.disclosures import list_sent
 
     return {phase: summarize_sending(list_sent(manifest, phase)) for phase in (TRAIN, PREDICT)}
@@ -127,7 +128,11 @@ def print_steps(manifest: PartyManifest) -> None:
 
 
 class RunDisclosure:
-    """What leaves the client in a whole training run: in each step, and in all."""
+    """A description of what leaves the client during a training run, per step and in total.
+
+    ``data`` are the training data.  ``held_out`` are the data for evaluation after each epoch, or
+    ``None`` if the run has no evaluation.
+    """
 
     def __init__(
         self,
@@ -145,7 +150,7 @@ class RunDisclosure:
         ]
 
     def show(self, *, as_json: bool) -> None:
-        """Print it as sentences, or as one line of JSON."""
+        """Print the description as sentences, or as one line of JSON."""
         if as_json:
             fields = {part["phase"]: part for part, _ in self._parts}
             printing.print_json_lines([{"leaves": fields}])
@@ -157,7 +162,7 @@ class RunDisclosure:
 def _describe_part(
     manifest: PartyManifest, phase: str, samples: int | None, epochs: int, batch_size: int
 ) -> tuple[dict[str, Any], str]:
-    """Describe what leaves to train, or to evaluate after each epoch: as fields, as a sentence."""
+    """Describe what leaves the client in one phase of a run, as a dictionary and as a sentence."""
     from splitonnx.disclosures import count_run, describe_step, list_sent
 
     sending = list_sent(manifest, phase, batch=batch_size)

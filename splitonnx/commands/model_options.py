@@ -1,4 +1,4 @@
-"""Options that say of a model what its file does not say, and how they are read."""
+"""Options that supply facts missing from a model's file, and functions that parse them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BindOption = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """The options that say of a model what its file does not say."""
+    """The options that supply facts missing from a model's file."""
 
     dim: DimOption = None
     bind: BindOption = None
@@ -84,7 +84,13 @@ class ModelOptions:
     ] = "labels"
 
     def read_batchnorm(self) -> BatchNormModes:
-        """Return the mode for every BatchNormalization, or modes by regular expressions."""
+        """Return one mode for all BatchNormalization nodes, or a mode for each regular expression.
+
+        Return ``None`` if ``--batchnorm`` was not used.
+
+        Raises:
+            UsageError: a value of ``--batchnorm`` has the wrong form.
+        """
         modes: dict[str, BatchNormMode] = {}
         for text in self.batchnorm or ():
             pattern, _, mode = text.rpartition("=")
@@ -97,25 +103,34 @@ class ModelOptions:
         return modes[""] if list(modes) == [""] else modes or None
 
     def read_ties(self) -> list[tuple[str, str]]:
-        """Return the pairs of parameters that are one."""
+        """Return pairs of parameter names; the two parameters of a pair are treated as one.
+
+        Raises:
+            UsageError: a value of ``--tie`` does not have the form ``A=B``.
+        """
         return [_part("--tie", text, "A=B") for text in self.tie or ()]
 
 
 def read_dims(given: Sequence[str] | None) -> dict[str, int | str]:
-    """Return sizes of inputs by name, from options like ``T=128`` or ``x:0=N``.
+    """Return the sizes of inputs from ``--dim`` options such as ``T=128`` or ``x:0=N``.
+
+    The dictionary's keys are the parts before the equals signs.
 
     Raises:
-        UsageError: an option has another form.
+        UsageError: an option does not have this form.
     """
     pairs = [_part("--dim", text, "NAME=SIZE") for text in given or ()]
     return {name: int(size) if _is_integer(size) else size for name, size in pairs}
 
 
 def read_bindings(given: Sequence[str] | None) -> dict[str, list[float | int | bool]]:
-    """Return values of inputs by name, from options like ``rate=16000`` or ``mean=0.1,0.2``.
+    """Return the values of inputs from ``--bind`` options such as ``mean=0.1,0.2``.
+
+    The dictionary's keys are the names of the inputs.
 
     Raises:
-        UsageError: an option has another form, or a value is not a number.
+        UsageError: an option does not have this form, or a value is neither a number nor ``true``
+            or ``false``.
     """
     pairs = [_part("--bind", text, "INPUT=VALUE") for text in given or ()]
     return {name: [_read_number(name, text) for text in value.split(",")] for name, value in pairs}

@@ -46,7 +46,7 @@ def print_json_lines(values: Iterable[object]) -> None:
 
 
 def print_check(check: Check, path: Path) -> None:
-    """Print how a model's operators are handled, what is trained, remarks, and the verdict."""
+    """Print what ``check`` found about a model, and whether the model can be trained."""
     from splitonnx.partitioner.reports.checks import Handling
 
     table = _make_table("operator")

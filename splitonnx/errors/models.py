@@ -65,11 +65,11 @@ class InternalModelError(SplitonnxError):
 
 @dataclass(eq=False)
 class DifferentResult(SplitonnxError):
-    """What was made of a model computes something else than the model, because of a bug.
+    """A model computes different results after ``cut`` than before, because of a bug in splitonnx.
 
-    ``made`` says what was compared, ``tensor`` is the output that differs, ``first`` is the first
-    tensor of the model that differs, and ``size`` is the difference relative to the largest value
-    expected.
+    ``subject`` describes the model, and ``made`` describes what was compared with it.  ``tensor``
+    is the output that differs, and ``first`` is the first tensor of the model that differs.
+    ``size`` is the difference divided by the largest expected value.
     """
 
     subject: str
@@ -182,10 +182,11 @@ class NotACut(CutError):
 
 @dataclass(eq=False)
 class InputsNotPermitted(CutError):
-    """A cut would send raw inputs to the server that the user did not name.
+    """A cut would send raw inputs to the server without the user's permission.
 
-    ``tensors`` are what would be sent: inputs themselves, or computed from ``inputs`` alone.
-    ``labels`` means that the labels would leave as well, and were not permitted to.
+    ``inputs`` are the names of these raw inputs.  ``tensors`` are the tensors that would be sent:
+    the inputs themselves, or tensors computed from them without a layer that has weights.
+    ``labels`` means that the labels would also be sent without permission.
     """
 
     tensors: Sequence[str]
@@ -210,7 +211,7 @@ class InputsNotPermitted(CutError):
 
 @dataclass(eq=False)
 class LabelsNotPermitted(CutError):
-    """A vanilla cut would send the labels to the server, and the user did not permit it."""
+    """A cut would send the labels to the server without the user's permission."""
 
     def __str__(self) -> str:
         return (
