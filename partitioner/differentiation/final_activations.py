@@ -1,7 +1,7 @@
 """Find the activation that a model ends with, if the loss applies the same one.
 
-``cross-entropy`` contains a Softmax, and ``bce-with-logits`` a Sigmoid.  A model that applies it as
-well would be trained on numbers that are squashed twice.
+``cross-entropy`` contains a Softmax, and ``bce-with-logits`` a Sigmoid.  If a model already ends
+with the same activation, the loss must skip it.  Otherwise, the activation would be applied twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import map_values
 
 EDGE = 1e-3
-"""How far a Clip may keep probabilities from 0 and 1 and still only keep a logarithm finite."""
+"""The largest distance from 0 and 1 at which a Clip is assumed only to keep logarithms finite."""
 
 _ACTIVATIONS = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
 _MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze"})
@@ -29,12 +29,12 @@ def skip_activation(
 
     Usually this is ``output``.  However, ``cross-entropy`` itself applies a Softmax, and
     ``bce-with-logits`` a Sigmoid.  If the model applies the same activation last, the loss is
-    computed from the input of this activation, so that it is not applied twice.  Nodes that move
-    or convert the activation's result are then applied to its input instead.
+    computed from the input of this activation, so that it is not applied twice.  Nodes that move or
+    convert the activation's result are then applied to its input instead.
 
-    If a tensor in ``cut``, the cut tensors, is between the activation and the loss, the party
-    with the loss does not have this input.  The activation is then inverted.  ``class_axis`` is the
-    axis of the classes.
+    ``cut`` contains the cut tensors.  If one of them is between the activation and the loss, the
+    party that computes the loss does not have the activation's input.  In this case, the activation
+    is inverted.  ``class_axis`` is the axis of ``output`` that holds the classes.
     """
     value = map_values(graph)[output]
     found = find_activation(value, loss, class_axis)
@@ -53,8 +53,9 @@ def skip_activation(
 class Activation:
     """The activation that a model applies last: its operator, and its input.
 
-    ``passed`` are the results of the activation and of the nodes between it and the output, and
-    ``nodes`` are those of these nodes that move or convert elements, in order.
+    ``passed`` contains the results of the activation and of the nodes after it, from the output
+    back to the activation.  ``nodes`` contains the nodes after the activation that move or convert
+    elements, in graph order.
     """
 
     kind: str
@@ -64,12 +65,18 @@ class Activation:
 
 
 def find_activation(output: ir.Value, loss: str, class_axis: int = 1) -> Activation | None:
-    """Return the activation that ``output`` ends with, if ``loss`` itself applies this activation.
+    """Return the activation at the end of ``output``, if ``loss`` itself applies this activation.
 
     Otherwise, return ``None``.  ``cross-entropy`` applies Softmax, and ``bce-with-logits`` Sigmoid.
-    Between the activation and ``output``, these are looked through: Identity, Cast between floats,
-    a Clip that only keeps a logarithm finite, and nodes that change the shape but, for Softmax, not
-    the first two dimensions (N and the classes).  ``class_axis`` is the axis of the classes.
+    ``class_axis`` is the axis of ``output`` that holds the classes.  A Softmax must be computed
+    along this axis.
+
+    Only these nodes may follow the activation:
+
+    - Identity, and Cast between float types;
+    - a Clip that only keeps logarithms finite;
+    - nodes that only change the shape.  After a Softmax, ``class_axis`` must be 1, and the first
+      two dimensions (the batch and the classes) must stay the same.
     """
     kind, value = _ACTIVATIONS.get(loss), output
     if kind is None:
@@ -120,7 +127,7 @@ def _keeps_probabilities(low: np.ndarray, high: np.ndarray) -> bool:
 
 
 def _replay(builder: NodeBuilder, found: Activation) -> ir.Value:
-    """Apply the nodes behind an activation to its input."""
+    """Apply the nodes that follow an activation to its input instead."""
     value = found.source
     for node in found.nodes:
         value = builder.ops(node.op_type, [value, *node.inputs[1:]], 1, node.attributes)[0]
@@ -130,7 +137,7 @@ def _replay(builder: NodeBuilder, found: Activation) -> ir.Value:
 
 
 def invert_activation(builder: NodeBuilder, value: ir.Value, kind: str) -> ir.Value:
-    """Compute raw scores from which the activation computes ``value``."""
+    """Compute raw scores for which the activation ``kind`` returns ``value``."""
     floor = builder.number(1e-30, ir.DataType.FLOAT)
     scores = builder.op("Log", builder.op("Max", value, floor))  # softmax(log p) is p
     if kind == "Sigmoid":

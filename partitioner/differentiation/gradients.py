@@ -243,9 +243,9 @@ def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
 
 
 def _name_permutations(graph: ir.Graph) -> None:
-    """Write down the order of axes of each Transpose that leaves it to the default.
+    """Set the attribute ``perm`` of each Transpose that relies on the default.
 
-    onnxruntime-training 1.19.2 otherwise fails on some of them ("unordered_map::at").
+    Without it, onnxruntime-training 1.19.2 fails on some of these nodes ("unordered_map::at").
     """
     for node in graph:
         shape = node.inputs[0].shape if node.op_type == "Transpose" and node.inputs[0] else None

@@ -27,10 +27,11 @@ ACCURACY = "accuracy"
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
-    """What a loss assumes of its labels and scores.
+    """Options of a loss: the axis of the classes and the name of the labels.
 
-    ``class_axis`` is the axis of the scores that holds the classes; ``None`` derives it from the
-    shape (:func:`choose_class_axis`).  ``labels`` is the name of the labels among the data.
+    ``class_axis`` is the axis of the scores that holds the classes; if it is ``None``, the axis is
+    derived from the shape of the scores (:func:`choose_class_axis`).  ``labels`` is the name of the
+    labels, both as a graph input and in the data.
     """
 
     class_axis: int | None = None
@@ -62,16 +63,16 @@ def attach_loss(
 ) -> AttachedLoss:
     """Add graph outputs that hold ``loss`` and its metric, computed from ``output``.
 
-    - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes, the labels (N, ...)
-      are int64 in [0, C); the metric is accuracy.  The classes may be on another axis, which the
-      labels then lack.
+    - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes; the labels (N, ...)
+      are int64 in [0, C); the metric is accuracy.  If the classes are on another axis than 1, the
+      labels have the output's shape without this axis.
     - ``mse``, ``l1``: the labels are float32 and have the output's shape; there is no metric.
     - ``bce-with-logits``: the output holds raw scores; the labels are float32 from 0 to 1 and have
       the output's shape; the metric is accuracy.
     - ``from-model``: the output is itself the loss, a scalar.
 
     Raises:
-        UsageError: there is no loss of this name.
+        UsageError: there is no loss of this name, or ``options`` do not fit the loss.
         UnsupportedModel: the output does not fit the loss.
     """
     value = map_values(graph)[output]
@@ -185,10 +186,10 @@ def _dims(value: ir.Value) -> tuple[int | str | None, ...]:
 
 
 def find_class_axis(graph: ir.Graph, loss: str, output: str, options: LossOptions = USUAL) -> int:
-    """Return the axis of ``output`` that holds the classes; it is 1 for losses without classes.
+    """Return the axis of ``output`` that holds the classes, or 1 for losses without classes.
 
     Raises:
-        UsageError, UnsupportedModel: the output does not fit the loss.
+        UsageError, UnsupportedModel: the output or the options do not fit the loss.
     """
     fit_loss(graph, loss, output, options)
     if loss != CROSS_ENTROPY:
@@ -199,13 +200,13 @@ def find_class_axis(graph: ir.Graph, loss: str, output: str, options: LossOption
 def choose_class_axis(output: ir.Value, given: int | None) -> int:
     """Return the axis of ``output`` that holds the classes, counted from 0.
 
-    This is ``given``, which may count from the end.  Without it, it is axis 1, or the last axis if
-    only the size of this one is known.
+    If ``given`` is a number, it is the axis; a negative number counts from the end.  If ``given``
+    is ``None``, the result is axis 1, or the last axis if the size of axis 1 is not known.
 
     Raises:
-        UnsupportedModel: no axis fits; or both fit, and the labels' shape does not tell which one
-            is meant.
-        UsageError: ``given`` is not an axis of ``output`` behind the batch.
+        UnsupportedModel: the size of the axis is not known; or axis 1 and the last axis both fit,
+            and the labels would have the same shape for both.
+        UsageError: ``given`` is not an axis of ``output``, or is the axis of the batch.
     """
     dims = _dims(output)
     subject, rank = f"output '{output.name}'", len(dims)
@@ -231,7 +232,7 @@ def choose_class_axis(output: ir.Value, given: int | None) -> int:
 
 
 def describe_scores(graph: ir.Graph, output: str) -> str:
-    """Return an output's name and shape for messages."""
+    """Return the name and shape of an output as text for error messages."""
     return f"output '{output}' {list(_dims(map_values(graph)[output]))}"
 
 
@@ -240,7 +241,7 @@ def _without(dims: Sequence[int | str | None], axis: int) -> tuple[int | str | N
 
 
 def _describe_classes(output: ir.Value, options: LossOptions) -> TensorSpec:
-    """Describe labels that are numbers of classes."""
+    """Describe labels that are class indices."""
     dims, axis = _dims(output), choose_class_axis(output, options.class_axis)
     classes = dims[axis]
     assert isinstance(classes, int)

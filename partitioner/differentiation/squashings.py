@@ -1,8 +1,8 @@
-"""Find an activation at a model's end that a loss would apply a second time.
+"""Find an activation at the end of a model after which a loss would apply another one.
 
-:func:`final_activations.find_activation` finds those that the loss skips.  This module finds the
-others: where something behind the activation changes the numbers, or where the loss contains
-another activation.
+:func:`final_activations.find_activation` finds activations that the loss skips.  This module finds
+the others.  The loss cannot skip an activation if later nodes change its result, or if the loss
+contains a different activation.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ _BEHIND = frozenset(
     {"Add", "Cast", "Clip", "Div", "Flatten", "Identity", "Mul", "Reshape", "Slice", "Squeeze",
      "Sub", "Transpose", "Unsqueeze"}
 )  # fmt: skip
-"""Operators between an activation and the output, if their other inputs are constants."""
+"""Operators that may follow an activation, if all their other inputs are constants."""
 
 
 def find_repeated_activation(output: ir.Value, loss: str, class_axis: int = 1) -> ir.Node | None:
-    """Return the activation behind which ``loss`` would apply its own, if there is one.
+    """Return the last activation before ``output``, if ``loss`` would apply its own one after it.
 
-    Between it and ``output`` stand only moves, casts and arithmetic with constants.  ``class_axis``
-    is the axis of the classes.
+    Return ``None`` if there is no such activation, or if the loss skips it.  Only nodes that move
+    or convert elements, and arithmetic with constants, may follow the activation.  ``class_axis``
+    is the axis of ``output`` that holds the classes.
     """
     if loss not in CONTAINED or find_activation(output, loss, class_axis) is not None:
         return None

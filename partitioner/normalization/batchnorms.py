@@ -45,13 +45,13 @@ def train_batchnorms(graph: ir.Graph, *, mode: BatchNormModes) -> dict[str, str]
     If training updates a running statistic, the result maps its name to the name of the graph value
     that replaces it after each step.
 
-    A module that a network calls twice, such as one of two twins, becomes nodes that share their
-    running statistics.  They update them one after the other, in graph order: each starts from what
-    the one before it made.
+    If a network calls a module several times, the nodes of these calls share their running
+    statistics.  They update the statistics in graph order: each node starts from the values that
+    the node before it computed.
 
     Raises:
-        UnsupportedModel: a pattern matches no node.
-        UsageError: a pattern is not a regular expression.
+        UnsupportedModel: a pattern in ``mode`` matches no BatchNormalization.
+        UsageError: a pattern in ``mode`` is not a regular expression.
     """
     successors: dict[str, ir.Value] = {}
     nodes = list_batchnorms(graph)
@@ -79,12 +79,12 @@ def train_batchnorms(graph: ir.Graph, *, mode: BatchNormModes) -> dict[str, str]
 
 
 def _copy_statistic(graph: ir.Graph, statistic: ir.Value, node: ir.Node | None, index: int) -> None:
-    """Have the first of the nodes that share a running statistic start from a copy of it.
+    """Make the first of the nodes that share a running statistic start from a copy of it.
 
-    The kernel of onnxruntime-training 1.19.2 writes a new statistic over the old one, unless the
-    new one is an output of the graph.  The new one of the first node is not, and the old one is
-    the state of a party.  Max of one tensor is the copy, since an Identity shares its input's
-    memory.
+    The kernel of onnxruntime-training 1.19.2 overwrites the old statistic with the new one, unless
+    the new one is a graph output.  For the first node it is not, and the old statistic belongs to
+    the state of a party.  The copy is the Max of one tensor, because an Identity would share its
+    input's memory.
     """
     assert node is not None
     if node.inputs[index] is statistic:
@@ -96,9 +96,10 @@ def _copy_statistic(graph: ir.Graph, statistic: ir.Value, node: ir.Node | None, 
 
 
 def trace_statistic(value: ir.Value | None, kept: Collection[ir.Node]) -> ir.Value | None:
-    """Trace an updated running statistic back to what the last node in ``kept`` made of it.
+    """Find the last update of a running statistic that a node in ``kept`` computes.
 
-    Return ``None`` if none of the nodes that update it is kept.
+    The search goes backwards from ``value``, the updated statistic.  Return ``None`` if no node in
+    ``kept`` updates this statistic.
     """
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == "BatchNormalization" and node in kept:
@@ -109,13 +110,19 @@ def trace_statistic(value: ir.Value | None, kept: Collection[ir.Node]) -> ir.Val
 
 
 def list_names(node: ir.Node) -> list[str]:
-    """List the names by which a pattern finds a BatchNormalization: its own and its tensors'."""
+    """List the names that a pattern can match to select a BatchNormalization.
+
+    These are the names of the node, its weights, its running statistics and its output.
+    """
     values = [*node.inputs[1:], *node.outputs[:1]]
     return [name for name in (node.name, *(v.name for v in values if v is not None)) if name]
 
 
 def choose_mode(modes: BatchNormModes, names: Sequence[str]) -> BatchNormMode | None:
-    """Return the mode of a BatchNormalization with these names, or ``None`` for its own mode."""
+    """Return the mode that ``modes`` assigns to a BatchNormalization with these names.
+
+    If several patterns match, the last one applies.  ``None`` means that the node keeps its mode.
+    """
     if modes is None or isinstance(modes, str):
         return modes
     chosen = None
@@ -126,7 +133,7 @@ def choose_mode(modes: BatchNormModes, names: Sequence[str]) -> BatchNormMode | 
 
 
 def _refuse_idle(modes: BatchNormModes, names: Sequence[Sequence[str]]) -> None:
-    """Refuse a pattern that matches no BatchNormalization, or that is no regular expression."""
+    """Refuse a pattern that matches no BatchNormalization or is not a regular expression."""
     for pattern in modes if isinstance(modes, dict) else ():
         try:
             compiled = re.compile(pattern)
@@ -211,12 +218,18 @@ def use_running_statistics(graph: ir.Graph) -> None:
 
 
 def write_out_own_statistics(graph: ir.Graph, weights: Collection[str]) -> bool:
-    """Replace each normalization without running statistics by its formula, in place.
+    """Replace normalizations that compute their own statistics with their formulas, in place.
 
-    These are MeanVarianceNormalization, for which the kernel of ONNX Runtime 1.19.2 divides by zero
-    where all elements are equal, and BatchNormalization in training mode if its input depends only
-    on weights, or if the graph repeats its statistics once per sample.  A BatchNormalization is
-    left unchanged if the rank of its input is not known.  Return whether any node was replaced.
+    Return whether any node was replaced.  These nodes are replaced:
+
+    - MeanVarianceNormalization, because the kernel of ONNX Runtime 1.19.2 divides by zero where all
+      elements are equal;
+    - BatchNormalization in training mode, if its input depends only on weights, or if the graph
+      repeats its running statistics once per sample.
+
+    A MeanVarianceNormalization of 16-bit numbers is left unchanged, and so is a BatchNormalization
+    if the rank of its input is not known.  ``weights`` contains the names of the graph inputs that
+    are weights.
     """
     found = _write_out_mean_variances(graph)
     training = [node for node in list_batchnorms(graph) if is_training(node)]
@@ -237,8 +250,9 @@ def write_out_own_statistics(graph: ir.Graph, weights: Collection[str]) -> bool:
 def _write_out_mean_variances(graph: ir.Graph) -> bool:
     """Replace each MeanVarianceNormalization by (x - mean) / (deviation + 1e-9).
 
-    The deviation is sqrt(variance + 1e-18), whose gradient is finite where all elements are equal.
-    A node in 16 bits, in which these numbers are zero, is left to the rewrites.
+    The deviation is sqrt(variance + 1e-18), which has a finite gradient where all elements are
+    equal.  A node with 16-bit elements is left to the rewrites, because these constants are 0 in
+    float16.
     """
     found = False
     for node in list(graph):

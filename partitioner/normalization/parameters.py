@@ -117,7 +117,8 @@ _PASSING = frozenset(
 _SCALINGS = frozenset({"Add", "Div", "Mul", "Sub"})
 """Operators that apply a mean and a deviation to a raw input."""
 _PICKING = frozenset({"Clip", "Gather", "Pad", "Resize", "Slice"})
-"""Operators that prepare a raw input, such as an image that is resized and whose channels turn."""
+"""Operators that prepare a raw input, such as an image that is resized or has its channels
+reordered."""
 _STATISTICS = frozenset({("BatchNormalization", 3), ("BatchNormalization", 4)})
 _LOOKED_AT = 1 << 16
 """The number of elements that are read to recognise a mask or a grid."""
@@ -215,14 +216,16 @@ def _read_type(node: ir.Node) -> int:
 
 
 def find_input_scalings(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol]) -> list[str]:
-    """Find the weights that only normalize a raw input, such as an image's mean and deviation.
+    """Find the weights that only normalize a raw input, such as the mean and deviation of images.
 
-    They are added to a raw input, subtracted, multiplied or divided, before any other weight is
-    used, and another weight is used after them.  Such a tensor has one number for each channel; a
-    tensor that is subtracted or divided by may have any shape.  A vector of zeros that is added,
-    or of ones that is multiplied, is not included: these are the first values of a learned one.
+    Return their names.  Such a weight is added to a raw input, subtracted from it, multiplied with
+    it, or used to divide it.  This happens before any other weight is used, and another weight is
+    used later.  A weight that is added or multiplied must be a vector, such as one number for each
+    channel.  A weight that is only subtracted or divided by may have any shape.  An added vector of
+    zeros and a factor of ones are not included, because a learned bias or scale begins with these
+    values.
 
-    ``weights`` are the inputs of ``graph`` that are not raw inputs, with their tensors.
+    ``weights`` maps the names of the graph inputs that are weights to their tensors.
     """
     holders = {value.name or "": value for value in graph.inputs}
     refused: set[str] = set()
@@ -243,9 +246,9 @@ def find_input_scalings(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol
 def _follow_inputs(
     graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol], refused: Collection[str]
 ) -> dict[str, list[ir.Node]]:
-    """Follow raw inputs to the first weight that does more than scale or shift them.
+    """Follow raw inputs up to the first weight that does more than scale or shift them.
 
-    Return the weights that scale or shift them, except those in ``refused``, with the nodes.
+    Return the weights that scale or shift them, except those in ``refused``, each with its nodes.
     """
     raw = {value for value in graph.inputs if value.name not in weights}
     holders = {v: v.name or "" for v in graph.inputs if v.name in weights and v.name not in refused}
@@ -276,7 +279,7 @@ def _follow_inputs(
 
 
 def _find_leading(graph: ir.Graph, others: Collection[str]) -> set[ir.Node]:
-    """Find the nodes behind which one of the weights in ``others`` is used."""
+    """Find the nodes that have a later node that uses a weight in ``others``."""
     used: set[ir.Node] = set()
     leading: set[ir.Node] = set()
     for node in reversed(graph):
@@ -289,7 +292,7 @@ def _find_leading(graph: ir.Graph, others: Collection[str]) -> set[ir.Node]:
 
 
 def _is_scaling(value: ir.Value, nodes: Collection[ir.Node], tensor: ir.TensorProtocol) -> bool:
-    """Return whether a weight does nothing but scale or shift raw inputs in ``nodes``."""
+    """Return whether a weight has no other use than to scale or shift raw inputs in ``nodes``."""
     if {node for node, _ in _list_uses(value) if node.op_type not in _LOOKERS} != set(nodes):
         return False
     kinds = {node.op_type for node in nodes}

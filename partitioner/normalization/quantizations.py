@@ -55,9 +55,11 @@ _ADVICE = "export the quantised model in QDQ format (QuantizeLinear and Dequanti
 
 
 def lift_quantized(graph: ir.Graph) -> None:
-    """Replace integer weights, in place, with float weights that the graph quantises.
+    """Replace integer weights with float weights, in place.
 
-    A weight is replaced only if a DequantizeLinear with a constant scale reads it, or MatMulNBits.
+    A weight is replaced only if it is read by MatMulNBits, or by a DequantizeLinear with a constant
+    scale.  In the second case, the graph quantises the float weight, unless the integers had 32
+    bits.
     """
     unpack_weights(graph)
     for node in [node for node in graph if _is(node, "DequantizeLinear")]:

@@ -111,14 +111,14 @@ def assign_roles(
 
     ``weights`` contains the tensors that :func:`lift_weights` turned into inputs of ``graph``, and
     ``statistics`` the names of all running statistics.  The statistics in ``buffers`` are updated
-    by training; the others become frozen weights.  So do weights that only normalize a raw input
-    (:func:`parameters.find_input_scalings`).  A weight that matches a pattern of ``train`` is
-    trained, even if it also matches a pattern of ``freeze``.
+    by training; the others become frozen weights.  Weights that only normalize a raw input
+    (:func:`parameters.find_input_scalings`) are frozen as well.  A weight that matches a pattern in
+    ``train`` is trained, even if it also matches a pattern in ``freeze`` or normalizes a raw input.
 
     Raises:
-        UnsupportedModel: a pattern of ``freeze`` matches no weight.
+        UnsupportedModel: a pattern in ``freeze`` matches no weight.
         UsageError: a pattern is not a regular expression, or ``train`` selects all the weights that
-            a pattern of ``freeze`` matches.
+            a pattern in ``freeze`` matches.
     """
     trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
     frozen: set[str] = set()
@@ -149,7 +149,7 @@ def pin_names(names: Collection[str]) -> tuple[str, ...]:
 
 
 def make_pattern(names: Sequence[str]) -> str:
-    """Return one regular expression that matches exactly these names."""
+    """Return a regular expression that matches these names and no others."""
     escaped = [re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", name) for name in names]
     return f"^{escaped[0]}$" if len(escaped) == 1 else f"^({'|'.join(escaped)})$"
 

@@ -1,6 +1,6 @@
-"""Write the operators of ONNX Runtime's optimizers in standard operators again.
+"""Write the fused operators of ONNX Runtime's optimizers as standard operators again.
 
-A module here holds the formulas of one family of fused operators; :mod:`replacements` has the table
-of them and applies it.  The formulas are those of ContribOperators.md of ONNX Runtime and of its
-kernels.  Modules here may import ``gate``, ``inference`` and ``graphs``.
+Each family of fused operators has a module with its formulas, and :mod:`replacements` applies them.
+The formulas follow ONNX Runtime's documentation (ContribOperators.md) and its kernels.  Modules in
+this package may import ``gate``, ``inference`` and ``graphs``.
 """

@@ -1,4 +1,4 @@
-"""Fused activations: variants of GELU, with or without a bias."""
+"""Formulas for variants of GELU, and for activations that were fused into another operator."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ def write_gelu(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
 
 
 def write_bias_gelu(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Compute GELU of ``x + bias``."""
+    """Compute the GELU of ``x + bias``."""
     x, bias = take_inputs(node, 2)
     return [_gelu(builder, builder.op("Add", x, bias), find_dtype(bias))]
 
 
 def write_fast_gelu(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Compute ``x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))) / 2``, of ``x + bias``."""
+    """Compute the tanh approximation of the GELU of ``x``, to which a bias may be added first.
+
+    The formula is ``y * (1 + tanh(sqrt(2 / pi) * (y + 0.044715 * y^3))) / 2``, where ``y`` is ``x +
+    bias``, or ``x`` if the node has no bias.
+    """
     x, bias = take_input(node), take_optional(node, 1)
     dtype = find_dtype(x if bias is None else bias)
     if bias is not None:
@@ -34,14 +38,20 @@ def write_fast_gelu(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
 
 
 def write_quick_gelu(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Compute ``x * sigmoid(alpha * x)``."""
+    """Compute ``x * sigmoid(alpha * x)``, where ``alpha`` is an attribute of the node."""
     x = take_input(node)
     alpha = builder.number(node.attributes.get_float("alpha", 1.702), find_dtype(x))
     return [builder.op("Mul", x, builder.op("Sigmoid", builder.op("Mul", x, alpha)))]
 
 
 def write_activation(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> ir.Value:
-    """Apply the activation that a fused convolution or product names, if it names one."""
+    """Apply the activation of ``node``, a fused convolution or matrix product, to ``value``.
+
+    Return ``value`` itself if the node has no activation.
+
+    Raises:
+        UnsupportedModel: there is no formula for the activation.
+    """
     kind = node.attributes.get_string("activation", "")
     attribute = node.attributes.get("activation_params")
     given = list(attribute.as_floats()) if attribute is not None else []

@@ -1,4 +1,4 @@
-"""Attention, with or without the products that make its operands, and rotary embeddings."""
+"""Formulas for fused attention operators and rotary embeddings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEADS_FIRST = [0, 2, 1, 3]
 
 @dataclass(frozen=True, kw_only=True)
 class _Operands:
-    """Queries, keys and values as ``[batch, heads, length, size]``, and the element type."""
+    """Queries, keys and values of shape ``[batch, heads, length, size]``, and the element type."""
 
     query: ir.Value
     key: ir.Value
@@ -34,7 +34,7 @@ class _Operands:
 
 
 def write_attention(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Compute queries, keys and values from one input, and attend."""
+    """Project one input to queries, keys and values, and compute their attention."""
     refuse_outputs(node, 0)
     if take_optional(node, 4) is not None:
         raise refuse(node, "it continues from past keys and values")
@@ -62,10 +62,10 @@ def write_attention(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
 
 
 def write_multi_head(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Attend to keys and values that are given beside the queries.
+    """Compute the attention of queries, keys and values that are separate inputs.
 
-    ONNX Runtime 1.19's kernel for processors ignores the mask, so what the model means with one
-    depends on where it runs.
+    A node with a mask is refused.  The CPU kernel of ONNX Runtime 1.19 ignores the mask, so the
+    result of such a node depends on where the model runs.
     """
     refuse_outputs(node, 0)
     refuse_inputs(node, 6)
@@ -115,8 +115,9 @@ def _attend(
 ) -> ir.Value:
     """Compute ``softmax(scale * Q @ K^T + shift + mask) @ V``, and join the heads.
 
-    A position that the mask excludes gets ``mask_filter_value`` added, and one after the query's
-    own, if ``unidirectional``, the lowest number there is.
+    ``mask_filter_value`` is added to the score of each position that the mask excludes.  If
+    ``unidirectional`` is set, the scores of positions after the query's own are replaced with the
+    lowest finite number.
     """
     dtype = operands.dtype
     scale = node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(operands.size)
@@ -146,16 +147,16 @@ def _choose(builder: NodeBuilder, kept: ir.Value, added: float, dtype: ir.DataTy
 
 
 def _count(builder: NodeBuilder, value: ir.Value) -> ir.Value:
-    """Return the positions of ``[batch, heads, length, size]``, from 0 on."""
+    """Return the positions in ``[batch, heads, length, size]``, counted from 0."""
     length = builder.op("Squeeze", builder.op("Shape", value, start=2, end=3))
     return builder.op("Range", builder.integer(0), length, builder.integer(1))
 
 
 def _spread_mask(builder: NodeBuilder, node: ir.Node, mask: ir.Value, key: ir.Value) -> ir.Value:
-    """Return which positions a mask keeps, as a tensor that fits ``[batch, heads, query, key]``.
+    """Return which positions a mask keeps, broadcastable to ``[batch, heads, query, key]``.
 
-    The mask has the length of each sample, or a number for each position, which keeps it if it is
-    greater than 0.
+    A mask of rank 1 holds the length of each sample.  A mask of rank 2 or 3 holds a number for each
+    position, and keeps the position if the number is greater than 0.
     """
     rank, zero = find_rank(mask), builder.number(0, find_dtype(mask))
     if rank == 1:
@@ -169,7 +170,10 @@ def _spread_mask(builder: NodeBuilder, node: ir.Node, mask: ir.Value, key: ir.Va
 
 
 def write_rotary(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Rotate pairs of numbers by the angles of their position, read from tables."""
+    """Rotate pairs of elements by angles that depend on the position of their token.
+
+    The cosines and sines of the angles are read from two tables, which are inputs of the node.
+    """
     x, places, cosines, sines = take_inputs(node, 4)
     half, rank = find_size(cosines, 1), find_rank(x)
     size = 2 * half
@@ -207,7 +211,7 @@ def _rotate(
     angles: tuple[ir.Value, ir.Value],
     half: int,
 ) -> ir.Value:
-    """Rotate ``[batch, length, heads, size]``; pairs are neighbours, or lie half the size apart."""
+    """Rotate the pairs in ``[batch, length, heads, size]``: neighbours, or ``half`` apart."""
     cosine, sine = angles
     if is_interleaved := node.attributes.get_int("interleaved", 0):
         pairs = builder.op("Reshape", split, builder.integers([0, 0, 0, half, 2]))

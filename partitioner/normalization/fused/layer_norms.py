@@ -1,4 +1,4 @@
-"""Layer normalizations, alone or fused with the addition or the tables before them."""
+"""Formulas for layer normalizations, alone or fused with additions or embeddings before them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from splitonnx.partitioner.normalization.fused.operands import (
 )
 
 _SMALL = 1e-12
-"""The default of epsilon in the operators that add first."""
+"""The default epsilon of the operators that add their inputs before they normalize."""
 
 
 def write_layer_norm(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Write ONNX's own LayerNormalization, whose definition is the same."""
+    """Replace the node with ONNX's own LayerNormalization, which has the same definition."""
     kept = {name: value for name, value in node.attributes.items() if name != "stash_type"}
     return list(builder.ops("LayerNormalization", list(node.inputs), len(node.outputs), kept))
 
 
 def write_simplified(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Compute ``x / sqrt(mean(x^2) + epsilon) * scale`` over the axes from ``axis`` on."""
+    """Compute ``x / sqrt(mean(x^2) + epsilon) * scale``.
+
+    The mean is over all axes from the attribute ``axis`` to the last.  The second output is ``1 /
+    sqrt(mean(x^2) + epsilon)``.
+    """
     x, scale = take_inputs(node, 2)
     axis, epsilon = (
         node.attributes.get_int("axis", -1),
@@ -35,7 +39,7 @@ def write_simplified(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
 
 
 def write_skip(builder: NodeBuilder, node: ir.Node) -> list[ir.Value | None]:
-    """Normalize ``input + skip + bias``; the last output is the sum."""
+    """Apply layer normalization to ``input + skip + bias``; the last output is this sum."""
     refuse_outputs(node, 0, 3)
     x, skip, scale = take_inputs(node, 3)
     total = _add(builder, x, skip, take_optional(node, 4))
@@ -46,10 +50,10 @@ def write_skip(builder: NodeBuilder, node: ir.Node) -> list[ir.Value | None]:
 
 
 def write_skip_simplified(builder: NodeBuilder, node: ir.Node) -> list[ir.Value | None]:
-    """Normalize ``input + skip`` without a mean; the last output is the sum.
+    """Divide ``input + skip`` by its root mean square, and scale it; the last output is the sum.
 
-    ONNX Runtime 1.19's kernel for processors ignores the bias that may be added as well, so what
-    the model means with one depends on where it runs.
+    A node with a bias is refused.  The CPU kernel of ONNX Runtime 1.19 ignores the bias, so the
+    result of such a node depends on where the model runs.
     """
     refuse_outputs(node, 0, 3)
     if take_optional(node, 3) is not None:
@@ -64,7 +68,8 @@ def write_skip_simplified(builder: NodeBuilder, node: ir.Node) -> list[ir.Value 
 def write_embedding(builder: NodeBuilder, node: ir.Node) -> list[ir.Value | None]:
     """Add the embeddings of words, positions and segments, and normalize the sum.
 
-    The second output counts the tokens that the mask keeps, and the third is the sum.
+    The outputs are the normalized sum, the number of tokens that the mask keeps in each sample (0
+    if there is no mask), and the sum before normalization.
     """
     words, segments = take_input(node), take_optional(node, 1)
     table, positions = take_input(node, 2), take_input(node, 3)
@@ -86,7 +91,7 @@ def write_embedding(builder: NodeBuilder, node: ir.Node) -> list[ir.Value | None
 
 
 def _count_tokens(builder: NodeBuilder, words: ir.Value, mask: ir.Value | None) -> ir.Value:
-    """Count the tokens of each sample that the mask keeps; without a mask the count is 0."""
+    """Count the tokens that the mask keeps in each sample; without a mask, the count is 0."""
     if mask is None:
         kept = builder.op("Equal", words, builder.op("Add", words, _one(builder, words)))
     else:
@@ -109,7 +114,7 @@ def _add(builder: NodeBuilder, *values: ir.Value | None) -> ir.Value:
 def _normalize(
     builder: NodeBuilder, x: ir.Value, scale: ir.Value, axes: range | list[int], epsilon: float
 ) -> tuple[ir.Value, ir.Value]:
-    """Return the normalized value, and the inverse of the root of the mean square."""
+    """Return ``x`` divided by its root mean square and scaled, and the inverse of this root."""
     dtype = find_dtype(scale)
     square = builder.op("ReduceMean", builder.op("Mul", x, x), builder.integers(axes), keepdims=1)
     root = builder.op("Sqrt", builder.op("Add", square, builder.number(epsilon, dtype)))

@@ -1,4 +1,4 @@
-"""Find out what a fused operator's formula needs to know of the node's inputs."""
+"""Read the types and shapes of a fused node's inputs, and refuse unsupported inputs and outputs."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import known_rank
 
 MOST_STEPS = 1000
-"""Limit on how many nodes before a value are looked at for its element type."""
+"""The largest number of nodes that are searched, backwards, for the element type of a value."""
 
 
 class NotYet(Exception):
-    """Raised if a shape that a formula needs is not inferred yet; the text names the value."""
+    """Raised if a formula needs a type or shape that is not inferred yet; the message names it."""
 
 
 def take_optional(node: ir.Node, index: int) -> ir.Value | None:
-    """Return a node's input at ``index``, or ``None`` if it is left out."""
+    """Return the input of a node at ``index``, or ``None`` if it is omitted."""
     return node.inputs[index] if index < len(node.inputs) else None
 
 
 def find_dtype(value: ir.Value | None) -> ir.DataType:
-    """Return the element type of a value, traced back to where it is known.
+    """Return the element type of a value, inferred from the nodes before it if necessary.
 
     Raises:
-        NotYet: no node before the value tells the type.
+        NotYet: the type cannot be inferred.
     """
     start = value
     for _ in range(MOST_STEPS):
@@ -45,7 +45,7 @@ def find_rank(value: ir.Value) -> int:
     """Return a value's number of dimensions.
 
     Raises:
-        NotYet: it is not known.
+        NotYet: the number of dimensions is not known.
     """
     rank = known_rank(value)
     if rank is None:
@@ -54,10 +54,10 @@ def find_rank(value: ir.Value) -> int:
 
 
 def find_size(value: ir.Value, axis: int) -> int:
-    """Return one dimension of a value.
+    """Return the size of a value along ``axis``.
 
     Raises:
-        NotYet: it is not known.
+        NotYet: the size is not known.
     """
     dim = None if value.shape is None else value.shape[axis]
     if not isinstance(dim, int):
@@ -66,7 +66,7 @@ def find_size(value: ir.Value, axis: int) -> int:
 
 
 def refuse(node: ir.Node, reason: str) -> UnsupportedModel:
-    """Return the error for a fused node that cannot be written in standard operators."""
+    """Return the error that says why a fused node cannot be written in standard operators."""
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type})",
         f"{reason}; it is an operator of ONNX Runtime, so this is an optimized model",
@@ -75,10 +75,10 @@ def refuse(node: ir.Node, reason: str) -> UnsupportedModel:
 
 
 def refuse_inputs(node: ir.Node, first: int) -> None:
-    """Check that a node has no inputs from ``first`` on.
+    """Check that a node has no input at index ``first`` or after it.
 
     Raises:
-        UnsupportedModel: it has one.
+        UnsupportedModel: the node has such an input.
     """
     for index, value in enumerate(node.inputs[first:], first):
         if value is not None:
@@ -86,10 +86,10 @@ def refuse_inputs(node: ir.Node, first: int) -> None:
 
 
 def refuse_outputs(node: ir.Node, *kept: int) -> None:
-    """Check that nothing reads the outputs of a node other than those in ``kept``.
+    """Check that no outputs of a node are used except those at the indices in ``kept``.
 
     Raises:
-        UnsupportedModel: something does.
+        UnsupportedModel: another output is used.
     """
     for index, value in enumerate(node.outputs):
         if index not in kept and (value.uses() or value.is_graph_output()):

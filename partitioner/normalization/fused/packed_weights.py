@@ -1,4 +1,4 @@
-"""Turn weights that MatMulNBits holds in 2 to 8 bits into float weights, which can be trained."""
+"""Convert weights that MatMulNBits stores in 2, 4 or 8 bits to trainable float weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from splitonnx.partitioner.normalization.fused.operands import refuse, take_opti
 
 
 def unpack_weights(graph: ir.Graph) -> None:
-    """Replace each MatMulNBits by a MatMul with a float weight of the packed one's name."""
+    """Replace each MatMulNBits by a MatMul with a float weight, in place.
+
+    The name of the float weight is the name of the packed weight, followed by ``#float``.
+
+    Raises:
+        UnsupportedModel: a packed weight is not stored in the model, or its format is not
+            supported.
+    """
     for node in list_nodes(graph):
         if node.domain == DOMAIN and node.op_type == "MatMulNBits":
             _unpack(node)
@@ -46,7 +53,7 @@ def _unpack(node: ir.Node) -> None:
 def _dequantize(
     node: ir.Node, numbers: np.ndarray, factors: np.ndarray, zeros: np.ndarray | None
 ) -> np.ndarray:
-    """Compute ``(number - zero point) * scale`` for each block of a column; return ``[K, N]``."""
+    """Return the array ``[K, N]`` of floats, ``(number - zero point) * scale`` in each block."""
     rows, columns = node.attributes.get_int("K", 0), node.attributes.get_int("N", 0)
     bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
     if bits not in (2, 4, 8) or block < 16 or min(rows, columns) < 1:
@@ -68,7 +75,7 @@ def _dequantize(
 
 
 def _split_bytes(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Split each byte into its numbers, the lowest bits first."""
+    """Split each byte into the numbers packed in it, beginning with the lowest bits."""
     count = 8 // bits
     parts = [(packed >> (bits * place)) & ((1 << bits) - 1) for place in range(count)]
     return np.stack(parts, -1).reshape(*packed.shape[:-1], -1).astype(np.float64)

@@ -1,4 +1,7 @@
-"""Matrix products and convolutions that were fused with a transpose, a factor or an activation."""
+"""Formulas for matrix products and convolutions that were fused with operations around them.
+
+Such an operation is a transpose, a factor, a sum or an activation.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ _GEMM = ("alpha", "beta", "transA", "transB")
 
 
 def write_matmul(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Compute ``alpha * A @ B``, with the last two axes of each swapped on request."""
+    """Compute ``alpha * A @ B``.
+
+    If ``transA`` or ``transB`` is set, the last two axes of this operand are swapped first.
+    """
     if any(node.attributes.get_int(name, 0) for name in ("transBatchA", "transBatchB")):
         raise refuse(node, "it moves the batch of an operand")
     left, right = take_inputs(node, 2)
@@ -34,7 +40,7 @@ def write_matmul(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
 
 
 def write_conv(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Convolve, add the fourth input, and apply an activation."""
+    """Compute a convolution, add the optional fourth input, and apply the node's activation."""
     kept = {name: node.attributes[name] for name in _CONV if name in node.attributes}
     made = builder.ops("Conv", list(node.inputs[:3]), 1, kept)[0]
     if (summand := take_optional(node, 3)) is not None:
@@ -43,7 +49,7 @@ def write_conv(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
 
 
 def write_gemm(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Compute a Gemm, and apply an activation."""
+    """Compute a general matrix product (Gemm), and apply the node's activation."""
     kept = {name: node.attributes[name] for name in _GEMM if name in node.attributes}
     made = builder.ops("Gemm", list(node.inputs[:3]), 1, kept)[0]
     return [write_activation(builder, node, made)]

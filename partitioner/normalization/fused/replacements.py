@@ -1,4 +1,4 @@
-"""Replace each fused operator of ONNX Runtime by its formula."""
+"""Replace the fused operators of ONNX Runtime with their formulas."""
 
 from __future__ import annotations
 
@@ -40,25 +40,26 @@ FORMULAS: Mapping[str, _Formula] = {
     "SkipSimplifiedLayerNormalization": layer_norms.write_skip_simplified,
     "TransposeMatMul": products.write_matmul,
 }
-"""Map each fused operator to the function that writes its formula, except for packed weights."""
+"""Maps each fused operator except MatMulNBits to the function that writes its formula."""
 
 
 def replace_foreign(model: ir.Model) -> None:
-    """Replace the operators of ``ai.onnx.ml``, and those of ONNX Runtime's optimizers, in place."""
+    """Replace operators of ``ai.onnx.ml`` and fused operators with standard operators, in place."""
     normalize_ml_operators(model.graph)
     replace_fused(model)
     model.opset_imports.pop(DOMAIN, None)
 
 
 def replace_fused(model: ir.Model) -> None:
-    """Replace the fused operators of a model by their formulas, in place.
+    """Replace the fused operators of a model with their formulas, in place.
 
-    Shapes are inferred again as long as that lets more operators be replaced: onnx infers nothing
-    behind an operator that it does not know.
+    Some formulas need shapes that can be inferred only after other operators have been replaced,
+    because onnx infers nothing after an operator that it does not know.  Therefore, shapes are
+    inferred again after each round of replacements.
 
     Raises:
-        UnsupportedModel: a use of an operator cannot be written in standard operators, or needs a
-            shape that is not known.
+        UnsupportedModel: an operator cannot be written in standard operators, or its formula needs
+            a type or shape that cannot be inferred.
     """
     waiting = _list_fused(model.graph)
     while waiting:
@@ -75,7 +76,7 @@ def _list_fused(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _replace(node: ir.Node) -> str:
-    """Replace a node; return what is not known yet, or an empty string if it was replaced."""
+    """Replace a node; return what is not known yet, or an empty string if the node was replaced."""
     builder = NodeBuilder(f"{node.outputs[0].name or node.name}/plain")
     with attribute_errors_to(node, "written in standard operators"):
         try:
