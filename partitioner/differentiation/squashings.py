@@ -23,7 +23,7 @@ _BEHIND = frozenset(
 
 
 def find_repeated_activation(output: ir.Value, loss: str, class_axis: int = 1) -> ir.Node | None:
-    """Return the last activation before ``output``, if ``loss`` would apply its own one after it.
+    """Return the final activation of ``output``, if ``loss`` would apply another one after it.
 
     Return ``None`` if there is no such activation, or if the loss skips it.  Only nodes that move
     or convert elements, and arithmetic with constants, may follow the activation.  ``class_axis``

@@ -117,8 +117,7 @@ _PASSING = frozenset(
 _SCALINGS = frozenset({"Add", "Div", "Mul", "Sub"})
 """Operators that apply a mean and a deviation to a raw input."""
 _PICKING = frozenset({"Clip", "Gather", "Pad", "Resize", "Slice"})
-"""Operators that prepare a raw input, such as an image that is resized or has its channels
-reordered."""
+"""Operators that prepare a raw input, for example resize an image or reorder its channels."""
 _STATISTICS = frozenset({("BatchNormalization", 3), ("BatchNormalization", 4)})
 _LOOKED_AT = 1 << 16
 """The number of elements that are read to recognise a mask or a grid."""

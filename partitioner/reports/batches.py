@@ -12,12 +12,16 @@ from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make_option
 
 _FIRST_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
-"""Maps an operator to its inputs for first states, whose batch is on axis 1."""
+"""Maps a recurrent operator to the indices of its inputs that are initial states."""
 _BROADCASTING = frozenset({"Add", "Div", "Mul", "Sub", "Where"})
 
 
 def remark_on_batches(prepared: PreparedModel, output: str, producer: str) -> Iterator[Remark]:
-    """Yield a remark on a batch that the inputs fix, or on constants that hold one."""
+    """Yield remarks on a batch size that is fixed by the inputs or by constants in the graph.
+
+    ``output`` is the output from which the loss is computed.  ``producer`` is the name and version
+    of the exporter; the advice on how to export the model again depends on it.
+    """
     graph = prepared.skeleton.graph
     raw = [v for v in graph.inputs if v.name not in prepared.state and v.shape is not None]
     raw = [value for value in raw if value.shape is not None and len(value.shape)]
@@ -71,7 +75,10 @@ def _read_dims(value: ir.Value) -> list[int | str | None]:
 
 
 def _find_constants(graph: ir.Graph, symbols: set[str]) -> Iterator[tuple[ir.Node, str, int]]:
-    """Yield each node in which a constant stands for the batch, with its symbol and size."""
+    """Yield each node in which a constant fixes a dimension that the inputs leave open.
+
+    Each item consists of the node, the symbol of the dimension, and the size.
+    """
     for node in graph:
         if node.domain:
             continue
@@ -90,7 +97,7 @@ def _find_constants(graph: ir.Graph, symbols: set[str]) -> Iterator[tuple[ir.Nod
 
 
 def _read_target(node: ir.Node) -> tuple[str, int] | None:
-    """Read the batch from a Reshape to constant sizes of a tensor with one unknown size."""
+    """Read the size of a tensor's only unknown dimension from a Reshape to constant sizes."""
     source, target = node.inputs[0], known_array(node.inputs[1])
     if source is None or source.shape is None or target is None or (target <= 0).any():
         return None
@@ -117,7 +124,7 @@ def _read_first_states(node: ir.Node) -> tuple[str, int] | None:
 
 
 def _read_parts(node: ir.Node) -> tuple[str, int] | None:
-    """Read the batch from a Concat along another axis, one part of which has a fixed first size."""
+    """Read the batch size from a Concat along another axis, if it is fixed in some of the parts."""
     shapes = [_read_dims(value) for value in node.inputs if value is not None]
     axis = node.attributes.get_int("axis", 0)
     if not all(shapes) or axis in (0, -len(shapes[0])):
@@ -129,7 +136,7 @@ def _read_parts(node: ir.Node) -> tuple[str, int] | None:
 
 
 def _read_operands(node: ir.Node) -> tuple[str, int] | None:
-    """Read the size that an operand without symbols, a constant or a weight, forces on another."""
+    """Read the size that an operand with fixed dimensions forces on another by broadcasting."""
     shapes = [_read_dims(value)[::-1] for value in node.inputs if value is not None]
     fixed = [dims for dims in shapes if all(isinstance(dim, int) for dim in dims)]
     for dims in shapes:

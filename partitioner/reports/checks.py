@@ -76,13 +76,18 @@ class Check:
     """The result of :func:`check`.
 
     ``losses`` names the losses that fit the output.  ``obstacles`` holds one sentence for each
-    reason why the model cannot be trained; if it is empty, the model can be trained.  Weights are
-    counted in elements: ``parameters`` counts trained parameters, ``frozen`` parameters that are
-    not trained, ``statistics`` running statistics, and ``conditional`` weights that cannot be
-    trained because they are in branches or loops that depend on data.  ``layers`` lists the
-    weights by layer.  ``remarks`` describe what the export changed and what training would do that
-    the model's author may not have meant, with the options of ``cut`` that settle it.  If finding
-    all cuts would take too long, ``cuts`` is empty, and a remark gives the reason.
+    reason why the model cannot be trained; if it is empty, the model can be trained.  ``layers``
+    lists the weights by layer.  ``remarks`` describe what the export changed, and where training
+    may differ from what the model's author intended; they may include options of ``cut``.  If
+    finding all cuts would take too long, ``cuts`` is empty, and a remark gives the reason.
+
+    These fields count the elements of weights:
+
+    - ``parameters``: trained parameters;
+    - ``frozen``: parameters that are not trained;
+    - ``statistics``: running statistics;
+    - ``conditional``: weights that cannot be trained because they are in branches or loops that
+      depend on data.
     """
 
     opset: int
@@ -125,7 +130,7 @@ def check(
     Raises:
         NotAModel, ForbiddenExternalData: the model cannot be read.
         UnsupportedModel: the model cannot be prepared; the message names the node.
-        UsageError: there is no such loss or output.
+        UsageError: ``loss`` is not the name of a loss, or the model has no such ``output``.
     """
     if loss is not None and loss not in list_losses():
         raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
@@ -189,7 +194,7 @@ def _list_remarks(
 def _note_batch(
     prepared: PreparedModel, output: str, noticed: Sequence[Remark]
 ) -> Iterator[Remark]:
-    """Yield remarks on what was changed because of a batch of 1, and on a node that fixes one."""
+    """Yield remarks on changes made because of a batch of 1, and on a node that fixes the batch."""
     for sentence in (describe_freed(prepared.freed), describe_decided(prepared.decided)):
         if sentence:
             yield Remark(kind=Kind.BATCH, sentence=sentence)

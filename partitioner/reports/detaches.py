@@ -1,7 +1,8 @@
-"""Find sums whose terms cancel, which is how a lost detach shows.
+"""Find sums in which terms cancel, a sign that the export lost a ``detach``.
 
-A straight-through estimator is written ``z + (q - z).detach()``.  ONNX has no detach, so an export
-leaves ``z + (q - z)``, whose gradient with respect to z is 0 instead of 1.
+In PyTorch, a straight-through estimator is written ``z + (q - z).detach()``.  ONNX has no detach,
+so the exported model contains ``z + (q - z)``.  The gradient of this sum with respect to ``z`` is 0
+instead of 1.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from splitonnx.partitioner.graphs.traversals import find_moving, walk_back
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 
 _MOST_TERMS = 8
-"""The number of terms up to which a sum is written out."""
+"""The largest number of terms to which a sum is expanded."""
 _SIGNS: Mapping[str, tuple[int, ...]] = {
     "Add": (1, 1),
     "Sub": (1, -1),
@@ -27,7 +28,7 @@ Terms = dict[ir.Value, int]
 
 
 def remark_on_detaches(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield a remark for each sum from which a trained term vanishes."""
+    """Yield a remark for each sum in which a term that depends on trained parameters cancels."""
     graph = prepared.skeleton.graph
     trained = set(prepared.trainable)
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])
@@ -50,7 +51,7 @@ def remark_on_detaches(prepared: PreparedModel) -> Iterator[Remark]:
 
 
 def _list_parts(node: ir.Node) -> list[tuple[ir.Value, int]]:
-    """List what a node adds up, each with its sign; nothing if it does something else."""
+    """List the terms that a node adds, each with its sign; nothing if the node is not a sum."""
     signs = () if node.domain else _SIGNS.get(node.op_type, ())
     values = [value for value in node.inputs if value is not None]
     return list(zip(values, signs, strict=True)) if len(values) == len(signs) else []
@@ -74,7 +75,10 @@ def _remark(node: ir.Node, term: ir.Value, sums: Mapping[ir.Value, Terms]) -> Re
 
 
 def _find_detached(node: ir.Node, term: ir.Value, sums: Mapping[ir.Value, Terms]) -> str | None:
-    """Return the smallest sum within ``node`` that subtracts ``term``, if nothing else reads it."""
+    """Return the name of the smallest partial sum of ``node`` that subtracts ``term``.
+
+    Return ``None`` if there is none, or if the terms that are kept depend on it.
+    """
     kept: list[ir.Value] = []
     found = None
     sign = 1

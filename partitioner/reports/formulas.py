@@ -1,9 +1,10 @@
-"""Recognise tensors whose numbers were computed by a formula rather than learned.
+"""Recognise tensors that were computed by a formula rather than learned.
 
-Exporters store position tables, Fourier and cosine kernels, filter banks and coordinates as they
-store weights.  Their numbers give them away: a sequence of sines satisfies
-``c[t+1] + c[t-1] = 2 cos(w) c[t]`` throughout, which learned numbers do not.  Of a large tensor
-only the first numbers along each axis are read.  This module does not know what tensors are for.
+Exporters store position tables, Fourier and cosine kernels, filter banks and coordinates in the
+same way as weights.  Their numbers reveal them: for example, a sequence ``c`` of sines with the
+frequency ``w`` satisfies ``c[t+1] + c[t-1] = 2 cos(w) c[t]`` for all ``t``, but learned numbers do
+not.  Of a large tensor, only the first numbers along each axis are read.  This module does not
+consider where a tensor is used.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ Array = np.ndarray
 
 _LOOKED_AT = 64
 _LOOKED_AT_LAST = 1024
-"""The numbers along each axis, and along the last, that are read of a large tensor."""
+"""How many numbers of a large tensor are read along each axis, and along the last axis."""
 _LARGE = 1 << 16
-"""The number of elements from which on a tensor is large."""
+"""A tensor with more elements than this is large."""
 _TOLERANCE = 5e-3
 _COARSE = 2e-2
-"""What rounding may change, relative to the size of the numbers; the second for 16-bit types."""
+"""The tolerance for rounding, relative to the numbers; the second is for 16-bit types."""
 _FINER_BITS = 0x1FFF
-"""The bits of a float32 that float16 and bfloat16 do not have."""
+"""The bits of a float32 that neither float16 nor bfloat16 has."""
 _LEAST_EVIDENCE = 6
 """The number of equations, beyond those that define a formula, that its numbers must satisfy."""
 _LARGEST_FACTOR = 64
-"""The largest whole number in a fixed filter."""
+"""The largest ratio between two numbers of a fixed filter."""
 
 
 def describe_formula(tensor: ir.TensorProtocol) -> str | None:
-    """Return in words how the numbers of a float tensor were computed, or ``None``.
+    """Describe how a float tensor was computed, or return ``None`` if no known formula fits.
 
-    The words complete the sentence "its numbers are ...".
+    The description completes the sentence "its numbers are ...".
     """
     if len(tensor.shape) == 0 or tensor.size < _LEAST_EVIDENCE:
         return None
@@ -50,9 +51,9 @@ def describe_formula(tensor: ir.TensorProtocol) -> str | None:
 
 
 def is_fixed_filter(tensor: ir.TensorProtocol) -> bool:
-    """Return whether a convolution's kernel looks fixed, such as a blur, a Sobel filter, a wavelet.
+    """Return whether a convolution kernel looks like a fixed filter, such as a blur.
 
-    The numbers of such a kernel are small whole numbers, but for a common factor.
+    The numbers of such a kernel are small whole numbers times a common factor.
     """
     array = _read(tensor)
     sizes = np.abs(array[array != 0])
@@ -65,7 +66,7 @@ def is_fixed_filter(tensor: ir.TensorProtocol) -> bool:
 
 
 def has_whole_numbers(tensor: ir.TensorProtocol) -> bool:
-    """Return whether a matrix holds different whole numbers, as a table of codes does."""
+    """Return whether a matrix contains only whole numbers, not all equal, like a table of codes."""
     if sum(dim > 1 for dim in tensor.shape.numpy()) < 2:
         return False
     array = _read(tensor)
@@ -82,21 +83,21 @@ def _read(tensor: ir.TensorProtocol) -> Array:
 
 
 def _is_coarse(array: Array) -> bool:
-    """Return whether numbers are of a 16-bit type, also if they were converted to a wider one."""
+    """Return whether all numbers fit into 16-bit floats, even if they are stored in wider ones."""
     return not (array.astype(np.float32).view(np.uint32) & _FINER_BITS).any()
 
 
 def _list_sequences(array: Array, least: int) -> Iterator[Array]:
-    """Yield the array as columns, once for each axis along which it has ``least`` numbers."""
+    """Yield the array as columns, once for each axis with at least ``least`` numbers."""
     for axis, size in enumerate(array.shape):
         if size >= least:
             yield np.moveaxis(array, axis, 0).reshape(size, -1)
 
 
 def _follow(columns: Array) -> tuple[Array, Array]:
-    """Fit ``c[t+1] + c[t-1] = k c[t]`` to each column; return each k and relative deviation.
+    """Fit ``c[t+1] + c[t-1] = k c[t]`` to each column; return ``k`` and the relative error of each.
 
-    Columns of zeros, beside the others, deviate by 0.
+    The error of a column of zeros is 0 if other columns are not zero.
     """
     middle, sides = columns[1:-1], columns[2:] + columns[:-2]
     energy = (middle**2).sum(0)
@@ -123,10 +124,10 @@ def _are_sines(array: Array, tolerance: float) -> bool:
 
 
 def _are_pairs(array: Array, tolerance: float) -> bool:
-    """Return whether a table holds sines and cosines of the same angles, in one usual order.
+    """Return whether a table holds sines and cosines of the same angles, in a usual order.
 
-    These are sine and cosine alternating, one half each, or one half of each half; the table may
-    begin with rows of zeros.
+    Sines and cosines may alternate, fill one half of each row, or fill one half of each half.  The
+    table may begin with rows of zeros.
     """
     rows = array.reshape(-1, array.shape[-1])
     rows = rows[np.abs(rows).max(1) > 0]
@@ -145,7 +146,7 @@ def _are_pairs(array: Array, tolerance: float) -> bool:
 
 
 def _are_windowed(array: Array, tolerance: float) -> bool:
-    """Return whether rows are oscillations under one window, as in a Fourier transform."""
+    """Return whether rows are oscillations times one window, as in a Fourier transform."""
     if len(array.shape) < 2 or min(array.shape[0], array.shape[-1]) < 8:
         return False
     if array.size != array.shape[0] * array.shape[-1]:
@@ -187,7 +188,7 @@ def _is_window(array: Array, tolerance: float) -> bool:
 
 
 def _is_filter_bank(array: Array, tolerance: float) -> bool:
-    """Return whether rows or columns are triangles that follow one another, like mel filters."""
+    """Return whether rows or columns are successive triangles, like the filters of a mel bank."""
     squeezed = array.squeeze()
     if len(squeezed.shape) != 2 or squeezed.min() < 0 or (squeezed != 0).mean() > 0.5:
         return False
@@ -223,7 +224,7 @@ def _are_evenly_spaced(array: Array, tolerance: float) -> bool:
 
 
 def _are_geometric(array: Array, tolerance: float) -> bool:
-    """Return whether a vector's numbers grow by one factor, as the frequencies of positions do."""
+    """Return whether a vector is a geometric series, like the frequencies of a position table."""
     if array.size != max(array.shape) or array.size < _LEAST_EVIDENCE or array.min() <= 0:
         return False
     steps = np.diff(np.log(array.reshape(-1)))

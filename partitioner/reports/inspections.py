@@ -65,12 +65,12 @@ def inspect(
             fix it. Sizes in bytes cannot be computed if the batch size is not known.
         sent: raw inputs, such as an attention mask, that may be sent together with a tensor.
         dims, bind: sizes and values of inputs, as for ``cut``.
-        output: the output from which the loss is to be computed; by default the first float output.
+        output: the output from which the loss is computed; by default the first float output.
 
     Raises:
         ModelError: the model cannot be read or prepared.
         UnknownTensor, UsageError: a name in ``sent`` is not an input of the model, or ``output`` is
-            not an output.
+            not one of its outputs.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
     prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
@@ -88,7 +88,7 @@ def list_cuts(
 
     If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
     size.  The raw inputs in ``sent`` may be sent together with a tensor.  The loss is computed from
-    ``output``.
+    ``output``, by default the first float output.
     """
     form = prepared.inference
     if batch is not None:
@@ -113,9 +113,10 @@ def list_cuts(
 def _list_trained(
     prepared: PreparedModel, elements: Mapping[str, int], sent: Sequence[str], output: str | None
 ) -> set[str]:
-    """Name the tensors that divide the training form, of which only the loss's output is needed.
+    """Return the names of the tensors that are valid cuts of the training form.
 
-    That form differs where operators were rewritten: two results of one node may become two paths.
+    Only the output with the loss is considered.  The training form differs from the inference form
+    where operators were rewritten: two results of one node may become two paths.
     """
     graph = prepared.training.graph
     outputs = list(graph.outputs)
@@ -132,7 +133,7 @@ def _list_trained(
 def _can_travel(value: ir.Value, graph: ir.Graph) -> bool:
     """Return whether a tensor can be sent.
 
-    Its element type and its rank must be known, and no body of a control-flow node may read it.
+    Its element type and its rank must be known, and it must not be read inside a control-flow node.
     """
     is_read_inside = any(use.node.graph is not graph for use in value.uses())
     return _declare_shape(value)[1] > 0 and not is_read_inside

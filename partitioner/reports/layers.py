@@ -1,7 +1,7 @@
 """Group a model's weights by layer, as ``check`` lists them.
 
-A layer is the common part of its weights' names, such as ``encoder.0.attention``.  A weight with
-a name that has no parts, such as ``onnx::MatMul_12``, belongs to the node that uses it.
+The weights of a layer have names with a common prefix, such as ``encoder.0.attention``.  A weight
+with a name that has no prefix, such as ``onnx::MatMul_12``, is assigned to the node that uses it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _PASSING = frozenset(
     {"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 )
 _READS = re.compile(r"(ReadVariableOp|Read|Cast|Reshape)(_\d+)?(:\d+)?$")
-"""The last part of a name in TensorFlow, which says how a variable was read."""
+"""The last part of a TensorFlow name, if it only describes how a variable was read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeight:
     """A weight of a layer.
 
-    ``role`` says whether it is trained (``parameter``), kept (``frozen``) or a running statistic
-    (``buffer``).  ``doubt`` is the reason why the role may be wrong, if there is one.
+    ``role`` is ``parameter`` if the weight is trained, ``frozen`` if it is not, and ``buffer`` if
+    it is a running statistic.  If the role may be wrong, ``doubt`` gives the reason.
     """
 
     name: str
@@ -40,21 +40,21 @@ class LayerWeight:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """The weights with one place in the model, and the operators that use them."""
+    """A group of weights that belong together, and the operators that use them."""
 
     name: str
     operators: tuple[str, ...]
     weights: tuple[LayerWeight, ...]
 
     def count(self, role: Role) -> int:
-        """Count the elements of the weights that have a role."""
+        """Count the elements of all weights that have the given role."""
         return sum(weight.elements for weight in self.weights if weight.role is role)
 
 
 def list_layers(prepared: PreparedModel, doubts: Mapping[str, str]) -> tuple[Layer, ...]:
     """List the layers of a prepared model, in the order in which their weights are used.
 
-    ``doubts`` maps the names of weights to reasons.
+    ``doubts`` maps the name of a weight to the reason why its role may be wrong.
     """
     places = {node: index for index, node in enumerate(prepared.skeleton.graph)}
     found: dict[str, list[tuple[int, str, ir.Node | None]]] = {}
@@ -75,7 +75,10 @@ def list_layers(prepared: PreparedModel, doubts: Mapping[str, str]) -> tuple[Lay
 
 
 def name_layer(value: ir.Value) -> str:
-    """Return the name of the layer to which a weight belongs, an input of a prepared graph."""
+    """Return the name of the layer that a weight belongs to.
+
+    ``value`` is the graph input that holds the weight.
+    """
     name = value.name or ""
     parts = _PARTS.split(name)
     if len(parts) > 1 and "::" not in name:
@@ -86,7 +89,7 @@ def name_layer(value: ir.Value) -> str:
 
 
 def _find_user(value: ir.Value) -> ir.Node | None:
-    """Return the first node that uses a weight itself, behind casts and changes of its shape."""
+    """Return the first node that uses a weight, other than casts and changes of its shape."""
     while (use := next(iter(value.uses()), None)) is not None:
         node = use.node
         if node.op_type not in _PASSING or node.domain or not node.outputs[0].uses():

@@ -1,8 +1,9 @@
-"""Find what a loss would do to an output: skip its last activation, squash it twice, take an axis.
+"""Report how a loss reads an output: which activation it skips, and where it expects the classes.
 
-``cross-entropy`` contains a Softmax and ``bce-with-logits`` a Sigmoid.  If the model ends in one,
-the loss skips it where it can.  ``cross-entropy`` takes the classes from axis 1, as torch does;
-language models have them on the last axis.
+``cross-entropy`` contains a Softmax and ``bce-with-logits`` a Sigmoid.  If the model ends with the
+same activation, the loss skips it where possible; otherwise the activation is applied twice.  By
+default, ``cross-entropy`` expects the classes on axis 1, as PyTorch does, but language models have
+them on the last axis.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ _CHANNELS_LAST = frozenset({"Gemm", "MatMul"})
 
 
 def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) -> Iterator[Remark]:
-    """Yield remarks on how the first of ``losses``, which all fit, reads ``output``."""
+    """Yield remarks on how the first loss in ``losses`` reads ``output``.
+
+    ``losses`` contains the losses that fit the output.
+    """
     value = map_values(prepared.skeleton.graph).get(output)
     loss = losses[0] if losses else ""
     if value is None:
@@ -44,7 +48,7 @@ def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) 
 
 
 def _fits_either_axis(value: ir.Value) -> bool:
-    """Return whether labels of one shape fit classes on axis 1 and on the last axis alike."""
+    """Return whether the same labels would fit classes on axis 1 and classes on the last axis."""
     dims = list(value.shape or ())
     return len(dims) > 2 and isinstance(dims[1], int) and dims[1:-1] == dims[2:]
 
@@ -101,7 +105,7 @@ def _remark_on_axis(value: ir.Value) -> Iterator[Remark]:
 
 
 def _find_maker(value: ir.Value) -> str:
-    """Return the operator that made the classes, behind activations and biases."""
+    """Return the operator that computed the scores, before activations and biases."""
     while (node := value.producer()) is not None and not node.domain:
         if node.op_type in _CHANNELS_FIRST | _CHANNELS_LAST:
             return node.op_type

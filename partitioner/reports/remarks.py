@@ -1,4 +1,4 @@
-"""Remarks on a model: what was seen, the tensors concerned, and the option that settles it."""
+"""Remarks on a model: what was found, which tensors are concerned, and which options help."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import StrEnum
 from splitonnx.errors import quote
 
 _FEW = 4
-"""The number of names up to which a sentence lists them all."""
+"""The largest number of names that are all listed in a sentence."""
 
 
 class Kind(StrEnum):
@@ -42,8 +42,9 @@ class Kind(StrEnum):
 class Remark:
     """A remark on a model: a sentence that may include advice on what to do.
 
-    ``names`` are the tensors or nodes concerned.  ``options`` are the options of ``cut`` that
-    settle the matter, written for a shell; if there are several, each is another way.
+    ``names`` are the tensors or nodes concerned.  ``options`` are options of ``cut`` that follow
+    the advice, quoted for a shell.  Several options are either alternatives, such as two values of
+    ``--class-axis``, or used together, such as two uses of ``--tie``.
     """
 
     kind: Kind
@@ -53,12 +54,13 @@ class Remark:
 
 
 def make_option(name: str, value: str) -> str:
-    """Return an option with its value, quoted for a shell where it needs to be."""
+    """Return an option and its value as one string, quoted for a shell if necessary."""
     return f"{name} {shlex.quote(value)}"
 
 
 def list_names(names: Sequence[str]) -> str:
-    """List names for a sentence: all if they are few, otherwise the first and how many more."""
+    """Format names for a sentence: all if there are few, otherwise some and how many more there
+    are."""
     if len(names) <= _FEW:
         return quote(names)
     return f"{quote(names[: _FEW - 1])} and {len(names) - _FEW + 1} more"

@@ -1,4 +1,8 @@
-"""Find running statistics that are still the initial ones: mean 0 and variance 1 throughout."""
+"""Find running statistics that were never updated, or that training cannot update.
+
+Statistics with mean 0 and variance 1 in every channel still have their initial values.  With a
+momentum of 1, training leaves them unchanged.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ def remark_on_statistics(prepared: PreparedModel) -> Iterator[Remark]:
 
 
 def _list_statistics(prepared: PreparedModel, node: ir.Node) -> list[np.ndarray]:
-    """Return a node's mean and variance, or nothing if the model computes them."""
+    """Return a node's mean and variance, or an empty list if the model computes them."""
     names = [value.name or "" for value in node.inputs[3:5] if value is not None]
     stored = [prepared.weights[name].numpy() for name in names if name in prepared.weights]
     return stored if len(stored) == 2 else []

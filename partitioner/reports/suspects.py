@@ -1,8 +1,8 @@
-"""Find tensors that would be trained or kept although their author may have meant the opposite.
+"""Find tensors that would be trained, or kept, against the intention of the model's author.
 
-A position table, a Fourier kernel or an image's mean looks like a weight to a partitioner.  What
-such a tensor holds (:mod:`formulas`) and where it is used tell it apart.  Each remark names the
-tensors, the reason, and the option that settles it.
+A position table, a Fourier kernel or the mean of images is stored in the same way as a weight.  It
+can be recognised by its numbers (:mod:`formulas`) and by the operators that use it.  Each remark
+names the tensors, the reason and, if there is one, the option that changes this.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ _FILTER = "small whole numbers but for a factor, like a fixed filter"
 
 
 def find_computed(prepared: PreparedModel) -> dict[str, str]:
-    """Return the trained parameters that were probably not learned, each with the reason."""
+    """Find the trained parameters that were probably not learned.
+
+    The result maps the name of each one to the reason, which completes the sentence "its numbers
+    are ...".
+    """
     inputs = {value.name: value for value in prepared.training.graph.inputs}
     reasons: dict[str, str] = {}
     for name in prepared.trainable:
@@ -46,13 +50,16 @@ def find_computed(prepared: PreparedModel) -> dict[str, str]:
 
 
 def _list_places(value: ir.Value | None) -> set[tuple[str, int]]:
-    """Return the operators that read a weight, each with the number of the input."""
+    """Return the operators that read a weight, each with the index of the input."""
     uses = value.uses() if value is not None else ()
     return {(use.node.op_type, use.idx) for use in uses}
 
 
 def remark_on_computed(reasons: Mapping[str, str]) -> Iterator[Remark]:
-    """Yield a remark for each reason in the result of :func:`find_computed`."""
+    """Yield a remark for each group of parameters with the same reason.
+
+    ``reasons`` is the result of :func:`find_computed`.
+    """
     for reason in dict.fromkeys(reasons.values()):
         names = tuple(name for name, own in reasons.items() if own == reason)
         one = len(names) == 1
@@ -67,13 +74,13 @@ def remark_on_computed(reasons: Mapping[str, str]) -> Iterator[Remark]:
 
 
 def list_kept_scalings(prepared: PreparedModel) -> tuple[str, ...]:
-    """List the weights that keep their value because they only normalize a raw input."""
+    """List the weights that are not trained because they only normalize a raw input."""
     found = find_input_scalings(prepared.skeleton.graph, prepared.weights)
     return tuple(name for name in found if prepared.roles[name] is Role.FROZEN)
 
 
 def remark_on_scalings(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield a remark on the weights that only normalize a raw input, which are not trained."""
+    """Yield a remark on the weights from :func:`list_kept_scalings`, if there are any."""
     names = list_kept_scalings(prepared)
     if names:
         verb = "keeps its value" if len(names) == 1 else "keep their value"
@@ -88,7 +95,7 @@ def remark_on_scalings(prepared: PreparedModel) -> Iterator[Remark]:
 
 
 def remark_on_conditional(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield a remark on each branch or loop whose weights are not trained."""
+    """Yield a remark for each control-flow node with weights that cannot be trained."""
     held: dict[str, list[str]] = {}
     for value in list_returned(prepared.skeleton.graph):
         held.setdefault(value.metadata_props[INNER], []).append(value.name or "")

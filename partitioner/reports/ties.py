@@ -1,7 +1,8 @@
-"""Find parameters that hold the same numbers, because an export stored one parameter twice.
+"""Find parameters that hold the same numbers, perhaps because an export stored one of them twice.
 
-A language model uses one matrix as embedding and, transposed, as output layer.  Exporters store the
-second as a tensor of its own, and the two are then trained apart.
+Many language models use one matrix as the embedding and, transposed, as the output layer.
+Exporters may store the transposed matrix as a separate tensor.  The two tensors are then trained
+independently.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from splitonnx.partitioner.reports.layers import name_layer
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 
 _FEWEST = 4
-"""The number of elements from which on equal numbers are not a coincidence."""
+"""In tensors with fewer elements than this, equal numbers may be a coincidence."""
 _HIGHEST_RANK = 4
 _NUMBERED = re.compile(r"((layers?|blocks?|cells?|h)_)?\d+")
-"""A part of a name that counts layers."""
+"""A part of a name that numbers a layer."""
 
 
 def remark_on_ties(prepared: PreparedModel, computed: Collection[str]) -> Iterator[Remark]:
     """Yield a remark for each set of trained parameters that hold the same numbers.
 
-    Parameters in ``computed``, and those of which all elements are equal, are left out.  So are
-    the same parameters of numbered layers, such as ``layers.0`` and ``layers.1``: frameworks begin
-    such layers as copies of one.
+    Parameters are left out if all their elements are equal, or if ``computed`` contains their names
+    because they were probably not learned.  Corresponding parameters of numbered layers, such as
+    ``layers.0`` and ``layers.1``, are left out as well, because frameworks may initialize such
+    layers as copies of one layer.
     """
     for group in _group(prepared, computed):
         first, *others = group
@@ -79,7 +81,7 @@ def _sum_bits(array: np.ndarray) -> int:
 
 
 def _compare(one: ir.TensorProtocol, other: ir.TensorProtocol) -> str:
-    """Return how the numbers of two tensors agree: ``equal``, ``transposed``, or not at all."""
+    """Return ``equal`` or ``transposed`` if two tensors agree, or an empty string otherwise."""
     first, second = one.numpy(), other.numpy()
     if np.array_equal(first.reshape(-1), second.reshape(-1)):
         return "equal"
@@ -96,7 +98,7 @@ def _matches(first: np.ndarray, second: np.ndarray, order: tuple[int, ...]) -> b
 
 
 def _are_copies(one: ir.Value, other: ir.Value) -> bool:
-    """Return whether two weights have the same place in two numbered layers."""
+    """Return whether two weights are corresponding weights of two numbered layers."""
     places = [name_layer(value).replace("/", ".").split(".") for value in (one, other)]
     if len(places[0]) != len(places[1]):
         return False

@@ -22,10 +22,10 @@ def write_bias_gelu(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
 
 
 def write_fast_gelu(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Compute the tanh approximation of the GELU of ``x``, to which a bias may be added first.
+    """Compute the tanh approximation of GELU.
 
-    The formula is ``y * (1 + tanh(sqrt(2 / pi) * (y + 0.044715 * y^3))) / 2``, where ``y`` is ``x +
-    bias``, or ``x`` if the node has no bias.
+    The formula is ``y * (1 + tanh(sqrt(2 / pi) * (y + 0.044715 * y^3))) / 2``.  Here, ``y`` is the
+    sum of the input and the bias, or the input alone if the node has no bias.
     """
     x, bias = take_input(node), take_optional(node, 1)
     dtype = find_dtype(x if bias is None else bias)

@@ -34,7 +34,7 @@ class _Operands:
 
 
 def write_attention(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Project one input to queries, keys and values, and compute their attention."""
+    """Project the input to queries, keys and values, and compute the attention."""
     refuse_outputs(node, 0)
     if take_optional(node, 4) is not None:
         raise refuse(node, "it continues from past keys and values")

@@ -18,16 +18,16 @@ _SMALL = 1e-12
 
 
 def write_layer_norm(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Replace the node with ONNX's own LayerNormalization, which has the same definition."""
+    """Replace ``node`` with the LayerNormalization of ONNX, which has the same definition."""
     kept = {name: value for name, value in node.attributes.items() if name != "stash_type"}
     return list(builder.ops("LayerNormalization", list(node.inputs), len(node.outputs), kept))
 
 
 def write_simplified(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
-    """Compute ``x / sqrt(mean(x^2) + epsilon) * scale``.
+    """Compute ``x / rms * scale``, where ``rms`` is ``sqrt(mean(x^2) + epsilon)``.
 
-    The mean is over all axes from the attribute ``axis`` to the last.  The second output is ``1 /
-    sqrt(mean(x^2) + epsilon)``.
+    The mean is over all axes from the attribute ``axis`` to the last.  The second output is
+    ``1 / rms``.
     """
     x, scale = take_inputs(node, 2)
     axis, epsilon = (

@@ -1,4 +1,4 @@
-"""Convert weights that MatMulNBits stores in 2, 4 or 8 bits to trainable float weights."""
+"""Convert the 2-, 4- and 8-bit weights of MatMulNBits to float weights, which can be trained."""
 
 from __future__ import annotations
 

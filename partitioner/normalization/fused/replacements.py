@@ -54,8 +54,8 @@ def replace_fused(model: ir.Model) -> None:
     """Replace the fused operators of a model with their formulas, in place.
 
     Some formulas need shapes that can be inferred only after other operators have been replaced,
-    because onnx infers nothing after an operator that it does not know.  Therefore, shapes are
-    inferred again after each round of replacements.
+    because onnx infers no shapes for the results of operators that it does not know.  Therefore,
+    shapes are inferred again after each round of replacements.
 
     Raises:
         UnsupportedModel: an operator cannot be written in standard operators, or its formula needs
