@@ -179,7 +179,7 @@ def _has_rising_tones(rows: Array) -> bool:
 
 
 def _is_window(array: Array, tolerance: float) -> bool:
-    """Return whether a vector is a window, such as Hann's: a sine around another number than 0."""
+    """Return whether a vector is a window, such as Hann's: a sine around a number other than 0."""
     if array.size != max(array.shape) or array.size < 10 or array.min() < 0:
         return False
     steps = np.diff(array.reshape(-1, 1), axis=0)

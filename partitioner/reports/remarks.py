@@ -59,8 +59,7 @@ def make_option(name: str, value: str) -> str:
 
 
 def list_names(names: Sequence[str]) -> str:
-    """Format names for a sentence: all if there are few, otherwise some and how many more there
-    are."""
+    """Format names for a sentence; of many names, list only some and the number of the others."""
     if len(names) <= _FEW:
         return quote(names)
     return f"{quote(names[: _FEW - 1])} and {len(names) - _FEW + 1} more"
