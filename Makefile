@@ -30,23 +30,26 @@ install = $(install_wheels)
 install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endif
 
-.PHONY: demo test lock dist sbom container-steps test-clients test-js test-mobile test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
+.PHONY: demo test lock dist sbom container-steps test-clients test-early test-js test-mobile test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
 
-# All is installed first, pip beside npm.  Then the clients in JavaScript are tried, those without
-# Chromium beside the linters, which take one core, and then beside those in it.  What measures
-# memory has the machine to itself; the rest runs in three processes, since each often waits for
-# others that it started.  pytest's closing line is to be the last, that of the larger part.
+# All is installed first, pip beside npm.  Then the clients are tried in Chromium, which takes
+# longest, and beside it those without Chromium, the linters, and what is marked early.  What
+# measures memory has the machine to itself; the rest runs in three processes, since each often
+# waits for others that it started.  pytest's closing line is to be the last, that of the larger part.
 HERE := not sweep and not browser
-ALONE := $(shell grep -rl --include='test_*.py' 'mark\.alone' tests)
+find_marked = $(shell grep -rl --include='test_*.py' 'mark\.$(1)' tests)
 test:
 	$(MAKE) --no-print-directory --jobs 2 $(VENV)/.test $(BROWSER) \
 		$(if $(NODE_20),$(JS_MODULES) $(RN_MODULES))
-	$(MAKE) --no-print-directory --jobs 2 lint test-clients test-browser
-	$(BIN)/python -m pytest -m "alone and $(HERE)" $(ALONE)
-	$(BIN)/python -m pytest -m "not alone and $(HERE)" -n 3 --dist worksteal
+	$(MAKE) --no-print-directory --jobs 2 test-browser test-clients lint test-early
+	$(BIN)/python -m pytest -m "alone and $(HERE)" $(call find_marked,alone)
+	$(BIN)/python -m pytest -m "not alone and not early and $(HERE)" -n 3 --dist worksteal
+
+test-early: $(VENV)/.test
+	$(BIN)/python -m pytest -m "early and $(HERE)" $(call find_marked,early)
 
 test-clients:
 	$(MAKE) --no-print-directory test-js

@@ -6,6 +6,7 @@ own, in every opset.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -79,14 +80,38 @@ class ConvTranspose(OpRun):
     op_domain = ""
 
     def _run(
-        self, x: np.ndarray, w: np.ndarray, b: np.ndarray | None = None, *, group: int = 1,
-        **attributes: Any,
-    ) -> tuple[np.ndarray]:  # fmt: skip
-        group = group or 1
-        biases = [None] * group if b is None else np.split(b, group)
-        parts = zip(np.split(x, group, 1), np.split(w, group), biases, strict=True)
+        self,
+        x: np.ndarray,
+        w: np.ndarray,
+        b: np.ndarray | None = None,
+        auto_pad: str | None = None,
+        dilations: Sequence[int] | None = None,
+        group: int | None = None,
+        kernel_shape: Sequence[int] | None = None,
+        output_padding: Sequence[int] | None = None,
+        output_shape: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray]:
+        count = group or 1
+        biases = [None] * count if b is None else np.split(b, count)
+        parts = zip(np.split(x, count, 1), np.split(w, count), biases, strict=True)
         own: Any = op_conv_transpose.ConvTranspose
-        made = [own._run(self, *part, group=1, **attributes)[0] for part in parts]
+        made = [
+            own._run(
+                self,
+                *part,
+                auto_pad=auto_pad,
+                dilations=dilations,
+                group=1,
+                kernel_shape=kernel_shape,
+                output_padding=output_padding,
+                output_shape=output_shape,
+                pads=pads,
+                strides=strides,
+            )[0]
+            for part in parts
+        ]
         return (np.concatenate(made, 1).astype(x.dtype),)
 
 

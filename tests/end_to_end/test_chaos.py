@@ -270,7 +270,7 @@ def test_a_process_is_asked_to_leave_and_has_to(tmp_path: Path) -> None:
 # --- chaos ----------------------------------------------------------------------------------
 
 
-@pytest.mark.long
+@pytest.mark.early
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a signal of POSIX")
 def test_training_through_cuts_and_kills_ends_at_the_same_bits(tmp_path: Path) -> None:
     options = ["--seed", "5", "--cuts", "50", "--kills", "2", "--folder", str(tmp_path / "chaos")]

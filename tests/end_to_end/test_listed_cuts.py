@@ -18,7 +18,14 @@ from tests.support.zoo import ZOO
 
 EXPORTS = sorted(path.stem for path in (ROOT / "tests" / "exports").glob("*.onnx"))
 SMALL = ("04_aux_head", "29_batch_axis_1", "34_passed_through", "41_lost_detach")
+QUICK = ("jax-mlp", "keras-mlp", "sklearn-classifier", "torch-cnn-legacy")
+"""Exports that are tried each time; the others take a minute, and `make sweep` tries them."""
 NAMES = [*(name for name, entry in ZOO.items() if len(entry.inputs) == 1), *SMALL, *EXPORTS]
+
+SOME = [
+    pytest.param(name, marks=pytest.mark.sweep if name in EXPORTS and name not in QUICK else ())
+    for name in NAMES
+]
 
 
 def read_loss(name: str) -> str:
@@ -45,7 +52,7 @@ def list_listed(name: str) -> list[str]:
     return [found.tensor for found in list_cuts(prepare_model(name), None)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_a_tensor_that_is_not_listed_is_refused(name: str) -> None:
     prepared, listed = prepare_model(name), set(list_listed(name))
     for tensor in list_tensors(name):
@@ -54,7 +61,7 @@ def test_a_tensor_that_is_not_listed_is_refused(name: str) -> None:
                 cut_prepared(prepared, at=tensor, loss=read_loss(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_the_first_and_the_last_tensor_listed_are_taken(name: str) -> None:
     listed = list_listed(name)
     for tensor in {*listed[:1], *listed[-1:]}:

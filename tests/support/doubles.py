@@ -119,7 +119,8 @@ class ConvTranspose(OpRun):
         ]
         if output_shape is not None or auto_pad.startswith("SAME"):
             wanted = output_shape or [n * s for n, s in zip(inner, steps, strict=True)]
-            cut = [max(0, have - want) for have, want in zip(full, wanted, strict=True)]
+            full = [max(have, want) for have, want in zip(full, wanted, strict=True)]
+            cut = [have - want for have, want in zip(full, wanted, strict=True)]
             small = [each // 2 for each in cut]
             large = [each - each // 2 for each in cut]
             upper = auto_pad == "SAME_UPPER"

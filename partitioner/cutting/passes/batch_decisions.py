@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import quote
 from splitonnx.partitioner.graphs.assertions import pass_if, refuse_where
-from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.builders import MissingOutput, NodeBuilder
 from splitonnx.partitioner.graphs.traversals import find_dependents
 from splitonnx.partitioner.inference.control_flows import Unresolved, resolve_control_flow
 from splitonnx.partitioner.inference.inferences import Inference
@@ -94,7 +94,7 @@ def _read_batch(value: ir.Value) -> str:
 def _inline(node: ir.Node, known: Inference) -> bool:
     try:
         resolve_control_flow(node, known, 0)
-    except Unresolved:
+    except (MissingOutput, Unresolved):  # a later pass refuses a branch that gives nothing
         return False
     return True
 
