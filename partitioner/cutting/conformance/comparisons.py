@@ -1,8 +1,8 @@
-"""Refuse a bundle that does not compute what the model given computes.
+"""Refuse a bundle whose results differ from those of the original model.
 
-The prepared model, the parts run split and the merged model are compared with the model given
-before anything is trained.  A difference is a mistake of splitonnx or of an optimization of ONNX
-Runtime, never of the user.
+Three things are compared with the original before training: the prepared model, the parts that the
+two parties run, and the model merged from these parts.  A difference is a mistake of splitonnx or
+of an optimization in ONNX Runtime, never of the user.
 """
 
 from __future__ import annotations
@@ -42,14 +42,23 @@ from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.normalization.weights import read_array
 
 TOLERATED = 1e-3
-"""Relative difference up to which a model is cut with a remark; a larger one is refused."""
+"""The largest relative difference that only causes a remark; the cut fails if it is larger."""
 MOST_BYTES = 1 << 30
-"""The largest weights in bytes with which a model can be compared; it is serialized four times."""
+"""The total size of weights, in bytes, up to which a model can be compared.
+
+The comparison serializes the model four times.
+"""
 USUAL_BYTES = 1 << 28
-"""The same, unless the user asks for the comparison: it takes some seconds then."""
+"""The total size of weights, in bytes, up to which a model is compared by default.
+
+Comparing a larger model takes several seconds, so the user has to ask for it.
+"""
 _SEEDS = (0, 1)
-"""Seeds of the draws.  A difference must show for both, since a value on the edge of two results,
-as of ArgMax, may fall on either side."""
+"""Seeds for random inputs.
+
+A difference counts only if both seeds show it, because rounding can tip a result such as that of
+ArgMax either way.
+"""
 
 
 _Run = Callable[[Sequence[Arrays]], list[Arrays]]
@@ -57,10 +66,10 @@ _Run = Callable[[Sequence[Arrays]], list[Arrays]]
 
 @dataclass(frozen=True, kw_only=True)
 class _Made:
-    """Something that was made of the model given.
+    """Something that was made from the original model, such as the merged model.
 
-    ``run`` runs it and returns its outputs, and ``trace`` runs the prepared model that it was made
-    of and returns all of its tensors.  ``has_all`` says that it should have every output.
+    ``run`` runs it and returns its outputs.  ``trace`` runs the prepared model that it was made
+    from, and returns all tensors.  ``has_all`` is true if it should have every output.
     """
 
     label: str
@@ -71,7 +80,7 @@ class _Made:
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """The model given, in the form for inference or training, and what is held against it."""
+    """The original model in its form for inference or training, and what is compared with it."""
 
     original: onnx.ModelProto
     made: Sequence[_Made]
@@ -84,16 +93,16 @@ def compare_with_original(
     merge: Callable[[], bytes],
     most_bytes: int = MOST_BYTES,
 ) -> list[str]:
-    """Compare the prepared model, the parts and the merged model with the model given.
+    """Compare the prepared model, the parts in ``bundle`` and the merged model with the original.
 
-    ``source`` is the model given, and ``merge`` returns the merged model before any training.  A
-    model whose weights take more than ``most_bytes`` is not compared.
+    ``source`` is the original model, and ``merge`` merges the untrained parts.  A model whose
+    weights take more than ``most_bytes`` is not compared.
 
-    Return remarks: what could not be compared, and differences that are small.
+    Return remarks about small differences and about everything that could not be compared.
 
     Raises:
-        DifferentResult: a result differs, so what was cut is not the model given.
-        NotAModel: the model given cannot be read any more.
+        DifferentResult: a result differs from that of the original by more than a small amount.
+        NotAModel: the original model can no longer be read.
     """
     subject = str(source) if isinstance(source, str | Path) else "the model"
     if (size := sum(tensor.nbytes for tensor in prepared.weights.values())) > most_bytes:
@@ -115,7 +124,10 @@ def compare_with_original(
 def _list_forms(
     inlined: onnx.ModelProto, prepared: PreparedModel, bundle: Bundle, merged: bytes, subject: str
 ) -> list[_Form]:
-    """List the forms to compare; the training form is left out if a Dropout is on in training."""
+    """List the forms to compare, without the training form if its results are random.
+
+    The training form is also left out if the original cannot be set to the same modes.
+    """
 
     def run(model: ir.Model, is_traced: bool, batches: Sequence[Arrays]) -> list[Arrays]:
         weights = {name: read_array(tensor) for name, tensor in prepared.weights.items()}
@@ -153,7 +165,7 @@ def _list_forms(
 
 
 def _hold(form: _Form, subject: str) -> list[str]:
-    """Hold what was made of a model against one of its forms, and return remarks."""
+    """Compare a form of the original with what was made from it, and return remarks."""
     try:
         expectation = expect(form.original, subject, _SEEDS[0])
     except NotRun as error:
@@ -208,9 +220,9 @@ def _hold_made(
 
 
 def _find_first(made: _Made, expectation: Expectation, difference: Difference, subject: str) -> str:
-    """Return the first tensor of the model given that the prepared model computes otherwise.
+    """Return the name of the original's first tensor that differs in the prepared model.
 
-    If the uncut prepared model computes all the same, this is the output itself.
+    If no tensor differs before the cut, return the name of the output that differs after it.
     """
     traced = expose(copy_original(expectation.model)).SerializeToString()
     try:

@@ -1,4 +1,7 @@
-"""Run models in the process for native code, and the parts of a bundle as both parties would."""
+"""Run whole models, and the parts of a bundle as the two parties would.
+
+The models run in the worker process for native code, so a crash does not end this process.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,19 @@ from splitonnx.partitioner.cutting.conformance.samples import Arrays, decode, en
 from splitonnx.partitioner.native import natives, workers
 
 Level: TypeAlias = Literal["none", "basic", "all"]
-"""The level of ONNX Runtime's graph optimizations."""
+"""A level of ONNX Runtime's graph optimizations."""
 SECONDS = 1.0
-"""Processor time of the reference evaluator, whose loops in Python can take very long."""
+"""The processor time allowed to the reference evaluator, whose Python loops can be very slow."""
 
 
 class NotRun(Exception):
-    """Raised if a model cannot be run on these inputs; the text says why."""
+    """Raised if a model cannot be run on the given inputs; the message contains the reason."""
 
 
 def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> list[Arrays]:
-    """Run a model with onnx's reference evaluator, and return its outputs for each batch.
+    """Run a serialized model with onnx's reference evaluator, and return each batch's outputs.
+
+    ``subject`` names the model in error messages.
 
     Raises:
         NotRun: the evaluator refuses the model or the inputs, or is too slow.
@@ -40,7 +45,9 @@ def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> li
 def run_session(
     content: bytes, batches: Sequence[Arrays], subject: str, *, level: Level
 ) -> list[Arrays]:
-    """Run a model with ONNX Runtime, and return its outputs for each batch.
+    """Run a serialized model with ONNX Runtime, and return the outputs of each batch by name.
+
+    ``subject`` names the model in error messages.
 
     Raises:
         NotRun: ONNX Runtime refuses the model or the inputs.
@@ -52,9 +59,10 @@ def run_session(
 def run_split(
     bundle: Bundle, batches: Sequence[Arrays], subject: str, *, level: Level = "all"
 ) -> list[Arrays]:
-    """Predict with the parts of a bundle, stage by stage, and return all values by name.
+    """Predict with the parts of a bundle, one stage after another.
 
-    A tensor that one party sends reaches the other under the same name.
+    Each stage finds the tensors sent by the other party under the names that they had there.
+    Return a dictionary for each batch with its inputs and with the outputs of all stages.
 
     Raises:
         NotRun: ONNX Runtime refuses a stage or its inputs.
@@ -71,7 +79,7 @@ def run_split(
 
 
 def _order_stages(bundle: Bundle) -> list[tuple[PartyBundle, Stage]]:
-    """List the stages of prediction so that each comes after those whose outputs it reads."""
+    """List the stages of prediction, each after the stages whose outputs it reads."""
     waiting = [
         (party, stage)
         for party in bundle.parties.values()
@@ -102,7 +110,7 @@ def _decode(run: Callable[[], Sequence[Mapping[str, bytes]]]) -> list[Arrays]:
 
 
 def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> bytes:
-    """Turn the inputs named in ``weights`` into initializers, in place; serialize the model."""
+    """Replace the inputs named in ``weights`` by initializers in place, and serialize the model."""
     kept = [value for value in model.graph.input if value.name not in weights]
     types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
     del model.graph.input[:]
@@ -116,7 +124,10 @@ def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) ->
 
 
 def expose(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Make every tensor that a model's graph computes an output, in place, and return the model."""
+    """Declare every tensor that a model's graph computes as an output, in place.
+
+    Return the changed model.
+    """
     known = {value.name for value in model.graph.output}
     made = [name for node in model.graph.node for name in node.output if name]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made if name not in known)

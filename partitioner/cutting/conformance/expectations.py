@@ -1,4 +1,7 @@
-"""Find out what the model given computes for drawn inputs, by two independent evaluators."""
+"""Compute the results expected of the original model for random inputs.
+
+Two independent evaluators compute them: onnx's reference evaluator and ONNX Runtime.
+"""
 
 from __future__ import annotations
 
@@ -18,33 +21,37 @@ from splitonnx.partitioner.cutting.conformance.originals import iter_nodes
 from splitonnx.partitioner.cutting.conformance.samples import Arrays, iter_draws
 
 EXACT = 1e-5
-"""Relative difference up to which results count as equal, unless rounding exceeds it."""
+"""Relative differences up to this size are ignored, and larger ones if rounding explains them."""
 COARSE = 2e-2
-"""The same for a model that computes with 16 bits or with quantized numbers."""
+"""As :data:`EXACT`, for models that compute with 16-bit floats or with quantized numbers."""
 _NOISE_FACTOR = 20
-"""Allowed difference, as a multiple of the one between the two evaluators."""
+"""The allowed difference, as a multiple of the difference between the two evaluators."""
 _CONTRADICTION = 1e-2
-"""Relative difference from which on the two evaluators contradict each other."""
+"""The relative difference above which the two evaluators contradict each other."""
 _ROUNDING = 1e-6
-"""Difference up to which rounding explains any relative one, as in a sum that cancels out."""
+"""The absolute difference up to which rounding explains a relative difference of any size.
+
+Relative differences become large in sums that cancel out.
+"""
 _SCALES = (10.0, 0.1, 100.0)
-"""Sizes of inputs that are tried if those of a normal distribution tell nothing."""
+"""Standard deviations of inputs to try after 1, if each output has equal elements only."""
 _MOST_PARTIAL = 4
-"""Draws of integers that only one evaluator accepts; smaller integers are tried until then."""
+"""The search for integers ends after this many draws that only one evaluator accepts."""
 _COARSE_TYPES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 _COARSE_OPERATORS = frozenset(
     {"ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
 )
 _MOST_REFERENCE = 64 << 20
-"""The largest model in bytes for the reference evaluator, which is slow."""
+"""The size in bytes of the largest model that the reference evaluator, which is slow, runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What a model computes for some batches, according to one or both evaluators.
+    """The results of a model for some batches, according to one or both evaluators.
 
-    ``reference`` is the result of onnx's reference evaluator and ``session`` that of an ONNX
-    Runtime session without optimizations.
+    ``reference`` holds the results of onnx's reference evaluator for each batch, and ``session``
+    those of an ONNX Runtime session without optimizations.  Either is ``None`` if that evaluator
+    did not run the model.
     """
 
     model: onnx.ModelProto
@@ -54,14 +61,20 @@ class Expectation:
 
     @property
     def is_telling(self) -> bool:
-        """Return whether an output has elements that differ, if any has more than one."""
+        """Return whether some output has unequal elements, or no output has more than one.
+
+        Outputs whose elements are all equal would hide many mistakes.
+        """
         outcome = self.session or self.reference or ()
         several = [array for batch in outcome for array in batch.values() if array.size > 1]
         return not several or any(bool((array != array.flat[0]).any()) for array in several)
 
     @cached_property
     def noise(self) -> Mapping[str, Difference]:
-        """Map each tensor to the largest difference of the two evaluators, if both could run."""
+        """Map each tensor's name to the largest difference between the two evaluators.
+
+        The map is empty if only one of them ran.
+        """
         if self.reference is None or self.session is None:
             return {}
         every = list_differences(self.reference, self.session)
@@ -69,12 +82,12 @@ class Expectation:
 
     @property
     def contradicted(self) -> list[Difference]:
-        """List the tensors of which the evaluators say different things, so that one is wrong."""
+        """List the tensors for which one evaluator must be wrong, since the two differ so much."""
         return [each for each in self.noise.values() if _is_contradiction(each)]
 
     @property
     def cancelled(self) -> list[Difference]:
-        """List the tensors of which rounding has left little, such as a sum that should be zero."""
+        """List the tensors that are mostly rounding errors, such as a sum that should be zero."""
         return [
             each
             for each in self.noise.values()
@@ -83,27 +96,27 @@ class Expectation:
 
     @cached_property
     def least(self) -> float:
-        """Return the relative difference that is allowed of every tensor."""
+        """Return the relative difference that is allowed for every tensor."""
         return COARSE if _is_coarse(self.model) else EXACT
 
     def allow(self, tensor: str) -> float:
-        """Return the relative difference of a tensor that rounding can explain."""
+        """Return the relative difference that rounding can explain in a tensor."""
         noise = self.noise.get(tensor)
         if noise is None or _is_contradiction(noise):
             return self.least
         return max(self.least, _NOISE_FACTOR * noise.size)
 
     def find_missing(self, found: Sequence[Arrays]) -> list[str]:
-        """List the outputs of the model that ``found`` does not have."""
+        """List the names of the model's outputs that are missing in ``found``."""
         outcome = self.reference or self.session or ()
         lists = zip(outcome, found, strict=True)
         return list(dict.fromkeys(n for want, have in lists for n in want if n not in have))
 
     def find_difference(self, found: Sequence[Arrays]) -> Difference:
-        """Return the largest difference from what an evaluator says, of those not allowed.
+        """Return the largest difference between ``found`` and the expected results.
 
-        Its size is 0 if there is none.  If the evaluators contradict each other, the one that is
-        closer decides.
+        Allowed differences are ignored; the returned size is 0 if there are no others.  If both
+        evaluators ran, only the one closer to ``found`` counts.
         """
         outcomes = [made for made in (self.reference, self.session) if made is not None]
         differences = [
@@ -120,13 +133,13 @@ class Expectation:
 
 
 def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
-    """Draw inputs that a model accepts, and evaluate it with them.
+    """Draw random inputs that a model accepts, and evaluate the model with them.
 
-    If no output tells one element from another, as behind a Relu of negative numbers alone, inputs
-    of other sizes are tried.
+    If the elements of every output are equal, as after a Relu of only negative numbers, larger and
+    smaller inputs are tried.  ``subject`` names the model in error messages.
 
     Raises:
-        NotRun: no evaluator accepts any of the draws.
+        NotRun: neither evaluator accepts any of the random inputs.
     """
     first = _expect(model, subject, seed, 1.0)
     if first.is_telling:

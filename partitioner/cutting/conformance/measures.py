@@ -1,4 +1,4 @@
-"""Measure how far results are from what is expected."""
+"""Measure the differences between computed and expected results."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from splitonnx.partitioner.cutting.conformance.samples import Arrays
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The difference of one tensor, relative to the largest value that is expected of it.
+    """The largest difference between the elements of a tensor and their expected values.
 
-    ``size`` is infinite if shapes differ, or if only one of the two is not finite.  ``batch`` is
-    the number of the batch, counted from 0.  ``gap`` is the difference itself.
+    ``gap`` is this difference, and ``size`` is its ratio to the tensor's largest expected value.
+    Both are infinite if the shapes differ, or if only one of two compared values is finite.
+    ``batch`` is the index of the batch.
     """
 
     tensor: str
@@ -25,13 +26,13 @@ class Difference:
 
 
 def find_largest(expected: Sequence[Arrays], found: Sequence[Arrays]) -> Difference:
-    """Return the largest difference among the tensors that both have, over all batches."""
+    """Return the largest difference in all batches, among tensors that are in both results."""
     none = Difference(tensor="", batch=0, size=0.0)
     return max([none, *list_differences(expected, found)], key=lambda each: each.size)
 
 
 def list_differences(expected: Sequence[Arrays], found: Sequence[Arrays]) -> list[Difference]:
-    """List the differences of the tensors that both have, for each batch."""
+    """List the differences in each batch, one for each tensor that is in both results."""
     return [
         Difference(
             tensor=name,
@@ -46,7 +47,10 @@ def list_differences(expected: Sequence[Arrays], found: Sequence[Arrays]) -> lis
 
 
 def measure(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference relative to the largest expected value; NaN equals NaN."""
+    """Return the ratio of the largest difference to the largest expected value.
+
+    Signs are ignored, and NaN equals NaN.
+    """
     if found.shape != expected.shape:
         return np.inf
     if expected.dtype.kind in "OSU":
@@ -57,7 +61,7 @@ def measure(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _find_gap(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference of two elements; NaN equals NaN."""
+    """Return the largest difference between two elements; NaN equals NaN."""
     if found.shape != expected.shape or expected.dtype.kind in "OSU":
         return 0.0 if np.array_equal(found, expected) else np.inf
     first, second = _widen(found), _widen(expected)

@@ -1,7 +1,7 @@
-"""Bring the model given into the form that a bundle computes, without the passes that prepare it.
+"""Set the original model to the modes that a bundle uses, without the preparation passes.
 
 In inference, BatchNormalization uses its running statistics, and Dropout does nothing.  In
-training, both follow the modes that the user chose.  Everything else stays as it is.
+training, both use the modes that the user chose.  Everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _RANDOM = frozenset(
     }
 )
 _REPEATING = frozenset({"Concat", "ConstantOfShape", "Expand", "Tile"})
-"""Operators that make statistics for each sample; stored running statistics have none of these."""
+"""Operators that repeat statistics for each sample; stored running statistics depend on none."""
 
 
 _TRAINING_MODE = 14
-"""The opset from which on BatchNormalization has the attribute ``training_mode``."""
+"""The first opset in which BatchNormalization has the attribute ``training_mode``."""
 
 
 def copy_original(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Copy a model, with its functions inlined."""
+    """Return a copy of a model in which its functions are inlined."""
     if model.functions:
         inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(model)
         return inlined
@@ -51,10 +51,11 @@ def find_random(model: onnx.ModelProto) -> str | None:
 
 
 def set_inference_modes(model: onnx.ModelProto) -> None:
-    """Set every BatchNormalization and Dropout to inference, in place.
+    """Set every BatchNormalization and Dropout to inference mode, in place.
 
-    A BatchNormalization keeps its own statistics where no running ones are stored: if its input
-    does not depend on the data, or if its statistics are made for each sample.
+    A BatchNormalization without stored running statistics still uses the statistics of its input.
+    It has none stored if its input does not depend on the data, or if its statistics are computed
+    for each sample.
     """
     keeping = _find_without_statistics(model)
     for node in iter_nodes(model.graph):
@@ -73,8 +74,8 @@ def set_training_modes(
 ) -> bool:
     """Set every BatchNormalization and Dropout to the modes chosen for training, in place.
 
-    Return whether the result can be compared, which is not so if a Dropout is on, or if patterns
-    choose between nodes without names.
+    Return whether the result can be compared.  It cannot if a Dropout is on, if a mode is chosen
+    for a BatchNormalization without a name, or if the opset has no training mode to turn on.
     """
     keeping = _find_without_statistics(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -98,7 +99,7 @@ def set_training_modes(
 
 
 def iter_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes of a graph and of its subgraphs."""
+    """Yield the nodes of a graph and of all its subgraphs."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
@@ -119,7 +120,7 @@ def _set_training(node: onnx.NodeProto) -> None:
 
 
 def _use_running_statistics(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
-    """Set a node to inference; an output for new statistics then gets the stored ones."""
+    """Set a node to inference mode; its outputs for new statistics then hold the stored ones."""
     updated = [(old, new) for old, new in zip(node.input[3:5], node.output[1:3], strict=False)]
     del node.output[1:]
     _forget_mode(node)
@@ -137,7 +138,7 @@ def _forget_mode(node: onnx.NodeProto) -> None:
 def _find_without_statistics(model: onnx.ModelProto) -> set[str]:
     """Find the BatchNormalization nodes in training mode that have no running statistics.
 
-    They are given by the names of their first outputs.
+    Return the names of their first outputs.
     """
     graph = model.graph
     given = {tensor.name for tensor in graph.initializer}

@@ -1,8 +1,8 @@
 """Draw random inputs for a model from the shapes and types that it declares.
 
-A symbolic size is a batch if it is the first of an input, and otherwise a length.  The domain of
-integers and of lengths is not declared, so several draws are offered, and the first that the model
-accepts is used.
+A symbolic size counts as the batch size if it is the first of an input, and as a length otherwise.
+A model does not declare which integers and lengths it accepts, so several draws are made, and the
+first that the model accepts is used.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import onnx
 Arrays = dict[str, np.ndarray]
 
 _BATCHES = ((2, 3), (1,))
-"""The batch sizes of a draw: two, and one for models whose symbolic batch works with 1 alone."""
+"""The batch sizes of each draw; the second draw is for models that only accept a batch of 1."""
 _LENGTHS = (8, 32, 4, 64, 224, 1)
 """Values tried for symbolic sizes that are not the batch."""
 _INTEGERS = (8, 4, 2, 1)
-"""Integers are drawn below these limits, in this order, since tables of indices may be small."""
+"""Upper limits of random integers, tried in this order.
+
+Integers may be indices into small tables.
+"""
 
 
 def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterator[list[Arrays]]:
-    """Yield draws to try in turn; each holds the inputs of a model at one or two batch sizes.
+    """Yield random draws to try in order, each a list of one or two batches for a model.
 
-    Floats are drawn from a normal distribution with the deviation ``scale``.
-    An input whose type is not a tensor of numbers or booleans ends the iteration at once.
+    Floats are drawn from a normal distribution with the standard deviation ``scale``.  Nothing is
+    yielded if an input is not a tensor of real numbers or booleans with a declared rank.
     """
     inputs = list_inputs(model)
     if not all(_is_numeric(value) for value in inputs):
@@ -48,14 +51,14 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
 
 
 def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
-    """List the inputs that a caller must supply: those without an initializer."""
+    """List the inputs that a caller must supply because they have no initializer."""
     given = {tensor.name for tensor in model.graph.initializer}
     given |= {tensor.values.name for tensor in model.graph.sparse_initializer}
     return [value for value in model.graph.input if value.name not in given]
 
 
 def encode(arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """Encode arrays as serialized ``TensorProto`` messages, for another process."""
+    """Encode arrays as serialized ``TensorProto`` messages to send them to another process."""
     return {
         name: onnx.numpy_helper.from_array(array).SerializeToString()
         for name, array in arrays.items()
@@ -63,7 +66,7 @@ def encode(arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
 
 
 def decode(tensors: Mapping[str, bytes]) -> Arrays:
-    """Decode arrays that :func:`encode`, or another process, encoded."""
+    """Decode arrays from serialized ``TensorProto`` messages."""
     return {
         name: onnx.numpy_helper.to_array(onnx.TensorProto.FromString(content))
         for name, content in tensors.items()
