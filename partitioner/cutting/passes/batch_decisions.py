@@ -1,10 +1,10 @@
-"""Decide each If whose condition depends on nothing but whether the batch is 1.
+"""Replace each If that only tests whether the batch size is 1 by one of its branches.
 
-Exporters write such an If where the author's code asks for the size of the batch.  A gradient
-cannot pass through it, so the branch for two samples or more takes its place.  One sample would
-take the other branch, so it is refused from then on.  The parties refuse it because the batch is
-then declared as ``N_less_1 + 1``, and each name stands for at least 1; the merged model refuses it
-by an assertion.
+Exporters write such an If where the author's code reads the batch size.  Gradients cannot pass
+through an If, so it is replaced by its branch for two or more samples.  A batch of one sample would
+need the other branch, so it is refused.  The parties refuse it because the batch size is declared
+as ``N_less_1 + 1``, in which every name stands for a size of at least 1.  The merged model refuses
+it with an assertion.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _REFUSED = "batch_of_1_refused"
 
 
 def decide_by_batch(graph: ir.Graph, weights: Collection[str]) -> list[str]:
-    """Replace each If that only asks for a batch of 1 by the branch for larger batches.
+    """Replace each If that only tests for a batch size of 1 by its branch for larger batches.
 
-    Return the names of the nodes replaced.  The shapes of what depends on the data are then
-    forgotten, and have to be inferred again.
+    ``weights`` names the graph inputs that are not data.  Return the names of the replaced nodes.
+    If there are any, the shapes of all tensors that depend on the data are cleared and have to be
+    inferred again.
     """
     raw = [value for value in graph.inputs if value.name not in weights]
     symbols = {name for value in raw if (name := _read_batch(value))}
@@ -46,7 +47,7 @@ def decide_by_batch(graph: ir.Graph, weights: Collection[str]) -> list[str]:
 
 
 def _decide(graph: ir.Graph, raw: Sequence[ir.Value], symbol: str, size: str) -> list[str]:
-    """Replace each If that a batch of this size decides by its branch; return their names."""
+    """Replace each If whose condition is known for a batch of this size, and return their names."""
     with _declared(raw, symbol, size):
         known = Inference(graph.opset_imports[""])
         for node in graph:
@@ -57,7 +58,7 @@ def _decide(graph: ir.Graph, raw: Sequence[ir.Value], symbol: str, size: str) ->
 
 
 def describe_decided(nodes: Sequence[str]) -> str:
-    """Return a sentence on the nodes that were decided, or an empty string if there are none."""
+    """Return a sentence about the replaced If nodes, or an empty string if there are none."""
     if not nodes:
         return ""
     return (
@@ -67,7 +68,10 @@ def describe_decided(nodes: Sequence[str]) -> str:
 
 
 def refuse_batch_of_1(graph: ir.Graph, weights: Collection[str]) -> None:
-    """Make a model fail at once if it is run with a batch of 1, in place."""
+    """Change a model in place so that it fails immediately if it is run with a batch of 1.
+
+    ``weights`` names the graph inputs that are not data.
+    """
     raw = [value for value in graph.inputs if value.name not in weights]
     source = next(value for value in raw if _LESS_1 in _read_batch(value))
     uses = list(source.uses())
@@ -101,7 +105,7 @@ def _inline(node: ir.Node, known: Inference) -> bool:
 
 @contextmanager
 def _declared(raw: Sequence[ir.Value], symbol: str, size: str) -> Iterator[None]:
-    """Declare another batch during a ``with`` block."""
+    """Declare another batch size during a ``with`` block."""
     shapes = [value.shape for value in raw]
     _declare(raw, symbol, size)
     try:

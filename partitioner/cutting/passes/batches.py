@@ -1,9 +1,10 @@
-"""Free a batch of 1 that an exporter wrote into a model, and find where a batch stays fixed.
+"""Remove a fixed batch size of 1 from a model, and find the node that fixes another batch size.
 
-An exporter that traces one sample may write its number, 1, into the shape of a Reshape, or into a
-constant that stands beside the data.  The model then runs for one sample alone, although its inputs
-have a batch of any size.  Such a 1 is replaced if it can only be the batch: if the model computes
-the same for one sample, and cannot run for any other number as it is.
+An exporter that traces a model with one sample may write the batch size, 1, into the target shape
+of a Reshape, or into a constant that is combined with the data.  The model then accepts only one
+sample, although its inputs are declared with a batch of any size.  Such a 1 is replaced by the
+batch size of the data if it cannot mean anything else: the changed model then computes the same
+for one sample, and the unchanged model could not run with more.
 """
 
 from __future__ import annotations
@@ -18,24 +19,25 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import find_dependents, walk_back
 
 MOST_ROUNDS = 64
-"""Limit on how often shapes are inferred again because a batch was freed."""
+"""The limit on how often shapes are inferred again after a fixed batch size was removed."""
 
 MOST_NAMED = 8
-"""The most nodes that a sentence names."""
+"""The largest number of nodes that a sentence names."""
 
 _FIXING = frozenset(
     {"Concat", "Expand", "GRU", "Gather", "LSTM", "RNN", "Reshape", "Slice", "Split", "Tile"}
 )
-"""Operators behind which a batch can be of one size, unlike those that make one loss of it."""
+"""Operators that can fix a batch size; a reduction of the batch to one loss is not among them."""
 _STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
-"""Map a recurrence to its inputs that hold first states, ``[directions, batch, size]``."""
+"""Map a recurrent operator to the indices of its initial states, ``[directions, batch, size]``."""
 
 
 def free_batches(graph: ir.Graph, weights: Collection[str]) -> list[str]:
-    """Replace each 1 that can only be the batch of the data, in place; return the nodes changed.
+    """Replace each fixed 1 that can only be the batch size of the data, in place.
 
-    The shapes of what depends on these nodes are forgotten, and have to be inferred again.  More
-    nodes may be found then.
+    ``weights`` names the graph inputs that are not data.  Return the names of the changed nodes.
+    The shapes of their outputs, and of all tensors that depend on these, are cleared and have to be
+    inferred again.  A further call may then find more nodes.
     """
     symbols = _list_symbols(graph, weights)
     if not symbols:
@@ -46,7 +48,7 @@ def free_batches(graph: ir.Graph, weights: Collection[str]) -> list[str]:
 
 
 def describe_freed(nodes: Sequence[str]) -> str:
-    """Return a sentence on nodes that had a batch of 1, or an empty string if there are none."""
+    """Return a sentence about nodes that had a batch of 1, or an empty string for no nodes."""
     if not nodes:
         return ""
     return (
@@ -56,7 +58,11 @@ def describe_freed(nodes: Sequence[str]) -> str:
 
 
 def find_fixing_node(graph: ir.Graph, weights: Collection[str], output: str) -> str:
-    """Return a sentence on the node that fixes the batch of an output, or an empty string."""
+    """Return a sentence about the node that fixes the batch size of the output named ``output``.
+
+    ``weights`` names the graph inputs that are not data.  Return an empty string if the batch size
+    is not fixed, or if no such node is found.
+    """
     ends = [value for value in graph.outputs if value.name == output]
     size = _read_first(ends[0]) if ends else None
     if not isinstance(size, int):
@@ -71,7 +77,7 @@ def find_fixing_node(graph: ir.Graph, weights: Collection[str], output: str) -> 
 
 
 def _list_symbols(graph: ir.Graph, weights: Collection[str]) -> set[str]:
-    """List the names of the first dimensions of the data."""
+    """List the names of the first dimensions of the inputs that are not weights."""
     firsts = [_read_first(value) for value in graph.inputs if value.name not in weights]
     return {first for first in firsts if isinstance(first, str)}
 
@@ -104,10 +110,10 @@ def _free(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
 
 
 def _free_reshape(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
-    """Let a Reshape to ``[1, ...]`` keep the batch, if it keeps the elements of each sample.
+    """Make a Reshape to ``[1, ...]`` keep the batch if no sample loses or gains elements.
 
-    Without a -1 it could run for no other batch.  With one it could, and then the size of the -1
-    has to be what the next node takes of one sample.
+    Return whether the node was changed.  Without a -1 in its shape, it could run for no other batch
+    size.  With a -1 it could, so the next node must accept only the size that one sample gives it.
     """
     data, target = node.inputs[0], known_array(node.inputs[1])
     if target is None or target.ndim != 1 or not target.size or node.attributes.get("allowzero"):
@@ -136,7 +142,7 @@ def _free_reshape(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> b
 
 
 def _is_tied(node: ir.Node, rest: Sequence[int], size: int) -> bool:
-    """Return whether a product that reads the last axis, which is the -1, takes only ``size``."""
+    """Return whether the -1 is the last axis and a matrix product accepts only ``size`` for it."""
     if rest[-1] != -1:
         return False
     for use in node.outputs[0].uses():
@@ -161,9 +167,9 @@ def _repeat(
     axis: int,
     place: int,
 ) -> bool:
-    """Repeat inputs that have one row on ``axis`` for each row on ``place`` of ``beside``.
+    """Expand inputs whose ``axis`` has size 1 to the size of ``beside`` on its axis ``place``.
 
-    The node takes only as many rows as ``beside`` has.
+    The node requires these two sizes to be equal.  Return whether an input was expanded.
     """
     found = False
     for index in indices:

@@ -1,9 +1,9 @@
-"""Give sizes that the model's operators tie to each other one name.
+"""Use one name for sizes that the model's operators require to be equal.
 
-An exporter may name the batch of each input differently, although an operator needs them to be
-equal.  Both parties compare the sizes of one name before anything runs, so a mismatch is then
-refused with both sizes, and never reaches a kernel.  Sizes that an operator would broadcast are not
-tied: one of them may be 1.
+An exporter may name the batch size of each input differently, although an operator requires them to
+be equal.  Each party compares all sizes that have the same name before it runs anything.  With one
+name, a mismatch is therefore refused with an error that states both sizes.  Sizes that an operator
+can broadcast keep their names, because one of them may be 1.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from splitonnx.expressions import is_name, parse_terms
 from splitonnx.partitioner.graphs.traversals import find_dependents
 
 Place = tuple[ir.Value | None, int]
-"""A dimension of a value; a negative one is counted from the end."""
+"""A value and the index of one of its dimensions; a negative index counts from the end."""
 _Ties = Callable[[ir.Node], Iterator[tuple[Place, Place]]]
 
 
 def join_sizes(graph: ir.Graph, weights: Collection[str]) -> bool:
-    """Rename the sizes of inputs that are tied to the first of their names, in place.
+    """Rename sizes of the inputs in place, so that sizes that must be equal have one name.
 
-    The shapes of what depends on inputs that were changed are forgotten, and have to be inferred
-    again.  Return whether anything was renamed.
+    The first of their names is kept.  ``weights`` names the graph inputs that are not data.  Return
+    whether a size was renamed.  The shapes of all tensors that depend on a changed input are then
+    cleared and have to be inferred again.
     """
     raw = [value for value in graph.inputs if value.name not in weights]
     order = {name: index for index, name in enumerate(_list_plain_names(raw))}
@@ -46,7 +47,7 @@ def join_sizes(graph: ir.Graph, weights: Collection[str]) -> bool:
 
 
 def _list_plain_names(raw: Iterable[ir.Value]) -> list[str]:
-    """List the names of sizes, without expressions and the names that they contain."""
+    """List the names of sizes, without names that also occur in an expression."""
     dims = [d.value for v in raw for d in v.shape or () if not isinstance(d, int) and d.value]
     mixed = {
         atom for dim in dims if not is_name(dim) for atoms, _ in parse_terms(dim) for atom in atoms
@@ -85,13 +86,13 @@ def _take(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _tie_gather(node: ir.Node) -> Iterator[tuple[Place, Place]]:
-    """Tie the batch dimensions of data and indices."""
+    """Yield the pairs of batch dimensions of data and indices."""
     for axis in range(node.attributes.get_int("batch_dims", 0)):
         yield (_take(node, 0), axis), (_take(node, 1), axis)
 
 
 def _tie_concat(node: ir.Node) -> Iterator[tuple[Place, Place]]:
-    """Tie all dimensions but the one along which values are joined."""
+    """Yield the pairs of all dimensions but the one along which values are joined."""
     first = _take(node, 0)
     rank = 0 if first is None or first.shape is None else len(first.shape)
     joined = node.attributes.get_int("axis", 0) % max(rank, 1)
@@ -101,21 +102,21 @@ def _tie_concat(node: ir.Node) -> Iterator[tuple[Place, Place]]:
 
 
 def _tie_product(node: ir.Node) -> Iterator[tuple[Place, Place]]:
-    """Tie the dimensions over which a product sums."""
+    """Yield the two dimensions over which a product sums."""
     left, right = _take(node, 0), _take(node, 1)
     is_vector = right is not None and right.shape is not None and len(right.shape) == 1
     yield (left, -1), (right, -1 if is_vector else -2)
 
 
 def _tie_gemm(node: ir.Node) -> Iterator[tuple[Place, Place]]:
-    """Tie the dimensions over which a product of matrices sums."""
+    """Yield the two dimensions over which a product of matrices sums."""
     left, right = _take(node, 0), _take(node, 1)
     swaps = [node.attributes.get_int(name, 0) for name in ("transA", "transB")]
     yield (left, 0 if swaps[0] else 1), (right, 1 if swaps[1] else 0)
 
 
 def _tie_recurrence(node: ir.Node) -> Iterator[tuple[Place, Place]]:
-    """Tie the batch of a sequence to its lengths and its first states."""
+    """Yield the batch dimensions of a sequence paired with those of lengths and initial states."""
     sequence = _take(node, 0)
     yield (sequence, 1), (_take(node, 4), 0)
     for index in (5, 6):
@@ -123,17 +124,17 @@ def _tie_recurrence(node: ir.Node) -> Iterator[tuple[Place, Place]]:
 
 
 def _tie_reversal(node: ir.Node) -> Iterator[tuple[Place, Place]]:
-    """Tie the batch of a sequence to its lengths."""
+    """Yield the batch dimensions of a sequence and of its lengths."""
     yield (_take(node, 0), node.attributes.get_int("batch_axis", 1)), (_take(node, 1), 0)
 
 
 def _tie_regions(node: ir.Node) -> Iterator[tuple[Place, Place]]:
-    """Tie the number of regions to the number of their images."""
+    """Yield the dimensions that count the regions and the indices of their images."""
     yield (_take(node, 1), 0), (_take(node, 2), 0)
 
 
 def _tie_labels(node: ir.Node) -> Iterator[tuple[Place, Place]]:
-    """Tie the scores to their labels."""
+    """Yield the pairs of dimensions that scores and labels share."""
     scores, labels = _take(node, 0), _take(node, 1)
     yield (scores, 0), (labels, 0)
     rank = 0 if labels is None or labels.shape is None else len(labels.shape)
@@ -154,4 +155,4 @@ _TIES: Mapping[str, _Ties] = {
     "RoiAlign": _tie_regions,
     "SoftmaxCrossEntropyLoss": _tie_labels,
 }
-"""Map each operator that ties sizes to the pairs of dimensions that have to be equal."""
+"""Map each operator that requires equal sizes to a function that yields pairs of dimensions."""

@@ -1,6 +1,6 @@
 """Stop gradients at tensors that the user names, as ``detach`` does in PyTorch.
 
-Exporters drop a ``detach``, because it does nothing in inference.
+Exporters leave out a ``detach``, because it has no effect in inference.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from splitonnx.partitioner.graphs.traversals import find_movers
 def stop_gradients(graph: ir.Graph, weights: Collection[str], names: Sequence[str]) -> None:
     """Stop every gradient at the named tensors, in place.
 
-    Each name is the name of a tensor or node, or a glob pattern for tensor names.  The nodes that
-    read the tensor get a detached copy of it.
+    Each of ``names`` is the name of a tensor or node, or a glob pattern for tensor names.  Nodes
+    that read such a tensor read a detached copy of it instead.  ``weights`` names the graph inputs
+    that are not data.
 
     Raises:
         UnknownTensor: a name matches nothing.
-        UsageError: no gradient would reach a parameter through the tensor anyway, or the tensor is
-            itself a parameter.
+        UsageError: a tensor is itself a parameter, or no gradient would pass through it to a
+            parameter in any case.
     """
     for value in resolve_names(graph, names):
         name = value.name or ""

@@ -1,7 +1,7 @@
-"""Join parameters that the user declares to be one.
+"""Merge parameters that the user declares to be the same.
 
-Exporters store a matrix that a model uses twice as two matrices, often one of them transposed.
-Trained apart, they would no longer be equal after the first step.
+Exporters may store a matrix that a model uses twice as two matrices, often with one of them
+transposed.  If these were trained separately, they would differ after the first step.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ def tie_weights(
 ) -> None:
     """Replace the second parameter of each pair by the first one, in place.
 
-    If the second matrix is the first one transposed, a Transpose node computes it.  The second
-    parameter is removed from ``weights``, which maps the names of lifted weights to their tensors.
+    If the second matrix is the transpose of the first, a Transpose node computes it.  ``weights``
+    maps the names of the graph inputs that are weights to their tensors; the second parameter is
+    removed from it.
 
     Raises:
         UnknownTensor: a name is not the name of a weight.
-        UsageError: the numbers of the two parameters differ.
+        UsageError: the values of the two parameters differ, or both names are the same.
     """
     for first, second in ties:
         kept, dropped = (_read(weights, name) for name in (first, second))

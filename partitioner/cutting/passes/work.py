@@ -1,4 +1,4 @@
-"""What the preparation passes share: the facts between them, and the state that they work on."""
+"""Define a preparation pass, the facts that it may rely on, and the state that it changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ _NOTHING = Fact(0)
 
 @dataclass(kw_only=True)
 class Work:
-    """The state that the passes share: the model, which they change in place, and their results."""
+    """The state that the passes share.
+
+    It holds the model, which the passes change in place, the user's options, and the results.
+    """
 
     model: ir.Model
     batchnorm: BatchNormModes = None
