@@ -1,6 +1,8 @@
-"""Cut a model into a bundle: prepare it, add the loss, differentiate, split and compare it.
+"""Cut a model into a bundle.
 
-This module only calls these steps in order.  Each step is implemented in another module.
+The model is prepared, extended by the loss, differentiated and split between the two parties, and
+the parts are compared with the original model.  This module only runs these steps in order; each
+step is implemented in another module.
 """
 
 from __future__ import annotations
@@ -48,10 +50,13 @@ from splitonnx.partitioner.normalization.parameters import find_input_scalings
 from splitonnx.partitioner.normalization.weights import make_pattern
 
 NO_CHECK = "SPLITONNX_NO_CHECK"
-"""The environment variable with which cuts are not compared with the model by default."""
+"""The environment variable that turns off the default comparison in ``cut`` if it is set to 1."""
 
 Approval = Callable[[PreparedModel, JointGraph, JointGraph], None]
-"""Looks at how a model was divided to train and to predict, and raises to refuse it."""
+"""A function that raises an exception to refuse a cut.
+
+Its arguments are the prepared model and the graphs of the cut model for training and prediction.
+"""
 
 _log = logging.getLogger(__name__)
 
@@ -82,8 +87,8 @@ def cut(
 ) -> Bundle:
     """Cut a model into a client part and a server part, ready for training.
 
-    Users call :func:`splitonnx.cut` (in :mod:`permissions`), which refuses to send raw inputs and
-    labels that were not named.  This function sends what the cut needs.
+    Users call :func:`splitonnx.cut` (in :mod:`permissions`), which refuses to send raw inputs or
+    labels without permission.  This function does not check for permission; ``approve`` can do so.
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded model.  An ``onnx.ModelProto`` is not
@@ -109,24 +114,26 @@ def cut(
             no parameter selects constants, which then become parameters.  ``train`` takes
             precedence over ``freeze``.
         freeze: regular expressions for the names of parameters that keep their values.
-        dims: sizes of the model's inputs, by symbol or by an axis written as ``input:axis``.  A
-            size is a number, or a symbol if it is not to be fixed any more.
-        bind: values of inputs that always have the same value, such as a sampling rate: one number
-            for all elements, or as many numbers as elements.  The data then need not have them.
-        ties: pairs of parameters that are one.  Their numbers must be equal, also if one of them is
-            transposed; the second is then replaced by the first.
+        dims: new sizes of the model's inputs, by symbol or by an axis written as ``input:axis``.  A
+            size is a number, or a symbol, which makes a fixed size variable.
+        bind: constant values of inputs, such as a sampling rate, by the input's name.  A value is
+            one number for all elements, or one for each element.  The data then do not contain
+            these inputs.
+        ties: pairs of parameters that are trained as one.  Both must have equal values, or one must
+            be the transpose of the other.  The first replaces the second.
         stop_gradients: the tensors through which no gradient passes, named as in ``at``.
         class_axis: the axis of ``output`` that holds the classes for ``cross-entropy``; by default
-            axis 1, or the last axis if only the size of this one is known.
-        labels: the name of the labels among the data.
+            axis 1, or the last axis if its size is known and that of axis 1 is not.
+        labels: the name by which the data contain the labels.
         client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
             ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
-        check: compare what was cut with the model on random inputs, by onnx's reference evaluator
-            and by ONNX Runtime without optimizations.  What cannot be compared is logged as a
-            warning.  By default, models with up to 256 MiB of weights are compared, unless the
-            environment variable ``SPLITONNX_NO_CHECK`` is set to 1.  An ``onnx_ir`` model, which
-            is changed, cannot be compared.
-        approve: called before the bundle is made.
+        check: whether to compare the cut model with the original on random inputs.  The expected
+            results come from onnx's reference evaluator and from ONNX Runtime without
+            optimizations.  Small differences, and whatever cannot be compared, are logged as
+            warnings.  By default, models with up to 256 MiB of weights are compared, unless the
+            environment variable ``SPLITONNX_NO_CHECK`` is set to 1.  An ``onnx_ir`` model cannot be
+            compared, because cutting changes it.
+        approve: a function that is called before the bundle is built and can refuse the cut.
 
     Returns:
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
@@ -136,7 +143,7 @@ def cut(
         CutError: the tensors do not exist or do not divide the model.
         UsageError: arguments contradict each other.
         ForbiddenOperator: an internal error; the bundle would not run.
-        DifferentResult: an internal error; the parts would compute something else than the model.
+        DifferentResult: an internal error; the parts compute other results than the model.
     """
     for target in (client_target, server_target):
         if target not in TARGETS:
@@ -194,9 +201,9 @@ def cut_prepared(
     server_target: Target = TRAINING,
     approve: Approval | None = None,
 ) -> Bundle:
-    """Cut a prepared model as :func:`cut` does, without comparing the result with anything.
+    """Cut a prepared model as :func:`cut` does, but do not compare the result with the original.
 
-    The prepared model is not changed, so preparing it once is enough for several cuts.
+    The prepared model is not changed, so it can be cut several times.
     """
     optimizer = optimizer or AdamW(lr=1e-3)
     names_at, names_tail = _list_names(at), _list_names(tail_at)
@@ -277,7 +284,7 @@ def _say_batch(prepared: PreparedModel) -> None:
 
 
 def _say_class_axis(prepared: PreparedModel, loss: str, output: str, options: LossOptions) -> None:
-    """Log a warning if the classes are taken from another axis than axis 1 without being told."""
+    """Log a warning if the classes are on another axis than axis 1 and the user did not name it."""
     graph = prepared.training.graph
     axis = find_class_axis(graph, loss, output, options)
     if axis != 1 and options.class_axis is None:
@@ -290,7 +297,7 @@ def _say_class_axis(prepared: PreparedModel, loss: str, output: str, options: Lo
 
 
 def _list_kept_scalings(prepared: PreparedModel) -> list[str]:
-    """List the weights that only normalize raw inputs, unless the user froze or bound them."""
+    """List the weights that only scale or shift raw inputs, unless the user froze or bound them."""
     found = find_input_scalings(prepared.skeleton.graph, prepared.weights)
     return [
         name

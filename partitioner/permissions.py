@@ -1,7 +1,7 @@
-"""Cut a model for a user: raw inputs and labels leave the client only if the user names them.
+"""Cut a model for a user, who decides which raw inputs and labels may leave the client.
 
-:func:`cut` is the function that users call.  It makes what :func:`partitions.cut` makes, and
-refuses a cut that would send data that nobody named.
+Users call :func:`cut`.  It returns the same bundle as :func:`partitions.cut`, but refuses a cut
+that would send raw inputs or labels without the user's permission.
 """
 
 from __future__ import annotations
@@ -25,23 +25,29 @@ from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size, walk_back
 
 _NO_LAYERS = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization", "BatchNormInternal"})
-"""Operators that shift, scale or normalize each number by itself, even with weights."""
+"""Operators that only shift, scale or normalize each number, even if they have weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Permission:
-    """The data that a user lets leave the client: the named raw inputs, and perhaps the labels."""
+    """The data that may leave the client.
+
+    ``inputs`` names the raw inputs that the user permits to be sent.  ``labels`` is true if the
+    user permits the labels to be sent.
+    """
 
     inputs: tuple[str, ...] = ()
     labels: bool = False
 
     def check(self, prepared: PreparedModel, training: JointGraph, predict: JointGraph) -> None:
-        """Check that a cut sends the data that were named, and no others.
+        """Check that a cut sends all permitted raw inputs and labels, and no others.
+
+        ``training`` and ``predict`` are the graphs of the cut model for training and prediction.
 
         Raises:
-            InputsNotPermitted: a raw input would leave that was not named.
-            LabelsNotPermitted: the labels would leave, and this was not permitted.
-            UsageError: what was named does not leave.
+            InputsNotPermitted: the cut sends a raw input without permission.
+            LabelsNotPermitted: the cut sends the labels without permission.
+            UsageError: the cut does not send a raw input or the labels, although this is permitted.
         """
         forms = (prepared.training, prepared.inference)
         raw = {value.name or "" for form in forms for value in form.graph.inputs}
@@ -77,11 +83,15 @@ class Permission:
 
 
 def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
-    """Map each tensor that the client sends and that is raw data to the inputs it is computed from.
+    """Find the raw data that the client sends.
 
-    A tensor is raw data if it is an input, or computed from inputs without a layer of weights.
-    What is only shifted, scaled or normalized by stored numbers, such as an image's mean, is raw
-    data too.  Tensors that hold only sizes are not.
+    ``joint`` is the graph of the cut model, and ``raw`` names the model's inputs that are data.
+    Return a map from the name of each sent tensor that is raw data to the names of the inputs that
+    it is computed from.
+
+    A tensor is raw data if it is an input, or if it is computed from inputs without a layer of
+    weights.  Shifting, scaling and normalizing by stored numbers, such as an image's mean, do not
+    count as a layer.  Tensors that contain only sizes are not raw data.
     """
     readers = {node for node in joint.graph if reads_size(node)}
     found: dict[str, list[str]] = {}
@@ -114,7 +124,10 @@ def _has_layer(joint: JointGraph, nodes: set[ir.Node], inputs: set[ir.Value]) ->
 
 
 def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
-    """Return whether the client sends the labels, which the loss added to the model's inputs."""
+    """Return whether the client sends the labels.
+
+    ``inputs`` names the inputs of the model; the labels are the data that are not among them.
+    """
     labels = {name for name in joint.data if name not in inputs}
     sent = [wire for wire in joint.wires if wire.kind is WireKind.INPUT]
     return any(wire.tensor.name.rpartition("@")[0] in labels for wire in sent)
@@ -146,7 +159,8 @@ def cut(
 ) -> Bundle:
     """Cut a model into a client part and a server part, ready for training.
 
-    Raw inputs and labels leave the client only if they are named.
+    Raw inputs leave the client only if ``send_inputs`` names them, and labels only if
+    ``send_labels`` is true.
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded model.  An ``onnx.ModelProto`` is not
@@ -172,37 +186,41 @@ def cut(
             no parameter selects constants, which then become parameters.  ``train`` takes
             precedence over ``freeze``.
         freeze: regular expressions for the names of parameters that keep their values.
-        dims: sizes of the model's inputs, by symbol or by an axis written as ``input:axis``.  A
-            size is a number, or a symbol if it is not to be fixed any more.
-        bind: values of inputs that always have the same value, such as a sampling rate: one number
-            for all elements, or as many numbers as elements.  The data then need not have them.
-        ties: pairs of parameters that are one.  Their numbers must be equal, also if one of them is
-            transposed; the second is then replaced by the first.
+        dims: new sizes of the model's inputs, by symbol or by an axis written as ``input:axis``.  A
+            size is a number, or a symbol, which makes a fixed size variable.
+        bind: constant values of inputs, such as a sampling rate, by the input's name.  A value is
+            one number for all elements, or one for each element.  The data then do not contain
+            these inputs.
+        ties: pairs of parameters that are trained as one.  Both must have equal values, or one must
+            be the transpose of the other.  The first replaces the second.
         stop_gradients: the tensors through which no gradient passes, named as in ``at``.
         class_axis: the axis of ``output`` that holds the classes for ``cross-entropy``; by default
-            axis 1, or the last axis if only the size of this one is known.
-        labels: the name of the labels among the data.
+            axis 1, or the last axis if its size is known and that of axis 1 is not.
+        labels: the name by which the data contain the labels.
         client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
             ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
-        send_inputs: the names of the raw inputs that may leave the client: those in ``at``, and
-            those from which a tensor in ``at`` is computed without a layer of weights.
-        send_labels: let the labels leave the client.  A cut without ``tail_at`` needs them at the
-            server, which computes its loss there.
-        check: compare what was cut with the model on random inputs, by onnx's reference evaluator
-            and by ONNX Runtime without optimizations.  What cannot be compared is logged as a
-            warning.  By default, models with up to 256 MiB of weights are compared, unless the
-            environment variable ``SPLITONNX_NO_CHECK`` is set to 1.
+        send_inputs: the names of the raw inputs that may leave the client.  An input is sent
+            raw if it is in ``at``, or if a tensor in ``at`` is computed from it without a layer of
+            weights.
+        send_labels: whether the labels may leave the client.  A cut without ``tail_at`` requires
+            this, because the server then computes the loss.
+        check: whether to compare the cut model with the original on random inputs.  The expected
+            results come from onnx's reference evaluator and from ONNX Runtime without
+            optimizations.  Small differences, and whatever cannot be compared, are logged as
+            warnings.  By default, models with up to 256 MiB of weights are compared, unless the
+            environment variable ``SPLITONNX_NO_CHECK`` is set to 1.  An ``onnx_ir`` model cannot be
+            compared, because cutting changes it.
 
     Returns:
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
 
     Raises:
         ModelError: the model cannot be read, prepared or differentiated.
-        CutError: the tensors do not exist or do not divide the model, or data would leave the
-            client that were not named.
+        CutError: the tensors do not exist or do not divide the model, or raw inputs or labels
+            would leave the client without permission.
         UsageError: arguments contradict each other.
         ForbiddenOperator: an internal error; the bundle would not run.
-        DifferentResult: an internal error; the parts would compute something else than the model.
+        DifferentResult: an internal error; the parts compute other results than the model.
     """
     named = (send_inputs,) if isinstance(send_inputs, str) else tuple(send_inputs)
     return partitions.cut(

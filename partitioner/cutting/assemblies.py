@@ -107,9 +107,9 @@ def assemble(
 
 
 def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -> ir.Graph:
-    """Return the skeleton's graph, in a copy of which the weights are stored that no party uses.
+    """Return the skeleton's graph, and store in it the weights that neither party uses.
 
-    These are weights that only affect outputs which do not depend on any input.
+    These weights only affect outputs that do not depend on any input.  They are stored in a copy.
     """
     owned = {name for party in parties.values() for name in party.weights}
     orphans = {n: read_array(w) for n, w in prepared.weights.items() if n not in owned}

@@ -112,8 +112,8 @@ def build_training(
     """Build the joint graph of training: add the loss and the ports, then differentiate.
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
-    the tensors of the cut.  The loss is computed from ``output``, and what only other outputs need
-    is left out.
+    the tensors of the cut.  The loss named ``loss`` is computed, with ``options``, from the output
+    named ``output``.  Nodes that only other outputs need are left out.
     """
     model = copy_model(prepared.training)
     graph = model.graph
@@ -209,11 +209,11 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
 def _resolve_cut(
     prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
 ) -> list[tuple[ir.Value, ...]]:
-    """Find the tensors at both ends of a cut.
+    """Find the tensors that ``at`` and ``tail_at`` name, and return them in this order.
 
     Raises:
         UnknownTensor: a name matches nothing.
-        IntegerCut: a tensor of integers would keep gradients from trained parameters.
+        IntegerCut: gradients cannot reach trained parameters through a tensor of integers.
     """
     cut = [resolve_names(graph, names) for names in (at, tail_at)]
     for tensors in cut:
@@ -225,10 +225,13 @@ def _resolve_cut(
 
 
 def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]:
-    """Keep the cut tensors that the graph's output, from which the loss is computed, depends on.
+    """Return the tensors of the cut that the loss depends on.
+
+    The loss is computed from the only output of ``graph``.
 
     Raises:
-        NotACut: it depends on none of them, so one party would have no part in training.
+        NotACut: the loss depends on none of the tensors, so one party would have no part in
+            training.
     """
     nodes, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
     read = {value for node in nodes if not reads_size(node) for value in list_inputs(node)}
@@ -256,7 +259,7 @@ def _divide(
 
 
 def _explain(error: NotACut, graph: ir.Graph) -> NotACut:
-    """Explain a cut between the nodes that update the same running statistic."""
+    """Return a better error if nodes on both sides update the same running statistics."""
     values = map_values(graph)
     for name in error.missing:
         node = values[name].producer() if name in values else None

@@ -27,10 +27,10 @@ class PreparedModel:
     with all of its outputs.  The two forms keep only the outputs that depend on the model's inputs.
     ``weights`` holds the tensors that became graph inputs, in the model's order, and ``roles`` maps
     each name to the weight's role.  ``next_buffers`` maps each running statistic to the value in
-    ``training`` that replaces it after a step.  ``freed`` names the nodes whose batch of 1 was
-    taken for the batch of the data (:mod:`batches`), and ``decided`` the nodes in whose place the
-    branch for batches of 2 or more was put (:mod:`batch_decisions`).  The other fields are the
-    options that :func:`prepare` was called with.
+    ``training`` that replaces it after a step.  ``freed`` names the nodes whose fixed batch
+    size of 1 was replaced by that of the data (:mod:`batches`).  ``decided`` names the If nodes
+    that were replaced by their branch for larger batches (:mod:`batch_decisions`).  The other
+    fields are the options that :func:`prepare` was called with.
 
     A cut works on copies of the forms, so a prepared model can be cut any number of times.
     """
@@ -79,15 +79,16 @@ def prepare(
     override the modes set in the model.  ``train`` and ``freeze`` are regular expressions for
     parameter names (``re.search``).  Parameters that match ``train`` are trained
     (:func:`weights.lift_weights`), and parameters that match ``freeze`` keep their value; ``train``
-    takes precedence.  ``adjustments`` were made to the model already; bound inputs are not trained.
-    ``ties`` are pairs of parameters that are joined (:mod:`ties`), and
+    takes precedence.  ``adjustments`` are the changes that were already made to the model's inputs;
+    inputs bound by them are not trained.  ``ties`` are pairs of parameters to merge (:mod:`ties`).
     ``stop_gradients`` names tensors through which no gradient passes (:mod:`gradient_stops`).
 
     Raises:
+        UnknownTensor: a name in ``ties`` or ``stop_gradients`` matches nothing.
         UnsupportedModel: the model's operators cannot be converted to an opset from 18 to 21; or a
             pattern matches no parameter, or only parameters that cannot be trained.
-        UsageError: a pattern is not a regular expression, or a pattern of ``freeze`` matches only
-            parameters that ``train`` selects.
+        UsageError: a pattern is not a regular expression; or a pattern of ``freeze`` matches only
+            parameters that ``train`` selects; or ``ties`` or ``stop_gradients`` cannot be applied.
     """
     work = Work(
         model=model,

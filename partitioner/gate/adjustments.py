@@ -1,7 +1,7 @@
-"""Change what a model declares of its inputs: fix sizes, name sizes, and bind inputs to values.
+"""Change the inputs of a model: fix sizes, rename sizes, and bind inputs to constant values.
 
-The changes are made before the model is checked, so that everything after it sees the model as the
-user means it.
+The changes are made before the model is checked, so all later steps see the model that the user
+intended.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Binding = Number | Sequence[Number] | np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Adjustments:
-    """What a user says of a model's inputs.
+    """The changes that a user makes to a model's inputs.
 
-    ``dims`` maps a symbol, or an input's axis written as ``input:axis``, to a size or a symbol.
-    ``bindings`` maps an input to the value that it always has: one number for all elements, or as
-    many numbers as it has elements.
+    ``dims`` maps a size, given as a symbol or as ``input:axis``, to a number or a new symbol.
+    ``bindings`` maps the name of an input to its constant value: one number for all elements, or
+    one for each element.
     """
 
     dims: Mapping[str, int | str] = field(default_factory=dict)
@@ -38,10 +38,11 @@ NONE = Adjustments()
 
 
 def adjust(model: onnx.ModelProto, adjustments: Adjustments) -> None:
-    """Change a model's inputs in place: sizes first, then bindings.
+    """Change the sizes of a model's inputs in place, and then bind inputs to values.
 
     Raises:
-        UsageError: a name is unknown, a size is not positive, or a value does not fit its input.
+        UsageError: a name is unknown, a size is neither a positive number nor a symbol, or a value
+            does not fit its input.
     """
     for name, size in adjustments.dims.items():
         _set_size(model.graph, name, size)
@@ -69,7 +70,7 @@ def _set_size(graph: onnx.GraphProto, name: str, size: int | str) -> None:
 
 
 def _find_axis(graph: onnx.GraphProto, name: str) -> onnx.TensorShapeProto.Dimension:
-    """Find the dimension that ``input:axis`` names."""
+    """Return the dimension given by ``name`` in the form ``input:axis``."""
     tensor, _, axis = name.rpartition(":")
     for value in graph.input:
         if value.name == tensor and axis.isdecimal() and int(axis) < len(_list_dims(value)):
@@ -106,7 +107,7 @@ def _bind(graph: onnx.GraphProto, name: str, value: Binding) -> None:
 
 
 def _read(source: onnx.ValueInfoProto, value: Binding) -> np.ndarray:
-    """Read a value in the type and shape of an input."""
+    """Convert a value to an array with the type and shape of an input."""
     sizes = [d.dim_value if d.HasField("dim_value") else None for d in _list_dims(source)]
     names = [d.dim_param or "?" for d in _list_dims(source) if not d.HasField("dim_value")]
     shape = [size for size in sizes if size is not None]

@@ -1,9 +1,9 @@
-"""Recognize the operators that ONNX Runtime's optimizers write into files.
+"""Recognize fused operators, which ONNX Runtime's optimizers write into models.
 
-The optimizers of ONNX Runtime fuse nodes of a model into operators of the domain ``com.microsoft``.
-Layer normalization they write into ONNX's own domain, also for opsets that have no such operator.
-The operators in :data:`FUSED` are written in standard operators again later, by
-:mod:`splitonnx.partitioner.normalization.fused`; all others are refused here.
+A fused operator of the domain ``com.microsoft`` replaces several nodes of a model.  The optimizers
+put layer normalization into ONNX's own domain, even for opsets without this operator.  The
+operators in :data:`FUSED` are later replaced by standard operators
+(:mod:`splitonnx.partitioner.normalization.fused`).  All others are refused here.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ FUSED = frozenset(
         "TransposeMatMul",
     }
 )
-"""The fused operators that can be written in standard operators."""
+"""The fused operators that can be replaced by standard operators."""
 
 _MISPLACED = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
-"""Operators that ONNX Runtime has in ONNX's own domain for every opset."""
+"""Operators that ONNX Runtime accepts in ONNX's own domain, whatever the opset."""
 
 
 def claim_fused(proto: onnx.ModelProto, version: int) -> onnx.ModelProto:
-    """Return the model with layer normalizations that its opset lacks in ``com.microsoft``.
+    """Move layer normalizations to the domain ``com.microsoft`` if the model's opset lacks them.
 
-    ``version`` is the model's opset.  The result is a changed copy, or ``proto`` itself if the
-    opset has every operator of the model.
+    ``version`` is the model's opset.  Return a changed copy of ``proto``, or ``proto`` itself if
+    there is nothing to move.
     """
     if not any(_is_misplaced(node, version) for node in list_nodes(proto.graph.node)):
         return proto
@@ -68,12 +68,12 @@ def _is_misplaced(node: NodeProto, version: int) -> bool:
 
 
 def is_fused(node: NodeProto) -> bool:
-    """Return whether a node has a fused operator that can be written in standard operators."""
+    """Return whether a node has one of the operators in :data:`FUSED`, in their domain."""
     return bool(node.domain == DOMAIN and node.op_type in FUSED)
 
 
 def refuse_domain(node: NodeProto) -> UnsupportedModel:
-    """Return the error for a node whose domain is not one of ONNX's own."""
+    """Return the error to raise for a node whose domain is not one of ONNX's own."""
     if node.domain.split(".")[:2] == DOMAIN.split("."):
         return UnsupportedModel(
             label_node(node),

@@ -44,7 +44,7 @@ ModelSource = str | Path | bytes | onnx.ModelProto
 
 
 def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model:
-    """Read a model, change what it declares of its inputs, and check it.
+    """Read a model, change its inputs as ``adjustments`` describes, and check it.
 
     ``source`` is a path, the bytes of a model, or a loaded model, and is not changed.  External
     data is memory-mapped from files in the model's folder.  Models that are given as bytes or as an
@@ -80,14 +80,13 @@ def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model
 
 
 def read_original(source: ModelSource, adjustments: Adjustments = NONE) -> onnx.ModelProto:
-    """Read a model that passed :func:`open_model`, with its external data inside.
+    """Read a model that :func:`open_model` has accepted, and load its external data.
 
-    Only its inputs are changed, as ``adjustments`` say.
-
-    A loaded model is returned itself; do not change the result.
+    The inputs are changed as ``adjustments`` describes, and nothing else.  Do not change the
+    returned model, because it can be ``source`` itself.
 
     Raises:
-        NotAModel: the model cannot be read any more.
+        NotAModel: the model can no longer be read.
     """
     proto, label, folder = _read_adjusted(source, adjustments)
     if folder is not None:

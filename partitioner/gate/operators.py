@@ -115,7 +115,7 @@ def _find_key(node: NodeProto) -> Key:
 def _find_schema(node: NodeProto, version: int) -> onnx.defs.OpSchema | None:
     """Return the schema of a node's operator.
 
-    Return ``None`` for an operator of ``ai.onnx.ml`` and for a fused one of ONNX Runtime.
+    Return ``None`` for operators of ``ai.onnx.ml`` and for fused operators of ONNX Runtime.
 
     Raises:
         UnsupportedModel: the operator is not known or is deprecated.

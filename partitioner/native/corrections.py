@@ -1,7 +1,7 @@
-"""Operators that onnx's reference evaluator computes differently from the ONNX standard.
+"""Implement operators that onnx's reference evaluator computes incorrectly.
 
-Each is written here as the standard describes it, in numpy.  The evaluator uses them instead of its
-own, in every opset.
+Each class computes an operator with numpy as the ONNX standard describes it.  The evaluator uses
+these classes instead of its own in every opset.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops import op_conv_transpose
 
 _FLAT_UNTIL = 12
-"""The last opset in which Softmax and its relatives flatten their input to a matrix."""
+"""The last opset in which Softmax, LogSoftmax and Hardmax flatten their input to a matrix."""
 
 
 class BatchNormalization(OpRun):
-    """BatchNormalization; up to opset 13 the evaluator uses the batch's statistics in inference."""
+    """BatchNormalization, which uses the running statistics in inference.
+
+    Up to opset 13, onnx's own class uses the statistics of the batch instead.
+    """
 
     op_domain = ""
 
@@ -47,7 +50,10 @@ class BatchNormalization(OpRun):
 
 
 class LRN(OpRun):
-    """LRN; the evaluator leaves out channels if there are more of them than samples."""
+    """LRN (local response normalization), which covers every channel.
+
+    onnx's own class leaves out channels if there are more channels than samples.
+    """
 
     op_domain = ""
 
@@ -64,7 +70,10 @@ class LRN(OpRun):
 
 
 class LpNormalization(OpRun):
-    """LpNormalization; the evaluator takes no absolute values, which matters for p = 1."""
+    """LpNormalization, which divides by the p-norm of the absolute values.
+
+    onnx's own class uses the values with their signs, which is wrong for p = 1.
+    """
 
     op_domain = ""
 
@@ -75,7 +84,10 @@ class LpNormalization(OpRun):
 
 
 class ConvTranspose(OpRun):
-    """ConvTranspose; the evaluator mixes up the weights and biases of several groups."""
+    """ConvTranspose, which applies the weights and biases of each group to that group alone.
+
+    onnx's own class confuses the weights and biases of different groups.
+    """
 
     op_domain = ""
 
@@ -116,7 +128,10 @@ class ConvTranspose(OpRun):
 
 
 class Softmax(OpRun):
-    """Softmax; the evaluator knows it along one axis only, as it is from opset 13 on."""
+    """Softmax, which normalizes over ``axis`` and, up to opset 12, over all later axes too.
+
+    onnx's own class normalizes over a single axis in every opset.
+    """
 
     op_domain = ""
 
@@ -127,7 +142,7 @@ class Softmax(OpRun):
 
 
 class LogSoftmax(OpRun):
-    """LogSoftmax; see :class:`Softmax`."""
+    """LogSoftmax, the logarithm of :class:`Softmax`, over the same axes."""
 
     op_domain = ""
 
@@ -138,7 +153,7 @@ class LogSoftmax(OpRun):
 
 
 class Hardmax(OpRun):
-    """Hardmax; see :class:`Softmax`."""
+    """Hardmax, over the same axes as :class:`Softmax`: 1 at the first maximum, 0 elsewhere."""
 
     op_domain = ""
 
@@ -152,7 +167,7 @@ class Hardmax(OpRun):
 
 
 def _find_axes(op: OpRun, rank: int) -> tuple[int, ...]:
-    """Return the axes over which Softmax or a relative works; in old opsets, all from one on."""
+    """Return the axes over which Softmax, LogSoftmax or Hardmax is computed."""
     is_old = op.run_params["opsets"][""] <= _FLAT_UNTIL
     given = [a.i for a in op.onnx_node.attribute if a.name == "axis"]
     axis = given[0] if given else 1 if is_old else -1
@@ -168,4 +183,4 @@ CORRECTIONS: tuple[type[OpRun], ...] = (
     LogSoftmax,
     Hardmax,
 )
-"""The operators written here."""
+"""The classes that the evaluator uses instead of its own."""

@@ -135,10 +135,10 @@ def list_types(content: bytes) -> dict[str, str]:
 def run_session(
     content: bytes, batches: Sequence[Mapping[str, bytes]], level: str
 ) -> list[dict[str, bytes]]:
-    """Run a model with ONNX Runtime on each of the batches, and return its outputs by name.
+    """Run a serialized model with ONNX Runtime, and return its outputs for each batch.
 
-    Inputs and outputs are serialized tensors; an output of another type is left out.  ``level`` is
-    the level of graph optimizations: ``none``, ``basic`` or ``all``.
+    Inputs and outputs map names to serialized tensors; outputs of other types are left out.
+    ``level`` is the level of graph optimizations: ``none``, ``basic`` or ``all``.
     """
     onnxruntime = _import_onnxruntime()
     levels = onnxruntime.GraphOptimizationLevel
@@ -160,10 +160,14 @@ def run_session(
 def run_reference(
     content: bytes, batches: Sequence[Mapping[str, bytes]], seconds: float
 ) -> list[dict[str, bytes]]:
-    """Run a model with onnx's reference evaluator on each of the batches, as in `run_session`.
+    """Run a serialized model with onnx's reference evaluator, and return its outputs.
+
+    Inputs and outputs have the same form as those of :func:`run_session`.
 
     Raises:
-        TimeoutError: this would take more than ``seconds`` of processor time.
+        TimeoutError: all batches together take more than ``seconds`` of processor time.  There is
+            no such limit on Windows.
+        RuntimeError: the evaluator fails because of a mistake in its own code.
     """
     from onnx.reference import ReferenceEvaluator
 
@@ -182,7 +186,10 @@ def run_reference(
 
 @contextmanager
 def _limit_time(seconds: float) -> Iterator[None]:
-    """Raise ``TimeoutError`` in the block after some processor time; Windows has no such limit."""
+    """Raise ``TimeoutError`` in a ``with`` block that takes more processor time than ``seconds``.
+
+    There is no such limit on Windows.
+    """
     if sys.platform == "win32":
         yield
         return

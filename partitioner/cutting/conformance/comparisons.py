@@ -42,7 +42,7 @@ from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.normalization.weights import read_array
 
 TOLERATED = 1e-3
-"""The largest relative difference that only causes a remark; the cut fails if it is larger."""
+"""The relative difference above which the cut fails; a smaller one only causes a remark."""
 MOST_BYTES = 1 << 30
 """The total size of weights, in bytes, up to which a model can be compared.
 

@@ -61,7 +61,7 @@ def run_split(
 ) -> list[Arrays]:
     """Predict with the parts of a bundle, one stage after another.
 
-    Each stage finds the tensors sent by the other party under the names that they had there.
+    A tensor has the same name at the party that sends it and at the party that receives it.
     Return a dictionary for each batch with its inputs and with the outputs of all stages.
 
     Raises:

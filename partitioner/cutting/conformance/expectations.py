@@ -61,7 +61,7 @@ class Expectation:
 
     @property
     def is_telling(self) -> bool:
-        """Return whether some output has unequal elements, or no output has more than one.
+        """Return whether some output has unequal elements, or none has several elements.
 
         Outputs whose elements are all equal would hide many mistakes.
         """

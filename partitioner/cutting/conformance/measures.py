@@ -14,7 +14,7 @@ from splitonnx.partitioner.cutting.conformance.samples import Arrays
 class Difference:
     """The largest difference between the elements of a tensor and their expected values.
 
-    ``gap`` is this difference, and ``size`` is its ratio to the tensor's largest expected value.
+    ``gap`` is this difference, and ``size`` is ``gap`` divided by the largest expected value.
     Both are infinite if the shapes differ, or if only one of two compared values is finite.
     ``batch`` is the index of the batch.
     """
@@ -47,9 +47,9 @@ def list_differences(expected: Sequence[Arrays], found: Sequence[Arrays]) -> lis
 
 
 def measure(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the ratio of the largest difference to the largest expected value.
+    """Return the largest absolute difference, divided by the largest absolute expected value.
 
-    Signs are ignored, and NaN equals NaN.
+    NaN equals NaN.
     """
     if found.shape != expected.shape:
         return np.inf

@@ -16,7 +16,7 @@ import onnx
 Arrays = dict[str, np.ndarray]
 
 _BATCHES = ((2, 3), (1,))
-"""The batch sizes of each draw; the second draw is for models that only accept a batch of 1."""
+"""Batch sizes to try: two different ones, or only 1 for models that accept no other."""
 _LENGTHS = (8, 32, 4, 64, 224, 1)
 """Values tried for symbolic sizes that are not the batch."""
 _INTEGERS = (8, 4, 2, 1)

@@ -1,4 +1,4 @@
-"""Remove a fixed batch size of 1 from a model, and find the node that fixes another batch size.
+"""Remove a fixed batch size of 1 from a model, or find the node that fixes a batch size.
 
 An exporter that traces a model with one sample may write the batch size, 1, into the target shape
 of a Reshape, or into a constant that is combined with the data.  The model then accepts only one
@@ -142,7 +142,7 @@ def _free_reshape(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> b
 
 
 def _is_tied(node: ir.Node, rest: Sequence[int], size: int) -> bool:
-    """Return whether the -1 is the last axis and a matrix product accepts only ``size`` for it."""
+    """Return whether the -1 is the last axis, and a product that reads it accepts only ``size``."""
     if rest[-1] != -1:
         return False
     for use in node.outputs[0].uses():

@@ -24,7 +24,7 @@ def join_sizes(graph: ir.Graph, weights: Collection[str]) -> bool:
     """Rename sizes of the inputs in place, so that sizes that must be equal have one name.
 
     The first of their names is kept.  ``weights`` names the graph inputs that are not data.  Return
-    whether a size was renamed.  The shapes of all tensors that depend on a changed input are then
+    whether a size was renamed.  If so, the shapes of all tensors that depend on a changed input are
     cleared and have to be inferred again.
     """
     raw = [value for value in graph.inputs if value.name not in weights]
