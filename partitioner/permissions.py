@@ -188,15 +188,15 @@ def cut(
         freeze: regular expressions for the names of parameters that keep their values.
         dims: new sizes of the model's inputs, by symbol or by an axis written as ``input:axis``.  A
             size is a number, or a symbol, which makes a fixed size variable.
-        bind: constant values of inputs, such as a sampling rate, by the input's name.  A value is
-            one number for all elements, or one for each element.  The data then do not contain
-            these inputs.
+        bind: a dictionary from names of inputs to constant values, such as a sampling rate.  A
+            value is one number for all elements, or one for each element.  The data then need not
+            contain these inputs.
         ties: pairs of parameters that are trained as one.  Both must have equal values, or one must
             be the transpose of the other.  The first replaces the second.
         stop_gradients: the tensors through which no gradient passes, named as in ``at``.
         class_axis: the axis of ``output`` that holds the classes for ``cross-entropy``; by default
             axis 1, or the last axis if its size is known and that of axis 1 is not.
-        labels: the name by which the data contain the labels.
+        labels: the name of the labels in the data.
         client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
             ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
         send_inputs: the names of the raw inputs that may leave the client.  An input is sent

@@ -98,7 +98,8 @@ def compare_with_original(
     ``source`` is the original model, and ``merge`` merges the untrained parts.  A model whose
     weights take more than ``most_bytes`` is not compared.
 
-    Return remarks about small differences and about everything that could not be compared.
+    Return remarks about small differences, about results for which the two evaluators disagree, and
+    about everything that could not be compared.
 
     Raises:
         DifferentResult: a result differs from that of the original by more than a small amount.

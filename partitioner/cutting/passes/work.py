@@ -1,4 +1,4 @@
-"""Define a preparation pass, the facts that it may rely on, and the state that it changes."""
+"""Define preparation passes, the facts that they rely on, and the state that they change."""
 
 from __future__ import annotations
 
