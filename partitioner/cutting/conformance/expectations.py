@@ -82,8 +82,9 @@ class Expectation:
 
     @property
     def contradicted(self) -> list[Difference]:
-        """List the tensors for which one evaluator must be wrong, since the two differ so much."""
-        return [each for each in self.noise.values() if _is_contradiction(each)]
+        """List the tensors for which one evaluator must be wrong, the largest difference last."""
+        found = [each for each in self.noise.values() if _is_contradiction(each)]
+        return sorted(found, key=lambda each: each.size)
 
     @property
     def cancelled(self) -> list[Difference]:
