@@ -284,7 +284,7 @@ def _say_batch(prepared: PreparedModel) -> None:
 
 
 def _say_class_axis(prepared: PreparedModel, loss: str, output: str, options: LossOptions) -> None:
-    """Log a warning if the classes are on another axis than axis 1 and the user did not name it."""
+    """Log a warning if the classes are on an axis other than 1 that the user did not name."""
     graph = prepared.training.graph
     axis = find_class_axis(graph, loss, output, options)
     if axis != 1 and options.class_axis is None:

@@ -62,7 +62,7 @@ TRAINING_ONLY = TRAINING_OPERATORS - frozenset(_CONTRIBUTED.split())
 
 
 def is_known(operator: str, domain: str) -> bool:
-    """Return whether a bundle's graph may contain an operator."""
+    """Return whether the given operator is allowed in a bundle's graph."""
     if operator in TRAINING_OPERATORS:
         return domain in DOMAINS
     return is_standard(operator, domain)

@@ -79,13 +79,13 @@ def is_session(name: str) -> bool:
 
 
 def write_state(path: str | Path, state: State, digest: str) -> None:
-    """Write ``state`` atomically to the party's folder ``path`` as the newest outcome.
+    """Write ``state`` atomically to the party's folder ``path``, as its latest trained state.
 
     ``digest`` is the digest of the bundle.
 
     Raises:
-        BundleError: the state cannot be written there, or the session's outcome belongs to another
-            owner.
+        BundleError: the state cannot be written to ``path``, or the state that the session saved
+            before belongs to another owner.
     """
     target = Path(path) / STATE
     facts = {

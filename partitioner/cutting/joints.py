@@ -175,7 +175,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` names the tensors that
     the client sends, and ``tail_at`` those that the server sends back in a U-shaped cut.  The
-    server also sends the outputs that it computes to the client.
+    server also sends the client the outputs that it computes.
     """
     graph = copy_model(prepared.inference).graph
     cut = _resolve_cut(prepared, graph, at, tail_at)

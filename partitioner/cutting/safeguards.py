@@ -6,10 +6,10 @@ on (:mod:`splitonnx.tensors`) are at least 1, and equal if their names are equal
 are checked while the graph runs.  The checks are made of standard operators: Gather raises an error
 if an index is out of range, and Reshape raises an error if the number of elements differs.
 
-Checks are added after the ports, so that each check is run by the party that runs the kernel, and
-no additional tensor is sent.  They are added before differentiation, and also inside the subgraph
-bodies of control-flow nodes.  Kernels that compute addresses from values are handled in
-:mod:`addresses`.
+Checks are added once the ports, the nodes that mark the tensors to send, are in place.  Each check
+is therefore run by the party that runs the kernel, and no additional tensor is sent.  Checks are
+added before differentiation, and also inside the subgraph bodies of control-flow nodes.  Kernels
+that compute addresses from values are handled in :mod:`addresses`.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def attach_loss(
     """Add graph outputs that hold ``loss`` and its metric, computed from ``output``.
 
     - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes; the labels (N, ...)
-      are int64 in [0, C); the metric is accuracy.  If the classes are on another axis than 1, the
-      labels have the output's shape without this axis.
+      are int64 in [0, C); the metric is accuracy.  If the classes are on an axis other than 1,
+      the labels have the output's shape without that axis.
     - ``mse``, ``l1``: the labels are float32 and have the output's shape; there is no metric.
     - ``bce-with-logits``: the output holds raw scores; the labels are float32 from 0 to 1 and have
       the output's shape; the metric is accuracy.

@@ -160,7 +160,7 @@ def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
 
 
 def is_float(value: ir.Value) -> bool:
-    """Return whether a value may have a gradient: its type is a float type or unknown."""
+    """Return whether a value may have a gradient, that is, if its type is a float or unknown."""
     return value.dtype is None or value.dtype.is_floating_point()
 
 

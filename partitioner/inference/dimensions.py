@@ -297,7 +297,10 @@ def is_unknown(amount: Amount) -> bool:
 
 
 def list_terms(amount: Amount) -> list[tuple[tuple[str, ...], int]]:
-    """List the terms of an amount, each as a pair of its unknown sizes and its integer factor."""
+    """List the terms of a symbolic size, each as its unknown sizes and their integer coefficient.
+
+    A term is the product of its unknown sizes and its coefficient.
+    """
     return list(amount.terms) if isinstance(amount, Dim) else [((), int(amount))]
 
 

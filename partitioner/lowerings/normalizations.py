@@ -142,7 +142,7 @@ def lower_rms_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_rms_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace SimplifiedLayerNormalizationGrad with its formulas for the input and the scale.
+    """Replace SimplifiedLayerNormalizationGrad with formulas for the input's and scale's gradients.
 
     The formulas are:
 

@@ -6,8 +6,8 @@ ReduceSum-13 and related operators at onnx.ai/onnx/operators).  However, onnxrun
 copies the input, or fails if the ``axes`` input is missing.
 
 Inputs that list axes must be vectors, but some exporters write a single axis as a scalar.  ONNX
-Runtime accepts such a scalar for some operators but not for others, which may include the operators
-of the gradient.
+Runtime accepts such a scalar for some operators but not for others, possibly including operators of
+the gradient graph.  The scalars are therefore replaced by vectors.
 """
 
 from __future__ import annotations

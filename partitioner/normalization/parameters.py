@@ -215,14 +215,14 @@ def _read_type(node: ir.Node) -> int:
 
 
 def find_input_scalings(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol]) -> list[str]:
-    """Find the weights that only normalize a raw input, such as the mean and deviation of images.
+    """Find the weights that only normalize a raw input, such as an image's mean, and return them.
 
-    Return their names.  Such a weight is added to a raw input, subtracted from it, multiplied with
-    it, or used to divide it.  This happens before any other weight is used, and another weight is
-    used later.  A weight that is added or multiplied must be a vector, such as one number for each
-    channel.  A weight that is only subtracted or divided by may have any shape.  An added vector of
-    zeros and a factor of ones are not included, because a learned bias or scale begins with these
-    values.
+    Such a weight is added to a raw input, subtracted from it, multiplied by it, or used to divide
+    it.  It is applied before all other weights, and at least one other weight is applied
+    afterwards.  An addend or a factor must be a vector, such as one number for each channel, but a
+    subtrahend or a divisor may have any shape.  An addend of zeros and a factor of ones are not
+    included, because a learned bias or scale begins with these values.  The weights are returned by
+    name.
 
     ``weights`` maps the names of the graph inputs that are weights to their tensors.
     """

@@ -1,8 +1,8 @@
 """Interpolation along one axis: which input elements each output element reads, and their weights.
 
 The formulas are those of Resize-19 at onnx.ai/onnx/operators; antialiasing works as in the
-reference implementation of the onnx package.  This module only calculates with sizes and scales; it
-does not build graphs.
+reference implementation of the onnx package.  This module only does arithmetic on sizes
+and scales; it does not build graphs.
 """
 
 from __future__ import annotations

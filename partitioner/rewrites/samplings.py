@@ -107,9 +107,9 @@ class ImageAxis:
         return builder.op("Add", builder.op("Mul", builder.detach(sign), x), builder.detach(shift))
 
     def bring_inside(self, x: ir.Value) -> ir.Value:
-        """Clamp or reflect coordinates outside the image, as the padding requires.
+        """Clamp or reflect coordinates outside the image, as the padding mode requires.
 
-        With the padding ``"zeros"``, the coordinates are left unchanged.
+        In the mode ``"zeros"``, the coordinates are left unchanged.
         """
         builder = self.builder
         if self.padding == "reflection":

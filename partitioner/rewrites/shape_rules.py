@@ -1,8 +1,8 @@
 """Extents: the sizes of a tensor's dimensions, as numbers or as values computed in the graph.
 
 An extent is a number if the size is known, and a value of the graph otherwise.  Rewrites that use
-extents keep every dynamic dimension of the model dynamic.  This module handles shapes and
-calculates with them; it does not depend on any operator.
+extents keep every dynamic dimension of the model dynamic.  This module contains
+only arithmetic on shapes; nothing in it is specific to one operator.
 """
 
 from __future__ import annotations

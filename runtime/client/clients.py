@@ -277,7 +277,7 @@ class Client:
         """Perform one training step on a batch, and return the step's results, ``loss`` first.
 
         Raises:
-            UsageError: a call of :meth:`fit` is still running.
+            UsageError: a call to :meth:`fit` is still running.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         check_batch(batch, self._phase(TRAIN).data)

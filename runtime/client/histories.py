@@ -49,7 +49,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """The records of one call of :meth:`Client.fit`, in chronological order."""
+    """The records of one call to :meth:`Client.fit`, in chronological order."""
 
     steps: list[StepRecord] = []
     evaluations: list[Evaluation] = []

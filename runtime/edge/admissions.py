@@ -41,7 +41,7 @@ class Connection(Protocol):
 
     @property
     def owner(self) -> str | None:
-        """Return the owner of the client's token, or ``None`` if no token has been shown yet."""
+        """Return the owner of the client's token, or ``None`` if it has not sent a token yet."""
 
     @property
     def transport(self) -> asyncio.BaseTransport:

@@ -164,7 +164,7 @@ class LimitedConnection(ServerConnection):
 
     @property
     def owner(self) -> str | None:
-        """Return the owner of the client's token, or ``None`` if no token has been shown yet."""
+        """Return the owner of the client's token, or ``None`` if it has not sent a token yet."""
         return None if self.identity is None else self.identity.owner
 
     def become_client(self, identity: Identity) -> None:

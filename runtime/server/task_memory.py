@@ -79,7 +79,7 @@ class TaskMemory:
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
 
     def settle(self, session: Session | None) -> None:
-        """Release the memory of finished tasks, and count open tasks as idle from now on."""
+        """Release the memory of finished tasks, and mark open tasks as idle."""
         budget = self._context.budget
         if budget is None or session is None:
             return

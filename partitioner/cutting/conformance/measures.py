@@ -26,7 +26,10 @@ class Difference:
 
 
 def find_largest(expected: Sequence[Arrays], found: Sequence[Arrays]) -> Difference:
-    """Return the largest difference in all batches, among tensors that are in both results."""
+    """Return the largest difference across all batches, for tensors that both results contain.
+
+    ``expected`` and ``found`` are the results, one dictionary per batch.
+    """
     none = Difference(tensor="", batch=0, size=0.0)
     return max([none, *list_differences(expected, found)], key=lambda each: each.size)
 
