@@ -43,6 +43,6 @@ def miss(package: str, extra: str, purpose: str) -> MissingExtra:
 
 
 def has_training_wheel() -> bool:
-    """Return whether this Python version and machine can install onnxruntime-training 1.19.2."""
+    """Return whether onnxruntime-training 1.19.2 can be installed on this machine and Python."""
     is_common = sys.platform == "darwin" or platform.machine().lower() in ("x86_64", "amd64")
     return is_common and sys.version_info < (3, 13)

@@ -56,9 +56,9 @@ def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
     """Limit the sampling coordinates of a GridSample node that reflects at the image border.
 
     Coordinates from -1 to 1 are inside the image, and reflection repeats with period 4.  So each
-    coordinate is replaced by its remainder modulo 4, which reflects to the same pixel.  The check
-    fails if a coordinate is NaN or infinite.  With ``align_corners``, it also fails if an axis of
-    the image is only one pixel long.
+    coordinate is replaced by its remainder modulo 4, which reflects to the same pixel.  A check is
+    also added.  It fails at run time if a coordinate is NaN or infinite and, with
+    ``align_corners``, if an axis of the image is only one pixel long.
 
     Raises:
         UnsupportedModel: with ``align_corners``, an axis is already known to be one pixel long.

@@ -68,7 +68,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Sides:
-    """Both parties' sides of a cut at the tensors ``at`` and ``tail_at``, not checked yet."""
+    """The server's and the client's side of a cut whose validity has not been checked yet."""
 
     at: tuple[ir.Value, ...]
     tail_at: tuple[ir.Value, ...]

@@ -55,7 +55,7 @@ def lower_batch_norm(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def lower_batch_norm_grad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Replace BatchNormalizationGrad with its formulas for the input, the scale and the bias.
+    """Replace BatchNormalizationGrad with formulas for the gradients of its three inputs.
 
     The formulas are:
 

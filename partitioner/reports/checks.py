@@ -106,7 +106,7 @@ class Check:
 
     @property
     def trainable(self) -> bool:
-        """Return whether the model can be trained without changes, for either target runtime."""
+        """Return whether the model can be trained without changes, on both target runtimes."""
         return not self.obstacles
 
 

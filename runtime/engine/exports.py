@@ -53,7 +53,7 @@ _ONNX, _ORT = ".onnx", ".ort"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedGraph:
-    """An exported stage graph: its file name, its number of nodes and its size in both formats."""
+    """An exported stage graph: its name, its number of nodes, and its size as ONNX and as ORT."""
 
     name: str
     nodes: int

@@ -1,8 +1,9 @@
 """A strict parser for Protocol Buffers, which reads a message field by field.
 
 It accepts only what serializers write.  It refuses a message if a field or its wire type is not in
-the table, if a field that may occur only once occurs twice (parsers differ in how they merge such
-fields), if there is a group, if a number has more than 64 bits, or if a length exceeds the message.
+the caller's table, if a field that may occur only once occurs twice (parsers differ in how they
+merge such fields), if it contains a group, if a number has more than 64 bits, or if a length exceeds
+the message.
 Nothing is copied or stored: each field is returned as its number or as the position of its bytes.
 (Format: protobuf.dev/programming-guides/encoding.)
 

@@ -56,7 +56,7 @@ def summarize_sending(sending: Sending) -> dict[str, Any]:
 
 
 def summarize_explanation(explanation: Explanation) -> dict[str, Any]:
-    """Return an explanation as a dictionary, including the sentences of its proof."""
+    """Return an explanation of what leaves a client as a dictionary that includes the proof."""
     import msgspec
 
     return {
