@@ -2,9 +2,9 @@
 
 It accepts only what serializers write.  It refuses a message if a field or its wire type is not in
 the caller's table, if a field that may occur only once occurs twice (parsers differ in how they
-merge such fields), if it contains a group, if a number has more than 64 bits, or if a length exceeds
-the message.
-Nothing is copied or stored: each field is returned as its number or as the position of its bytes.
+merge such fields), if it contains a group, if a number has more than 64 bits, or if a length
+exceeds the message.  Nothing is copied or stored: each field is returned as its number or as the
+position of its bytes.
 (Format: protobuf.dev/programming-guides/encoding.)
 
 This module knows nothing about ONNX; the caller decides which fields contain which messages.

@@ -30,7 +30,7 @@ class Heap:
             self._keep_freed()
 
     def tidy(self, most: int) -> None:
-        """Return freed memory to the system if the heap could hold more than ``most`` bytes free."""
+        """Return freed memory to the system if more than ``most`` bytes of it could be held."""
         if self._library is None:
             return
         if self._needed is None or measure_private() - self._needed > most:
