@@ -130,7 +130,7 @@ def cut(
         check: whether to compare the cut model with the original on random inputs.  The expected
             results come from onnx's reference evaluator and from ONNX Runtime without
             optimizations.  Small differences, and whatever cannot be compared, are logged as
-            warnings.  By default, models with up to 256 MiB of weights are compared, unless the
+            warnings.  By default, models with up to 64 MiB of weights are compared, unless the
             environment variable ``SPLITONNX_NO_CHECK`` is set to 1.  An ``onnx_ir`` model cannot be
             compared, because cutting changes it.
         approve: a function that is called before the bundle is built and can refuse the cut.

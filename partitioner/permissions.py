@@ -22,10 +22,14 @@ from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.differentiation.losses import LABELS
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
-from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size, walk_back
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size
 
-_NO_LAYERS = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization", "BatchNormInternal"})
-"""Operators that only shift, scale or normalize each number, even if they have weights."""
+_LAYERS = frozenset(
+    {"Conv", "ConvTranspose", "DeformConv", "Einsum", "FusedMatMul", "GRU", "Gather", "Gemm",
+     "LSTM", "MatMul", "RNN"}
+)  # fmt: skip
+"""Operators that mix the numbers of their input by weights, or replace them by rows of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class Permission:
     inputs: tuple[str, ...] = ()
     labels: bool = False
 
+    @attribute_errors_to_pass("searched for what leaves the client")
     def check(self, prepared: PreparedModel, training: JointGraph, predict: JointGraph) -> None:
         """Check that a cut sends all permitted raw inputs and labels, and no others.
 
@@ -83,44 +88,38 @@ class Permission:
 
 
 def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
-    """Find the raw data that the client sends.
+    """Map each tensor that the client sends and that holds raw data to the inputs concerned.
 
-    ``joint`` is the graph of the cut model, and ``raw`` names the model's inputs that are data.
-    Return a map from the name of each sent tensor that is raw data to the names of the inputs that
-    it is computed from.
-
-    A tensor is raw data if it is an input, or if it is computed from inputs without a layer of
-    weights.  Shifting, scaling and normalizing by stored numbers, such as an image's mean, do not
-    count as a layer.  Tensors that contain only sizes are not raw data.
+    A tensor holds raw data of an input if it is that input, or is computed from it along a path
+    without a layer of weights, even if other paths have one.  Gradients that the client sends are
+    included.  Tensors that hold only sizes are not.
     """
     readers = {node for node in joint.graph if reads_size(node)}
+    bare = _trace_bare(joint, raw, readers)
     found: dict[str, list[str]] = {}
     for wire in joint.wires:
-        if wire.crossing.sender != CLIENT or wire.kind in (WireKind.GRADIENT, WireKind.NORM):
-            continue
-        nodes, sources = walk_back([wire.crossing.value], ends=readers)
-        inputs = {value for value in sources if value.name in raw}
-        if inputs and not _has_layer(joint, nodes, inputs):
+        if wire.crossing.sender == CLIENT and bare.get(wire.crossing.value):
             name = wire.tensor.name.removesuffix(f"@{wire.crossing.receiver}")
-            found[name] = sorted(value.name or "" for value in inputs)
+            found[name] = sorted(bare[wire.crossing.value])
     return found
 
 
-def _has_layer(joint: JointGraph, nodes: set[ir.Node], inputs: set[ir.Value]) -> bool:
-    """Return whether one of ``nodes`` applies weights to what is computed from ``inputs``."""
+def _trace_bare(
+    joint: JointGraph, raw: set[str], readers: set[ir.Node]
+) -> dict[ir.Value, frozenset[str]]:
+    """Map each value to the raw inputs that reach it along a path without a layer of weights."""
     weights = {value for value in joint.graph.inputs if value.name in joint.owners}
-    data = set(inputs)
+    bare = {v: frozenset({v.name or ""}) for v in joint.graph.inputs if v.name in raw}
     for node in joint.graph:
-        if node not in nodes or reads_size(node):
+        if node in readers:
             continue
-        reads = set(list_inputs(node))
-        if reads & data:
-            data.update(node.outputs)
-        elif reads & weights:
+        read = list_inputs(node)
+        reached = frozenset().union(*(bare.get(value, frozenset()) for value in read))
+        if not reached and weights.intersection(read):
             weights.update(node.outputs)
-        if reads & data and reads & weights and node.op_type not in _NO_LAYERS:
-            return True
-    return False
+        if reached and not (node.op_type in _LAYERS and weights.intersection(read)):
+            bare.update(dict.fromkeys(node.outputs, reached))
+    return bare
 
 
 def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
@@ -207,7 +206,7 @@ def cut(
         check: whether to compare the cut model with the original on random inputs.  The expected
             results come from onnx's reference evaluator and from ONNX Runtime without
             optimizations.  Small differences, and whatever cannot be compared, are logged as
-            warnings.  By default, models with up to 256 MiB of weights are compared, unless the
+            warnings.  By default, models with up to 64 MiB of weights are compared, unless the
             environment variable ``SPLITONNX_NO_CHECK`` is set to 1.  An ``onnx_ir`` model cannot be
             compared, because cutting changes it.
 

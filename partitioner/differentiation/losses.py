@@ -112,6 +112,8 @@ def fit_loss(
         _refuse_no_loss(value)
     _find_hidden(graph, _list_names(loss, value, options))
     if loss == "from-model":
+        if options != USUAL:
+            raise UsageError("--labels and --class-axis are for other losses than from-model")
         return None
     if value.shape is None or value.dtype is None or not value.dtype.is_floating_point():
         raise UnsupportedModel(f"output '{output}'", f"{loss} needs a float tensor of known rank")

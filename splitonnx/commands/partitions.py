@@ -168,7 +168,7 @@ def cut(
         bool | None,
         typer.Option(
             "--check/--no-check",
-            help="Compare what was cut with the model, on random inputs; by default up to 256 MiB "
+            help="Compare what was cut with the model, on random inputs; by default up to 64 MiB "
             "of weights.",
             show_default=False,
         ),

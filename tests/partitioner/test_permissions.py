@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import helper
@@ -88,12 +90,70 @@ def test_an_image_that_is_only_normalized_is_raw(at: str) -> None:
     assert splitonnx.cut(model, at="c", send_labels=True).server
 
 
-def test_what_weights_have_changed_is_not_raw() -> None:
+def test_what_a_layer_has_changed_on_every_path_is_not_raw() -> None:
     net = Net()
     masked = net.op("Mul", net.op("MatMul", "x", net.weight("w1", 4, 4), out="h1"), "mask", out="m")
-    output = net.op("MatMul", masked, net.weight("w2", 4, 3), out="scores")
+    hidden = net.op("MatMul", masked, net.weight("w2", 4, 4), out="h2")
+    output = net.op("MatMul", hidden, net.weight("w3", 4, 3), out="scores")
     model = net.finish({"x": (FLOAT, ["N", 4]), "mask": (FLOAT, ["N", 4])}, output, 3)
-    assert list_data_sent(splitonnx.cut(model, at="m", send_labels=True)) == {"labels@server"}
+    assert list_data_sent(splitonnx.cut(model, at="h2", send_labels=True)) == {"labels@server"}
+
+
+def beside_a_layer(net: Net) -> str:
+    """Put the input beside what a layer made of it."""
+    return net.op("Concat", net.op("MatMul", "x", net.weight("wq", 4, 4), out="a"), "x", out="q",
+                  axis=1)  # fmt: skip
+
+
+def added_to_a_layer(net: Net) -> str:
+    return net.op("Add", net.op("MatMul", "x", net.weight("wq", 4, 4), out="a"), "x", out="q")
+
+
+def chosen_beside_weights(net: Net) -> str:
+    positive = net.op("Greater", "x", net.constant("zero", np.array(0, np.float32)), out="positive")
+    return net.op("Where", positive, "x", net.weight("wq", 4), out="q")
+
+
+def bounded_by_weights(net: Net) -> str:
+    return net.op("Max", "x", net.weight("wq", 4), out="q")
+
+
+def normalized_with_weights(net: Net) -> str:
+    scale, bias = net.weight("scale", 4), net.weight("bias", 4)
+    return net.op("LayerNormalization", "x", scale, bias, out="q")
+
+
+@pytest.mark.parametrize(
+    ("build", "width"),
+    [
+        (beside_a_layer, 8),
+        (added_to_a_layer, 4),
+        (chosen_beside_weights, 4),
+        (bounded_by_weights, 4),
+        (normalized_with_weights, 4),
+    ],
+)
+def test_an_input_that_a_path_without_a_layer_reaches_is_raw(
+    build: Callable[[Net], str], width: int
+) -> None:
+    net = Net()
+    value = net.op("MatMul", build(net), net.weight("w1", width, 5), out="h")
+    value = net.op("MatMul", net.op("Relu", value, out="r"), net.weight("w2", 5, 3), out="scores")
+    model = net.finish({"x": (FLOAT, ["N", 4])}, value, 3)
+    with pytest.raises(InputsNotPermitted, match=r"'q'.*'x'"):
+        splitonnx.cut(model, at="q", tail_at="r")
+    assert splitonnx.cut(model, at="q", tail_at="r", send_inputs=["x"]).server
+    assert splitonnx.cut(model, at="h", tail_at="r").server
+
+
+def test_a_gradient_that_holds_an_input_is_raw() -> None:
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w1", 4, 4), out="h")
+    tail = net.op("MatMul", net.op("Relu", hidden, out="r"), net.weight("w2", 4, 4), out="t")
+    model = net.finish({"x": (FLOAT, ["N", 4])}, net.op("Mul", tail, "x", out="y"), 4)
+    with pytest.raises(InputsNotPermitted, match="'x'"):
+        splitonnx.cut(model, at="h", tail_at="t", loss="mse")
+    assert splitonnx.cut(model, at="h", tail_at="t", loss="mse", send_inputs=["x"]).server
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from splitonnx.partitioner.cutting.conformance.originals import (
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.gates import ModelSource, read_original
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.normalization.weights import read_array
 
@@ -48,7 +49,7 @@ MOST_BYTES = 1 << 30
 
 The comparison serializes the model four times.
 """
-USUAL_BYTES = 1 << 28
+USUAL_BYTES = 1 << 26
 """The total size of weights, in bytes, up to which a model is compared by default.
 
 Comparing a larger model takes several seconds, so the user has to ask for it.
@@ -86,6 +87,7 @@ class _Form:
     made: Sequence[_Made]
 
 
+@attribute_errors_to_pass("compared with the model given")
 def compare_with_original(
     source: ModelSource,
     prepared: PreparedModel,
