@@ -229,6 +229,7 @@ def cut_prepared(
     )
     options = LossOptions(class_axis=class_axis, labels=labels)
     _say_class_axis(prepared, loss, output, options)
+    _say_freed_sizes(prepared)
     _say_kept_scalings(prepared)
     _say_repeated_activation(prepared, loss, output, options)
     _say_batch(prepared)
@@ -254,6 +255,21 @@ def _say_repeated_activation(
             output,
             repeated.op_type,
             repeated.name,
+        )
+
+
+def _say_freed_sizes(prepared: PreparedModel) -> None:
+    """Log a warning if the user made a fixed size of an input symbolic."""
+    freed = [
+        f"{name}={size}"
+        for name, size in prepared.adjustments.dims.items()
+        if ":" in name and isinstance(size, str)
+    ]
+    if freed:
+        _log.warning(
+            "--dim %s: nodes that the exporter wrote for the fixed size may mix samples; compare "
+            "the predictions for several samples with those for each alone, or export again",
+            ", ".join(freed),
         )
 
 

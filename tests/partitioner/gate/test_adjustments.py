@@ -53,11 +53,14 @@ def test_a_fixed_axis_becomes_a_symbol_and_what_was_inferred_is_forgotten() -> N
     open_model(model)
 
 
-def test_a_model_exported_for_one_sample_trains_with_many_once_its_batch_is_named() -> None:
+def test_a_model_exported_for_one_sample_trains_with_many_once_its_batch_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, data = load_model("42_fixed_batch"), load_data("42_fixed_batch")
     (given,) = [value.name for value in model.graph.input]
     bundle = cut(model, at=None, dims={f"{given}:0": "N"}, check=True)
     assert bundle.manifest.recipe.dims == {f"{given}:0": "N"}
+    assert "may mix samples" in caplog.text
     assert verify(bundle, data, batch_size=8).ok
     with Client(bundle.client, threads=1) as client:
         found = client.predict({given: data[given]})
