@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError, quote
-from splitonnx.manifests import Recipe, Role
+from splitonnx.manifests import Recipe
 from splitonnx.names import TARGETS, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
 from splitonnx.partitioner.cutting.assemblies import assemble
@@ -31,22 +31,19 @@ from splitonnx.partitioner.cutting.joints import JointGraph, build_predict, buil
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
 from splitonnx.partitioner.cutting.passes.batches import describe_freed
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.differentiation.final_activations import CONTAINED
 from splitonnx.partitioner.differentiation.losses import (
     LABELS,
     LossOptions,
     describe_scores,
     find_class_axis,
 )
-from splitonnx.partitioner.differentiation.squashings import (
-    CONTAINED,
-    find_repeated_activation,
-)
+from splitonnx.partitioner.differentiation.squashings import find_repeated_activation
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import is_float, map_values
 from splitonnx.partitioner.merges import merge
-from splitonnx.partitioner.normalization.parameters import find_input_scalings
 from splitonnx.partitioner.normalization.weights import make_pattern
 
 NO_CHECK = "SPLITONNX_NO_CHECK"
@@ -88,52 +85,8 @@ def cut(
     """Cut a model into a client part and a server part, ready for training.
 
     Users call :func:`splitonnx.cut` (in :mod:`permissions`), which refuses to send raw inputs or
-    labels without permission.  This function does not check for permission; ``approve`` can do so.
-
-    Args:
-        model: a path, the bytes of an ONNX model, or a loaded model.  An ``onnx.ModelProto`` is not
-            changed.  An ``onnx_ir`` model is changed and must not be used afterwards; it is assumed
-            to be valid.
-        at: the tensors that the client sends to the server, given as tensor names, node names or
-            glob patterns.  The nodes before these tensors are the client's head.  If ``at`` is
-            ``None``, the model is not cut, for training without a server.
-        tail_at: the tensors that the server sends back to the client in a U-shaped cut.  The
-            client then also has the nodes after these tensors, the loss and the labels.
-        loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` if
-            ``output`` is itself the loss; see :func:`losses.attach_loss`.
-        output: the model output from which the loss is computed; by default the first float
-            output.
-        optimizer: the optimizer that updates the parameters; by default ``AdamW(lr=1e-3)``.
-        batchnorm: ``train`` normalizes with batch statistics and updates the running statistics,
-            ``frozen`` uses the running statistics; by default each node's own setting applies.  A
-            dictionary maps regular expressions for the names of nodes and of their tensors to
-            modes; the last one that matches a node applies.
-        dropout: ``keep`` turns every Dropout on, ``off`` turns every Dropout off; by default each
-            node's own setting applies.
-        train: regular expressions for the names of parameters to train.  An expression that matches
-            no parameter selects constants, which then become parameters.  ``train`` takes
-            precedence over ``freeze``.
-        freeze: regular expressions for the names of parameters that keep their values.
-        dims: new sizes of the model's inputs, by symbol or by an axis written as ``input:axis``.  A
-            size is a number, or a symbol, which makes a fixed size variable.
-        bind: a dictionary from names of inputs to constant values, such as a sampling rate.  A
-            value is one number for all elements, or one for each element.  The data then need not
-            contain these inputs.
-        ties: pairs of parameters that are trained as one.  Both must have equal values, or one must
-            be the transpose of the other.  The first replaces the second.
-        stop_gradients: the tensors through which no gradient passes, named as in ``at``.
-        class_axis: the axis of ``output`` that holds the classes for ``cross-entropy``; by default
-            axis 1, or the last axis if its size is known and that of axis 1 is not.
-        labels: the name of the labels in the data.
-        client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
-            ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
-        check: whether to compare the cut model with the original on random inputs.  The expected
-            results come from onnx's reference evaluator and from ONNX Runtime without
-            optimizations.  Small differences, and whatever cannot be compared, are logged as
-            warnings.  By default, models with up to 64 MiB of weights are compared, unless the
-            environment variable ``SPLITONNX_NO_CHECK`` is set to 1.  An ``onnx_ir`` model cannot be
-            compared, because cutting changes it.
-        approve: a function that is called before the bundle is built and can refuse the cut.
+    labels without permission, and which documents the arguments.  This function does not check for
+    permission; ``approve``, which is called before the bundle is built, can refuse the cut.
 
     Returns:
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
@@ -228,10 +181,12 @@ def cut_prepared(
         server_target=server_target,
     )
     options = LossOptions(class_axis=class_axis, labels=labels)
-    _say_class_axis(prepared, loss, output, options)
+    axis = find_class_axis(prepared.training.graph, loss, output, options)
+    if axis != 1 and class_axis is None:
+        _say_class_axis(prepared, output, axis)
     _say_freed_sizes(prepared)
     _say_kept_scalings(prepared)
-    _say_repeated_activation(prepared, loss, output, options)
+    _say_repeated_activation(prepared, loss, output, axis)
     _say_batch(prepared)
     training = build_training(prepared, names_at, names_tail, loss, output, options)
     predict = build_predict(prepared, names_at, names_tail)
@@ -240,11 +195,8 @@ def cut_prepared(
     return assemble(prepared, training, predict, recipe, optimizer)
 
 
-def _say_repeated_activation(
-    prepared: PreparedModel, loss: str, output: str, options: LossOptions
-) -> None:
+def _say_repeated_activation(prepared: PreparedModel, loss: str, output: str, axis: int) -> None:
     """Log a warning if the loss applies an activation that the model applies as well."""
-    axis = find_class_axis(prepared.training.graph, loss, output, options)
     repeated = find_repeated_activation(map_values(prepared.skeleton.graph)[output], loss, axis)
     if repeated is not None:
         _log.warning(
@@ -274,8 +226,16 @@ def _say_freed_sizes(prepared: PreparedModel) -> None:
 
 
 def _say_kept_scalings(prepared: PreparedModel) -> None:
-    """Log a warning if weights are not trained because they only scale or shift raw inputs."""
-    kept = _list_kept_scalings(prepared)
+    """Log a warning if weights are not trained because they only scale or shift raw inputs.
+
+    Weights that the user froze or bound are not mentioned.
+    """
+    kept = [
+        name
+        for name in prepared.kept_scalings
+        if name not in prepared.adjustments.bindings
+        and not any(re.search(pattern, name) for pattern in prepared.freeze)
+    ]
     if kept:
         _log.warning(
             "%s: not trained, because only raw inputs are scaled or shifted by it, as by an "
@@ -299,29 +259,14 @@ def _say_batch(prepared: PreparedModel) -> None:
             _log.warning("%s", sentence)
 
 
-def _say_class_axis(prepared: PreparedModel, loss: str, output: str, options: LossOptions) -> None:
-    """Log a warning if the classes are on an axis other than 1 that the user did not name."""
-    graph = prepared.training.graph
-    axis = find_class_axis(graph, loss, output, options)
-    if axis != 1 and options.class_axis is None:
-        _log.warning(
-            "cross-entropy takes the last axis of %s as the classes, since only its size is known; "
-            "--class-axis %d says the same without this line",
-            describe_scores(graph, output),
-            axis,
-        )
-
-
-def _list_kept_scalings(prepared: PreparedModel) -> list[str]:
-    """List the weights that only scale or shift raw inputs, unless the user froze or bound them."""
-    found = find_input_scalings(prepared.skeleton.graph, prepared.weights)
-    return [
-        name
-        for name in found
-        if prepared.roles[name] is Role.FROZEN
-        and name not in prepared.adjustments.bindings
-        and not any(re.search(pattern, name) for pattern in prepared.freeze)
-    ]
+def _say_class_axis(prepared: PreparedModel, output: str, axis: int) -> None:
+    """Log a warning that the classes are on an axis other than 1 that the user did not name."""
+    _log.warning(
+        "cross-entropy takes the last axis of %s as the classes, since only its size is known; "
+        "--class-axis %d says the same without this line",
+        describe_scores(prepared.training.graph, output),
+        axis,
+    )
 
 
 def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from splitonnx.partitioner.cutting.passes.passes import PASSES
 from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.normalization.parameters import find_input_scalings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,12 @@ class PreparedModel:
     def trainable(self) -> tuple[str, ...]:
         """Names of the trained parameters, in the model's order."""
         return tuple(name for name, role in self.roles.items() if role is Role.PARAMETER)
+
+    @cached_property
+    def kept_scalings(self) -> tuple[str, ...]:
+        """Names of the weights that are not trained because they only normalize a raw input."""
+        found = find_input_scalings(self.skeleton.graph, self.weights)
+        return tuple(name for name in found if self.roles[name] is Role.FROZEN)
 
 
 def prepare(

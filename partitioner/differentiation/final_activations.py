@@ -18,7 +18,8 @@ from splitonnx.partitioner.graphs.traversals import map_values
 EDGE = 1e-3
 """The largest distance from 0 and 1 at which a Clip is assumed only to keep logarithms finite."""
 
-_ACTIVATIONS = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
+CONTAINED = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
+"""Maps a loss to the activation that it contains."""
 _MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze"})
 
 
@@ -78,7 +79,7 @@ def find_activation(output: ir.Value, loss: str, class_axis: int = 1) -> Activat
     - nodes that only change the shape.  After a Softmax, ``class_axis`` must be 1, and the first
       two dimensions (the batch and the classes) must stay the same.
     """
-    kind, value = _ACTIVATIONS.get(loss), output
+    kind, value = CONTAINED.get(loss), output
     if kind is None:
         return None
     passed: list[ir.Value] = []

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.differentiation.final_activations import find_activation
+from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
 from splitonnx.partitioner.graphs.builders import known_array
 
-CONTAINED = {"cross-entropy": "Softmax", "bce-with-logits": "Sigmoid"}
-"""Maps a loss to the activation that it contains."""
 SQUASHING = frozenset({"HardSigmoid", "Sigmoid", "Softmax"})
 _BEHIND = frozenset(
     {"Add", "Cast", "Clip", "Div", "Flatten", "Identity", "Mul", "Reshape", "Slice", "Squeeze",

@@ -152,7 +152,7 @@ def run_session(
     names = [output.name for output in session.get_outputs()]
     results = []
     for batch in batches:
-        given = _decode(batch)  # kept until then: an output may be an input's memory
+        given = decode_arrays(batch)  # kept until then: an output may be an input's memory
         results.append(_encode(names, session.run(names, given)))
     return results
 
@@ -179,7 +179,7 @@ def run_reference(
         evaluator = ReferenceEvaluator(model, new_ops=list(CORRECTIONS))
         names = evaluator.output_names
         try:
-            return [_encode(names, evaluator.run(None, _decode(batch))) for batch in batches]
+            return [_encode(names, evaluator.run(None, decode_arrays(batch))) for batch in batches]
         except (AttributeError, NameError, TypeError) as error:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error  # its own, not ours
 
@@ -206,19 +206,28 @@ def _limit_time(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _decode(tensors: Mapping[str, bytes]) -> dict[str, Any]:
+def decode_arrays(tensors: Mapping[str, bytes]) -> dict[str, np.ndarray]:
+    """Decode arrays from serialized ``TensorProto`` messages."""
     return {
         name: onnx.numpy_helper.to_array(onnx.TensorProto.FromString(content))
         for name, content in tensors.items()
     }
 
 
-def _encode(names: Sequence[str], values: Any) -> dict[str, bytes]:
+def encode_arrays(arrays: Mapping[str, Any]) -> dict[str, bytes]:
+    """Encode arrays as serialized ``TensorProto`` messages to send them to another process.
+
+    Values that are not arrays, such as sequences, are left out.
+    """
     return {
         name: onnx.numpy_helper.from_array(np.asarray(value)).SerializeToString()
-        for name, value in zip(names, values, strict=True)
+        for name, value in arrays.items()
         if isinstance(value, np.ndarray | np.generic)
     }
+
+
+def _encode(names: Sequence[str], values: Any) -> dict[str, bytes]:
+    return encode_arrays(dict(zip(names, values, strict=True)))
 
 
 def _import_onnxruntime() -> Any:

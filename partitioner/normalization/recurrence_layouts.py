@@ -10,8 +10,11 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 
-_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
-"""Maps a recurrent operator to the indices of its inputs that contain a state."""
+FIRST_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
+"""Maps a recurrent operator to the indices of its inputs that contain an initial state.
+
+Such a state has the shape ``[directions, batch, size]`` in layout 0.
+"""
 
 
 def normalize_layouts(graph: ir.Graph) -> None:
@@ -20,7 +23,7 @@ def normalize_layouts(graph: ir.Graph) -> None:
     Transpose nodes before and after the new node convert its inputs and outputs.
     """
     for node in list(graph):
-        if node.op_type not in _STATES or node.domain:
+        if node.op_type not in FIRST_STATES or node.domain:
             continue
         if node.attributes.get_int("layout", 0) == 1:
             _transpose(node)
@@ -29,7 +32,7 @@ def normalize_layouts(graph: ir.Graph) -> None:
 def _transpose(node: ir.Node) -> None:
     builder = NodeBuilder(f"{node.name}/layout")
     inputs = list(node.inputs)
-    for index in (0, *_STATES[node.op_type]):
+    for index in (0, *FIRST_STATES[node.op_type]):
         if index < len(inputs) and inputs[index] is not None:
             inputs[index] = builder.op("Transpose", inputs[index], perm=[1, 0, 2])
     attributes = {name: value for name, value in node.attributes.items() if name != "layout"}

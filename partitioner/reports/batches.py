@@ -9,10 +9,9 @@ import onnx_ir as ir
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.graphs.builders import known_array
 from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.normalization.recurrence_layouts import FIRST_STATES
 from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make_option
 
-_FIRST_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
-"""Maps a recurrent operator to the indices of its inputs that are initial states."""
 _BROADCASTING = frozenset({"Add", "Div", "Mul", "Sub", "Where"})
 
 
@@ -84,7 +83,7 @@ def _find_constants(graph: ir.Graph, symbols: set[str]) -> Iterator[tuple[ir.Nod
             continue
         if node.op_type == "Reshape":
             found = _read_target(node)
-        elif node.op_type in _FIRST_STATES:
+        elif node.op_type in FIRST_STATES:
             found = _read_first_states(node)
         elif node.op_type == "Concat":
             found = _read_parts(node)
@@ -115,7 +114,7 @@ def _read_first_states(node: ir.Node) -> tuple[str, int] | None:
     axis = 0 if node.attributes.get_int("layout", 0) else 1
     source = node.inputs[0]
     dims = _read_dims(source) if source is not None else []
-    for index in _FIRST_STATES[node.op_type]:
+    for index in FIRST_STATES[node.op_type]:
         state = node.inputs[index] if index < len(node.inputs) else None
         size = _read_dims(state)[axis : axis + 1] if state is not None else []
         if size and isinstance(size[0], int) and len(dims) > axis and isinstance(dims[axis], str):

@@ -38,7 +38,6 @@ from splitonnx.partitioner.reports.remarks import Kind, Remark
 from splitonnx.partitioner.reports.running_statistics import remark_on_statistics
 from splitonnx.partitioner.reports.suspects import (
     find_computed,
-    list_kept_scalings,
     remark_on_computed,
     remark_on_conditional,
     remark_on_scalings,
@@ -147,7 +146,7 @@ def check(
         faults, obstacles = _try_training(prepared, losses[0], output)
     doubts = find_computed(prepared)
     noticed = _list_remarks(prepared, doubts, losses, output, producer)
-    doubts |= dict.fromkeys(list_kept_scalings(prepared), "scales or shifts a raw input")
+    doubts |= dict.fromkeys(prepared.kept_scalings, "scales or shifts a raw input")
     cuts, unlisted = _list_cuts(prepared, output)
     return Check(
         opset=opset,

@@ -13,10 +13,9 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from splitonnx.partitioner.cutting.preparations import PreparedModel
-from splitonnx.partitioner.differentiation.final_activations import find_activation
+from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
 from splitonnx.partitioner.differentiation.losses import find_class_axis
 from splitonnx.partitioner.differentiation.squashings import (
-    CONTAINED,
     SQUASHING,
     find_repeated_activation,
 )

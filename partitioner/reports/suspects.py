@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.preparations import PreparedModel
-from splitonnx.partitioner.normalization.parameters import find_input_scalings
 from splitonnx.partitioner.normalization.weights import INNER, list_returned, make_pattern
 from splitonnx.partitioner.reports.formulas import (
     describe_formula,
@@ -73,15 +71,9 @@ def remark_on_computed(reasons: Mapping[str, str]) -> Iterator[Remark]:
         )
 
 
-def list_kept_scalings(prepared: PreparedModel) -> tuple[str, ...]:
-    """List the weights that are not trained because they only normalize a raw input."""
-    found = find_input_scalings(prepared.skeleton.graph, prepared.weights)
-    return tuple(name for name in found if prepared.roles[name] is Role.FROZEN)
-
-
 def remark_on_scalings(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield a remark on the weights from :func:`list_kept_scalings`, if there are any."""
-    names = list_kept_scalings(prepared)
+    """Yield a remark on the weights from :attr:`PreparedModel.kept_scalings`, if there are any."""
+    names = prepared.kept_scalings
     if names:
         verb = "keeps its value" if len(names) == 1 else "keep their value"
         yield Remark(

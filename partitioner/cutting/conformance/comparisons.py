@@ -16,8 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import DifferentResult
-from splitonnx.errors.roots import quote
+from splitonnx.errors import DifferentResult, quote
 from splitonnx.manifests import KEY
 from splitonnx.names import PORTABLE
 from splitonnx.partitioner.cutting.conformance.dataflow import (

@@ -15,7 +15,7 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import NativeCrash
 from splitonnx.manifests import Source, Stage
 from splitonnx.names import PREDICT
-from splitonnx.partitioner.cutting.conformance.samples import Arrays, decode, encode
+from splitonnx.partitioner.cutting.conformance.samples import Arrays
 from splitonnx.partitioner.native import natives, workers
 
 Level: TypeAlias = Literal["none", "basic", "all"]
@@ -36,7 +36,7 @@ def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> li
     Raises:
         NotRun: the evaluator refuses the model or the inputs, or is too slow.
     """
-    given = [encode(batch) for batch in batches]
+    given = [natives.encode_arrays(batch) for batch in batches]
     return _decode(
         lambda: workers.call(natives.run_reference, subject, content, given, SECONDS),
     )
@@ -52,7 +52,7 @@ def run_session(
     Raises:
         NotRun: ONNX Runtime refuses the model or the inputs.
     """
-    given = [encode(batch) for batch in batches]
+    given = [natives.encode_arrays(batch) for batch in batches]
     return _decode(lambda: workers.call(natives.run_session, subject, content, given, level))
 
 
@@ -104,7 +104,7 @@ def _list_read(stage: Stage) -> set[str]:
 
 def _decode(run: Callable[[], Sequence[Mapping[str, bytes]]]) -> list[Arrays]:
     try:
-        return [decode(outputs) for outputs in run()]
+        return [natives.decode_arrays(outputs) for outputs in run()]
     except (workers.Refused, NativeCrash) as error:
         raise NotRun(str(error)) from error
 

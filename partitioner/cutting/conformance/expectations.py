@@ -16,9 +16,13 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
     run_reference,
     run_session,
 )
-from splitonnx.partitioner.cutting.conformance.measures import Difference, list_differences
-from splitonnx.partitioner.cutting.conformance.originals import iter_nodes
+from splitonnx.partitioner.cutting.conformance.measures import (
+    Difference,
+    find_largest,
+    list_differences,
+)
 from splitonnx.partitioner.cutting.conformance.samples import Arrays, iter_draws
+from splitonnx.partitioner.gate.walks import list_nodes
 
 EXACT = 1e-5
 """Relative differences up to this size are ignored, and larger ones if rounding explains them."""
@@ -121,16 +125,16 @@ class Expectation:
         """
         outcomes = [made for made in (self.reference, self.session) if made is not None]
         differences = [
-            [
-                each
-                for each in list_differences(outcome, found)
-                if each.size > self.allow(each.tensor)
-            ]
+            find_largest(
+                [
+                    each
+                    for each in list_differences(outcome, found)
+                    if each.size > self.allow(each.tensor)
+                ]
+            )
             for outcome in outcomes
         ]
-        none = Difference(tensor="", batch=0, size=0.0)
-        largest = [max([none, *every], key=lambda each: each.size) for every in differences]
-        return min(largest, key=lambda difference: difference.size)
+        return min(differences, key=lambda difference: difference.size)
 
 
 def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
@@ -196,11 +200,11 @@ def _is_coarse(model: onnx.ModelProto) -> bool:
     inputs = [value.type.tensor_type.elem_type for value in model.graph.input]
     casts = [
         attribute.i
-        for node in iter_nodes(model.graph)
+        for node in list_nodes(model.graph.node)
         if node.op_type == "Cast"
         for attribute in node.attribute
         if attribute.name == "to"
     ]
     if _COARSE_TYPES.intersection([*tensors, *inputs, *casts]):
         return True
-    return any(node.op_type in _COARSE_OPERATORS for node in iter_nodes(model.graph))
+    return any(node.op_type in _COARSE_OPERATORS for node in list_nodes(model.graph.node))

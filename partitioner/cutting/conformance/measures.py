@@ -25,13 +25,10 @@ class Difference:
     gap: float = 0.0
 
 
-def find_largest(expected: Sequence[Arrays], found: Sequence[Arrays]) -> Difference:
-    """Return the largest difference across all batches, for tensors that both results contain.
-
-    ``expected`` and ``found`` are the results, one dictionary per batch.
-    """
+def find_largest(differences: Sequence[Difference]) -> Difference:
+    """Return the largest of the differences; if there are none, its size is 0."""
     none = Difference(tensor="", batch=0, size=0.0)
-    return max([none, *list_differences(expected, found)], key=lambda each: each.size)
+    return max([none, *differences], key=lambda each: each.size)
 
 
 def list_differences(expected: Sequence[Arrays], found: Sequence[Arrays]) -> list[Difference]:

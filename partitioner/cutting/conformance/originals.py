@@ -12,6 +12,7 @@ import onnx
 import onnx.inliner
 
 from splitonnx.names import BatchNormModes, DropoutMode
+from splitonnx.partitioner.gate.walks import list_bodies, list_nodes
 from splitonnx.partitioner.normalization.batchnorms import choose_mode
 
 _RANDOM = frozenset(
@@ -44,7 +45,7 @@ def copy_original(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def find_random(model: onnx.ModelProto) -> str | None:
     """Return the name of a node that draws random numbers in inference, or ``None``."""
-    for node in iter_nodes(model.graph):
+    for node in list_nodes(model.graph.node):
         if node.op_type in _RANDOM and not node.domain:
             return node.name or node.output[0]
     return None
@@ -58,7 +59,7 @@ def set_inference_modes(model: onnx.ModelProto) -> None:
     for each sample.
     """
     keeping = _find_without_statistics(model)
-    for node in iter_nodes(model.graph):
+    for node in list_nodes(model.graph.node):
         if (
             node.op_type == "BatchNormalization"
             and not node.domain
@@ -80,7 +81,7 @@ def set_training_modes(
     keeping = _find_without_statistics(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     opset = next((found.version for found in model.opset_import if not found.domain), 0)
-    for node in iter_nodes(model.graph):
+    for node in list_nodes(model.graph.node):
         if node.domain:
             continue
         if node.op_type == "BatchNormalization" and batchnorm and node.output[0] not in keeping:
@@ -96,15 +97,6 @@ def set_training_modes(
                 return False
             del node.input[2:]
     return True
-
-
-def iter_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes of a graph and of all its subgraphs."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from iter_nodes(inner)
 
 
 def _may_drop(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
@@ -163,10 +155,9 @@ def _is_training(node: onnx.NodeProto) -> bool:
 
 def _list_outer(node: onnx.NodeProto) -> Iterator[str]:
     """Yield the names that the subgraphs of a node read."""
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in iter_nodes(graph):
-                yield from inner.input
+    for body in list_bodies(node):
+        for inner in list_nodes(body.node):
+            yield from inner.input
 
 
 def _is_repeated(name: str, makers: dict[str, onnx.NodeProto]) -> bool:

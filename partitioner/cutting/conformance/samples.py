@@ -7,7 +7,7 @@ first that the model accepts is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import numpy as np
@@ -55,22 +55,6 @@ def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
     given = {tensor.name for tensor in model.graph.initializer}
     given |= {tensor.values.name for tensor in model.graph.sparse_initializer}
     return [value for value in model.graph.input if value.name not in given]
-
-
-def encode(arrays: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """Encode arrays as serialized ``TensorProto`` messages to send them to another process."""
-    return {
-        name: onnx.numpy_helper.from_array(array).SerializeToString()
-        for name, array in arrays.items()
-    }
-
-
-def decode(tensors: Mapping[str, bytes]) -> Arrays:
-    """Decode arrays from serialized ``TensorProto`` messages."""
-    return {
-        name: onnx.numpy_helper.to_array(onnx.TensorProto.FromString(content))
-        for name, content in tensors.items()
-    }
 
 
 def _draw(

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from splitonnx.errors import quote
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import find_dependents, walk_back
+from splitonnx.partitioner.normalization.recurrence_layouts import FIRST_STATES
 
 MOST_ROUNDS = 64
 """The limit on how often shapes are inferred again after a fixed batch size was removed."""
@@ -28,8 +29,6 @@ _FIXING = frozenset(
     {"Concat", "Expand", "GRU", "Gather", "LSTM", "RNN", "Reshape", "Slice", "Split", "Tile"}
 )
 """Operators that can fix a batch size; a reduction of the batch to one loss is not among them."""
-_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
-"""Map a recurrent operator to the indices of its initial states, ``[directions, batch, size]``."""
 
 
 def free_batches(graph: ir.Graph, weights: Collection[str]) -> list[str]:
@@ -102,7 +101,7 @@ def _free(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
     if node.op_type == "Concat" and node.attributes.get_int("axis", 0) > 0:
         beside = next((value for value in node.inputs if _is_batch(value, symbols)), None)
         return _repeat(graph, node, range(len(node.inputs)), beside, 0, 0)
-    states = _STATES.get(node.op_type, ())
+    states = FIRST_STATES.get(node.op_type, ())
     sequence = node.inputs[0] if states else None
     if not _is_batch(sequence, symbols, 1):
         return False

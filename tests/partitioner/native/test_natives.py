@@ -19,6 +19,8 @@ from splitonnx.partitioner.native.natives import (
     NATIVES,
     StockRuntime,
     check_form,
+    decode_arrays,
+    encode_arrays,
     infer_node,
     infer_shapes,
     list_types,
@@ -161,6 +163,13 @@ def test_models_run_in_both_evaluators_on_serialized_tensors() -> None:
         for outputs in made:
             found = numpy_helper.to_array(onnx.TensorProto.FromString(outputs["y"]))
             np.testing.assert_array_equal(found, np.maximum(array, 0))
+
+
+def test_arrays_are_the_same_after_encoding_and_decoding() -> None:
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.array(True), "c": np.zeros((0, 2))}
+    for name, array in decode_arrays(encode_arrays(arrays)).items():
+        np.testing.assert_array_equal(array, arrays[name])
+        assert array.dtype == arrays[name].dtype
 
 
 def test_an_input_that_is_an_output_comes_back_as_it_was() -> None:

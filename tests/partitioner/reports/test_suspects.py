@@ -15,7 +15,6 @@ from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.remarks import Kind, Remark
 from splitonnx.partitioner.reports.suspects import (
     find_computed,
-    list_kept_scalings,
     remark_on_computed,
     remark_on_conditional,
     remark_on_scalings,
@@ -105,20 +104,20 @@ def test_what_scales_a_raw_input_keeps_its_value_and_is_told(
     roles = list_roles(model)
     assert (roles["mean"], roles["std"], roles["w"]) == (Role.FROZEN, Role.FROZEN, Role.PARAMETER)
     assert set(list_roles(model, remark).values()) == {Role.PARAMETER}
-    assert list_kept_scalings(prepare_with(model, remark)) == ()
+    assert prepare_with(model, remark).kept_scalings == ()
 
 
 def test_a_whole_image_is_a_mean_where_it_is_subtracted() -> None:
     image = np.linspace(0.1, 0.9, 20).reshape(5, 4) ** 2
     model = build_normalized(image, DEVIATION)
-    assert list_kept_scalings(prepare_with(model)) == ("mean", "std")
+    assert prepare_with(model).kept_scalings == ("mean", "std")
     added = build_normalized(image, DEVIATION, ("Add", "Mul"))  # as a table of positions is
-    assert list_kept_scalings(prepare_with(added)) == ()
+    assert prepare_with(added).kept_scalings == ()
 
 
 def test_first_values_of_a_learned_scale_are_trained() -> None:
     model = build_normalized(np.ones(4), np.zeros(4), ("Mul", "Add"))
-    assert list_kept_scalings(prepare_with(model)) == ()
+    assert prepare_with(model).kept_scalings == ()
 
 
 def build_conditional() -> onnx.ModelProto:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from splitonnx.partitioner.cutting.conformance.measures import find_largest, measure
+from splitonnx.partitioner.cutting.conformance.measures import (
+    find_largest,
+    list_differences,
+    measure,
+)
 
 
 def test_a_difference_is_relative_to_the_largest_value() -> None:
@@ -42,9 +46,9 @@ def test_empty_arrays_are_equal() -> None:
 def test_the_largest_difference_names_its_tensor_and_batch() -> None:
     expected = [{"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(2), "b": np.ones(2)}]
     found = [{"a": np.ones(2), "b": np.ones(2)}, {"a": np.ones(2), "b": np.full(2, 3.0)}]
-    largest = find_largest(expected, found)
+    largest = find_largest(list_differences(expected, found))
     assert (largest.tensor, largest.batch, largest.size) == ("b", 1, 2.0)
 
 
 def test_a_tensor_that_only_one_side_has_is_left_out() -> None:
-    assert find_largest([{"a": np.ones(2)}], [{"b": np.ones(2)}]).size == 0
+    assert find_largest(list_differences([{"a": np.ones(2)}], [{"b": np.ones(2)}])).size == 0

@@ -8,8 +8,6 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.partitioner.cutting.conformance.samples import (
-    decode,
-    encode,
     iter_draws,
     list_inputs,
 )
@@ -77,10 +75,3 @@ def test_an_input_with_an_initializer_is_not_drawn() -> None:
     )
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "w"))
     assert [value.name for value in list_inputs(model)] == ["x"]
-
-
-def test_arrays_are_the_same_after_encoding_and_decoding() -> None:
-    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.array(True), "c": np.zeros((0, 2))}
-    for name, array in decode(encode(arrays)).items():
-        np.testing.assert_array_equal(array, arrays[name])
-        assert array.dtype == arrays[name].dtype
