@@ -108,6 +108,8 @@ def test_a_mistake_leaves_no_bundle_and_one_line(
         "--at",
         "h",
         "--send-labels",
+        "--send-input",
+        "x",
         "-o",
         str(tmp_path / "bundle"),
     ]
