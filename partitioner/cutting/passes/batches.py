@@ -182,7 +182,12 @@ def _repeat(
         parts = [builder.integers(before)] if before else []
         parts += [rows, *([builder.integers(after)] if after else [])]
         shape = builder.op("Concat", *parts, axis=0) if len(parts) > 1 else rows
-        node.replace_input_with(index, builder.op("Expand", value, shape))
+        repeated = builder.op("Expand", value, shape)
+        if beside.shape is not None:  # inference alone would not find the batch's name
+            dims: list[int | ir.SymbolicDim] = [*value.shape]
+            dims[axis] = beside.shape[place]
+            repeated.type, repeated.shape = value.type, ir.Shape(dims)
+        node.replace_input_with(index, repeated)
         graph.insert_before(node, builder.nodes)
         found = True
     return found
