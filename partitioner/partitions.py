@@ -27,6 +27,8 @@ from splitonnx.partitioner.cutting.conformance.comparisons import (
     USUAL_BYTES,
     compare_with_original,
 )
+from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
+from splitonnx.partitioner.cutting.conformance.sample_comparisons import describe_unchecked
 from splitonnx.partitioner.cutting.joints import JointGraph, build_predict, build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
 from splitonnx.partitioner.cutting.passes.batches import describe_freed
@@ -130,13 +132,20 @@ def cut(
         server_target=server_target,
         approve=approve,
     )
-    wanted = os.environ.get(NO_CHECK) != "1" if check is None else check
-    if wanted and not isinstance(model, ir.Model):
-        most_bytes = USUAL_BYTES if check is None else MOST_BYTES
-        merged = partial(merge, bundle)
-        for remark in compare_with_original(model, prepared, bundle, merged, most_bytes):
+    if not isinstance(model, ir.Model):
+        for remark in _compare(model, prepared, bundle, check):
             _log.warning("%s", remark)
     return bundle
+
+
+def _compare(
+    source: ModelSource, prepared: PreparedModel, bundle: Bundle, check: bool | None
+) -> list[str]:
+    """Compare a bundle with the original model, if this is wanted, and return remarks."""
+    if check is False or (check is None and os.environ.get(NO_CHECK) == "1"):
+        return describe_unchecked(list_freed(source, prepared))
+    most_bytes = USUAL_BYTES if check is None else MOST_BYTES
+    return compare_with_original(source, prepared, bundle, partial(merge, bundle), most_bytes)
 
 
 @pause_collection()
@@ -184,7 +193,6 @@ def cut_prepared(
     axis = find_class_axis(prepared.training.graph, loss, output, options)
     if axis != 1 and class_axis is None:
         _say_class_axis(prepared, output, axis)
-    _say_freed_sizes(prepared)
     _say_kept_scalings(prepared)
     _say_repeated_activation(prepared, loss, output, axis)
     _say_batch(prepared)
@@ -207,21 +215,6 @@ def _say_repeated_activation(prepared: PreparedModel, loss: str, output: str, ax
             output,
             repeated.op_type,
             repeated.name,
-        )
-
-
-def _say_freed_sizes(prepared: PreparedModel) -> None:
-    """Log a warning if the user made a fixed size of an input symbolic."""
-    freed = [
-        f"{name}={size}"
-        for name, size in prepared.adjustments.dims.items()
-        if ":" in name and isinstance(size, str)
-    ]
-    if freed:
-        _log.warning(
-            "--dim %s: nodes that the exporter wrote for the fixed size may mix samples; compare "
-            "the predictions for several samples with those for each alone, or export again",
-            ", ".join(freed),
         )
 
 

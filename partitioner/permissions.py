@@ -186,7 +186,8 @@ def cut(
             precedence over ``freeze``.
         freeze: regular expressions for the names of parameters that keep their values.
         dims: new sizes of the model's inputs, by symbol or by an axis written as ``input:axis``.  A
-            size is a number, or a symbol, which makes a fixed size variable.
+            size is a number, or a symbol, which makes a fixed size variable.  A model that then
+            mixes the samples of a batch is refused, unless ``check`` is ``False``.
         bind: a dictionary from names of inputs to constant values, such as a sampling rate.  A
             value is one number for all elements, or one for each element.  The data then need not
             contain these inputs.
@@ -214,7 +215,8 @@ def cut(
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
 
     Raises:
-        ModelError: the model cannot be read, prepared or differentiated.
+        ModelError: the model cannot be read, prepared or differentiated, or it mixes the samples of
+            a batch that ``dims`` freed.
         CutError: the tensors do not exist or do not divide the model, or raw inputs or labels
             would leave the client without permission.
         UsageError: arguments contradict each other.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +96,12 @@ def read_original(source: ModelSource, adjustments: Adjustments = NONE) -> onnx.
         except FAULTS as error:
             raise NotAModel(label, explain(error)) from error
     return proto
+
+
+def read_inputs(source: ModelSource) -> Sequence[onnx.ValueInfoProto]:
+    """Read the inputs that a model declares, without any change.  Do not change them."""
+    inputs: Sequence[onnx.ValueInfoProto] = _read(source)[0].graph.input
+    return inputs
 
 
 def _deserialize(proto: onnx.ModelProto, label: str) -> ir.Model:

@@ -61,6 +61,7 @@ from splitonnx.errors.inputs import (
     ValueOutOfRange,
 )
 from splitonnx.errors.models import (
+    BatchNotFreed,
     CutError,
     DifferentResult,
     ForbiddenExternalData,
@@ -69,6 +70,7 @@ from splitonnx.errors.models import (
     IntegerCut,
     InternalModelError,
     LabelsNotPermitted,
+    MixedSamples,
     ModelError,
     NativeCrash,
     NotACut,
@@ -87,6 +89,7 @@ from splitonnx.errors.roots import (
 
 __all__ = [
     "ArrayMismatch",
+    "BatchNotFreed",
     "BatchTooLarge",
     "BundleError",
     "BundleMismatch",
@@ -110,6 +113,7 @@ __all__ = [
     "MessageTooLarge",
     "MissingArray",
     "MissingExtra",
+    "MixedSamples",
     "ModelError",
     "NativeCrash",
     "NormTooLarge",

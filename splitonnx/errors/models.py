@@ -88,6 +88,58 @@ class DifferentResult(SplitonnxError):
 
 
 @dataclass(eq=False)
+class MixedSamples(ModelError):
+    """The samples of a batch influence each other, because their number was fixed by the export.
+
+    ``subject`` describes the model.  ``options`` are the user's options, which changed the number
+    of samples from ``rows``.  ``node`` is the first node whose output ``tensor`` differs from what
+    it is for each sample alone, and ``operator`` is its operator.  ``output`` is the output that
+    differs.
+    """
+
+    subject: str
+    options: str
+    rows: int
+    node: str
+    operator: str
+    tensor: str
+    output: str
+
+    def __str__(self) -> str:
+        each = "each sample alone" if self.rows == 1 else f"each {self.rows} samples alone"
+        result = "" if self.output == self.tensor else f", and neither is output '{self.output}'"
+        return (
+            f"with {self.options}, node '{self.node}' ({self.operator}) of {self.subject} mixes or "
+            f"drops samples, since it was exported for a batch of {self.rows}: '{self.tensor}' is "
+            f"not what it is for {each}{result}; export the model again with a dynamic batch, or "
+            f"leave out {self.options} and train with --batch-size {self.rows}"
+        )
+
+
+@dataclass(eq=False)
+class BatchNotFreed(ModelError):
+    """A model does not run with the number of samples that the user asked for.
+
+    ``subject`` describes the model.  ``options`` are the user's options, which changed the number
+    of samples from ``rows`` to any number, or to ``tried``.
+    """
+
+    subject: str
+    options: str
+    rows: int
+    tried: int
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"with {self.options}, {self.subject} does not run on {self.tried} samples, since it "
+            f"was exported for a batch of {self.rows}; export it again with a dynamic batch, or "
+            f"leave out {self.options} and train with --batch-size {self.rows}; what failed is: "
+            f"{' '.join(self.reason.split())}"
+        )
+
+
+@dataclass(eq=False)
 class ForbiddenExternalData(ModelError):
     """A tensor's data are stored in an external file that is outside the model's folder."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from splitonnx.errors import (
+    BatchNotFreed,
     CutError,
     ForbiddenExternalData,
     InputsNotPermitted,
     IntegerCut,
     InternalModelError,
     LabelsNotPermitted,
+    MixedSamples,
     ModelError,
     NativeCrash,
     NotACut,
@@ -40,6 +42,14 @@ from tests.support.sentences import check_sentence
         (LabelsNotPermitted(), ("--send-labels", "send_labels=True", "--tail-at")),
         (NotACut(("a",), reason="it is an input"), ("'a'", "it is an input")),
         (IntegerCut("t", "I64", ("w",)), ("'t'", "I64", "'w'")),
+        (
+            MixedSamples("m.onnx", "--dim x:0=N", 1, "pool", "ReduceMean", "p", "y"),
+            ("'pool'", "ReduceMean", "m.onnx", "'p'", "'y'", "dynamic batch", "--batch-size 1"),
+        ),
+        (
+            BatchNotFreed("m.onnx", "--dim x:0=N", 8, 16, "Squeeze\nfails"),
+            ("--dim x:0=N", "16 samples", "--batch-size 8", "Squeeze fails"),
+        ),
         (SharedParameter(("w", "v")), ("'w', 'v'", "--freeze")),
     ],
     ids=lambda value: type(value).__name__,

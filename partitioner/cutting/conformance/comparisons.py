@@ -20,29 +20,32 @@ from splitonnx.errors import DifferentResult, quote
 from splitonnx.manifests import KEY
 from splitonnx.names import PORTABLE
 from splitonnx.partitioner.cutting.conformance.dataflow import (
+    Made,
     NotRun,
     expose,
-    inline_weights,
+    run_prepared,
     run_session,
     run_split,
 )
 from splitonnx.partitioner.cutting.conformance.expectations import Expectation, expect
-from splitonnx.partitioner.cutting.conformance.measures import Difference, measure
+from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
+from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, Difference, measure
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
     find_random,
     set_inference_modes,
     set_training_modes,
 )
+from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
+    Subject,
+    compare_samples,
+    describe_unchecked,
+)
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.gates import ModelSource, read_original
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
-from splitonnx.partitioner.graphs.transcripts import write_model
-from splitonnx.partitioner.normalization.weights import read_array
 
-TOLERATED = 1e-3
-"""The relative difference above which the cut fails; a smaller one only causes a remark."""
 MOST_BYTES = 1 << 30
 """The total size of weights, in bytes, up to which a model can be compared.
 
@@ -61,29 +64,12 @@ ArgMax either way.
 """
 
 
-_Run = Callable[[Sequence[Arrays]], list[Arrays]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Made:
-    """Something that was made from the original model, such as the merged model.
-
-    ``run`` runs it and returns its outputs.  ``trace`` runs the prepared model that it was made
-    from, and returns all tensors.  ``has_all`` is true if it should have every output.
-    """
-
-    label: str
-    run: _Run
-    trace: _Run
-    has_all: bool = True
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Form:
     """The original model in its form for inference or training, and what is compared with it."""
 
     original: onnx.ModelProto
-    made: Sequence[_Made]
+    made: Sequence[Made]
 
 
 @attribute_errors_to_pass("compared with the model given")
@@ -104,22 +90,33 @@ def compare_with_original(
 
     Raises:
         DifferentResult: a result differs from that of the original by more than a small amount.
+        MixedSamples, BatchNotFreed: the user freed a fixed batch, but the model's nodes rely on it.
         NotAModel: the original model can no longer be read.
     """
     subject = str(source) if isinstance(source, str | Path) else "the model"
+    freed = list_freed(source, prepared)
     if (size := sum(tensor.nbytes for tensor in prepared.weights.values())) > most_bytes:
         return [
             f"{subject} was not compared with its parts, because its weights take "
-            f"{size / 1e6:,.0f} MB"
+            f"{size / 1e6:,.0f} MB",
+            *describe_unchecked(freed),
         ]
     inlined = copy_original(read_original(source, prepared.adjustments))
     if (node := find_random(inlined)) is not None:
-        return [f"{subject} was not compared with its parts: node '{node}' draws random numbers"]
-    remarks = [
-        remark
-        for form in _list_forms(inlined, prepared, bundle, merge(), subject)
-        for remark in _hold(form, subject)
-    ]
+        return [
+            f"{subject} was not compared with its parts: node '{node}' draws random numbers",
+            *describe_unchecked(freed),
+        ]
+    forms = _list_forms(inlined, prepared, bundle, merge(), subject)
+    remarks = [remark for form in forms for remark in _hold(form, subject)]
+    model = Subject(
+        name=subject,
+        original=forms[0].original,
+        freed=prepared.freed,
+        has_loss=bundle.manifest.recipe.loss == "from-model",
+    )
+    for batch in freed:
+        remarks += compare_samples(batch, model, forms[0].made)
     return list(dict.fromkeys(remarks))
 
 
@@ -132,27 +129,24 @@ def _list_forms(
     """
 
     def run(model: ir.Model, is_traced: bool, batches: Sequence[Arrays]) -> list[Arrays]:
-        weights = {name: read_array(tensor) for name, tensor in prepared.weights.items()}
-        written = expose(write_model(model)) if is_traced else write_model(model)
-        content = inline_weights(written, weights)
-        return run_session(content, batches, subject, level="none")
+        return run_prepared(model, prepared.weights, batches, subject, is_traced=is_traced)
 
     inference = copy_original(inlined)
     set_inference_modes(inference)
     trace = partial(run, prepared.inference, True)
     predict, infer = partial(run_split, bundle), partial(run_session, merged, level="all")
     predicting = [
-        _Made(label="what the parts predict", run=partial(predict, subject=subject), trace=trace),
-        _Made(label="the merged model", run=partial(infer, subject=subject), trace=trace),
+        Made(label="what the parts predict", run=partial(predict, subject=subject), trace=trace),
+        Made(label="the merged model", run=partial(infer, subject=subject), trace=trace),
     ]
     recipe = bundle.manifest.recipe
     if recipe.client_target == PORTABLE:  # an export is optimized at this level
         export = partial(predict, subject=subject, level="basic")
-        predicting.append(_Made(label="what exported parts predict", run=export, trace=trace))
+        predicting.append(Made(label="what exported parts predict", run=export, trace=trace))
     is_random = any(value.name == KEY for value in prepared.training.graph.inputs)
     if is_random or not set_training_modes(inlined, recipe.batchnorm, recipe.dropout):
         return [_Form(original=inference, made=predicting)]
-    training = _Made(
+    training = Made(
         label="the model prepared for training",
         run=partial(run, prepared.training, False),
         trace=partial(run, prepared.training, True),
@@ -197,7 +191,7 @@ def _hold(form: _Form, subject: str) -> list[str]:
 
 
 def _hold_made(
-    made: _Made, found: Sequence[Arrays], expectation: Expectation, subject: str
+    made: Made, found: Sequence[Arrays], expectation: Expectation, subject: str
 ) -> str | None:
     difference = expectation.find_difference(found)
     if not difference.size:
@@ -221,7 +215,7 @@ def _hold_made(
     )
 
 
-def _find_first(made: _Made, expectation: Expectation, difference: Difference, subject: str) -> str:
+def _find_first(made: Made, expectation: Expectation, difference: Difference, subject: str) -> str:
     """Return the name of the original's first tensor that differs in the prepared model.
 
     If no tensor differs before the cut, return the name of the output that differs after it.

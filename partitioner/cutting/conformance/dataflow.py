@@ -6,26 +6,46 @@ The models run in the worker process for native code, so a crash does not end th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import NativeCrash
 from splitonnx.manifests import Source, Stage
 from splitonnx.names import PREDICT
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
+from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.native import natives, workers
+from splitonnx.partitioner.normalization.weights import read_array
 
 Level: TypeAlias = Literal["none", "basic", "all"]
 """A level of ONNX Runtime's graph optimizations."""
+Run: TypeAlias = Callable[[Sequence[Arrays]], list[Arrays]]
+"""A function that runs a model on batches of inputs, and returns the outputs of each batch."""
 SECONDS = 1.0
 """The processor time allowed to the reference evaluator, whose Python loops can be very slow."""
 
 
 class NotRun(Exception):
     """Raised if a model cannot be run on the given inputs; the message contains the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """Something that was made from the original model, such as the merged model.
+
+    ``run`` runs it and returns its outputs.  ``trace`` runs the prepared model that it was made
+    from, and returns all tensors.  ``has_all`` is true if it should have every output.
+    """
+
+    label: str
+    run: Run
+    trace: Run
+    has_all: bool = True
 
 
 def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> list[Arrays]:
@@ -54,6 +74,26 @@ def run_session(
     """
     given = [natives.encode_arrays(batch) for batch in batches]
     return _decode(lambda: workers.call(natives.run_session, subject, content, given, level))
+
+
+def run_prepared(
+    model: ir.Model,
+    weights: Mapping[str, ir.TensorProtocol],
+    batches: Sequence[Arrays],
+    subject: str,
+    *,
+    is_traced: bool = False,
+) -> list[Arrays]:
+    """Run one form of a prepared model, and return the outputs of each batch by name.
+
+    If ``is_traced`` is true, return all tensors of its graph.
+
+    Raises:
+        NotRun: ONNX Runtime refuses the model or the inputs.
+    """
+    written = expose(write_model(model)) if is_traced else write_model(model)
+    arrays = {name: read_array(tensor) for name, tensor in weights.items()}
+    return run_session(inline_weights(written, arrays), batches, subject, level="none")
 
 
 def run_split(

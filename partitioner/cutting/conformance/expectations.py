@@ -5,7 +5,7 @@ Two independent evaluators compute them: onnx's reference evaluator and ONNX Run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -41,6 +41,8 @@ _SCALES = (10.0, 0.1, 100.0)
 """Standard deviations of inputs to try after 1, if each output has equal elements only."""
 _MOST_PARTIAL = 4
 """The search for integers ends after this many draws that only one evaluator accepts."""
+Draw = Callable[[onnx.ModelProto, int, float], Iterator[list[Arrays]]]
+"""A function like ``iter_draws``, which draws random batches for a model."""
 _COARSE_TYPES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 _COARSE_OPERATORS = frozenset(
     {"ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
@@ -137,23 +139,26 @@ class Expectation:
         return min(differences, key=lambda difference: difference.size)
 
 
-def expect(model: onnx.ModelProto, subject: str, seed: int) -> Expectation:
+def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_draws) -> Expectation:
     """Draw random inputs that a model accepts, and evaluate the model with them.
 
     If the elements of every output are equal, as after a Relu of only negative numbers, larger and
-    smaller inputs are tried.  ``subject`` names the model in error messages.
+    smaller inputs are tried.  ``subject`` names the model in error messages.  ``draw`` draws the
+    inputs.
 
     Raises:
         NotRun: neither evaluator accepts any of the random inputs.
     """
-    first = _expect(model, subject, seed, 1.0)
+    first = _expect(model, subject, seed, 1.0, draw)
     if first.is_telling:
         return first
-    others = (_expect(model, subject, seed, scale) for scale in _SCALES)
+    others = (_expect(model, subject, seed, scale, draw) for scale in _SCALES)
     return next((other for other in others if other.is_telling), first)
 
 
-def _expect(model: onnx.ModelProto, subject: str, seed: int, scale: float) -> Expectation:
+def _expect(
+    model: onnx.ModelProto, subject: str, seed: int, scale: float, draw: Draw
+) -> Expectation:
     content = model.SerializeToString()
     runs: dict[str, Callable[[Sequence[Arrays]], list[Arrays]]] = {
         "session": partial(run_session, content, subject=subject, level="none")
@@ -162,7 +167,7 @@ def _expect(model: onnx.ModelProto, subject: str, seed: int, scale: float) -> Ex
         runs["reference"] = partial(run_reference, content, subject=subject)
     refusal = NotRun("no input could be drawn for its inputs' types")
     halves: list[Expectation] = []
-    for batches in iter_draws(model, seed, scale):
+    for batches in draw(model, seed, scale):
         made: dict[str, list[Arrays]] = {}
         for name, run in runs.items():
             try:

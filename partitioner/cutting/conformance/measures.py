@@ -9,6 +9,9 @@ import numpy as np
 
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
 
+TOLERATED = 1e-3
+"""The relative difference above which a cut fails; a smaller one only causes a remark."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:

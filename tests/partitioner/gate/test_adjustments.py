@@ -60,7 +60,7 @@ def test_a_model_exported_for_one_sample_trains_with_many_once_its_batch_is_name
     (given,) = [value.name for value in model.graph.input]
     bundle = cut(model, at=None, dims={f"{given}:0": "N"}, check=True)
     assert bundle.manifest.recipe.dims == {f"{given}:0": "N"}
-    assert "may mix samples" in caplog.text
+    assert not caplog.records  # its samples are compared
     assert verify(bundle, data, batch_size=8).ok
     with Client(bundle.client, threads=1) as client:
         found = client.predict({given: data[given]})

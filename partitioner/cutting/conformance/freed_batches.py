@@ -1,0 +1,155 @@
+"""Find the batch sizes that a model's file fixes, and that are free or of another size in its cut.
+
+The user frees a fixed size with ``--dim input:0=N`` and changes it with ``--dim input:0=4``.
+Without being asked, preparation replaces a batch of 1 within the graph (:mod:`batches`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnx
+import onnx_ir as ir
+
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.gate.gates import ModelSource, read_inputs
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_COUNTS = (2, 3)
+"""The numbers of pieces in the batches to compare, if the batch may have any size."""
+Place = tuple[str, int]
+"""The name of an input and one of its axes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreedBatch:
+    """A size of several inputs that the model's file fixes at ``rows``, and that a cut changes.
+
+    ``places`` are the places of this size.  ``sizes`` maps these places, and those of other batch
+    sizes that preparation frees, to the sizes for which the file's model is meant.  ``counts`` are
+    the numbers of pieces of ``rows`` rows in the batches to compare; if there are none, the sizes
+    cannot be compared.  ``options`` are the user's options; it is empty if preparation frees
+    the batch without being asked.
+    """
+
+    places: tuple[Place, ...]
+    sizes: Mapping[Place, int]
+    rows: int
+    counts: tuple[int, ...]
+    options: str = ""
+
+    @property
+    def is_batch(self) -> bool:
+        """Return whether this is the batch size of an input, and not, for example, a length."""
+        return any(axis == 0 for _, axis in self.places)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Map the name of each input that has this size to its axis."""
+        return dict(self.places)
+
+    def fix(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """Return a copy of a model whose inputs have the sizes of one piece."""
+        fixed = onnx.ModelProto()
+        fixed.CopyFrom(model)
+        del fixed.graph.value_info[:]
+        for value in fixed.graph.input:
+            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+                if (size := self.sizes.get((value.name, axis))) is not None:
+                    dim.dim_value = size
+        for value in fixed.graph.output:
+            for dim in value.type.tensor_type.shape.dim:
+                dim.Clear()
+        return fixed
+
+
+def list_freed(source: ModelSource, prepared: PreparedModel) -> list[FreedBatch]:
+    """List the fixed batch sizes of a model's file that are changed in a prepared model.
+
+    Other fixed sizes that the user changed, such as a length, are listed without counts.
+    """
+    if not prepared.adjustments.dims and not prepared.freed:
+        return []
+    dims = _read_dims(prepared)
+    fixed = _read_fixed(read_inputs(source))
+    changed = {place: fixed[place] for place, dim in dims.items() if fixed.get(place, dim) != dim}
+    groups: dict[int | str, list[Place]] = {}
+    for place in changed:
+        groups.setdefault(dims[place], []).append(place)
+    given = prepared.adjustments.dims
+    asked = [
+        replace(
+            _make_asked(places, dims, changed),
+            options=" ".join(
+                f"--dim {name}:{axis}={given.get(f'{name}:{axis}', dims[name, axis])}"
+                for name, axis in places
+            ),
+        )
+        for places in groups.values()
+    ]
+    return asked or list(_list_unasked(prepared, dims))
+
+
+def _make_asked(
+    places: Sequence[Place], dims: Mapping[Place, int | str], changed: Mapping[Place, int]
+) -> FreedBatch:
+    size, rows = dims[places[0]], changed[places[0]]
+    same = [place for place, dim in dims.items() if dim == size and isinstance(dim, str)]
+    every = tuple(dict.fromkeys((*places, *same)))
+    counts: tuple[int, ...] = _COUNTS
+    if isinstance(size, int):
+        counts = (size // rows,) if size % rows == 0 else ()
+    is_batch = any(axis == 0 for _, axis in every)
+    has_one_size = {changed[place] for place in places} == {rows}
+    if not is_batch or not has_one_size or not _is_plain(every, dims):
+        counts = ()
+    return FreedBatch(
+        places=every,
+        sizes=dict.fromkeys(every, rows) | dict(changed),
+        rows=rows,
+        counts=counts,
+    )
+
+
+def _list_unasked(prepared: PreparedModel, dims: Mapping[Place, int | str]) -> Iterator[FreedBatch]:
+    if not prepared.freed:
+        return
+    firsts = [dim for (_, axis), dim in dims.items() if axis == 0 and isinstance(dim, str)]
+    sizes = {place: 1 for place, dim in dims.items() if dim in firsts}
+    for symbol in dict.fromkeys(firsts):
+        places = tuple(place for place, dim in dims.items() if dim == symbol)
+        counts = _COUNTS if _is_plain(places, dims) else ()
+        yield FreedBatch(places=places, sizes=sizes, rows=1, counts=counts)
+
+
+def _is_plain(places: Sequence[Place], dims: Mapping[Place, int | str]) -> bool:
+    """Return whether each input has a size on one axis only, and no other size depends on it."""
+    own = {dims[place] for place in places if isinstance(dims[place], str)}
+    names = {name for size in own for name in _NAME.findall(str(size))}
+    others = (str(dim) for dim in dims.values() if dim not in own)
+    once = len({name for name, _ in places}) == len(places)
+    return once and not any(names.intersection(_NAME.findall(other)) for other in others)
+
+
+def _read_dims(prepared: PreparedModel) -> dict[Place, int | str]:
+    """Map each place of the prepared inputs to its size, with one name for sizes that are equal."""
+    read: dict[Place, int | str] = {}
+    for value in prepared.skeleton.graph.inputs:
+        if value.name in prepared.state:
+            continue
+        for axis, dim in enumerate(value.shape or ()):
+            known = dim.value if isinstance(dim, ir.SymbolicDim) else dim
+            if known is not None:
+                read[value.name or "", axis] = known
+    return read
+
+
+def _read_fixed(inputs: Sequence[onnx.ValueInfoProto]) -> dict[Place, int]:
+    return {
+        (value.name, axis): dim.dim_value
+        for value in inputs
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim)
+        if dim.dim_value > 0
+    }
