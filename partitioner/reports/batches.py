@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from splitonnx.errors import BatchNotFreed, MixedSamples, SplitonnxError
+from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.graphs.builders import known_array
 from splitonnx.partitioner.graphs.traversals import map_values
@@ -15,23 +17,28 @@ from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make
 _BROADCASTING = frozenset({"Add", "Div", "Mul", "Sub", "Where"})
 
 
-def remark_on_batches(prepared: PreparedModel, output: str, producer: str) -> Iterator[Remark]:
+def remark_on_batches(
+    prepared: PreparedModel, output: str, producer: str, trials: Trials
+) -> Iterator[Remark]:
     """Yield remarks on a batch size that is fixed by the inputs or by constants in the graph.
 
     ``output`` is the output from which the loss is computed.  ``producer`` is the name and version
-    of the exporter; the advice on how to export the model again depends on it.
+    of the exporter; the advice on how to export the model again depends on it.  ``trials`` tries
+    whether a batch that the inputs fix can be freed.
     """
     graph = prepared.skeleton.graph
     raw = [v for v in graph.inputs if v.name not in prepared.state and v.shape is not None]
     raw = [value for value in raw if value.shape is not None and len(value.shape)]
     firsts = {_read_dims(value)[0] for value in raw}
     result = map_values(graph).get(output)
-    outcome = _read_dims(result)[:1] if result is not None else []
+    first = _read_dims(result)[:1] if result is not None else []
     fixed = {dim for dim in firsts if isinstance(dim, int)}
     symbols = {dim for value in raw for dim in _read_dims(value) if isinstance(dim, str)}
     likely = fixed == {1} or not symbols  # otherwise the batch may be on another axis
-    if likely and raw and fixed == firsts and len(fixed) == 1 and outcome == list(fixed):
-        yield _remark_on_inputs(raw, output, fixed.pop(), producer)
+    if likely and raw and fixed == firsts and len(fixed) == 1 and first == list(fixed):
+        names = tuple(value.name or "" for value in raw)
+        tried = trials.free(prepared.adjustments, names)
+        yield _remark_on_inputs(names, output, fixed.pop(), producer, tried)
         return
     held = list(_find_constants(graph, symbols))
     for symbol, batch in dict.fromkeys((symbol, batch) for _, symbol, batch in held):
@@ -47,18 +54,38 @@ def remark_on_batches(prepared: PreparedModel, output: str, producer: str) -> It
         )
 
 
-def _remark_on_inputs(raw: list[ir.Value], output: str, batch: int, producer: str) -> Remark:
-    names = tuple(value.name or "" for value in raw)
+def _remark_on_inputs(
+    names: tuple[str, ...],
+    output: str,
+    batch: int,
+    producer: str,
+    tried: list[str] | SplitonnxError,
+) -> Remark:
+    """Remark on a batch that the inputs fix; ``tried`` is what came of freeing it."""
     options = tuple(make_option("--dim", f"{name}:0=N") for name in names)
     return Remark(
         kind=Kind.FIXED_BATCH,
         sentence=f"the batch is fixed at {batch} by {list_names(names)}: every batch must have "
         f"{batch} {'sample' if batch == 1 else 'samples'}, as with --batch-size {batch}; export "
-        f"again with a dynamic batch{_advise(names, output, producer)}, or {' '.join(options)} "
-        f"{'frees' if len(options) == 1 else 'free'} it",
+        f"again with a dynamic batch{_advise(names, output, producer)}"
+        f"{_describe_freeing(' '.join(options), len(options) > 1, tried)}",
         names=names,
-        options=options,
+        options=() if isinstance(tried, SplitonnxError) else options,
     )
+
+
+def _describe_freeing(options: str, are_several: bool, tried: list[str] | SplitonnxError) -> str:
+    if isinstance(tried, MixedSamples):
+        return (
+            f"; with {options}, node '{tried.node}' ({tried.operator}) would mix or drop samples, "
+            "so cut refuses it"
+        )
+    if isinstance(tried, BatchNotFreed):
+        return f"; with {options}, it would not run on {tried.tried} samples, so cut refuses it"
+    if isinstance(tried, SplitonnxError):
+        return f"; cut refuses {options}: {tried}"
+    notes = "".join(f"; {note}" for note in tried)
+    return f", or {options} {'free' if are_several else 'frees'} it{notes}"
 
 
 def _advise(names: tuple[str, ...], output: str, producer: str) -> str:

@@ -12,8 +12,16 @@ from enum import StrEnum
 
 import onnx_ir as ir
 
-from splitonnx.errors import ModelError, NotDifferentiable, TooManyTries, UsageError
+from splitonnx.errors import (
+    BatchNotFreed,
+    MixedSamples,
+    ModelError,
+    NotDifferentiable,
+    TooManyTries,
+    UsageError,
+)
 from splitonnx.manifests import Role
+from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.joints import build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
 from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fixing_node
@@ -145,7 +153,9 @@ def check(
     if losses:
         faults, obstacles = _try_training(prepared, losses[0], output)
     doubts = find_computed(prepared)
-    noticed = _list_remarks(prepared, doubts, losses, output, producer)
+    trials = Trials(source=model, has_loss=losses[:1] == ("from-model",))
+    noticed = _list_remarks(prepared, doubts, losses, output, producer, trials)
+    mixed, unmixed = _compare_samples(trials, prepared)
     doubts |= dict.fromkeys(prepared.kept_scalings, "scales or shifts a raw input")
     cuts, unlisted = _list_cuts(prepared, output)
     return Check(
@@ -153,8 +163,14 @@ def check(
         producer=producer,
         output=output,
         losses=losses,
-        obstacles=(*map(str, faults), *obstacles),
-        remarks=(*exported, *noticed, *_note_batch(prepared, output, noticed), *unlisted),
+        obstacles=(*map(str, faults), *obstacles, *mixed),
+        remarks=(
+            *exported,
+            *noticed,
+            *_note_batch(prepared, output, noticed),
+            *unmixed,
+            *unlisted,
+        ),
         operators=_list_uses(prepared, {fault.node for fault in faults}),
         parameters=_count(prepared, Role.PARAMETER),
         frozen=_count(prepared, Role.FROZEN),
@@ -176,6 +192,7 @@ def _list_remarks(
     losses: Sequence[str],
     output: str,
     producer: str,
+    trials: Trials,
 ) -> list[Remark]:
     """List the remarks on a prepared model; ``computed`` is the result of ``find_computed``."""
     return [
@@ -185,9 +202,20 @@ def _list_remarks(
         *remark_on_statistics(prepared),
         *remark_on_detaches(prepared),
         *remark_on_loss(prepared, losses, output),
-        *remark_on_batches(prepared, output, producer),
+        *remark_on_batches(prepared, output, producer, trials),
         *remark_on_conditional(prepared),
     ]
+
+
+def _compare_samples(
+    trials: Trials, prepared: PreparedModel
+) -> tuple[tuple[str, ...], tuple[Remark, ...]]:
+    """Return what stands against a batch that the user freed, and remarks on freed batches."""
+    try:
+        notes = trials.compare(prepared)
+    except (BatchNotFreed, MixedSamples) as error:
+        return (str(error),), ()
+    return (), tuple(Remark(kind=Kind.BATCH, sentence=note) for note in notes)
 
 
 def _note_batch(

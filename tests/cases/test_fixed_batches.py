@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
-from splitonnx.errors import ArrayMismatch
+from splitonnx.errors import ArrayMismatch, MixedSamples
 from splitonnx.names import Target
+from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.remarks import Kind
+from splitonnx.runtime.client.clients import Client
 from splitonnx.verifications import verify
 from tests.support.case_trials import TARGETS
+from tests.support.nets import FLOAT, Net
 from tests.support.small_models import (
     Arrays,
     evaluate,
@@ -80,3 +84,91 @@ def _write_freely(model: onnx.ModelProto) -> onnx.ModelProto:
 def _evaluate_each(model: onnx.ModelProto, data: Arrays) -> np.ndarray:
     rows = [evaluate(model, {"x": data["x"][row : row + 1]})["y"] for row in range(len(data["x"]))]
     return np.concatenate(rows)
+
+
+def build_fixed(kind: str) -> onnx.ModelProto:
+    """Build a model of x [1, 5, 4] as an exporter writes it that saw one sample."""
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w", 4, 6), out="m")
+    match kind:
+        case "token":
+            value = net.op("Concat", net.weight("token", 1, 1, 6), value, out="c", axis=1)
+            value = net.op("Tanh", value, out="t")
+            value = net.op("ReduceMean", value, net.constant("axis", np.array([1])), out="p")
+            value = net.op("Reshape", value, net.constant("flat", np.array([1, 6])), out="f")
+        case "steps first":
+            value = net.op("Transpose", value, out="t", perm=[1, 0, 2])
+            value = net.op("Reshape", value, net.constant("rows", np.array([-1, 6])), out="r")
+            value = net.op("Reshape", value, net.constant("back", np.array([5, -1, 6])), out="b")
+            value = net.op("CumSum", value, net.constant("axis", np.array(0)), out="s")
+            value = net.op("ReduceMax", value, net.constant("first", np.array([0])), out="p")
+            value = net.op("Squeeze", value, net.constant("none", np.array([0])), out="f")
+        case "pool":
+            flat = net.constant("flat", np.array([1, -1, 6]))
+            value = net.op("Reshape", value, flat, out="r")
+            value = net.op("ReduceMean", value, net.constant("axis", np.array([1])), out="p")
+            value = net.op("Squeeze", value, net.constant("one", np.array([1])), out="f")
+        case "similarity":
+            value = net.op("Flatten", value, out="l")
+            value = net.op("MatMul", value, net.weight("w2", 30, 6), out="l2")
+            turned = net.op("Transpose", value, out="t", perm=[1, 0])
+            weights = net.op("Softmax", net.op("MatMul", value, turned, out="q"), out="a", axis=-1)
+            value = net.op("MatMul", weights, value, out="f")
+    model = net.finish(
+        {"x": (FLOAT, [1, 5, 4])}, net.op("MatMul", value, net.weight("v", 6, 3), out="y"), 3
+    )
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+    return model
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["token", "steps first"])
+def test_a_freed_model_computes_for_each_sample_what_its_file_does(
+    kind: str, target: Target
+) -> None:
+    model = build_fixed(kind)
+    x = np.random.default_rng(1).standard_normal((7, 5, 4)).astype(np.float32)
+    expected = _evaluate_each(model, {"x": x})
+    bundle = cut(model, at=None, loss="mse", dims={"x:0": "N"}, client_target=target, check=True)
+    with Client(bundle.client, threads=1) as client:
+        np.testing.assert_allclose(client.predict({"x": x})["y"], expected, rtol=1e-5, atol=1e-6)
+    merged = onnxruntime.InferenceSession(merge(bundle))
+    np.testing.assert_allclose(merged.run(["y"], {"x": x})[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "node"), [("pool", "r_node"), ("similarity", "q_node")])
+@pytest.mark.parametrize("size", ["N", 4])
+def test_a_model_that_would_mix_samples_is_refused_and_its_option_not_advised(
+    kind: str, node: str, size: int | str
+) -> None:
+    model = build_fixed(kind)
+    with pytest.raises(MixedSamples) as caught:
+        cut(model, at="m", loss="mse", dims={"x:0": size}, check=True)
+    assert caught.value.node == node
+    (remark,) = (each for each in check(model).remarks if each.kind is Kind.FIXED_BATCH)
+    assert (f"node '{node}'" in remark.sentence, remark.options) == (True, ())
+    (obstacle,) = check(model, dims={"x:0": size}).obstacles
+    assert obstacle == str(caught.value)
+    cut(model, at="m", loss="mse", check=True)  # one sample a batch is what the file means
+
+
+def test_what_was_not_compared_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    cut(build_fixed("pool"), at="m", loss="mse", dims={"x:0": "N"}, check=False)
+    assert "may mix samples, which was not checked" in caplog.text
+    caplog.clear()
+    cut(build_fixed("token"), at="m", loss="mse", dims={"x:1": "T"}, check=True)
+    assert "--dim x:1=T: nodes that the exporter wrote for the fixed size" in caplog.text
+
+
+def test_an_author_may_mix_the_samples_of_any_batch(caplog: pytest.LogCaptureFixture) -> None:
+    model = build_fixed("similarity")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    cut(model, at="m", loss="mse", check=True)
+    assert not caplog.records
+    model.graph.node[1].op_type = "Reshape"  # from here on the file takes one sample only
+    model.graph.node[1].input.append("one")
+    del model.graph.node[1].attribute[:]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 30]), "one"))
+    cut(model, at="m", loss="mse", check=True)
+    assert "node 'q_node' (MatMul) of the model mixes samples" in caplog.text

@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
+from splitonnx.partitioner.cutting.conformance import freeing_trials
+from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.reports.batches import remark_on_batches
@@ -14,7 +16,8 @@ from tests.support.nets import FLOAT, Net
 
 
 def list_remarks(model: onnx.ModelProto, producer: str = "") -> list[Remark]:
-    return list(remark_on_batches(prepare(open_model(model)), "y", producer))
+    trials = Trials(source=model)
+    return list(remark_on_batches(prepare(open_model(model)), "y", producer, trials))
 
 
 def build_reshape(*target: int) -> onnx.ModelProto:
@@ -59,11 +62,10 @@ def test_first_states_of_a_recurrence_fix_the_batch() -> None:
     assert remark.options == ("--dim B=2",)
 
 
-def fix_batch(size: int) -> onnx.ModelProto:
+def fix_batch(size: int, kind: str = "Relu", **attributes: int) -> onnx.ModelProto:
     net = Net()
-    model = net.finish(
-        {"x": (FLOAT, [size, 4])}, net.op("MatMul", "x", net.weight("w", 4, 3), out="y"), 3
-    )
+    value = net.op("MatMul", "x", net.weight("w", 4, 3), out="m")
+    model = net.finish({"x": (FLOAT, [size, 4])}, net.op(kind, value, out="y", **attributes), 3)
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = size
     return model
 
@@ -77,6 +79,25 @@ def test_inputs_that_fix_the_batch_are_named_with_the_way_out(size: int) -> None
     assert f"--batch-size {size}" in remark.sentence
     (remark,) = list_remarks(fix_batch(size), "pytorch 2.6.0")
     assert "dynamic_axes={'x': {0: 'N'}, 'y': {0: 'N'}}" in remark.sentence
+
+
+def test_an_option_that_cut_would_refuse_is_not_advised() -> None:
+    (remark,) = list_remarks(fix_batch(1, "Softmax", axis=0))
+    assert remark.options == ()
+    assert remark.sentence.endswith(
+        "export again with a dynamic batch; with --dim x:0=N, node 'y_node' (Softmax) would mix or "
+        "drop samples, so cut refuses it"
+    )
+
+
+def test_an_option_that_is_not_tried_is_advised_with_a_doubt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(freeing_trials, "USUAL_BYTES", 10)
+    (remark,) = list_remarks(fix_batch(1, "Softmax", axis=0))
+    assert remark.options == ("--dim x:0=N",)
+    assert "--dim x:0=N frees it; --dim x:0=N: nodes that the exporter wrote" in remark.sentence
+    assert "may mix samples, which was not checked" in remark.sentence
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(7, ["--dim T=7"]), (1, [])])

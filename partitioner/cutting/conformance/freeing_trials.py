@@ -1,0 +1,86 @@
+"""Try whether a model still computes for each sample alone if its fixed batch is freed.
+
+No cut is made: only the prepared model is compared with the model in its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from splitonnx.errors import SplitonnxError
+from splitonnx.partitioner.cutting.conformance.comparisons import USUAL_BYTES
+from splitonnx.partitioner.cutting.conformance.dataflow import Made, run_prepared
+from splitonnx.partitioner.cutting.conformance.freed_batches import FreedBatch, list_freed
+from splitonnx.partitioner.cutting.conformance.originals import (
+    copy_original,
+    find_random,
+    set_inference_modes,
+)
+from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
+    Subject,
+    compare_samples,
+    describe_unchecked,
+)
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.adjustments import Adjustments
+from splitonnx.partitioner.gate.gates import ModelSource, open_model, read_original
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """How to try whether batches can be freed.
+
+    ``source`` is the original model.  If ``has_loss`` is true, the model computes its own loss.  A
+    model with many weights is not compared.
+    """
+
+    source: ModelSource
+    has_loss: bool = False
+
+    @attribute_errors_to_pass("compared with the model given")
+    def compare(self, prepared: PreparedModel) -> list[str]:
+        """Compare a prepared model whose batch was freed with the original, sample by sample.
+
+        Return remarks about small differences and about what was not compared.
+
+        Raises:
+            MixedSamples: samples influence each other in a model whose batch the user freed.
+            BatchNotFreed: a model whose batch the user freed does not run on several samples.
+            DifferentResult: a mistake of splitonnx makes samples influence each other.
+        """
+        batches = list_freed(self.source, prepared)
+        size = sum(tensor.nbytes for tensor in prepared.weights.values())
+        if not batches or size > USUAL_BYTES:
+            return describe_unchecked(batches)
+        return self._compare(prepared, batches)
+
+    def _compare(self, prepared: PreparedModel, batches: Sequence[FreedBatch]) -> list[str]:
+        original = copy_original(read_original(self.source, prepared.adjustments))
+        if (node := find_random(original)) is not None:
+            return describe_unchecked(batches, f"node '{node}' draws random numbers")
+        set_inference_modes(original)
+        subject = Subject(
+            name=str(self.source) if isinstance(self.source, str | Path) else "the model",
+            original=original,
+            freed=prepared.freed,
+            has_loss=self.has_loss,
+        )
+        run = partial(run_prepared, prepared.inference, prepared.weights, subject=subject.name)
+        made = Made(label="the prepared model", run=run, trace=partial(run, is_traced=True))
+        return [note for batch in batches for note in compare_samples(batch, subject, [made])]
+
+    def free(self, adjustments: Adjustments, inputs: Sequence[str]) -> list[str] | SplitonnxError:
+        """Free the first axis of some inputs, as ``cut`` would with ``--dim``, and compare.
+
+        Return remarks as :meth:`compare` does, or the error that ``cut`` would raise.
+        """
+        dims = {**adjustments.dims, **{f"{name}:0": "N" for name in inputs}}
+        freed = replace(adjustments, dims=dims)
+        try:
+            return self.compare(prepare(open_model(self.source, freed), adjustments=freed))
+        except SplitonnxError as error:
+            return error
