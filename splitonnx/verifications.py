@@ -17,7 +17,7 @@ import numpy as np
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Role
-from splitonnx.names import CLIENT, LOSS, SERVER
+from splitonnx.names import CLIENT, LOSS, SERVER, TRAIN
 from splitonnx.optimizers import read_optimizer
 from splitonnx.partitioner.merges import restore_model
 from splitonnx.partitioner.normalization.weights import pin_names
@@ -111,7 +111,9 @@ def compare_steps(
     parties = {name: _rewind(party) for name, party in bundle.parties.items()}
     server = Executor(parties[SERVER], Engine(threads=1)) if SERVER in parties else None
     link = None if server is None else connect_in_memory(server)
-    batches = open_dataset(data).batches(batch_size, seed=seed, epoch=0)
+    dataset = open_dataset(data)
+    dataset.check(parties[CLIENT].manifest.phase(TRAIN).data)
+    batches = dataset.batches(batch_size, seed=seed, epoch=0)
     with (
         Client(parties[CLIENT], link, threads=1, seed=seed) as split,
         Client(_rewind(whole.client), None, threads=1, seed=seed) as unsplit,

@@ -17,7 +17,7 @@ from splitonnx.errors import SplitonnxError
 from splitonnx.files import open_regular, read_regular
 from splitonnx.manifests import PartyManifest
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.runtime.client import datasets
+from splitonnx.runtime.client import array_files
 from splitonnx.runtime.client.datasets import open_dataset
 from splitonnx.runtime.edge.tokens import Tokens, add_token, read_token
 from splitonnx.runtime.storage.checkpoints import CheckpointStore
@@ -139,8 +139,8 @@ def test_an_archive_whose_arrays_do_not_fit_into_memory_is_refused(
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", inner.getvalue())
     assert path.stat().st_size < 1 << 18
-    monkeypatch.setattr(datasets, "measure_memory", lambda: 64 << 20)
+    monkeypatch.setattr(array_files, "measure_memory", lambda: 64 << 20)
     with pytest.raises(SplitonnxError, match="more than this machine's memory"):
         open_dataset(path)
-    monkeypatch.setattr(datasets, "measure_memory", lambda: 65 << 20)
+    monkeypatch.setattr(array_files, "measure_memory", lambda: 65 << 20)
     assert open_dataset(path).size == 1 << 20

@@ -194,7 +194,7 @@ class Client:
             data: the training data; see :func:`~splitonnx.runtime.client.datasets.open_dataset`.
             epochs: number of passes over the data.
             batch_size: number of samples per step; a smaller last batch is skipped if the model's
-                batch size is fixed.
+                batch size is fixed.  Ignored if the data are already divided into batches.
             eval_data: the data on which the model is evaluated after each epoch.
             learning_rate: a number, or a function that computes the rate from the number of steps
                 so far; by default, the optimizer's own learning rate.
@@ -304,16 +304,35 @@ class Client:
         If an output is a single number per batch, its array contains one number for each batch.
 
         Raises:
+            UsageError: the batches' outputs differ in more than their first dimension; use
+                :meth:`predict_batches`.
+            DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
+        """
+        parts: dict[str, list[np.ndarray]] = defaultdict(list)
+        for outputs in self.predict_batches(data, batch_size=batch_size):
+            for name, array in outputs.items():
+                parts[name].append(np.atleast_1d(array))
+        for name, arrays in parts.items():
+            if len({array.shape[1:] for array in arrays}) > 1:
+                raise UsageError(
+                    f"the batches' outputs '{name}' differ in more than their first dimension; "
+                    "take them one by one with predict_batches"
+                )
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+    def predict_batches(
+        self, data: DataSource, *, batch_size: int = 32
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Check the data, and return an iterator that yields the outputs of each batch in order.
+
+        Raises:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
         dataset = open_dataset(data)
         dataset.check(self._phase(PREDICT).data)
-        parts: dict[str, list[np.ndarray]] = defaultdict(list)
-        for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
-            for name, array in self._loop.perform(PREDICT, batch).items():
-                parts[name].append(array)
-        return {name: np.concatenate([*map(np.atleast_1d, parts[name])]) for name in parts}
+        batches = dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
+        return (self._loop.perform(PREDICT, batch) for batch in batches)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the state of this part as read-only arrays, including the optimizer's state."""

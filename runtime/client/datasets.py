@@ -1,26 +1,29 @@
 """Datasets: named arrays that are checked and split into batches.
 
 The arrays are checked against the tensors that the manifest declares for a phase.  This module
-reads numpy's file formats, but does not interpret the contents of the arrays.
+does not interpret the contents of the arrays.
 """
 
 from __future__ import annotations
 
-import os
-import zipfile
-import zlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
 
 from splitonnx.errors import ArrayMismatch, DataError, MissingArray, NotFinite, UnusableData
 from splitonnx.expressions import parse_terms
-from splitonnx.files import open_regular
-from splitonnx.runtime.limits import measure_memory
+from splitonnx.runtime.client.array_files import (
+    list_batch_files,
+    map_folder,
+    read_declared,
+    read_npz,
+)
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, describe
 
 Batch: TypeAlias = Mapping[str, np.ndarray]
@@ -31,7 +34,9 @@ class Dataset(ABC):
     """A dataset of named arrays that is read in batches; created by :func:`open_dataset`."""
 
     size: int | None
-    """Number of samples, or ``None`` if it is not known in advance."""
+    """Number of samples, or of batches if ``has_own_batches``; ``None`` if it is not known."""
+    has_own_batches = False
+    """Whether the data determine the size of each batch, so that ``batch_size`` is ignored."""
 
     @abstractmethod
     def check(self, specs: Sequence[TensorSpec]) -> None:
@@ -41,7 +46,14 @@ class Dataset(ABC):
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
+            UnusableData: a file of a folder with one file per batch does not fit.
         """
+
+    def count_batches(self, batch_size: int) -> int | None:
+        """Return the number of batches in an epoch, or ``None`` if it is not known."""
+        if self.size is None or self.has_own_batches:
+            return self.size
+        return math.ceil(self.size / batch_size)
 
     @abstractmethod
     def batches(
@@ -76,7 +88,10 @@ class ArrayDataset(Dataset):
         rows = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
         if len(set(rows.values())) > 1:
             counts = ", ".join(f"'{name}' {count}" for name, count in rows.items())
-            raise UnusableData(source, f"its arrays differ in their number of rows: {counts}")
+            advice = "save each batch as one .npz file in a folder"
+            raise UnusableData(
+                source, f"its arrays differ in their number of rows: {counts}; {advice}"
+            )
         self.size = next(iter(rows.values()))
         if self.size == 0:
             raise UnusableData(source, "it holds no samples")
@@ -114,6 +129,7 @@ class BatchDataset(Dataset):
     """A dataset whose batches come from an iterable, which determines their size and order."""
 
     size = None
+    has_own_batches = True
 
     def __init__(self, source: Iterable[Batch]) -> None:
         self._source = source
@@ -149,17 +165,79 @@ class BatchDataset(Dataset):
             yield arrays
 
 
+class FileDataset(Dataset):
+    """A dataset of ``.npz`` files, each of which contains one batch.
+
+    The sizes of the batches may differ in every dimension that the model leaves open.  Only one
+    file at a time is in memory.
+    """
+
+    size: int
+    has_own_batches = True
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = files
+        self.size = len(files)
+        self._specs: Sequence[TensorSpec] = ()
+
+    def check(self, specs: Sequence[TensorSpec]) -> None:
+        """Check every file by the headers of its arrays, and read only arrays with bounds.
+
+        Each file is checked again when it is read.
+        """
+        self._specs = specs
+        for file in self.files:
+            with _naming(file):
+                check_batch(read_declared(file, specs), specs)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield one batch per file; ``seed`` and ``epoch`` determine the shuffled order.
+
+        ``batch_size`` and ``drop_last`` are ignored.
+        """
+        order = np.arange(self.size)
+        if shuffle:
+            np.random.default_rng([seed, epoch]).shuffle(order)
+        for number in order:
+            file = self.files[int(number)]
+            with _naming(file):
+                batch = read_npz(file)
+                check_batch(batch, self._specs)
+            check_finite(batch, f"{file}, ")
+            yield batch
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Name the file in errors about its arrays."""
+    try:
+        yield
+    except UnusableData:
+        raise
+    except DataError as error:
+        raise UnusableData(str(file), str(error)) from error
+
+
 def open_dataset(source: DataSource) -> Dataset:
-    """Create a dataset from an ``.npz`` file, a folder of ``.npy`` files, named arrays, or batches.
+    """Create a dataset from an ``.npz`` file, a folder, named arrays, or batches.
 
     The arrays must have the names of the model's inputs; the array of targets is named ``labels``.
-    Each array has one row per sample.  Files in a folder are memory-mapped and read as needed.
-    Batches are passed as an iterable of dictionaries of arrays; the iterable determines the size
-    and order of the batches.
+    Each array has one row per sample.  The files in a folder are either ``.npy`` files with one
+    array each, which are memory-mapped and read as needed, or ``.npz`` files with one batch each,
+    in the order of their names.  Batches are also passed as an iterable of dictionaries of arrays.
+    Files and iterables of batches determine the size of each batch, and an iterable also the order.
 
     Raises:
-        UnusableData: a file cannot be read or contains Python objects, or the arrays differ in
-            their number of rows.
+        UnusableData: a file cannot be read or contains Python objects, the arrays differ in their
+            number of rows, or a folder contains both kinds of files.
     """
     if isinstance(source, Dataset):
         return source
@@ -169,12 +247,9 @@ def open_dataset(source: DataSource) -> Dataset:
     if not isinstance(source, str | Path):
         return BatchDataset(source)
     path = Path(source)
-    try:
-        return ArrayDataset(_read_folder(path) if path.is_dir() else _read_npz(path), str(path))
-    except OSError as error:
-        raise UnusableData(str(path), error.strerror or str(error)) from error
-    except (ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-        raise UnusableData(str(path), f"it cannot be read as arrays: {error}") from error
+    if files := list_batch_files(path):
+        return FileDataset(files)
+    return ArrayDataset(map_folder(path) if path.is_dir() else read_npz(path), str(path))
 
 
 def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
@@ -247,35 +322,3 @@ def _any_rows(spec: TensorSpec) -> TensorSpec:
     if spec.shape and isinstance(spec.shape[0], int):
         return msgspec.structs.replace(spec, shape=(None, *spec.shape[1:]))
     return spec
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    if path.suffix != ".npz":
-        raise UnusableData(str(path), "data are an .npz file or a folder of .npy files")
-    with open(open_regular(path), "rb") as file:
-        _check_room(file)
-        archive = np.load(file, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise UnusableData(str(path), "it is a single array, without a name; use np.savez")
-        return dict(archive)
-
-
-def _check_room(file: BinaryIO) -> None:
-    """Raise an error if an archive's arrays, all of which are loaded, do not fit into memory."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > measure_memory():
-            reason = f"its arrays take {size / 1e9:.1f} GB, more than this machine's memory"
-            raise ValueError(f"{reason}; save them as a folder of .npy files")
-    file.seek(0)
-
-
-def _read_folder(path: Path) -> dict[str, np.ndarray]:
-    return {file.stem: _map_array(file) for file in sorted(path.glob("*.npy"))}
-
-
-def _map_array(path: Path) -> np.ndarray:
-    os.close(open_regular(path))
-    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array

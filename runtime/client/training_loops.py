@@ -12,6 +12,7 @@ from collections import defaultdict
 import msgspec
 import numpy as np
 
+from splitonnx.disclosures import find_labels
 from splitonnx.errors import StepsLost
 from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN
 from splitonnx.runtime.client.datasets import Batch, Dataset
@@ -116,7 +117,7 @@ class TrainingLoop:
             batch=position.batch,
             loss=metrics.pop(LOSS),
             metrics=metrics,
-            samples=self._count(TRAIN, batch),
+            samples=self._count_samples(TRAIN, batch),
             seconds=seconds,
             bytes_up=sent - up,
             bytes_down=received - down,
@@ -128,19 +129,28 @@ class TrainingLoop:
         return Evaluation(epoch=epoch, metrics=metrics, seconds=time.perf_counter() - start)
 
     def evaluate(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
-        """Return the mean of each metric over all samples of a dataset."""
+        """Return the mean of each metric over all samples of a dataset.
+
+        A metric of a batch is a mean over its labels, so batches with more labels weigh more.
+        """
         totals: dict[str, float] = defaultdict(float)
-        samples = 0
+        counted = 0
         for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
             outputs = self.perform(PREDICT, batch)
-            size = self._count(PREDICT, batch)
+            size = self._weigh(batch)
             for name, value in self.perform(EVALUATE, {**batch, **outputs}).items():
                 totals[name] += float(value) * size
-            samples += size
-        return {name: total / samples for name, total in totals.items()}
+            counted += size
+        return {name: total / counted for name, total in totals.items()}
 
-    def _count(self, phase: str, batch: Batch) -> int:
-        return len(batch[self._manifest.phase(phase).data[0].name])
+    def _count_samples(self, phase: str, batch: Batch) -> int:
+        """Count the rows of the labels, or of the first input if there are none."""
+        name = find_labels(self._manifest) or self._manifest.phase(phase).data[0].name
+        return len(np.atleast_1d(batch[name]))
+
+    def _weigh(self, batch: Batch) -> int:
+        labels = find_labels(self._manifest)
+        return self._count_samples(PREDICT, batch) if labels is None else batch[labels].size
 
     def perform(
         self, phase: str, data: Batch, learning_rate: LearningRate = None

@@ -145,8 +145,7 @@ class RunDisclosure:
     ) -> None:
         parts = [(TRAIN, data), *([] if held_out is None else [(PREDICT, held_out)])]
         self._parts = [
-            _describe_part(manifest, phase, dataset.size, epochs, batch_size)
-            for phase, dataset in parts
+            _describe_part(manifest, phase, dataset, epochs, batch_size) for phase, dataset in parts
         ]
 
     def show(self, *, as_json: bool) -> None:
@@ -160,15 +159,19 @@ class RunDisclosure:
 
 
 def _describe_part(
-    manifest: PartyManifest, phase: str, samples: int | None, epochs: int, batch_size: int
+    manifest: PartyManifest, phase: str, data: Dataset, epochs: int, batch_size: int
 ) -> tuple[dict[str, Any], str]:
     """Describe what leaves the client in one phase of a run, as a dictionary and as a sentence."""
     from splitonnx.disclosures import count_run, describe_step, list_sent
 
-    sending = list_sent(manifest, phase, batch=batch_size)
+    sending = list_sent(manifest, phase, batch=None if data.has_own_batches else batch_size)
     steps = total = None
-    if samples is not None:
-        steps, total = count_run(manifest, phase, samples=samples, batch=batch_size, passes=epochs)
+    if data.size is not None and data.has_own_batches:
+        steps = epochs * data.size
+    elif data.size is not None:
+        steps, total = count_run(
+            manifest, phase, samples=data.size, batch=batch_size, passes=epochs
+        )
     unit = "steps of a whole run" if phase == TRAIN else "batches to evaluate after each epoch"
     known = "" if total is None else f": {total:,} bytes"
     run = "" if steps is None else f"; in all {steps:,} {unit}{known}"

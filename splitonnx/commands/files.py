@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from splitonnx.atomic import replacing
+from splitonnx.atomic import replacing, write_folder
 from splitonnx.errors import UnwritableFile
 from splitonnx.outputs import check_file_place, check_place
 
@@ -43,6 +43,22 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+
+
+def write_whole_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Create or replace a folder that holds nothing but files that ``write`` creates.
+
+    ``write`` is called with the path of a temporary folder.  If it raises an exception, ``path`` is
+    unchanged.
+
+    Raises:
+        UnwritableFile: the folder cannot be written.
+    """
+    from splitonnx.manifests import MANIFEST  # imports msgspec, which --help does not need
+
+    with _translating(path):
+        check_place(path)
+        write_folder(path, write, MANIFEST)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from splitonnx import names
 from splitonnx.commands.logs import LogFormat, LogLevel
 from splitonnx.errors import UsageError
 from splitonnx.optimizers import Optimizer, read_optimizer
+
+if TYPE_CHECKING:
+    from splitonnx.runtime.client.datasets import Dataset
 
 
 class Dropout(StrEnum):
@@ -111,14 +114,18 @@ BundleArgument = Annotated[Path, typer.Argument(help="The bundle's folder.")]
 DataOption = Annotated[
     Path,
     typer.Option(
-        help="An .npz file or a folder of .npy files; arrays named as the model's inputs, "
-        "and 'labels'."
+        help="An .npz file, a folder of .npy files, or a folder with one .npz file per batch; "
+        "arrays named as the model's inputs, and 'labels'."
     ),
 ]
 ServerOption = Annotated[
     str | None, typer.Option(metavar="URL", help="The server, such as ws://127.0.0.1:8765.")
 ]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples a step.")]
+BATCH_SIZE = 32
+"""The default number of samples in a step."""
+BatchSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Samples a step.", show_default=str(BATCH_SIZE))
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of shuffling and dropout.")]
 TrustedOption = Annotated[
     bool,
@@ -193,3 +200,16 @@ def refuse_both(first: str, second: str, *given: object) -> None:
     """
     if all(given):
         raise UsageError(f"{first} and {second} exclude each other")
+
+
+def choose_batch_size(given: int | None, *datasets: Dataset) -> int:
+    """Return the batch size that was given, or the default.
+
+    Raises:
+        UsageError: a batch size was given, but every dataset determines its own.
+    """
+    if given is not None and all(dataset.has_own_batches for dataset in datasets):
+        raise UsageError(
+            "--batch-size has no effect on a folder with one .npz file per batch; leave it out"
+        )
+    return BATCH_SIZE if given is None else given

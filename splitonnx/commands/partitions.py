@@ -41,6 +41,7 @@ from splitonnx.commands.options import (
     Target,
     TrainOption,
     WeightDecayOption,
+    choose_batch_size,
     make_optimizer,
     refuse_both,
 )
@@ -240,7 +241,7 @@ def verify(
     bundle: BundleArgument,
     data: DataOption,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 5,
-    batch_size: BatchSizeOption = 32,
+    batch_size: BatchSizeOption = None,
     rtol: Annotated[
         float, typer.Option(min=0.0, help="Largest relative difference that counts as equal.")
     ] = 1e-5,
@@ -253,8 +254,16 @@ def verify(
     Nothing is written.  The exit code is 1 if the results differ by more than --rtol.
     """
     refuse_both("--json", "--quiet", as_json, quiet)
+    from splitonnx.runtime.client.datasets import open_dataset
+
+    dataset = open_dataset(data)
     verification = splitonnx.verify(
-        bundle, data, steps=steps, batch_size=batch_size, rtol=rtol, seed=seed
+        bundle,
+        dataset,
+        steps=steps,
+        batch_size=choose_batch_size(batch_size, dataset),
+        rtol=rtol,
+        seed=seed,
     )
     if as_json:
         printing.print_json_lines(printing.summarize_verification(verification))

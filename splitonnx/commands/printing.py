@@ -178,6 +178,11 @@ def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
     _print(f"{path}: {arrays}")
 
 
+def print_output_files(folder: Path, count: int) -> None:
+    """Print the path of a folder of outputs, and the number of files in it."""
+    _print(f"{folder}: {count:,} {'file' if count == 1 else 'files'}")
+
+
 def summarize_verification(verification: Verification) -> Iterator[dict[str, Any]]:
     """Yield one dictionary for each step that was compared, and then one with the verdict."""
     for step in verification.steps:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import splitonnx
 from splitonnx.commands import printing
-from splitonnx.commands.files import open_whole, refuse_existing
+from splitonnx.commands.files import open_whole, refuse_existing, write_whole_folder
 from splitonnx.commands.groups import spread
 from splitonnx.commands.limits import LIMITS
 from splitonnx.commands.logs import logging_to_stderr
@@ -23,9 +23,14 @@ from splitonnx.commands.options import (
     ServerOption,
     ThreadsOption,
     TrustedOption,
+    choose_batch_size,
 )
 from splitonnx.commands.security import ClientSecurity, ServerSecurity
+from splitonnx.errors import UnwritableFile
 from splitonnx.runtime.limits import Limits
+
+if TYPE_CHECKING:
+    from splitonnx.runtime.client.datasets import Dataset, FileDataset
 
 
 @spread
@@ -92,12 +97,16 @@ def predict(
     output: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", metavar="FILE.npz", help="The file to write.", show_default=False
+            "-o",
+            "--output",
+            metavar="FILE.npz",
+            help="The file to write; the folder, if the data are a folder of .npz files.",
+            show_default=False,
         ),
     ],
     server: ServerOption = None,
     give_up_after: GiveUpAfterOption = None,
-    batch_size: BatchSizeOption = 32,
+    batch_size: BatchSizeOption = None,
     threads: ThreadsOption = None,
     trusted: TrustedOption = False,
     force: ForceOption = False,
@@ -105,8 +114,19 @@ def predict(
     *,
     security: ClientSecurity,
 ) -> None:
-    """Run the split model on data, and write its outputs to an .npz file."""
-    refuse_existing(output, force=force)
+    """Run the split model on data, and write its outputs to an .npz file.
+
+    If the data are a folder with one .npz file per batch, a folder with files of the same names is
+    written.
+    """
+    from splitonnx.runtime.client.datasets import FileDataset, open_dataset
+
+    dataset = open_dataset(data)
+    samples = choose_batch_size(batch_size, dataset)
+    if isinstance(dataset, FileDataset):
+        _refuse_other_files(output, dataset, force=force)
+    else:
+        refuse_existing(output, force=force)
     with splitonnx.Client(
         bundle,
         server,
@@ -115,10 +135,49 @@ def predict(
         give_up_after=give_up_after,
         trusted=trusted,
     ) as client:
-        outputs: dict[str, Any] = {**client.predict(data, batch_size=batch_size)}
+        if isinstance(dataset, FileDataset):
+            _predict_files(client, dataset, output)
+        else:
+            _predict_arrays(client, dataset, samples, output, quiet=quiet)
+    if isinstance(dataset, FileDataset) and not quiet:
+        printing.print_output_files(output, dataset.size)
+
+
+def _predict_arrays(
+    client: splitonnx.Client, dataset: Dataset, batch_size: int, output: Path, *, quiet: bool
+) -> None:
+    outputs: dict[str, Any] = {**client.predict(dataset, batch_size=batch_size)}
     import numpy as np
 
     with open_whole(output) as file:
         np.savez(file, **outputs)
     if not quiet:
         printing.print_outputs(output, outputs)
+
+
+def _predict_files(client: splitonnx.Client, dataset: FileDataset, output: Path) -> None:
+    """Predict one file after the other, and write each before the next is read."""
+    import numpy as np
+
+    batches = client.predict_batches(dataset)
+
+    def write(folder: Path) -> None:
+        for file, outputs in zip(dataset.files, batches, strict=True):
+            arrays: dict[str, Any] = {**outputs}
+            with open_whole(folder / file.name) as stream:
+                np.savez(stream, **arrays)
+
+    write_whole_folder(output, write)
+
+
+def _refuse_other_files(output: Path, dataset: FileDataset, *, force: bool) -> None:
+    """Raise if writing the folder would delete anything but earlier predictions."""
+    refuse_existing(output, force=force, is_folder=True)
+    names = {file.name for file in dataset.files}
+    if not output.exists():
+        return
+    if not output.is_dir() or output.samefile(dataset.files[0].parent):
+        raise UnwritableFile(str(output), "it is a file, or the folder of the data; name another")
+    others = sorted(entry.name for entry in output.iterdir() if entry.name not in names)
+    if others:
+        raise UnwritableFile(str(output), f"it holds '{others[0]}', which is not overwritten")

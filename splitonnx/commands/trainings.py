@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,6 +40,7 @@ from splitonnx.commands.options import (
     TrainOption,
     TrustedOption,
     WeightDecayOption,
+    choose_batch_size,
     make_optimizer,
     refuse_both,
 )
@@ -68,7 +68,7 @@ class RunOptions:
     """Options for the length of a training run, for its checkpoints, and for resuming it."""
 
     epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 1
-    batch_size: BatchSizeOption = 32
+    batch_size: BatchSizeOption = None
     lr: Annotated[
         float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
     ] = None
@@ -88,10 +88,6 @@ class RunOptions:
         WhenUnsaved,
         typer.Option(help="What to do where a checkpoint cannot be written."),
     ] = WhenUnsaved.STOP
-
-    def count_steps(self, samples: int | None) -> int | None:
-        """Return the number of steps to train, or ``None`` if the number of samples is unknown."""
-        return None if samples is None else self.epochs * math.ceil(samples / self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,19 +221,23 @@ def train(
     ) as client:
         dataset = open_dataset(data)
         held_out = None if eval_data is None else open_dataset(eval_data)
-        disclosure = RunDisclosure(
-            client.manifest, dataset, held_out, epochs=run.epochs, batch_size=run.batch_size
+        batch_size = choose_batch_size(
+            run.batch_size, dataset, *([] if held_out is None else [held_out])
         )
+        disclosure = RunDisclosure(
+            client.manifest, dataset, held_out, epochs=run.epochs, batch_size=batch_size
+        )
+        batches = dataset.count_batches(batch_size)
         has_checkpoints = not local and run.checkpoint_every > 0
         exempt_loaded()
         with (
-            display.showing(run.count_steps(dataset.size)),
+            display.showing(None if batches is None else run.epochs * batches),
             _telling_how_to_resume(client, has_checkpoints),
         ):
             history = client.fit(
                 dataset,
                 epochs=run.epochs,
-                batch_size=run.batch_size,
+                batch_size=batch_size,
                 eval_data=held_out,
                 learning_rate=run.lr,
                 checkpoint_every=run.checkpoint_every if has_checkpoints else None,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from splitonnx.commands.files import open_whole, refuse_existing
+from splitonnx.commands.files import open_whole, refuse_existing, write_whole_folder
 from splitonnx.errors import UnwritableFile
 
 
@@ -65,3 +65,22 @@ def test_a_disk_that_is_full_is_told(tmp_path: Path) -> None:
     ):
         raise OSError(28, "No space left on device")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "new").write_text("new")
+
+    def fail(folder: Path) -> None:
+        write(folder)
+        raise OSError(28, "No space left on device")
+
+    target = tmp_path / "folder"
+    with pytest.raises(UnwritableFile, match="No space left"):
+        write_whole_folder(target, fail)
+    assert not target.exists()
+    write_whole_folder(target, write)
+    with pytest.raises(UnwritableFile, match="No space left"):
+        write_whole_folder(target, fail)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+    assert (target / "new").read_text() == "new"

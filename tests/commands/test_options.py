@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from splitonnx.commands.options import make_optimizer, refuse_both
+from splitonnx.commands.options import choose_batch_size, make_optimizer, refuse_both
 from splitonnx.errors import UsageError
 from splitonnx.optimizers import SGD, AdamW
+from splitonnx.runtime.client.datasets import open_dataset
 from tests.support.commands import AT, MODEL, Command
 
 
@@ -48,3 +50,11 @@ def test_of_two_options_that_exclude_each_other_one_may_be_given(
         refuse_both("--json", "--quiet", *given)
     assert "--json" in str(caught.value)
     assert "--quiet" in str(caught.value)
+
+
+def test_a_batch_size_is_for_data_that_are_not_divided_into_batches() -> None:
+    rows, batches = open_dataset({"x": np.zeros(3)}), open_dataset([{"x": np.zeros(3)}])
+    assert choose_batch_size(None, batches) == choose_batch_size(None, rows) == 32
+    assert choose_batch_size(8, rows) == choose_batch_size(8, batches, rows) == 8
+    with pytest.raises(UsageError, match="--batch-size has no effect"):
+        choose_batch_size(8, batches, batches)

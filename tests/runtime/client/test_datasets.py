@@ -1,3 +1,4 @@
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,9 +39,10 @@ def rows(batches: list[dict[str, np.ndarray]]) -> list[int]:
 
 def test_an_npz_and_a_folder_of_npy_give_the_same_batches_as_the_arrays(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", **arrays())  # type: ignore[arg-type]
+    (tmp_path / "data").mkdir()
     for name, array in arrays().items():
-        np.save(tmp_path / f"{name}.npy", array)
-    for source in (arrays(), tmp_path / "data.npz", str(tmp_path)):
+        np.save(tmp_path / "data" / f"{name}.npy", array)
+    for source in (arrays(), tmp_path / "data.npz", str(tmp_path / "data")):
         batches = one_epoch(source)
         assert [len(batch["x"]) for batch in batches] == [4, 4, 2]
         np.testing.assert_array_equal(np.concatenate([b["x"] for b in batches]), arrays()["x"])
@@ -161,7 +163,7 @@ def test_files_that_hold_no_arrays_are_refused(tmp_path: Path) -> None:
         "single.npz": "single array",
         "empty": "no arrays",
         "absent.npz": "No such file",
-        "data.csv": ".npz file or a folder",
+        "data.csv": "an .npz file, a folder",
     }.items():
         with pytest.raises(UnusableData, match=sentence) as caught:
             open_dataset(tmp_path / name)
@@ -193,3 +195,79 @@ def test_a_number_of_rows_that_a_model_never_takes_is_told_with_advice(
     with pytest.raises(ArrayMismatch) as other:
         check_batch({"x": np.zeros((rows, 4), np.float32)}, [spec])
     assert (advice in str(other.value)) is isinstance(dim, str)
+
+
+def save_batches(folder: Path, *sizes: int) -> Path:
+    for number, size in enumerate(sizes):
+        batch: dict[str, np.ndarray] = arrays(size) | {"labels": np.full(size, number)}
+        np.savez(folder / f"{number}.npz", **batch)  # type: ignore[arg-type]
+    return folder
+
+
+def test_each_npz_of_a_folder_is_a_batch_of_its_own_size(tmp_path: Path) -> None:
+    folder = save_batches(tmp_path, 3, 5, 1)
+    batches = one_epoch(folder, drop_last=True)
+    assert [len(batch["x"]) for batch in batches] == [3, 5, 1]
+    dataset = open_dataset(folder)
+    assert (dataset.size, dataset.has_own_batches, dataset.count_batches(32)) == (3, True, 3)
+
+
+def test_files_are_shuffled_as_rows_are(tmp_path: Path) -> None:
+    folder = save_batches(tmp_path, *[1] * 10)
+    alone = np.arange(10)
+    np.random.default_rng([7, 2]).shuffle(alone)
+    assert rows(one_epoch(folder, shuffle=True, seed=7, epoch=2)) == alone.tolist()
+    assert rows(one_epoch(folder, shuffle=True, seed=7, epoch=2)) == alone.tolist()
+    assert rows(one_epoch(folder, shuffle=True, seed=7, epoch=3)) != alone.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"x": None}, "no array 'x'"),
+        ({"x": np.zeros((2, 3))}, r"should be F32\[N, 3\], but is F64"),
+        ({"x": np.zeros((2, 3, 1), np.float32)}, r"but is F32\[2, 3, 1\]"),
+        ({"x": np.zeros((4, 3), np.float32)}, r"\[N\] where N = 4, but is I64\[2\]"),
+        ({"labels": np.array([0, 10])}, "holds 10"),
+    ],
+)
+def test_the_file_that_does_not_fit_is_named_before_the_first_step(
+    tmp_path: Path, change: dict[str, np.ndarray | None], sentence: str
+) -> None:
+    folder = save_batches(tmp_path, 2, 2, 2)
+    changed = {name: array for name, array in (arrays(2) | change).items() if array is not None}
+    np.savez(folder / "1.npz", **changed)  # type: ignore[arg-type]
+    with pytest.raises(UnusableData, match=rf"1\.npz: .*{sentence}"):
+        open_dataset(folder).check([X, LABELS])
+
+
+def test_a_file_that_changed_since_it_was_checked_is_checked_again(tmp_path: Path) -> None:
+    dataset = open_dataset(save_batches(tmp_path, 2, 2))
+    dataset.check([X, LABELS])
+    np.savez(tmp_path / "1.npz", x=np.zeros((2, 3)), labels=np.zeros(2, np.int64))
+    batches = dataset.batches(4, seed=0, epoch=0, shuffle=False)
+    next(batches)
+    with pytest.raises(UnusableData, match=r"1\.npz: .*is F64"):
+        next(batches)
+
+
+def test_a_value_that_is_not_finite_is_found_with_its_file(tmp_path: Path) -> None:
+    folder = save_batches(tmp_path, 2)
+    np.savez(folder / "0.npz", x=np.array([[0], [np.inf]], np.float32))
+    with pytest.raises(NotFinite, match=r"0\.npz, row 1"):
+        one_epoch(folder)
+
+
+def test_no_more_than_one_file_is_in_memory(tmp_path: Path) -> None:
+    for number in range(4):
+        np.savez(tmp_path / f"{number}.npz", x=np.zeros((1 << 17, 8)))  # 8 MiB
+    dataset = open_dataset(tmp_path)
+    tracemalloc.start()
+    try:
+        dataset.check([TensorSpec(name="x", dtype="F64", shape=("N", 8))])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        for _ in dataset.batches(1, seed=0, epoch=0):
+            pass
+        assert tracemalloc.get_traced_memory()[1] < 28 << 20
+    finally:
+        tracemalloc.stop()

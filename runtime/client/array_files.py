@@ -1,0 +1,139 @@
+"""Read named arrays from numpy's files: an ``.npz`` file, or the ``.npy`` files of a folder.
+
+Files that are not regular, that contain Python objects, or whose arrays do not fit into memory are
+refused.  This module does not check the arrays, except that :func:`read_declared` looks at their
+declarations to read no more than a check needs.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from splitonnx.errors import UnusableData
+from splitonnx.files import open_regular
+from splitonnx.runtime.limits import measure_memory
+from splitonnx.tensors import TensorSpec
+
+
+def list_batch_files(path: Path) -> list[Path]:
+    """List the ``.npz`` files of a folder by name; the list is empty if there are none.
+
+    Raises:
+        UnusableData: the folder cannot be read, or it contains ``.npy`` files as well.
+    """
+    with _refusing(path):
+        files = sorted(path.glob("*.npz")) if path.is_dir() else []
+        if files and next(path.glob("*.npy"), None) is not None:
+            raise UnusableData(
+                str(path),
+                "it holds .npz and .npy files; a folder has one .npz file for each batch, or one "
+                ".npy file for each array",
+            )
+        return files
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of an ``.npz`` file.
+
+    Raises:
+        UnusableData: the file cannot be read, has another format, or does not fit into memory.
+    """
+    with _refusing(path):
+        if path.suffix != ".npz":
+            raise UnusableData(
+                str(path), "data are an .npz file, a folder of .npy files or a folder of .npz files"
+            )
+        with open(open_regular(path), "rb") as file:
+            arrays = dict(_open_archive(file, path))
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # numpy returns the bytes of any other file
+                raise ValueError(f"'{name}' in it is not an array")
+        return arrays
+
+
+def read_declared(path: Path, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
+    """Read from an ``.npz`` file what :func:`check_batch` looks at.
+
+    An array whose values must be in bounds is read.  For any other array, only the header is read;
+    the result is an array with the same dtype and shape, which takes no memory.
+
+    Raises:
+        UnusableData: see :func:`read_npz`.
+    """
+    bounded = {spec.name for spec in specs if spec.bounds is not None}
+    with _refusing(path), open(open_regular(path), "rb") as file:
+        archive = _open_archive(file, path)
+        return {
+            name: archive[name] if name in bounded else _read_header(archive, name)
+            for name in archive.files
+        }
+
+
+def map_folder(path: Path) -> dict[str, np.ndarray]:
+    """Map the ``.npy`` files of a folder into memory, named as the files.
+
+    Raises:
+        UnusableData: a file cannot be read or contains Python objects.
+    """
+    with _refusing(path):
+        return {file.stem: _map_array(file) for file in sorted(path.glob("*.npy"))}
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UnusableData(str(path), error.strerror or str(error)) from error
+    except (ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        raise UnusableData(str(path), f"it cannot be read as arrays: {error}") from error
+
+
+def _open_archive(file: BinaryIO, path: Path) -> np.lib.npyio.NpzFile:
+    _check_room(file)
+    archive = np.load(file, allow_pickle=False)
+    if isinstance(archive, np.ndarray):
+        raise UnusableData(str(path), "it is a single array, without a name; use np.savez")
+    opened: np.lib.npyio.NpzFile = archive
+    return opened
+
+
+def _read_header(archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    assert archive.zip is not None  # the archive is open
+    entry = name if name in archive.zip.namelist() else f"{name}.npy"
+    with archive.zip.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError(f"'{name}' in it contains Python objects")
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _check_room(file: BinaryIO) -> None:
+    """Raise an error if an archive's arrays, all of which are loaded, do not fit into memory."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > measure_memory():
+            reason = f"its arrays take {size / 1e9:.1f} GB, more than this machine's memory"
+            raise ValueError(f"{reason}; save them as a folder of .npy files")
+    file.seek(0)
+
+
+def _map_array(path: Path) -> np.ndarray:
+    os.close(open_regular(path))
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
