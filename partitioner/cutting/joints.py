@@ -119,7 +119,8 @@ def build_training(
     graph = model.graph
     cut = _resolve_cut(prepared, graph, at, tail_at)
     graph.outputs[:] = [map_values(graph)[output]]
-    partition = _divide(prepared, graph, *(_keep_needed(graph, values) for values in cut))
+    first, last = (_keep_needed(graph, values) for values in cut)
+    partition = _divide(prepared, graph, _keep_reached(graph, first, last), last)
     axis = find_class_axis(graph, loss, output, options)
     scores = skip_activation(graph, loss, output, {*partition.at, *partition.tail_at}, axis)
     known = set(graph)
@@ -243,6 +244,17 @@ def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]
             reason=f"output '{name}', from which the loss is computed, does not depend on them",
         )
     return kept
+
+
+def _keep_reached(
+    graph: ir.Graph, first: Sequence[ir.Value], last: Sequence[ir.Value]
+) -> Sequence[ir.Value]:
+    """Return the tensors in ``first`` that the server reads for the loss.
+
+    For example, only another output may need a raw input, which is then sent for prediction alone.
+    """
+    _, reached = walk_back(last or graph.outputs, set(first))
+    return [value for value in first if value in reached] or first
 
 
 def _divide(
