@@ -57,7 +57,13 @@ def test_a_batch_that_the_input_fixes_is_freed_as_the_remark_says(target: Target
     (remark,) = check(model).remarks
     assert remark.sentence.endswith("--dim x:0=N frees it")
     freed = cut(model, at="b", dims={"x:0": "N"}, client_target=target, server_target=target)
+    meant = load_model(FIXED)
+    for value in (meant.graph.input[0], meant.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    hold_predictions(freed, meant, data)
     assert verify(freed, data, batch_size=8).ok
+    whole = cut(model, at=None, dims={"x:0": "N"}, client_target=target, server_target=target)
+    hold_step(whole, meant, load_data(FIXED, 4), TRAINED)
 
 
 def test_a_batch_that_stays_fixed_is_said_with_the_node() -> None:

@@ -44,10 +44,14 @@ def test_a_joined_matrix_predicts_as_the_model_given(target: Target) -> None:
     hold_predictions(bundle, load_model(NAME), load_data(NAME))
 
 
-def test_a_joined_matrix_stays_at_one_party() -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_joined_matrix_stays_at_one_party(target: Target) -> None:
     with pytest.raises(SharedParameter, match=KEPT):
         cut(load_model(NAME), at="a", ties=TIE)
-    bundle = cut(load_model(NAME), at="e", tail_at="m", ties=TIE)
+    bundle = cut(
+        load_model(NAME), at="e", tail_at="m", ties=TIE, client_target=target, server_target=target
+    )
+    hold_predictions(bundle, load_model(NAME), load_data(NAME))
     assert verify(bundle, load_data(NAME), batch_size=8).ok
 
 

@@ -22,6 +22,12 @@ from tests.support.case_trials import TARGETS, run_step
 from tests.support.small_models import hold_predictions, hold_step, load_data, load_model
 from tests.support.zoo import ZOO
 
+NORMALIZED = [
+    ("24_bn_small_batch", "r", ["w1", "b1", "g", "be", "w2", "b2"]),
+    ("36_bn_untracked", "r", ["k", "g", "be", "fw", "fb"]),
+]
+EPSILON = 1e-5
+
 
 def find(name: str, kind: Kind) -> Remark:
     """Check a small model and return its only remark of a kind."""
@@ -116,6 +122,25 @@ def test_running_variances_are_those_of_onnx_which_divide_by_n(
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     hidden = data["x"] @ weights["w1"] + weights["b1"]
     np.testing.assert_allclose(next_variance, 0.9 + 0.1 * hidden.var(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "at", "trained"), NORMALIZED)
+def test_initial_statistics_predict_and_train_as_onnx_says(
+    name: str, at: str, trained: list[str], target: Target
+) -> None:
+    model, data = load_model(name), load_data(name)
+    meant = load_model(name)  # in inference mode
+    for node in meant.graph.node:
+        if node.op_type == "BatchNormalization":
+            del node.output[1:]
+            del node.attribute[:]
+            node.attribute.add(name="epsilon", type=onnx.AttributeProto.FLOAT, f=EPSILON)
+    bundle = cut(model, at=at, client_target=target, server_target=target)
+    hold_predictions(bundle, meant, data)
+    assert verify(bundle, data, batch_size=8).ok
+    whole = cut(model, at=None, client_target=target, server_target=target)
+    hold_step(whole, model, load_data(name, 4), trained)
 
 
 def test_a_lost_detach_is_told_with_the_tensor_to_stop_at() -> None:

@@ -69,7 +69,7 @@ def hold_predictions(
     if bundle.server is not None:
         link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
     with Client(bundle.client, link, threads=1) as client:
-        predicted = client.predict(inputs)
+        predicted = client.predict([inputs])  # as one batch, whatever its axes mean
     for name, array in expected.items():
         np.testing.assert_allclose(merged[name], array, rtol=RTOL, atol=ATOL)
         np.testing.assert_allclose(predicted[name], array, rtol=RTOL, atol=ATOL)
