@@ -4,8 +4,9 @@
 
 cuts every model of the zoo into portable parts, wherever it can be cut and U-shaped, and each small
 model that once went wrong at one place.  For each it writes ``FOLDER/NAME/bundle``,
-``data.safetensors`` and ``trained.safetensors``: the losses, and the state of the unsplit model,
-trained by the training wheel.  Then it prints a line of JSON with all names, and serves: for each
+``data.safetensors``, or ``data-0.safetensors`` and so on with a batch each, and
+``trained.safetensors``: the losses, the state and the evaluation of the unsplit model, trained by
+the training wheel.  Then it prints a line of JSON with all names, and serves: for each
 line with a name on its standard input it prints the address of that bundle's server, untrained, and
 ends the one before.
 """
@@ -14,8 +15,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,9 +25,10 @@ import numpy as np
 
 from splitonnx.bundles import Bundle
 from splitonnx.codecs import encode_tensors
+from splitonnx.names import PORTABLE, TRAINING, Target
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.partitioner.partitions import cut_prepared
+from splitonnx.partitioner.partitions import cut, cut_prepared
 from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.server.servers import Server
@@ -41,22 +44,84 @@ SEED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A small model under ``tests/cases/models``: where it is cut, and what is said of it."""
+    """A small model under ``tests/cases/models``: where it is cut, and what is said of it.
 
-    at: str
+    ``batches`` cuts its data into batches of their own sizes, where they are not rows.
+    """
+
+    at: str | tuple[str, ...]
+    tail_at: str | tuple[str, ...] = ()
     loss: str = "cross-entropy"
+    freeze: tuple[str, ...] = ()
+    dims: Mapping[str, int | str] = field(default_factory=dict)
+    ties: tuple[tuple[str, str], ...] = ()
     class_axis: int | None = None
     stop_gradients: tuple[str, ...] = ()
+    batches: Callable[[Arrays], list[Arrays]] | None = None
+
+    def cut(self, name: str, *, whole: bool = False) -> Bundle:
+        """Cut the model into portable parts, or leave it whole for the training wheel."""
+        target: Target = TRAINING if whole else PORTABLE
+        return cut(
+            load_model(name),
+            at=None if whole else self.at,
+            tail_at=() if whole else self.tail_at,
+            loss=self.loss,
+            freeze=self.freeze,
+            dims=self.dims,
+            ties=self.ties,
+            class_axis=self.class_axis,
+            stop_gradients=self.stop_gradients,
+            client_target=target,
+            server_target=target,
+        )
+
+
+def take_columns(data: Arrays) -> list[Arrays]:
+    """Cut data whose batch is on axis 1."""
+    bounds = ((0, 8), (8, 11), (11, 24))
+    return [{name: array[:, i:j] for name, array in data.items()} for i, j in bounds]
+
+
+def draw_graphs(data: Arrays) -> list[Arrays]:
+    """Draw graphs of other sizes beside the one given."""
+    random = np.random.default_rng(0)
+    drawn: list[Arrays] = [
+        {
+            "x": random.standard_normal((nodes, 4), np.float32),
+            "edges": random.integers(0, nodes, (2, edges)),
+            "labels": random.integers(0, 3, nodes),
+        }
+        for nodes, edges in ((5, 1), (31, 80))
+    ]
+    return [data, *drawn]
 
 
 CASES = {
+    "04_aux_head": Case(at=("r", "t")),
+    "05_siamese_bn": Case(at="p"),
     "06_last_axis_classes": Case(at="a", class_axis=-1),
     "07_softmax_clip": Case(at="b"),
     "07_softmax_identity": Case(at="b"),
+    "08_buffers": Case(at="c", freeze=("^(pe|dft)$",)),
     "09_identity_transpose": Case(at="b"),
+    "11_lstm_dynamic_time": Case(at="h", dims={"T": 7}),
+    "12_batch_baked": Case(at="a"),
     "13_instancenorm_as_bn": Case(at="rl"),
+    "16_scalar_axes": Case(at="a"),
+    "17_gathernd_batch": Case(at=("a", "idx")),
+    "20_gnn": Case(at="r", batches=draw_graphs),
+    "22_if_batch_one": Case(at="a"),
+    "24_bn_small_batch": Case(at="r", freeze=("^b1$",)),  # its gradient is nothing but rounding
+    "29_batch_axis_1": Case(at="Y", loss="mse", batches=take_columns),
+    "30_lost_tie": Case(at="e", tail_at="m", ties=(("shared.weight", "onnx::MatMul_1430"),)),
     "32_stdconv": Case(at="c"),
+    "33_simplified_layernorm": Case(at="n"),
+    "34_passed_through": Case(at=("b", "x")),
+    "36_bn_untracked": Case(at="r"),
+    "39_lstm_layout1": Case(at="f"),
     "41_lost_detach": Case(at="s", stop_gradients=("e",)),
+    "42_fixed_batch": Case(at="b", dims={"x:0": "N"}),
 }
 
 
@@ -84,33 +149,35 @@ def write_model(folder: Path, name: str) -> list[str]:
 
 def write_case(folder: Path, name: str) -> str:
     """Cut one small model at its place, train it whole, and return its name."""
-    case, data = CASES[name], load_data(name, rows=SAMPLES)
-    prepared = prepare(open_model(load_model(name)), stop_gradients=case.stop_gradients)
-    whole = cut_prepared(prepared, at=None, loss=case.loss, class_axis=case.class_axis)
-    bundle = cut_prepared(
-        prepared,
-        at=case.at,
-        loss=case.loss,
-        class_axis=case.class_axis,
-        client_target="portable",
-        server_target="portable",
-    )
-    write(folder / name, bundle, data, train_whole(whole, data))
+    case = CASES[name]
+    rows = None if case.batches else SAMPLES
+    data = load_data(name, rows=rows)
+    given = case.batches(data) if case.batches else data
+    write(folder / name, case.cut(name), given, train_whole(case.cut(name, whole=True), given))
     return name
 
 
-def train_whole(bundle: Bundle, data: Arrays) -> Arrays:
-    """Train an uncut bundle, and return the losses and the state after it."""
+def train_whole(bundle: Bundle, data: Arrays | list[Arrays]) -> Arrays:
+    """Train an uncut bundle, and return the losses, and the state and the evaluation after it."""
     with Client(bundle.client, threads=1, seed=SEED) as client:
         history = client.fit(data, epochs=EPOCHS, batch_size=BATCH)
         losses = np.array([record.loss for record in history.steps])
-        return {**client.state(), "#losses": losses}
+        evaluated = np.array(client.evaluate(data, batch_size=BATCH)["loss"])
+        return {**client.state(), "#losses": losses, "#evaluated": evaluated}
 
 
-def write(place: Path, bundle: Bundle, data: Arrays, trained: Arrays) -> None:
-    """Write a bundle with its data and what training the unsplit model gave."""
+def write(place: Path, bundle: Bundle, data: Arrays | list[Arrays], trained: Arrays) -> None:
+    """Write a bundle with its data and what training the unsplit model gave.
+
+    Data are one file, or one for each batch.
+    """
     bundle.save(place / "bundle")
-    for file, arrays in (("data", data), ("trained", trained)):
+    files = (
+        {f"data-{number}": batch for number, batch in enumerate(data)}
+        if isinstance(data, list)
+        else {"data": data}
+    )
+    for file, arrays in {**files, "trained": trained}.items():
         (place / f"{file}.safetensors").write_bytes(b"".join(encode_tensors(arrays)))
 
 

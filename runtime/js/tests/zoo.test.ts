@@ -4,7 +4,7 @@
  */
 
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
+import { readFileSync, readdirSync } from "node:fs";
 import { mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -14,8 +14,8 @@ import { loadBundle } from "../src/bundles.js";
 import type { PartyBundle } from "../src/bundles.js";
 import { decodeTensors } from "../src/codecs.js";
 import { giveTensor, takeTensor } from "../src/engine/engines.js";
-import { MemoryStorage, SplitClient } from "../src/index.js";
-import type { Ort } from "../src/index.js";
+import { MemoryStorage, SplitClient, UsageError } from "../src/index.js";
+import type { Batch, Ort, Outputs } from "../src/index.js";
 import { MAX_HEADER } from "../src/messages.js";
 import { openFolder } from "../src/node.js";
 import { takeRows } from "../src/tensors.js";
@@ -49,6 +49,35 @@ function read(name: string, file: string): NdArrays {
   return decodeTensors(new Uint8Array(content), MAX_HEADER).tensors;
 }
 
+/** Read a bundle's data: arrays of rows, or a list of batches whose sizes differ. */
+function readData(name: string): NdArrays | NdArrays[] {
+  const batches = readdirSync(join(folder, name)).filter((file) => file.startsWith("data-"));
+  if (!batches.length) return read(name, "data");
+  return batches.map((_, number) => read(name, `data-${number}`));
+}
+
+function giveAll(arrays: NdArrays): Batch {
+  return Object.fromEntries([...arrays].map(([key, array]) => [key, giveTensor(array)]));
+}
+
+/** Predict batches whose sizes differ: one by one, and together where their rows can be joined. */
+async function predictEach(client: SplitClient, batches: readonly Batch[]): Promise<void> {
+  const found: Outputs[] = [];
+  for await (const outputs of client.predictBatches(batches)) found.push(outputs);
+  assert.equal(found.length, batches.length);
+  for (const name of Object.keys(found[0]!)) {
+    const dims = found.map((outputs) => outputs[name]!.dims);
+    if (new Set(dims.map((sizes) => sizes.slice(1).join())).size > 1) {
+      return assert.rejects(client.predict(batches), UsageError);
+    }
+  }
+  for (const [name, { dims, data }] of Object.entries(await client.predict(batches))) {
+    const rows = found.map((outputs) => outputs[name]!.dims[0]!);
+    assert.equal(dims[0], rows.reduce((sum, count) => sum + count));
+    assert.deepEqual([...data], found.flatMap((outputs) => [...outputs[name]!.data]));
+  }
+}
+
 /** Train by the bundle's server, and tell lies to the part; return how many. */
 async function train(name: string, url: string, ort: Ort, party: PartyBundle): Promise<number> {
   const replies = new Map<string, Map<string, NdArray>>(); // the first of each phase
@@ -68,18 +97,26 @@ async function train(name: string, url: string, ort: Ort, party: PartyBundle): P
       replies.set(phase, first);
     },
   });
-  const data = read(name, "data");
-  const given = Object.fromEntries([...data].map(([key, array]) => [key, giveTensor(array)]));
+  const data = readData(name);
+  const given = Array.isArray(data) ? data.map(giveAll) : giveAll(data);
   const history = await client.fit(given, { epochs: EPOCHS, batchSize: BATCH, save: true });
   const expected = read(name, "trained");
   const losses = history.steps.map((record) => record.loss);
   const worst = [relate(losses, expected.get("#losses")!.data as Float64Array)];
   const own = Object.entries(client.state()).map(([key, { data: found }]) => [key, found] as const);
   const others = [...read(name, "bundle/server/state")].map(([key, array]) => [key, array.data] as const);
-  assert.equal(new Set([...own, ...others].map(([key]) => key)).size, expected.size - 1); // the losses
+  const states = [...expected.keys()].filter((key) => !key.startsWith("#"));
+  assert.equal(new Set([...own, ...others].map(([key]) => key)).size, states.length);
   for (const [key, found] of [...own, ...others]) worst.push(relate(found, expected.get(key)!.data));
-  const first = new Map([...data].map(([key, array]) => [key, takeRows(array, ROWS)]));
-  await client.predict(Object.fromEntries([...first].map(([key, array]) => [key, giveTensor(array)])));
+  const first = Array.isArray(data)
+    ? data[0]!
+    : new Map([...data].map(([key, array]) => [key, takeRows(array, ROWS)]));
+  await client.predict([giveAll(first)]);
+  if (Array.isArray(given)) {
+    const { loss } = await client.evaluate(given);
+    worst.push(relate([loss!], expected.get("#evaluated")!.data as Float64Array));
+    await predictEach(client, given);
+  }
   await client.close();
   assert.ok(Math.max(...worst) <= TOLERANCE, `${name}: ${Math.max(...worst)}`);
   let told = 0;

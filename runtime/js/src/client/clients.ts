@@ -234,23 +234,41 @@ export class SplitClient {
    *
    * `data` may be a single tensor where the model has a single input.
    *
+   * @throws UsageError: the batches' outputs differ in more than their first dimension; use
+   *   {@link predictBatches}.
    * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
    */
   async predict(
     data: DataSource | TensorLike,
     { batchSize = 32 }: { batchSize?: number } = {},
   ): Promise<Outputs> {
+    const parts = new Map<string, NdArray[]>();
+    for await (const outputs of this.#predict(data, batchSize)) {
+      for (const [name, array] of outputs) parts.set(name, [...(parts.get(name) ?? []), array]);
+    }
+    return giveAll(new Map([...parts].map(([name, arrays]) => [name, join(name, arrays)])));
+  }
+
+  /**
+   * Run the model on the data, and yield the outputs of one batch after the other.
+   *
+   * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
+   */
+  async *predictBatches(
+    data: DataSource | TensorLike,
+    { batchSize = 32 }: { batchSize?: number } = {},
+  ): AsyncGenerator<Outputs, void> {
+    for await (const outputs of this.#predict(data, batchSize)) yield giveAll(outputs);
+  }
+
+  async *#predict(data: DataSource | TensorLike, batchSize: number): AsyncGenerator<NdArrays, void> {
     requirePositive({ batchSize });
     const { data: inputs } = this.#phase(PREDICT);
     const dataset = openDataset(isTensor(data) ? { [inputs[0]?.name ?? ""]: data } : data);
     dataset.check(inputs);
-    const parts = new Map<string, NdArray[]>();
     for await (const batch of dataset.batches(dealInOrder(batchSize))) {
-      for (const [name, array] of await this.#loop.perform(PREDICT, batch)) {
-        parts.set(name, [...(parts.get(name) ?? []), array]);
-      }
+      yield await this.#loop.perform(PREDICT, batch);
     }
-    return giveAll(new Map([...parts].map(([name, arrays]) => [name, concatenate(arrays)])));
   }
 
   /** Return this part's state, the optimizer's included; it is not to be written to. */
@@ -307,6 +325,18 @@ function locateBundle(url: string): string {
 
 function giveAll(arrays: NdArrays): Outputs {
   return Object.fromEntries([...arrays].map(([name, array]) => [name, giveTensor(array)]));
+}
+
+/** Join an output's batches along their first dimension. */
+function join(name: string, parts: readonly NdArray[]): NdArray {
+  const shapes = parts.map(({ shape }) => JSON.stringify(shape.slice(1)));
+  if (new Set(shapes).size > 1) {
+    throw new UsageError(
+      `the batches' outputs '${name}' differ in more than their first dimension; ` +
+        "take them one by one with predictBatches",
+    );
+  }
+  return concatenate(parts);
 }
 
 function isTensor(data: DataSource | TensorLike): data is TensorLike {

@@ -84,7 +84,8 @@ class ArrayDataset implements Dataset {
     if (!rows.length) throw new UnusableData("the data hold no arrays");
     if (new Set(rows.map(([, count]) => count)).size > 1) {
       const counts = rows.map(([name, count]) => `'${name}' ${count}`).join(", ");
-      throw new UnusableData(`the arrays differ in their number of rows: ${counts}`);
+      const advice = "pass each batch on its own, in an array of batches";
+      throw new UnusableData(`the arrays differ in their number of rows: ${counts}; ${advice}`);
     }
     this.size = rows[0]![1];
     if (!this.size) throw new UnusableData("the data hold no samples");
@@ -186,8 +187,12 @@ function freeRows(spec: TensorSpec): TensorSpec {
   return { ...spec, shape: [null, ...spec.shape.slice(1)] };
 }
 
-/** Count a batch's samples: the rows of its first declared array. */
-export function countSamples(batch: NdArrays, specs: readonly TensorSpec[]): number {
-  const array: NdArray | undefined = batch.get(specs[0]?.name ?? "");
+/** Count a batch's samples: the rows of the labels, or of its first declared array without any. */
+export function countSamples(
+  batch: NdArrays,
+  specs: readonly TensorSpec[],
+  labels: string | undefined,
+): number {
+  const array: NdArray | undefined = batch.get(labels ?? specs[0]?.name ?? "");
   return array?.shape[0] ?? 1;
 }

@@ -65,20 +65,24 @@ export class TrainingLoop {
     }
   }
 
-  /** Compute each metric's mean over all samples of a dataset. */
+  /**
+   * Compute each metric's mean over all samples of a dataset.
+   *
+   * A metric of a batch is a mean over its labels, so batches with more labels weigh more.
+   */
   async evaluate(dataset: Dataset, batchSize: number): Promise<Record<string, number>> {
     const totals = new Map<string, number>();
-    let samples = 0;
+    let counted = 0;
     for await (const batch of dataset.batches(dealInOrder(batchSize))) {
       const outputs = await this.perform(PREDICT, batch);
-      const size = countSamples(batch, this.#dataOf(PREDICT));
+      const size = batch.get(this.#labels ?? "")?.data.length ?? this.#countSamples(PREDICT, batch);
       const metrics = await this.perform(EVALUATE, new Map([...batch, ...outputs]));
       for (const [name, { data }] of metrics) {
         totals.set(name, (totals.get(name) ?? 0) + Number(data[0]) * size);
       }
-      samples += size;
+      counted += size;
     }
-    return Object.fromEntries([...totals].map(([name, total]) => [name, total / samples]));
+    return Object.fromEntries([...totals].map(([name, total]) => [name, total / counted]));
   }
 
   /**
@@ -98,6 +102,16 @@ export class TrainingLoop {
 
   get #step(): number {
     return this.#runner.executor.step;
+  }
+
+  /** The name of the labels: what is measured and not predicted. */
+  get #labels(): string | undefined {
+    const { results } = findPhase(this.#runner.executor.manifest, PREDICT);
+    return this.#dataOf(EVALUATE).find((spec) => !results.includes(spec.name))?.name;
+  }
+
+  #countSamples(phase: string, batch: NdArrays): number {
+    return countSamples(batch, this.#dataOf(phase), this.#labels);
   }
 
   #dataOf(phase: string): readonly TensorSpec[] {
@@ -148,7 +162,7 @@ export class TrainingLoop {
       batch: number,
       loss,
       metrics,
-      samples: countSamples(batch, this.#dataOf(TRAIN)),
+      samples: this.#countSamples(TRAIN, batch),
       seconds,
       bytesUp: sent - up,
       bytesDown: received - down,
