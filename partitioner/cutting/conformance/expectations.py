@@ -5,10 +5,11 @@ Two independent evaluators compute them: onnx's reference evaluator and ONNX Run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import numpy as np
 import onnx
 
 from splitonnx.partitioner.cutting.conformance.dataflow import (
@@ -38,8 +39,8 @@ _ROUNDING = 1e-6
 Relative differences become large in sums that cancel out.
 """
 _SCALES = (10.0, 0.1, 100.0)
-"""Standard deviations of inputs to try after 1, if each output has equal elements only."""
-_MOST_PARTIAL = 4
+"""Standard deviations of inputs to try after 1, if each output has equal rows only."""
+_MOST_PARTIAL = 6
 """The search for integers ends after this many draws that only one evaluator accepts."""
 Draw = Callable[[onnx.ModelProto, int, float], Iterator[list[Arrays]]]
 """A function like ``iter_draws``, which draws random batches for a model."""
@@ -67,29 +68,30 @@ class Expectation:
 
     @property
     def is_telling(self) -> bool:
-        """Return whether some output has unequal elements, or none has several elements.
+        """Return whether some output has unequal rows, or none has several rows.
 
-        Outputs whose elements are all equal would hide many mistakes.
+        Outputs that are equal for all inputs would hide many mistakes.
         """
         outcome = self.session or self.reference or ()
-        several = [array for batch in outcome for array in batch.values() if array.size > 1]
-        return not several or any(bool((array != array.flat[0]).any()) for array in several)
+        outputs = [[batch[name] for batch in outcome] for name in next(iter(outcome), ())]
+        several = [arrays for arrays in outputs if sum(map(_count_rows, arrays)) > 1]
+        return not several or any(map(_is_varied, several))
 
     @cached_property
-    def noise(self) -> Mapping[str, Difference]:
-        """Map each tensor's name to the largest difference between the two evaluators.
+    def noise(self) -> Mapping[tuple[str, int], Difference]:
+        """Map tensor and batch to the difference between the two evaluators.
 
         The map is empty if only one of them ran.
         """
         if self.reference is None or self.session is None:
             return {}
         every = list_differences(self.reference, self.session)
-        return {each.tensor: each for each in sorted(every, key=lambda each: each.size)}
+        return {(each.tensor, each.batch): each for each in every}
 
     @property
     def contradicted(self) -> list[Difference]:
         """List the tensors for which one evaluator must be wrong, the largest difference last."""
-        found = [each for each in self.noise.values() if _is_contradiction(each)]
+        found = [each for each in self._list_noise() if _is_contradiction(each)]
         return sorted(found, key=lambda each: each.size)
 
     @property
@@ -97,18 +99,23 @@ class Expectation:
         """List the tensors that are mostly rounding errors, such as a sum that should be zero."""
         return [
             each
-            for each in self.noise.values()
+            for each in self._list_noise()
             if each.size > _CONTRADICTION and not _is_contradiction(each)
         ]
+
+    def _list_noise(self) -> Iterable[Difference]:
+        """List for each tensor the largest difference between the two evaluators."""
+        ordered = sorted(self.noise.values(), key=lambda each: each.size)
+        return {each.tensor: each for each in ordered}.values()
 
     @cached_property
     def least(self) -> float:
         """Return the relative difference that is allowed for every tensor."""
         return COARSE if _is_coarse(self.model) else EXACT
 
-    def allow(self, tensor: str) -> float:
-        """Return the relative difference that rounding can explain in a tensor."""
-        noise = self.noise.get(tensor)
+    def allow(self, tensor: str, batch: int) -> float:
+        """Return the relative difference that rounding can explain in a tensor of a batch."""
+        noise = self.noise.get((tensor, batch))
         if noise is None or _is_contradiction(noise):
             return self.least
         return max(self.least, _NOISE_FACTOR * noise.size)
@@ -131,7 +138,7 @@ class Expectation:
                 [
                     each
                     for each in list_differences(outcome, found)
-                    if each.size > self.allow(each.tensor)
+                    if each.size > self.allow(each.tensor, each.batch)
                 ]
             )
             for outcome in outcomes
@@ -142,9 +149,8 @@ class Expectation:
 def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_draws) -> Expectation:
     """Draw random inputs that a model accepts, and evaluate the model with them.
 
-    If the elements of every output are equal, as after a Relu of only negative numbers, larger and
-    smaller inputs are tried.  ``subject`` names the model in error messages.  ``draw`` draws the
-    inputs.
+    If no output depends on the inputs, as after a Relu of only negative numbers, larger and smaller
+    inputs are tried.  ``subject`` names the model in error messages.  ``draw`` draws the inputs.
 
     Raises:
         NotRun: neither evaluator accepts any of the random inputs.
@@ -190,6 +196,19 @@ def _expect(
     if not halves:
         raise refusal
     return halves[max(0, len(halves) - 2)]  # of 0 and 1: ONNX Runtime reads beyond some tables
+
+
+def _count_rows(array: np.ndarray) -> int:
+    return len(array) if array.ndim else 1
+
+
+def _is_varied(arrays: Sequence[np.ndarray]) -> bool:
+    """Return whether rows of one or several arrays differ."""
+    filled = [np.atleast_1d(array) for array in arrays if array.size]
+    return any(
+        array.shape[1:] != filled[0].shape[1:] or bool((array != filled[0][:1]).any())
+        for array in filled
+    )
 
 
 def _has_integers(batches: Sequence[Arrays]) -> bool:

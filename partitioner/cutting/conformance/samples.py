@@ -15,11 +15,15 @@ import onnx
 
 Arrays = dict[str, np.ndarray]
 
-_BATCHES = ((2, 3), (1,))
-"""Batch sizes to try: two different ones, or only 1 for models that accept no other."""
+_BATCHES = (((2, 1.0), (3, 1.0), (5, 3.0)), ((1, 1.0), (1, 3.0)))
+"""Batch sizes to try, each with a factor for the standard deviation of floats.
+
+Different sizes are tried first, and then only 1 for models that accept no other.  In the last
+batch, a node that hardly changes small numbers, or only those of one sign, does not go unnoticed.
+"""
 _LENGTHS = (8, 32, 4, 64, 224, 1)
 """Values tried for symbolic sizes that are not the batch."""
-_INTEGERS = (8, 4, 2, 1)
+_INTEGERS = (8, 6, 4, 3, 2, 1)
 """Upper limits of random integers, tried in this order.
 
 Integers may be indices into small tables.
@@ -27,10 +31,11 @@ Integers may be indices into small tables.
 
 
 def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterator[list[Arrays]]:
-    """Yield random draws to try in order, each a list of one or two batches for a model.
+    """Yield random draws to try in order, each a list of batches for a model.
 
-    Floats are drawn from a normal distribution with the standard deviation ``scale``.  Nothing is
-    yielded if an input is not a tensor of real numbers or booleans with a declared rank.
+    Floats are drawn from a normal distribution with the standard deviation ``scale``, or a multiple
+    of it in the last batch.  Nothing is yielded if an input is not a tensor of real numbers or
+    booleans with a declared rank.
     """
     inputs = list_inputs(model)
     if not all(_is_numeric(value) for value in inputs):
@@ -42,11 +47,12 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
     has_integers = any(_dtype(value).kind in "iu" for value in inputs)
     lengths = _LENGTHS if has_length else _LENGTHS[:1]
     limits = _INTEGERS if has_integers else _INTEGERS[:1]
-    for sizes, length, limit in product(_BATCHES, lengths, limits):
+    batches = _BATCHES if has_batch else _BATCHES[-1:]
+    for sizes, length, limit in product(batches, lengths, limits):
         random = np.random.default_rng(seed)
         yield [
-            {value.name: _draw(random, value, batch, length, limit, scale) for value in inputs}
-            for batch in (sizes if has_batch else sizes[:1])
+            {value.name: _draw(random, value, size, length, limit, spread) for value in inputs}
+            for size, spread in [(size, scale * factor) for size, factor in sizes]
         ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -18,7 +19,7 @@ from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.adjustments import Adjustments
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import NO_CHECK, cut
-from tests.support.nets import FLOAT, Arrays, Net
+from tests.support.nets import FLOAT, INT64, Arrays, Net
 
 Plant = Callable[[ir.Graph], None]
 
@@ -121,6 +122,38 @@ def test_a_fault_planted_in_every_form_is_caught(
     with pytest.raises(DifferentResult) as caught:
         cut(build_model(), at="second", check=True)
     assert caught.value.first == PLANTS[plant]
+
+
+def build_rare_model(kind: str) -> onnx.ModelProto:
+    """Build a model with a node that changes few inputs."""
+    net = Net()
+    inputs: dict[str, tuple[int, list[int | str]]] = {"x": (FLOAT, ["N", 6])}
+    if kind == "Clip":  # nothing but large numbers
+        bounds = [net.constant(n, np.array(b, np.float32)) for n, b in (("low", -4), ("high", 4))]
+        rare = net.op("Clip", "x", *bounds, out="rare")
+    else:  # nothing but the last row of a table
+        table = np.ones((6, 6), np.float32)
+        table[5] = -1
+        inputs["place"] = (INT64, ["N"])
+        row = net.op("Gather", net.constant("table", table), "place", out="row")
+        rare = net.op("Mul", "x", net.op(kind, row, out="seen"), out="rare")
+    return net.finish(inputs, net.op("MatMul", rare, net.weight("w", 6, 3), out="y"), 3)
+
+
+@pytest.mark.parametrize("kind", ["Clip", "Relu"])
+def test_a_lost_node_that_changes_few_inputs_is_caught(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_wrongly(model: onnx.ModelProto, *given: Adjustments) -> ir.Model:
+        opened = open_model(model, *given)
+        node = find_node(opened.graph, kind)
+        assert node.inputs[0] is not None
+        ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+        return opened
+
+    monkeypatch.setattr(f"{PARTITIONS}.open_model", open_wrongly)
+    with pytest.raises(DifferentResult):
+        cut(build_rare_model(kind), at=None, loss="mse", check=True)
 
 
 def test_a_fault_planted_in_a_part_alone_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,4 +269,4 @@ def test_a_difference_that_another_draw_does_not_confirm_is_none(
     monkeypatch.setattr(f"{COMPARISONS}.run_split", run_wrong_once)
     cut(build_model(), at="second", check=True)
     assert not caplog.records
-    assert len(calls) == 2
+    assert len(calls) == 3

@@ -30,9 +30,9 @@ def make_expectation(reference: float | None, session: float | None) -> Expectat
     )
 
 
-def test_both_evaluators_run_a_usual_model_at_two_batch_sizes() -> None:
+def test_both_evaluators_run_a_usual_model_at_several_batch_sizes() -> None:
     expectation = expect(build_chain(), "it", 0)
-    assert [len(batch["x"]) for batch in expectation.batches] == [2, 3]
+    assert [len(batch["x"]) for batch in expectation.batches] == [2, 3, 5]
     assert expectation.reference is not None
     assert expectation.session is not None
     assert all(noise.size < 1e-5 for noise in expectation.noise.values())
@@ -48,7 +48,7 @@ def test_a_model_that_works_with_one_sample_alone_is_run_with_it() -> None:
     net = Net()
     one = net.constant("one", np.array([1, 6]))
     model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("Reshape", "x", one, out="y"), 6)
-    assert [len(batch["x"]) for batch in expect(model, "it", 0).batches] == [1]
+    assert [len(batch["x"]) for batch in expect(model, "it", 0).batches] == [1, 1]
 
 
 def test_integers_are_drawn_small_enough_for_a_table() -> None:
@@ -96,6 +96,16 @@ def test_inputs_of_another_size_are_drawn_if_all_elements_are_equal() -> None:
     assert max(batch["x"].max() for batch in expectation.batches) > 5
 
 
+def test_outputs_that_differ_by_column_alone_tell_nothing_of_the_inputs() -> None:
+    net = Net()
+    gap = net.op("Sub", "x", net.constant("low", np.array(8, np.float32)), out="gap")
+    bias = net.constant("bias", np.array([1, 2, 3], np.float32))
+    net.op("Add", net.op("Relu", gap, out="dead"), bias, out="y")
+    expectation = expect(net.finish({"x": (FLOAT, ["N", 3])}, "y", 3), "it", 0)
+    assert expectation.is_telling
+    assert max(batch["x"].max() for batch in expectation.batches) > 8
+
+
 def test_outputs_that_are_always_equal_are_compared_all_the_same() -> None:
     net = Net()
     zero = net.constant("zero", np.zeros(1, np.float32))
@@ -112,15 +122,29 @@ def test_a_model_that_nobody_can_run_is_told() -> None:
 
 
 def test_rounding_of_both_evaluators_widens_what_is_allowed() -> None:
-    assert make_expectation(0.5, 0.5).allow("y") == EXACT
-    assert make_expectation(0.5, None).allow("y") == EXACT
-    assert make_expectation(0.5, 0.5001).allow("y") == pytest.approx(20 * 1e-4)
+    assert make_expectation(0.5, 0.5).allow("y", 0) == EXACT
+    assert make_expectation(0.5, None).allow("y", 0) == EXACT
+    assert make_expectation(0.5, 0.5001).allow("y", 0) == pytest.approx(20 * 1e-4)
+
+
+def test_noise_of_one_batch_does_not_excuse_a_difference_in_another() -> None:
+    one, other = np.array([1.0, 0.5]), np.array([1.0, 0.5001])
+    expectation = Expectation(
+        model=build_chain(),
+        batches=[{}, {}],
+        reference=[{"y": one}, {"y": one}],
+        session=[{"y": one}, {"y": other}],
+    )
+    assert expectation.allow("y", 1) == pytest.approx(20 * 1e-4)
+    wrong = np.array([1.0, 0.501])
+    assert not expectation.find_difference([{"y": one}, {"y": wrong}]).size
+    assert expectation.find_difference([{"y": wrong}, {"y": one}]).size == pytest.approx(1e-3)
 
 
 def test_a_contradiction_allows_no_more_but_each_evaluators_result() -> None:
     expectation = make_expectation(0.5, 0.9)
     assert [noise.tensor for noise in expectation.contradicted] == ["y"]
-    assert expectation.allow("y") == EXACT
+    assert expectation.allow("y", 0) == EXACT
     for value, size in ((0.5, 0), (0.9, 0), (0.7, 0.2)):
         found = expectation.find_difference([{"y": np.array([1.0, value])}])
         assert found.size == pytest.approx(size)

@@ -22,16 +22,24 @@ def make_model(*inputs: onnx.ValueInfoProto) -> onnx.ModelProto:
     return helper.make_model(helper.make_graph([node], "model", list(inputs), [output]))
 
 
-def test_a_symbolic_batch_is_drawn_with_two_sizes_and_one_alone_after_them() -> None:
+def test_a_symbolic_batch_is_drawn_with_several_sizes_and_one_alone_after_them() -> None:
     model = make_model(helper.make_tensor_value_info("x", FLOAT, ["N", 3]))
     sizes = [[len(batch["x"]) for batch in draw] for draw in iter_draws(model, 0)]
-    assert sizes == [[2, 3], [1]]
+    assert sizes == [[2, 3, 5], [1, 1]]
 
 
 def test_a_fixed_batch_is_kept() -> None:
     model = make_model(helper.make_tensor_value_info("x", FLOAT, [4, 3]))
     draws = list(iter_draws(model, 0))
-    assert all([batch["x"].shape for batch in draw] == [(4, 3)] for draw in draws)
+    assert all([batch["x"].shape for batch in draw] == [(4, 3)] * 2 for draw in draws)
+
+
+@pytest.mark.parametrize("rows", ["N", 5])
+def test_the_last_batch_has_larger_floats_than_the_others(rows: str | int) -> None:
+    model = make_model(helper.make_tensor_value_info("x", FLOAT, [rows, 1000]))
+    *usual, last = (batch["x"].std() for batch in next(iter_draws(model, 0)))
+    assert usual == pytest.approx([1.0] * len(usual), rel=0.1)
+    assert last == pytest.approx(3.0, rel=0.1)
 
 
 def test_several_lengths_are_tried_for_symbolic_sizes_behind_the_batch() -> None:
@@ -42,7 +50,7 @@ def test_several_lengths_are_tried_for_symbolic_sizes_behind_the_batch() -> None
 
 def test_integers_are_drawn_below_smaller_and_smaller_limits() -> None:
     model = make_model(helper.make_tensor_value_info("x", INT64, ["N", 100]))
-    assert [draw[0]["x"].max() for draw in iter_draws(model, 0)][:4] == [7, 3, 1, 0]
+    assert [draw[0]["x"].max() for draw in iter_draws(model, 0)][:6] == [7, 5, 3, 2, 1, 0]
 
 
 def test_the_same_seed_draws_the_same() -> None:
