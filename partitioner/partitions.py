@@ -42,6 +42,7 @@ from splitonnx.partitioner.differentiation.losses import (
 )
 from splitonnx.partitioner.differentiation.squashings import find_repeated_activation
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
+from splitonnx.partitioner.gate.exporters import OmissionKind, advise, list_omissions
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import is_float, map_values
@@ -109,6 +110,11 @@ def cut(
             "dims, bind and check are for a model as it was given, not for an ir.Model"
         )
     opened = model if isinstance(model, ir.Model) else open_model(model, adjustments)
+    omissions = [] if isinstance(model, ir.Model) else list_omissions(opened)
+    if batchnorm:  # the user decided
+        omissions = [one for one in omissions if one.kind is not OmissionKind.FROZEN_BATCHNORM]
+    if omissions:
+        _log.warning("%s", advise(opened, omissions))
     prepared = prepare(
         opened,
         batchnorm=batchnorm,

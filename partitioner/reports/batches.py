@@ -9,6 +9,7 @@ import onnx_ir as ir
 from splitonnx.errors import BatchNotFreed, MixedSamples, SplitonnxError
 from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.gate.exporters import CALL
 from splitonnx.partitioner.graphs.builders import known_array
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.normalization.recurrence_layouts import FIRST_STATES
@@ -91,7 +92,7 @@ def _describe_freeing(options: str, are_several: bool, tried: list[str] | Splito
 def _advise(names: tuple[str, ...], output: str, producer: str) -> str:
     if producer.lower().startswith("pytorch"):
         axes = ", ".join(f"'{name}': {{0: 'N'}}" for name in (*names, output))
-        return f" (dynamic_axes={{{axes}}}, or dynamic_shapes with dynamo=True)"
+        return f" ({CALL}, or dynamic_axes={{{axes}}}, or dynamic_shapes with dynamo=True)"
     return ""
 
 

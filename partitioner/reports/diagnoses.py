@@ -12,6 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 import onnx_ir as ir
 
 from splitonnx.partitioner.gate import fused_operators
+from splitonnx.partitioner.gate.exporters import (
+    CALL,
+    Omission,
+    describe_call,
+    is_from_torch,
+    list_omissions,
+)
 from splitonnx.partitioner.gate.ml_operators import DOMAIN
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import list_nodes
@@ -19,8 +26,7 @@ from splitonnx.partitioner.normalization.batchnorms import is_training, list_bat
 from splitonnx.partitioner.reports.remarks import Kind, Remark
 
 _CALLS = {
-    "pytorch": "export again with training=TrainingMode.TRAINING and do_constant_folding=False, "
-    "or with dynamo=True and optimize=False",
+    "pytorch": f"export it again with {CALL}",
     "tf2onnx": "Keras has no export that keeps it; train without, or export from the torch backend",
     "jax2onnx": "jax2onnx keeps BatchNorm where the module has one",
 }
@@ -42,7 +48,31 @@ def diagnose(model: ir.Model) -> list[Remark]:
 
     Pass the model as it was read from the file, before it is prepared.
     """
-    return [remark for look in _LOOKS for remark in look(model)]
+    omissions = list_omissions(model)
+    found = [remark for look in _LOOKS for remark in look(model)]
+    kinds = {remark.kind for remark in found}
+    found += [_report(one) for one in omissions if Kind(one.kind) not in kinds | {Kind.FIXED_BATCH}]
+    if omissions or (Kind.NO_BATCHNORM in kinds and is_from_torch(model)):
+        found.append(_report_call(model, omissions))
+    return found
+
+
+def _report(omission: Omission) -> Remark:
+    return Remark(
+        kind=Kind(omission.kind),
+        sentence=f"{omission.sentence}; export it again with {CALL}",
+        names=omission.names,
+    )
+
+
+def _report_call(model: ir.Model, omissions: Sequence[Omission]) -> Remark:
+    """Return a remark with the call of PyTorch's own exporter that leaves out nothing."""
+    call = describe_call(model, {omission.kind for omission in omissions})
+    return Remark(
+        kind=Kind.EXPORT_CALL,
+        sentence=f"{CALL} makes and checks the call of PyTorch's exporter that keeps all of this; "
+        f"by hand, it is {call}",
+    )
 
 
 def _advise(model: ir.Model) -> str:
@@ -75,7 +105,8 @@ def _find_frozen(model: ir.Model) -> Iterator[Remark]:
             kind=Kind.FROZEN_BATCHNORM,
             sentence=f"{len(frozen)} BatchNormalization nodes are in inference mode: they "
             "normalise by their running statistics, which stay as they are; train with "
-            "--batchnorm train to normalise by the batch",
+            "--batchnorm train to normalise by the batch"
+            f"{', or ' + _CALLS['pytorch'] if is_from_torch(model) else ''}",
         )
 
 

@@ -35,6 +35,10 @@ class Kind(StrEnum):
     ACTIVATION_TWICE = "activation twice"
     CLASS_AXIS = "class axis"
     FIXED_BATCH = "fixed batch"
+    COMPUTED_WEIGHTS = "computed weights"
+    JOINED_PARAMETERS = "joined parameters"
+    LOST_DROPOUT = "lost dropout"
+    EXPORT_CALL = "export call"
     CONDITIONAL_WEIGHTS = "conditional weights"
 
 

@@ -28,10 +28,12 @@ def build_deep(producer: str) -> onnx.ModelProto:
 
 
 def test_a_deep_convolutional_network_without_normalization_was_folded() -> None:
-    (remark,) = diagnose(open_model(build_deep("pytorch")))
+    remark, call = diagnose(open_model(build_deep("pytorch")))
     assert remark.kind is Kind.NO_BATCHNORM
     assert "8 convolutions" in remark.sentence
-    assert "do_constant_folding=False" in remark.sentence
+    assert "splitonnx.torch.export(" in remark.sentence
+    assert call.kind is Kind.EXPORT_CALL
+    assert "do_constant_folding=False" in call.sentence
     (remark,) = diagnose(open_model(build_deep("")))
     assert remark.sentence.endswith(
         "an unnamed exporter folded it into them, and it is not trained"
@@ -72,3 +74,19 @@ def test_operators_of_onnx_runtime_are_said() -> None:
     (remark,) = diagnose(open_model(load_model("33_simplified_layernorm")))
     assert remark.kind is Kind.OPTIMIZED
     assert "1 nodes (SimplifiedLayerNormalization)" in remark.sentence
+
+
+def test_what_pytorch_left_out_is_said_once_and_then_the_call_that_keeps_it() -> None:
+    for name in ("torch-cnn-legacy-default", "torch-transformer-legacy-default"):
+        remarks = diagnose(open_model(onnx.load(FOLDER / f"{name}.onnx")))
+        kinds = [remark.kind for remark in remarks]
+        assert len(set(kinds)) == len(kinds) >= 2
+        assert kinds[-1] is Kind.EXPORT_CALL
+        assert all("splitonnx.torch.export(" in remark.sentence for remark in remarks)
+
+
+def test_batchnorm_that_dynamo_left_in_inference_mode_is_said_with_both_ways_out() -> None:
+    remark, _ = diagnose(open_model(onnx.load(FOLDER / "torch-cnn-dynamo.onnx")))
+    assert remark.kind is Kind.FROZEN_BATCHNORM
+    assert "--batchnorm train" in remark.sentence
+    assert "splitonnx.torch.export(" in remark.sentence
