@@ -30,7 +30,7 @@ install = $(install_wheels)
 install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endif
 
-.PHONY: demo test lock dist sbom container-steps test-clients test-early test-js test-mobile test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
+.PHONY: demo test lock dist sbom container-steps test-clients test-early test-js test-mobile test-torch test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -72,6 +72,20 @@ endif
 RN := examples/react-native
 JS_SOURCES := $(wildcard $(addprefix runtime/js/src/,*.ts */*.ts))
 RN_MODULES := $(RN)/node_modules/.package-lock.json
+
+# What needs PyTorch, which is the user's own: in an environment beside .venv that has it, too.
+TORCH := .venv-torch
+TORCH_TESTS := tests/torch tests/end_to_end/test_torch_advice.py
+
+test-torch: $(TORCH)/.made
+	$(TORCH)/bin/python -m pytest $(TORCH_TESTS)
+
+$(TORCH)/.made: $(VENV)/.test
+	$(BIN)/python -m venv $(TORCH)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(TORCH)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/splitonnx-tests.pth"
+	$(TORCH)/bin/python -m pip install --quiet --no-compile torch==2.13.0 onnxscript==0.7.2
+	@touch $@
 
 test-mobile: $(if $(NODE_20),runtime/js/dist/index.js $(RN_MODULES))
 ifeq ($(NODE_20),yes)
@@ -249,5 +263,5 @@ $(VENV)/.fuzz: $(VENV)/.test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output web-output $(PAGE)/dist $(PAGE)/digits.bin \
+	rm -rf $(VENV) $(TORCH) build dist *.egg-info demo-output web-output $(PAGE)/dist $(PAGE)/digits.bin \
 		$(addprefix runtime/js/,build dist node_modules) $(RN)/node_modules

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.atomic import replace_file, replacing, write_file
-from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.errors import BundleMismatch, UnwritableFile, UsageError
+from splitonnx.bundles import Bundle
+from splitonnx.errors import UnwritableFile, UsageError
 from splitonnx.manifests import Role
 from splitonnx.outputs import check_file_place
 from splitonnx.partitioner.cutting.passes.forms import make_inference_form
@@ -133,7 +133,7 @@ def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
 
 def _join_parts(bundle: Bundle | str | Path) -> ir.Model:
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-    _check_steps(loaded)
+    loaded.check_steps()
     model = restore_model(loaded)
     make_inference_form(model.graph)
     fold_quantized(model.graph)
@@ -173,15 +173,3 @@ def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
             offset += tensor.nbytes
     content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return _Join(content=content, beside=arrays)
-
-
-def _check_steps(bundle: Bundle) -> None:
-    client, server = bundle.client, bundle.server
-    if server is not None and client.step != server.step:
-        raise BundleMismatch("the number of steps trained", _step(client), _step(server))
-    if server is not None and client.session and server.session not in ("", client.session):
-        raise BundleMismatch("the session that trained them", client.session, server.session)
-
-
-def _step(party: PartyBundle) -> str:
-    return f"{party.step} ({party.manifest.party})"

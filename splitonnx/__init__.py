@@ -9,9 +9,11 @@ does not need ``onnx``::
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from splitonnx import torch as torch
     from splitonnx.bundles import Bundle
     from splitonnx.errors import SplitonnxError
     from splitonnx.optimizers import SGD, Adam, AdamW
@@ -67,6 +69,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "torch":  # the room, which is imported by this, and not PyTorch
+        return import_module("splitonnx.torch")
     if name not in _HOMES:
         raise AttributeError(f"module 'splitonnx' has no attribute '{name}'")
     from splitonnx.extras import load

@@ -20,7 +20,7 @@ import numpy as np
 from splitonnx.atomic import read_steadily, recover, write_file, write_folder
 from splitonnx.chunks import hold, iter_chunks
 from splitonnx.codecs import Chunk, encode_tensors
-from splitonnx.errors import BundleError, FormatError, flatten, quote
+from splitonnx.errors import BundleError, BundleMismatch, FormatError, flatten, quote
 from splitonnx.files import read_regular
 from splitonnx.manifests import (
     MANIFEST,
@@ -205,6 +205,18 @@ class Bundle:
         """Return the server's part, or ``None`` if the model was not cut."""
         return self.parties.get(SERVER)
 
+    def check_steps(self) -> None:
+        """Check that both parties were trained equally far, by the same session.
+
+        Raises:
+            BundleMismatch: they are at different steps, or were trained in different sessions.
+        """
+        client, server = self.client, self.server
+        if server is not None and client.step != server.step:
+            raise BundleMismatch("the number of steps trained", _step(client), _step(server))
+        if server is not None and client.session and server.session not in ("", client.session):
+            raise BundleMismatch("the session that trained them", client.session, server.session)
+
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
         """Read a complete bundle: the folder with ``model.onnx`` and one subfolder per party.
@@ -253,6 +265,10 @@ class Bundle:
         for name, party in self.parties.items():
             (folder / name).mkdir()
             party._write(folder / name)
+
+
+def _step(party: PartyBundle) -> str:
+    return f"{party.step} ({party.manifest.party})"
 
 
 def _initial(manifest: PartyManifest) -> tuple[StateSpec, ...]:

@@ -36,8 +36,14 @@ from splitonnx.errors.environments import (
     StageFailed,
     StageStopped,
     StageTooSlow,
+    TorchNeeded,
     UsageError,
     WrongRuntime,
+)
+from splitonnx.errors.frameworks import (
+    NotExported,
+    WeightsMismatch,
+    WrongExport,
 )
 from splitonnx.errors.inputs import (
     ArrayMismatch,
@@ -121,6 +127,7 @@ __all__ = [
     "NotAModel",
     "NotDifferentiable",
     "NotExportable",
+    "NotExported",
     "NotFinite",
     "NotPermitted",
     "NotSaved",
@@ -143,6 +150,7 @@ __all__ = [
     "StepsLost",
     "TaskTooLarge",
     "TooManyTries",
+    "TorchNeeded",
     "Unauthorized",
     "UnfinishedRun",
     "UnknownTensor",
@@ -153,7 +161,9 @@ __all__ = [
     "UnwritableFile",
     "UsageError",
     "ValueOutOfRange",
+    "WeightsMismatch",
     "WorkerLost",
+    "WrongExport",
     "WrongRuntime",
     "flatten",
     "quote",

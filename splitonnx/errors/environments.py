@@ -32,6 +32,28 @@ class MissingExtra(SplitonnxError):
 
 
 @dataclass(eq=False)
+class TorchNeeded(SplitonnxError):
+    """PyTorch, or a package that its exporter needs, is missing or too old.
+
+    splitonnx never installs PyTorch, because the user chooses its build.  ``found`` is the
+    installed version, or empty if the package is missing.
+    """
+
+    purpose: str
+    package: str
+    needed: str
+    found: str = ""
+
+    def __str__(self) -> str:
+        found = f"{self.found} is installed" if self.found else "it is not installed"
+        return (
+            f"{self.purpose} needs {self.package} {self.needed}".rstrip()
+            + f", but {found}; splitonnx does not install it: run pip install '{self.package}"
+            f"{self.needed}' in the environment of the network"
+        )
+
+
+@dataclass(eq=False)
 class WrongRuntime(SplitonnxError):
     """The installed ONNX Runtime package lacks a required feature; another package is needed."""
 

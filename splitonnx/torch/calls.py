@@ -1,0 +1,115 @@
+"""Call ``torch.onnx.export`` so that everything that is trained is kept.
+
+The legacy exporter is tried first: it alone keeps BatchNormalization in training mode, it writes
+one operator per layer, it takes a tenth of the time, and it needs no other package.  It refuses
+dropout in recurrent layers and newer operators.  The dynamo exporter takes these, but leaves
+BatchNormalization in inference mode, which is mended afterwards (:mod:`repairs`).  Either keeps the
+names of parameters only if it folds nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx
+
+from splitonnx.errors import NotExported, TorchNeeded
+from splitonnx.torch.environment import has_onnxscript
+from splitonnx.torch.examples import Example
+
+OPSET = 18
+"""An opset that both exporters write and that needs no conversion for training."""
+BATCH = "N"
+_MOST = 4096
+
+
+def call_exporter(
+    torch: Any,
+    model: Any,
+    example: Example,
+    outputs: Sequence[str],
+    varying: Sequence[str],
+    *,
+    recurrent_dropout: bool,
+) -> tuple[onnx.ModelProto, str]:
+    """Export a network in its present modes, and return the model and the exporter's name.
+
+    ``outputs`` names the outputs; ``varying`` names those whose first axis is the batch.  With
+    ``recurrent_dropout``, the legacy exporter is not tried, since it refuses that.
+
+    Raises:
+        NotExported: neither exporter can export the network.
+        TorchNeeded: the legacy exporter cannot, and the other one needs onnxscript.
+    """
+    reasons: dict[str, str] = {}
+    tried: tuple[Callable[..., onnx.ModelProto], ...] = (_call_legacy, _call_dynamo)
+    if recurrent_dropout:
+        reasons["legacy"] = "it refuses dropout between recurrent layers in training mode"
+        tried = (_call_dynamo,)
+    for call in tried:
+        name = "dynamo" if call is _call_dynamo else "legacy"
+        if name == "dynamo" and not has_onnxscript():
+            purpose = "torch.onnx.export(dynamo=True), since the legacy exporter cannot export "
+            purpose += f"{type(model).__name__} ({reasons['legacy'][:160]}),"
+            raise TorchNeeded(purpose, "onnxscript", "")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                warnings.simplefilter("ignore", FutureWarning)
+                return call(torch, model, example, outputs, varying), name
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            reasons[name] = _explain(error)
+    raise NotExported(type(model).__name__, reasons)
+
+
+def _explain(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    cause = error.__cause__
+    if cause is not None and str(cause):
+        lines = [str(cause).splitlines()[0]]
+    return lines[0] if lines else type(error).__name__
+
+
+def _call_legacy(
+    torch: Any, model: Any, example: Example, outputs: Sequence[str], varying: Sequence[str]
+) -> onnx.ModelProto:
+    written = io.BytesIO()
+    torch.onnx.export(
+        model,
+        example.arguments,
+        written,
+        kwargs=example.keywords or None,
+        dynamo=False,
+        do_constant_folding=False,
+        training=torch.onnx.TrainingMode.PRESERVE,
+        opset_version=OPSET,
+        input_names=list(example.tensors),
+        output_names=list(outputs),
+        dynamic_axes={name: {0: BATCH} for name in (*example.tensors, *varying)},
+    )
+    return onnx.load_model_from_string(written.getvalue())
+
+
+def _call_dynamo(
+    torch: Any, model: Any, example: Example, outputs: Sequence[str], varying: Sequence[str]
+) -> onnx.ModelProto:
+    del varying  # found by the exporter itself
+    batch = torch.export.Dim(BATCH, min=2, max=_MOST)
+    sizes = {name: {0: batch} for name in example.tensors}
+    program = torch.onnx.export(
+        model,
+        example.arguments,
+        kwargs=example.keywords or None,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        opset_version=OPSET,
+        input_names=list(example.tensors),
+        output_names=list(outputs),
+        dynamic_shapes=sizes if example.is_named else tuple(sizes.values()),
+    )
+    proto: onnx.ModelProto = program.model_proto
+    return proto

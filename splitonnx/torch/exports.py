@@ -1,0 +1,236 @@
+"""Export a network for training, and refuse an export that is not the network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from splitonnx.atomic import replace_file
+from splitonnx.errors import UnwritableFile, UsageError
+from splitonnx.outputs import check_file_place
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.normalization.weights import make_pattern
+from splitonnx.torch.calls import call_exporter
+from splitonnx.torch.comparisons import check_modes, check_tensors, compare_results
+from splitonnx.torch.environment import import_torch
+from splitonnx.torch.examples import Example, read_example
+from splitonnx.torch.networks import (
+    Layout,
+    keeping_state,
+    read_arrays,
+    read_layout,
+    start_training,
+)
+from splitonnx.torch.observations import call, observe
+from splitonnx.torch.repairs import (
+    mark_checked,
+    restore_buffers,
+    train_batchnorms,
+    turn_on_dropouts,
+)
+
+MOST_BYTES = 2**31 - 2**26
+"""The total size of weights, in bytes, that fits into one ONNX file."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """An exported model that computes what the network computes.
+
+    ``model`` is the model's bytes, which ``cut`` accepts, and ``path`` is the file, if one was
+    written.  ``exporter`` is ``legacy`` or ``dynamo``.  ``parameters`` are the names of the stored
+    parameters, ``unused`` those that the network does not use.  ``difference`` is the largest
+    relative difference between results of the model and of the network.
+
+    ``freeze`` and ``train`` are for the arguments of ``cut`` with these names.  Without them,
+    ``cut`` would train tensors that the network does not train, or the other way round.
+    """
+
+    model: bytes = field(repr=False)
+    path: Path | None
+    exporter: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: tuple[str, ...]
+    unused: tuple[str, ...]
+    freeze: tuple[str, ...]
+    train: tuple[str, ...]
+    difference: float
+
+
+def export(
+    model: Any,
+    example: Any,
+    path: str | Path | None = None,
+    *,
+    output_names: Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Export a PyTorch network for training.
+
+    BatchNormalization and Dropout stay in training mode, nothing is folded, the first axis of every
+    input is a batch of any size, and parameters keep their names.  The result is compared with the
+    network: names and values of its tensors, modes, and results in eval and in training mode, for
+    two batch sizes.  The network itself is not changed.
+
+    A network in eval mode is exported as if it were in training mode.  In a network in training
+    mode, modules that you put into eval mode stay frozen.
+
+    Args:
+        model: a ``torch.nn.Module`` that takes and returns tensors.
+        example: the inputs of one call: a tensor, a tuple of tensors, or a dictionary by the names
+            of the parameters of ``forward``.  The first axis of each is the batch.
+        path: the file to write; without it, the model is only returned.
+        output_names: the names of the outputs; by default ``output``, or the keys of the dictionary
+            that the network returns, or ``output_0`` and so on.
+        overwrite: whether ``path`` may exist already.
+
+    Raises:
+        TorchNeeded: PyTorch or onnxscript is missing or too old.
+        UsageError: the example or the names do not fit the network.
+        NotExported: PyTorch's exporters refuse the network.
+        WrongExport: the exported model is not the network.
+        ModelError: splitonnx does not support the exported model.
+        UnwritableFile: ``path`` cannot be written, or exists already.
+    """
+    torch = import_torch("splitonnx.torch.export")
+    target = None if path is None else Path(path)
+    if target is not None:
+        _check_place(target, overwrite=overwrite)
+    inputs = read_example(torch, model, example)
+    layout, arrays = read_layout(model), read_arrays(model)
+    _check_size(sum(array.nbytes for array in arrays.values()))
+    name = type(model).__name__
+    with keeping_state(torch, model):
+        model.eval()
+        outputs, varying = _name_outputs(torch, model, inputs, output_names)
+    with keeping_state(torch, model):
+        start_training(model)
+        seen = observe(torch, model, inputs)
+    with keeping_state(torch, model):
+        start_training(model)
+        proto, exporter = call_exporter(
+            torch,
+            model,
+            inputs,
+            outputs,
+            varying,
+            recurrent_dropout=seen.recurrent_dropout,
+        )
+    restore_buffers(proto, {n: array for n, array in arrays.items() if n in layout.buffers})
+    means = {other for mean in seen.training for other in layout.groups[mean]}
+    train_batchnorms(proto, means)
+    turn_on_dropouts(proto)
+    mark_checked(proto)
+    check_tensors(name, proto, layout, arrays, seen)
+    check_modes(name, proto, layout, seen)
+    with keeping_state(torch, model):
+        start_training(model)
+        difference = compare_results(torch, model, proto, inputs, outputs, seen)
+    freeze, train = _find_trained(proto, layout)
+    content: bytes = proto.SerializeToString()
+    if target is not None:
+        _write(target, content)
+    stored = {tensor.name for tensor in proto.graph.initializer}
+    return Export(
+        model=content,
+        path=target,
+        exporter=exporter,
+        inputs=tuple(value.name for value in proto.graph.input),
+        outputs=tuple(outputs),
+        parameters=tuple(sorted(stored & layout.parameters)),
+        unused=tuple(sorted(seen.unused)),
+        freeze=freeze,
+        train=train,
+        difference=difference,
+    )
+
+
+def _name_outputs(
+    torch: Any, model: Any, example: Example, names: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """Return the names of all outputs, and of those whose first axis is the batch."""
+    results = [call(torch, model, one) for one in (example, example.resize(example.batch + 1))]
+    first, second = (list(result.values()) for result in results)
+    chosen = list(results[0]) if names is None else list(names)
+    if len(chosen) != len(first) or len(set(chosen)) != len(chosen):
+        raise UsageError(
+            f"output_names should be {len(first)} different names, one for each tensor that the "
+            f"network returns, not {chosen}"
+        )
+    if clash := set(chosen) & set(example.tensors):
+        raise UsageError(
+            f"outputs and inputs should have different names, but both have {sorted(clash)}; name "
+            "the outputs with output_names"
+        )
+    batches = [example.batch, example.batch + 1]
+    varying = [
+        name
+        for name, *pair in zip(chosen, first, second, strict=True)
+        if [array.shape[0] if array.ndim else None for array in pair] == batches
+    ]
+    return chosen, varying
+
+
+def _find_trained(
+    model: onnx.ModelProto, layout: Layout
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the patterns with which ``cut`` trains what the network trains, and log them."""
+    prepared = prepare(open_model(model))
+    stored = [tensor.name for tensor in model.graph.initializer]
+    own = [name for name in stored if name in layout.groups]
+    learnt = {name for name in own if layout.learnt & set(layout.groups[name])}
+    trained = set(prepared.trainable)
+    idle = [name for name in own if name in trained - learnt]
+    kept = [name for name in own if name in learnt - trained]
+    freeze = (make_pattern(idle),) if idle else ()
+    train = (make_pattern(kept),) if kept else ()
+    for pattern, option, what in (
+        (freeze, "freeze", "are buffers, or need no gradient in the network"),
+        (train, "train", "are parameters of the network, but look like constants"),
+    ):
+        if pattern:
+            _log.warning(
+                "%s %s: cut the model with %s=%r, which Export.%s has too (--%s '%s')",
+                ", ".join(idle if option == "freeze" else kept),
+                what,
+                option,
+                list(pattern),
+                option,
+                option,
+                pattern[0],
+            )
+    return freeze, train
+
+
+def _check_size(size: int) -> None:
+    if size > MOST_BYTES:
+        raise UsageError(
+            f"the network's weights take {size / 1e9:.2f} GB, more than one ONNX file holds; "
+            "export it by hand, with its weights beside the model, as docs/exporting.md says"
+        )
+
+
+def _check_place(path: Path, *, overwrite: bool) -> None:
+    try:
+        check_file_place(path)
+    except OSError as error:
+        raise UnwritableFile(str(path), error.strerror or str(error)) from error
+    if path.exists() and not overwrite:
+        raise UnwritableFile(str(path), "it exists already; choose another place or overwrite")
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, [content])
+    except OSError as error:
+        raise UnwritableFile(str(path), error.strerror or str(error)) from error

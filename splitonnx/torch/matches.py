@@ -1,0 +1,70 @@
+"""Match trained weights with the tensors of a network, by name and shape; arrays alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from splitonnx.errors import WeightsMismatch
+from splitonnx.torch.networks import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Trained weights by name.
+
+    ``trained`` are the names of those that training changes.  ``ties`` maps the name of each
+    parameter that ``--tie`` replaced to the one that replaced it and whether it is its transpose.
+    """
+
+    source: str
+    arrays: Mapping[str, np.ndarray] = field(repr=False)
+    trained: frozenset[str]
+    ties: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
+
+
+def match(
+    weights: Weights, layout: Layout, shapes: Mapping[str, tuple[int, ...]], *, strict: bool
+) -> dict[str, np.ndarray]:
+    """Return the arrays to load, by the names of the network.
+
+    A tied weight is returned under all of its names.  ``shapes`` are those of the network's
+    tensors.  If ``strict`` is false, parameters without a trained tensor are left out.
+
+    Raises:
+        WeightsMismatch: a parameter or statistic is missing, a trained tensor has no place in the
+            network, or a shape or a tie does not fit.
+    """
+    arrays = _untie(weights, shapes)
+    unexpected = sorted(weights.trained - shapes.keys())
+    found: dict[str, np.ndarray] = {}
+    different: list[str] = []
+    for name, shape in shapes.items():
+        stored = [other for other in layout.groups.get(name, (name,)) if other in arrays]
+        if not stored:
+            continue
+        first, *others = stored
+        array = arrays[first]
+        if tuple(array.shape) != tuple(shape):
+            different.append(f"'{name}' is {list(shape)} in the network, but {list(array.shape)}")
+        elif any(not np.array_equal(array, arrays[other], equal_nan=True) for other in others):
+            different.append(f"'{first}' and '{others[0]}' are one tensor in the network, but two")
+        found[name] = array
+    needed = {*layout.learnt, *layout.statistics} & shapes.keys()
+    missing = sorted(needed - found.keys()) if strict else []
+    if missing or unexpected or different:
+        raise WeightsMismatch(weights.source, missing, unexpected, tuple(dict.fromkeys(different)))
+    if not found:
+        raise WeightsMismatch(weights.source, sorted(shapes))
+    return found
+
+
+def _untie(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Add the parameters that ``--tie`` replaced, as far as the network has them."""
+    arrays = dict(weights.arrays)
+    for name, (kept, is_transposed) in weights.ties.items():
+        if name in shapes and kept in arrays and name not in arrays:
+            arrays[name] = arrays[kept].T if is_transposed else arrays[kept]
+    return arrays

@@ -1,0 +1,125 @@
+"""What a network consists of: the names of its tensors, and a state that an export must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The tensors of a network, by name.
+
+    ``groups`` maps each name to all names of the same tensor, such as those of a tied weight.
+    ``parameters`` and ``buffers`` are the names of either kind.  ``learnt`` are the parameters
+    that require a gradient.  ``statistics`` are the running means and variances of
+    BatchNormalization.
+    """
+
+    groups: Mapping[str, tuple[str, ...]]
+    parameters: frozenset[str]
+    buffers: frozenset[str]
+    learnt: frozenset[str]
+    statistics: frozenset[str]
+
+
+def read_layout(model: Any) -> Layout:
+    """Read the names of a network's parameters and buffers."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    same: dict[int, list[str]] = {}
+    for name, tensor in (parameters | buffers).items():
+        same.setdefault(id(tensor), []).append(name)
+    return Layout(
+        groups={name: tuple(same[id(t)]) for name, t in (parameters | buffers).items()},
+        parameters=frozenset(parameters),
+        buffers=frozenset(buffers),
+        learnt=frozenset(name for name, tensor in parameters.items() if tensor.requires_grad),
+        statistics=frozenset(
+            name for name in buffers if name.rpartition(".")[2] in ("running_mean", "running_var")
+        ),
+    )
+
+
+def read_arrays(model: Any) -> dict[str, np.ndarray]:
+    """Copy a network's parameters and buffers; each is under all of its names."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    return {name: to_array(tensor) for name, tensor in (parameters | buffers).items()}
+
+
+def to_array(tensor: Any) -> np.ndarray:
+    """Copy a tensor to an array; numpy has no bfloat16, so its numbers become float32."""
+    plain = tensor.detach().cpu()
+    if str(plain.dtype) == "torch.bfloat16":
+        plain = plain.float()
+    array: np.ndarray = np.array(plain.numpy())
+    return array
+
+
+def list_outputs(result: Any) -> list[tuple[str, Any]]:
+    """List the tensors that a network returns, with names: keys of a dictionary, or numbers."""
+    if hasattr(result, "shape"):
+        return [("output", result)]
+    items = result.items() if isinstance(result, Mapping) else enumerate(result or ())
+    found = []
+    for key, value in items:
+        label = key if isinstance(key, str) else f"output_{key}"
+        inner = [] if value is None else list_outputs(value)
+        found += [
+            (label if len(inner) == 1 else f"{label}_{n}", t) for n, (_, t) in enumerate(inner)
+        ]
+    return found
+
+
+@contextmanager
+def keeping_state(torch: Any, model: Any) -> Iterator[None]:
+    """Restore the network's modes and buffers, and the random numbers, after the ``with`` block.
+
+    A call in training mode updates running statistics, and so does an exporter that makes one.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, tensor, None if tensor is None else tensor.detach().clone())
+        for module in model.modules()
+        for name, tensor in module._buffers.items()
+    ]
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, tensor, copy in buffers:
+                module._buffers[name] = tensor
+                if tensor is not None:
+                    tensor.copy_(copy)
+
+
+@contextmanager
+def without_dropout(torch: Any, model: Any) -> Iterator[None]:
+    """Turn off the dropout of PyTorch's own modules, which stay in training mode."""
+    changed: list[tuple[Any, str, Any]] = []
+    for module in model.modules():
+        is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
+        is_layer = isinstance(module, torch.nn.RNNBase | torch.nn.MultiheadAttention)
+        for name in [*(["p"] if is_dropout else []), *(["dropout"] if is_layer else [])]:
+            changed.append((module, name, getattr(module, name)))
+            setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
+
+
+def start_training(model: Any) -> None:
+    """Switch a network to training mode if it is not; modules set apart by the user stay so."""
+    if not model.training:
+        model.train()

@@ -1,0 +1,69 @@
+"""Mend what an exporter changes: BatchNormalization, dropout in attention, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import onnx
+
+from splitonnx.partitioner.gate.exporters import CHECKED
+
+_TRAINING = "training_mode"
+
+
+def restore_buffers(model: onnx.ModelProto, buffers: Mapping[str, np.ndarray]) -> None:
+    """Write the buffers as they were before the export, in place.
+
+    The legacy exporter calls the network in training mode, which updates running statistics.
+    """
+    for tensor in model.graph.initializer:
+        array = buffers.get(tensor.name)
+        if array is not None and tuple(tensor.dims) == array.shape:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array.astype(dtype), tensor.name))
+
+
+def train_batchnorms(model: onnx.ModelProto, training: Collection[str]) -> None:
+    """Switch each BatchNormalization whose running mean is in ``training`` to training mode.
+
+    The dynamo exporter leaves all of them in inference mode.
+    """
+    for at, node in enumerate(model.graph.node):
+        is_norm = node.op_type == "BatchNormalization" and node.input[3] in training
+        if not is_norm or any(a.name == _TRAINING and a.i for a in node.attribute):
+            continue
+        kept = [attribute for attribute in node.attribute if attribute.name != _TRAINING]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(_TRAINING, 1)])
+        first = node.output[0]
+        del node.output[:]
+        node.output.extend([first, f"{first}.mean_{at}", f"{first}.variance_{at}"])
+
+
+def turn_on_dropouts(model: onnx.ModelProto) -> None:
+    """Turn on each Dropout that does not say whether it is on, in place.
+
+    The legacy exporter writes the dropout of ``scaled_dot_product_attention`` so.  A dropout that
+    is off in the network is not written at all.
+    """
+    idle = [n for n in model.graph.node if n.op_type == "Dropout" and not is_on(n)]
+    if not idle:
+        return
+    on = onnx.numpy_helper.from_array(np.array(True), "splitonnx.dropout_is_on")
+    model.graph.initializer.append(on)
+    for node in idle:
+        node.input.extend([""] * (2 - len(node.input)))
+        del node.input[2:]
+        node.input.append(on.name)
+
+
+def is_on(node: onnx.NodeProto) -> bool:
+    """Return whether a node draws random numbers: a Dropout does if it has a third input."""
+    return node.op_type != "Dropout" or (len(node.input) > 2 and bool(node.input[2]))
+
+
+def mark_checked(model: onnx.ModelProto) -> None:
+    """Note in the model that it was compared with the network, so that nothing is advised."""
+    del model.metadata_props[:]
+    model.metadata_props.add(key=CHECKED, value="1")

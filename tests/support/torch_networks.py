@@ -1,0 +1,97 @@
+"""Small networks of PyTorch, for tests where it is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Tied(nn.Module):
+    """An embedding tied to the output layer, BatchNormalization and Dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 6)
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.dropout = nn.Dropout(0.3)
+        self.last = nn.Linear(6, 12, bias=False)
+        self.last.weight = self.embedding.weight
+
+    def forward(self, tokens: Any) -> Any:
+        """(N, 5) integers below 12 to (N, 12)."""
+        hidden = self.linear(self.embedding(tokens).mean(1))
+        return self.last(self.dropout(torch.relu(self.norm(hidden))))
+
+
+class Convolutional(nn.Module):
+    """A BatchNormalization that exporters fold into a convolution, and a buffer that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.dropout = nn.Dropout(0.2)
+        self.last = nn.Linear(4, 5)
+        self.register_buffer("table", torch.randn(4))
+
+    def forward(self, image: Any) -> Any:
+        """(N, 1, 6, 6) to (N, 5)."""
+        hidden = torch.relu(self.norm(self.conv(image))).mean((2, 3))
+        return self.last(self.dropout(hidden + self.table))
+
+
+class Recurrent(nn.Module):
+    """Two layers of a GRU with dropout between them, and BatchNormalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.GRU(3, 4, num_layers=2, dropout=0.3, batch_first=True)
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 5)
+
+    def forward(self, series: Any) -> Any:
+        """(N, 3, 3) to (N, 5)."""
+        return self.last(self.norm(self.layers(series)[0][:, -1]))
+
+
+class Masked(nn.Module):
+    """An encoder with dropout in its attention, a second input, two outputs, an unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True)
+        self.last = nn.Linear(8, 4)
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, data: Any, mask: Any) -> Any:
+        """(N, 6, 8) and (N, 6) to a dictionary of (N, 4) and (N, 8)."""
+        hidden = self.encoder(data, src_key_padding_mask=mask)
+        return {"scores": self.last(hidden.mean(1)), "sums": data.sum(1)}
+
+
+class Counting(nn.Module):
+    """A network whose result depends on the number of samples, which exporters write as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, rows: Any) -> Any:
+        """(N, 3) to (N, 2)."""
+        return self.linear(rows) * float(rows.shape[0])
+
+
+class Channelwise(nn.Module):
+    """Dropout of whole channels, which no exporter writes as a Dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout1d(0.5)
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, rows: Any) -> Any:
+        """(N, 4, 3) to (N, 4, 2)."""
+        return self.linear(self.dropout(rows))
