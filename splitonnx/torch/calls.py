@@ -23,6 +23,10 @@ from splitonnx.torch.examples import Example
 OPSET = 18
 """An opset that both exporters write and that needs no conversion for training."""
 BATCH = "N"
+_REFUSALS = (
+    AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""What the exporters raise for what they cannot export; few of these are errors of their own."""
 _MOST = 4096
 
 
@@ -60,7 +64,7 @@ def call_exporter(
                 warnings.simplefilter("ignore", DeprecationWarning)
                 warnings.simplefilter("ignore", FutureWarning)
                 return call(torch, model, example, outputs, varying), name
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        except _REFUSALS as error:
             reasons[name] = _explain(error)
     raise NotExported(type(model).__name__, reasons)
 

@@ -25,6 +25,7 @@ from splitonnx.torch.repairs import is_on
 
 TOLERATED = 1e-3
 """The relative difference above which results count as different."""
+_ROUNDING = 1e-6
 _RANDOM = frozenset({"Bernoulli", "Dropout", "RandomUniform", "RandomUniformLike"})
 
 
@@ -41,7 +42,7 @@ def check_tensors(
         WrongExport: a tensor is missing, stored twice, or has other numbers.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    used = {mean.rpartition(".")[0] for mean in seen.training | seen.frozen}
+    used = {mean.rpartition(".")[0] for mean in (*seen.training, *seen.frozen)}
     needed = [name for name in layout.statistics if name.rpartition(".")[0] in used]
     for name in sorted({*layout.learnt, *needed}):
         group = layout.groups[name]
@@ -80,10 +81,32 @@ def check_modes(network: str, model: onnx.ModelProto, layout: Layout, seen: Obse
                 expected = "training mode" if is_training else "inference mode"
                 what = "gone" if found is None else "in the other mode"
                 raise WrongExport(network, f"BatchNormalization '{module}'", expected, what)
+    _check_momenta(network, nodes, layout, seen)
     drops = sum(node.op_type in _RANDOM and is_on(node) for node in nodes)
     if drops < max(seen.dropouts, seen.is_random):
         expected = f"{max(seen.dropouts, int(seen.is_random))} or more nodes"
         raise WrongExport(network, "its dropout", expected, f"{drops}")
+
+
+def _check_momenta(
+    network: str, nodes: list[onnx.NodeProto], layout: Layout, seen: Observation
+) -> None:
+    """Check that running statistics move as far with each batch as those of the network.
+
+    PyTorch's momentum is the share of the batch, ONNX's that of the statistic before.
+    """
+    momenta = {
+        node.input[3]: next((a.f for a in node.attribute if a.name == "momentum"), 0.9)
+        for node in nodes
+        if node.op_type == "BatchNormalization"
+    }
+    for mean, momentum in seen.training.items():
+        found = next(momenta[other] for other in layout.groups[mean] if other in momenta)
+        if momentum is None or abs(1 - momentum - found) > _ROUNDING:
+            what = f"the momentum of BatchNormalization '{mean.rpartition('.')[0]}'"
+            expected = "a growing one" if momentum is None else f"{1 - momentum:g}"
+            advice = "give the module a momentum, such as 0.1, since ONNX has no cumulative average"
+            raise WrongExport(network, what, expected, f"{found:g}", advice)
 
 
 def compare_results(

@@ -107,6 +107,7 @@ def export(
         _check_place(target, overwrite=overwrite)
     inputs = read_example(torch, model, example)
     layout, arrays = read_layout(model), read_arrays(model)
+    _check_types(model, inputs)
     _check_size(sum(array.nbytes for array in arrays.values()))
     name = type(model).__name__
     with keeping_state(torch, model):
@@ -135,7 +136,7 @@ def export(
     with keeping_state(torch, model):
         start_training(model)
         difference = compare_results(torch, model, proto, inputs, outputs, seen)
-    freeze, train = _find_trained(proto, layout)
+    freeze, train = _find_trained(proto, layout, seen.unused)
     content: bytes = proto.SerializeToString()
     if target is not None:
         _write(target, content)
@@ -181,20 +182,21 @@ def _name_outputs(
 
 
 def _find_trained(
-    model: onnx.ModelProto, layout: Layout
+    model: onnx.ModelProto, layout: Layout, unused: frozenset[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the patterns with which ``cut`` trains what the network trains, and log them."""
     prepared = prepare(open_model(model))
     stored = [tensor.name for tensor in model.graph.initializer]
     own = [name for name in stored if name in layout.groups]
-    learnt = {name for name in own if layout.learnt & set(layout.groups[name])}
+    learnt = {name for name in own if layout.learnt.intersection(layout.groups[name])}
+    learnt = {name for name in learnt if unused.isdisjoint(layout.groups[name])}
     trained = set(prepared.trainable)
-    idle = [name for name in own if name in trained - learnt]
+    idle = [name for name in prepared.trainable if name not in learnt]  # also the exporter's
     kept = [name for name in own if name in learnt - trained]
     freeze = (make_pattern(idle),) if idle else ()
     train = (make_pattern(kept),) if kept else ()
     for pattern, option, what in (
-        (freeze, "freeze", "are buffers, or need no gradient in the network"),
+        (freeze, "freeze", "are constants or buffers, or get no gradient in the network"),
         (train, "train", "are parameters of the network, but look like constants"),
     ):
         if pattern:
@@ -209,6 +211,16 @@ def _find_trained(
                 pattern[0],
             )
     return freeze, train
+
+
+def _check_types(model: Any, example: Example) -> None:
+    """Refuse bfloat16, in which ONNX Runtime computes too little on a CPU to compare anything."""
+    tensors = [*model.parameters(), *model.buffers(), *example.tensors.values()]
+    if any(str(tensor.dtype) == "torch.bfloat16" for tensor in tensors):
+        raise UsageError(
+            "a network in bfloat16 cannot be compared with its export: export model.float(), and "
+            "load the trained weights into the network in bfloat16"
+        )
 
 
 def _check_size(size: int) -> None:

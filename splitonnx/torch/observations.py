@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,15 @@ from splitonnx.torch.networks import list_outputs, to_array
 class Observation:
     """What one call in training mode uses.
 
-    ``unused`` are the parameters without any effect on the outputs.  ``training`` and ``frozen``
-    are the running means of the BatchNormalizations in either mode.  ``dropouts`` is the number of
+    ``unused`` are the parameters that get no gradient from the outputs.  ``training`` and
+    ``frozen`` are the running means of the BatchNormalizations in either mode; ``training`` maps
+    each to the module's momentum.  ``dropouts`` is the number of
     times that PyTorch's own modules drop, ``recurrent_dropout`` is true if a recurrent layer does,
     and ``is_random`` is true if two calls differ.
     """
 
     unused: frozenset[str]
-    training: frozenset[str]
+    training: Mapping[str, float | None]
     frozen: frozenset[str]
     dropouts: int
     recurrent_dropout: bool
@@ -39,7 +40,7 @@ def call(torch: Any, model: Any, example: Example) -> dict[str, np.ndarray]:
 
 def observe(torch: Any, model: Any, example: Example) -> Observation:
     """Call a network in its present modes, and return what it uses."""
-    norms: dict[bool, set[str]] = {True: set(), False: set()}
+    norms: dict[bool, dict[str, float | None]] = {True: {}, False: {}}
     dropouts: list[int] = []
     handles = []
     for name, module in model.named_modules():
@@ -55,7 +56,7 @@ def observe(torch: Any, model: Any, example: Example) -> Observation:
     first, second = (call(torch, model, example) for _ in range(2))
     return Observation(
         unused=_find_unused(torch, model, result),
-        training=frozenset(norms[True]),
+        training=norms[True],
         frozen=frozenset(norms[False]),
         dropouts=sum(dropouts),
         recurrent_dropout=any(
@@ -66,14 +67,18 @@ def observe(torch: Any, model: Any, example: Example) -> Observation:
 
 
 def _watch(
-    torch: Any, name: str, module: Any, norms: dict[bool, set[str]], dropouts: list[int]
+    torch: Any,
+    name: str,
+    module: Any,
+    norms: dict[bool, dict[str, float | None]],
+    dropouts: list[int],
 ) -> Callable[..., None] | None:
     """Return a hook that notes a BatchNormalization or a dropout, or ``None`` for other modules."""
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
         if module.running_mean is None:
             return None
         mean = f"{name}.running_mean" if name else "running_mean"
-        return lambda module, *_: norms[module.training].add(mean)
+        return lambda module, *_: norms[module.training].update({mean: module.momentum})
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):
         return lambda module, *_: dropouts.append(int(module.training and module.p > 0))
     if isinstance(module, torch.nn.RNNBase):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -33,11 +35,10 @@ LAYOUT = Layout(
 def see(
     unused: tuple[str, ...] = (), training: bool = True, dropouts: int = 0, is_random: bool = False
 ) -> Observation:
-    mean = frozenset({"n.running_mean"})
     return Observation(
         unused=frozenset(unused),
-        training=mean if training else frozenset(),
-        frozen=frozenset() if training else mean,
+        training={"n.running_mean": 0.1} if training else {},
+        frozen=frozenset() if training else frozenset({"n.running_mean"}),
         dropouts=dropouts,
         recurrent_dropout=False,
         is_random=is_random,
@@ -101,3 +102,14 @@ def test_a_dropout_that_is_gone_or_off_is_refused(dropouts: int, is_random: bool
     check_modes("Net", build({}, norm, on), LAYOUT, seen)
     with pytest.raises(WrongExport, match="its dropout: it should be 1 or more nodes, but is 0"):
         check_modes("Net", build({}, norm, off), LAYOUT, seen)
+
+
+@pytest.mark.parametrize(("momentum", "expected"), [(0.3, "0.7"), (None, "a growing one")])
+def test_statistics_that_would_move_otherwise_are_refused(
+    momentum: float | None, expected: str
+) -> None:
+    names = ["x", "s", "b", "n.running_mean", "v"]
+    model = build({}, helper.make_node("BatchNormalization", names, ["y"], training_mode=1))
+    seen = replace(see(), training={"n.running_mean": momentum})
+    with pytest.raises(WrongExport, match=f"'n': it should be {expected}, but is 0.9"):
+        check_modes("Net", model, LAYOUT, seen)

@@ -13,6 +13,8 @@ from onnx import numpy_helper
 torch = pytest.importorskip("torch")
 
 from splitonnx.errors import UnwritableFile, UsageError, WrongExport  # noqa: E402 - after the skip
+from splitonnx.manifests import Role  # noqa: E402
+from splitonnx.partitioner.permissions import cut  # noqa: E402
 from splitonnx.partitioner.reports.checks import check  # noqa: E402
 from splitonnx.partitioner.reports.remarks import Kind  # noqa: E402
 from splitonnx.torch import export  # noqa: E402
@@ -70,6 +72,36 @@ def test_buffers_that_would_be_trained_are_told_with_the_option(
     made = export(Convolutional(), IMAGE[:1])
     assert made.freeze == ("^table$",)
     assert "--freeze '^table$'" in caplog.text
+
+
+def test_constants_that_the_exporter_adds_are_frozen_and_nothing_else_is_trained() -> None:
+    network = Convolutional()
+    network.norm = torch.nn.GroupNorm(2, 4)
+    made = export(network, IMAGE)
+    bundle = cut(made.model, at=None, freeze=made.freeze)
+    trained = {s.tensor.name for s in bundle.client.manifest.state if s.role is Role.PARAMETER}
+    assert trained == dict(network.named_parameters()).keys()
+
+
+def test_bfloat16_is_refused_with_what_to_do() -> None:
+    with pytest.raises(UsageError, match=r"export model\.float\(\)"):
+        export(Convolutional().bfloat16(), IMAGE.bfloat16())
+
+
+def test_a_cumulative_average_is_refused_since_onnx_has_none() -> None:
+    network = Convolutional()
+    network.norm.momentum = None
+    with pytest.raises(WrongExport, match="give the module a momentum"):
+        export(network, IMAGE)
+
+
+def test_a_parameter_that_gets_no_gradient_is_told_with_the_option() -> None:
+    network = Convolutional()
+    network.forward = lambda image: (  # type: ignore[method-assign,unused-ignore]
+        network.last(network.norm(network.conv(image)).mean((2, 3)) + network.extra.detach())
+    )
+    network.extra = torch.nn.Parameter(torch.randn(4))
+    assert export(network, IMAGE).freeze == ("^extra$",)
 
 
 def test_dropout_in_attention_is_on_and_unused_parameters_are_told() -> None:

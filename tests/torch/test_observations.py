@@ -15,13 +15,13 @@ def test_modes_and_dropouts_are_seen() -> None:
     network = Tied()
     example = read_example(torch, network, torch.randint(0, 12, (4, 5)))
     seen = observe(torch, network, example)
-    assert seen.training == {"norm.running_mean"}
+    assert seen.training == {"norm.running_mean": 0.1}
     assert (seen.dropouts, seen.is_random, seen.recurrent_dropout) == (1, True, False)
     network.norm.eval()
     network.dropout.eval()
     seen = observe(torch, network, example)
     assert seen.frozen == {"norm.running_mean"}
-    assert (seen.training, seen.dropouts, seen.is_random) == (frozenset(), 0, False)
+    assert (seen.training, seen.dropouts, seen.is_random) == ({}, 0, False)
 
 
 def test_dropout_between_recurrent_layers_is_seen() -> None:
