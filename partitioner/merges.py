@@ -13,7 +13,7 @@ from splitonnx.atomic import replace_file, replacing, write_file
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UnwritableFile, UsageError
 from splitonnx.manifests import Role
-from splitonnx.outputs import check_file_place
+from splitonnx.outputs import check_output
 from splitonnx.partitioner.cutting.passes.forms import make_inference_form
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.normalization.quantizations import fold_quantized
@@ -78,13 +78,13 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
         BundleError, FormatError, BundleMismatch: as raised by :func:`merge`.
     """
     target = Path(path)
-    _check_place(target, overwrite=overwrite)
+    check_output(target, overwrite=overwrite)
     beside = target.with_name(f"{target.name}.data")
     model = _join_parts(bundle)
     large = sum(tensor.nbytes for tensor in _list_tensors(model)) > MAX_INSIDE
     joined = _serialize(model, beside.name if large else None)
     if large:
-        _check_place(beside, overwrite=overwrite)
+        check_output(beside, overwrite=overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as fresh:
@@ -94,15 +94,6 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
     except OSError as error:
         raise UnwritableFile(str(target), error.strerror or str(error)) from error
     return joined.size
-
-
-def _check_place(path: Path, *, overwrite: bool) -> None:
-    try:
-        check_file_place(path)
-    except OSError as error:
-        raise UnwritableFile(str(path), error.strerror or str(error)) from error
-    if path.exists() and not overwrite:
-        raise UnwritableFile(str(path), "it exists already; choose another place or overwrite")
 
 
 def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.ndarray]:

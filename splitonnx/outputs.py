@@ -11,6 +11,7 @@ import os
 import stat
 from pathlib import Path
 
+from splitonnx.errors import UnwritableFile
 from splitonnx.files import open_regular
 
 _LONGEST_NAME = 255
@@ -27,6 +28,20 @@ def check_file_place(path: Path) -> None:
     check_place(path)
     if path.exists():
         os.close(open_regular(path))
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Check that a file can be written to ``path``, and that it is not there, or may be replaced.
+
+    Raises:
+        UnwritableFile: the file cannot be written, or exists already and must not be overwritten.
+    """
+    try:
+        check_file_place(path)
+    except OSError as error:
+        raise UnwritableFile(str(path), error.strerror or str(error)) from error
+    if path.exists() and not overwrite:
+        raise UnwritableFile(str(path), "it exists already; choose another place or overwrite")
 
 
 def check_place(path: Path) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import SplitonnxError
-from splitonnx.outputs import check_file_place, check_place
+from splitonnx.errors import SplitonnxError, UnwritableFile
+from splitonnx.outputs import check_file_place, check_output, check_place
 from splitonnx.partitioner.merges import write_merged
 from splitonnx.runtime.edge.tokens import add_token
 from splitonnx.runtime.server.servers import Server
@@ -204,6 +204,15 @@ def test_a_place_is_looked_at_as_far_down_as_there_are_folders(place: Path) -> N
     (place / "link").symlink_to(place / "file")
     with pytest.raises(NotADirectoryError):
         check_place(place / "link" / "output")
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked(place: Path) -> None:
+    check_output(place / "new", overwrite=False)
+    check_output(place / "file", overwrite=True)
+    with pytest.raises(UnwritableFile, match="it exists already"):
+        check_output(place / "file", overwrite=False)
+    with pytest.raises(UnwritableFile, match="is not a folder"):
+        check_output(place / "file" / "new", overwrite=True)
 
 
 def test_a_folder_that_may_not_be_written_to_is_said_before_the_work(

@@ -12,7 +12,7 @@ import onnx
 
 from splitonnx.atomic import replace_file
 from splitonnx.errors import UnwritableFile, UsageError
-from splitonnx.outputs import check_file_place
+from splitonnx.outputs import check_output
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.normalization.weights import make_pattern
@@ -104,7 +104,7 @@ def export(
     torch = import_torch("splitonnx.torch.export")
     target = None if path is None else Path(path)
     if target is not None:
-        _check_place(target, overwrite=overwrite)
+        check_output(target, overwrite=overwrite)
     inputs = read_example(torch, model, example)
     layout, arrays = read_layout(model), read_arrays(model)
     _check_types(model, inputs)
@@ -229,15 +229,6 @@ def _check_size(size: int) -> None:
             f"the network's weights take {size / 1e9:.2f} GB, more than one ONNX file holds; "
             "export it by hand, with its weights beside the model, as docs/exporting.md says"
         )
-
-
-def _check_place(path: Path, *, overwrite: bool) -> None:
-    try:
-        check_file_place(path)
-    except OSError as error:
-        raise UnwritableFile(str(path), error.strerror or str(error)) from error
-    if path.exists() and not overwrite:
-        raise UnwritableFile(str(path), "it exists already; choose another place or overwrite")
 
 
 def _write(path: Path, content: bytes) -> None:
