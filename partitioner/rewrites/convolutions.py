@@ -112,6 +112,17 @@ def _read_transposed(node: ir.Node, x: ir.Value, kernel: Sequence[int]) -> _Tran
     strides = tuple(node.attributes.get_ints("strides", ones))
     dilations = tuple(node.attributes.get_ints("dilations", ones))
     extra = node.attributes.get_ints("output_padding", zeros)
+    for name, numbers in (
+        ("strides", strides),
+        ("dilations", dilations),
+        ("output_padding", extra),
+    ):
+        if len(numbers) != len(kernel):  # ONNX Runtime runs a node with an empty list
+            raise refuse(
+                node,
+                f"its {name} has {len(numbers)} numbers for {len(kernel)} axes of the kernel",
+                "check how the model was exported",
+            )
     mode = node.attributes.get_string("auto_pad", "NOTSET")
     wanted = node.attributes.get_ints("output_shape", [])
     if wanted or mode.startswith("SAME"):

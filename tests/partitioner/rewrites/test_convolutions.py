@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import onnx
 import pytest
 
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.reports.checks import check
 from tests.support.images import Case, hold, weights, whole
+from tests.support.nets import FLOAT, Net
 
 
 @pytest.mark.parametrize(
@@ -71,3 +75,15 @@ def test_columns_to_an_image(kernel: tuple[int, int]) -> None:
     x = (2, 3 * kernel[0] * kernel[1], steps)
     case = Case(kind="Col2Im", x=x, others=others, attributes=attributes)
     assert "Conv" in hold(case)
+
+
+@pytest.mark.parametrize("name", ["strides", "dilations", "output_padding"])
+def test_an_empty_list_of_a_transposed_convolution_is_refused(name: str) -> None:
+    net = Net()
+    y = net.op("ConvTranspose", "x", net.weight("w", 2, 3, 2, 2), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 2, 4, 4])}, net.op("Flatten", y, out="flat"), 75)
+    empty = onnx.AttributeProto(name=name, type=onnx.AttributeProto.INTS)
+    model.graph.node[0].attribute.append(empty)
+    del model.graph.value_info[:]
+    with pytest.raises(UnsupportedModel, match=f"ConvTranspose.*its {name} has 0 numbers"):
+        check(model)
