@@ -16,6 +16,7 @@ from splitonnx.manifests import Role
 from splitonnx.outputs import check_output
 from splitonnx.partitioner.cutting.passes.forms import make_inference_form
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.normalization.quantizations import fold_quantized
 from splitonnx.partitioner.normalization.weights import restore_weights
 
@@ -109,6 +110,7 @@ def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.nda
     return weights
 
 
+@attribute_errors_to_pass("given its weights again")
 def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
     """Return the prepared model: the bundle's skeleton with the weights of all parties inserted.
 
@@ -123,9 +125,13 @@ def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
 
 
 def _join_parts(bundle: Bundle | str | Path) -> ir.Model:
-    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-    loaded.check_steps()
-    model = restore_model(loaded)
+    return _join(bundle if isinstance(bundle, Bundle) else Bundle.load(bundle))
+
+
+@attribute_errors_to_pass("merged")
+def _join(bundle: Bundle) -> ir.Model:
+    bundle.check_steps()
+    model = restore_model(bundle)
     make_inference_form(model.graph)
     fold_quantized(model.graph)
     for name, value in list(model.graph.initializers.items()):
@@ -140,6 +146,7 @@ def _list_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
     return [value.const_value for value in values if value.const_value is not None]
 
 
+@attribute_errors_to_pass("written down")
 def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
     """Serialize a model.
 

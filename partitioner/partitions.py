@@ -44,6 +44,7 @@ from splitonnx.partitioner.differentiation.squashings import find_repeated_activ
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.exporters import OmissionKind, advise, list_omissions
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import is_float, map_values
 from splitonnx.partitioner.merges import merge
@@ -196,17 +197,23 @@ def cut_prepared(
         server_target=server_target,
     )
     options = LossOptions(class_axis=class_axis, labels=labels)
-    axis = find_class_axis(prepared.training.graph, loss, output, options)
-    if axis != 1 and class_axis is None:
-        _say_class_axis(prepared, output, axis)
-    _say_kept_scalings(prepared)
-    _say_repeated_activation(prepared, loss, output, axis)
-    _say_batch(prepared)
+    _warn(prepared, loss, output, options)
     training = build_training(prepared, names_at, names_tail, loss, output, options)
     predict = build_predict(prepared, names_at, names_tail)
     if approve is not None:
         approve(prepared, training, predict)
     return assemble(prepared, training, predict, recipe, optimizer)
+
+
+@attribute_errors_to_pass("searched for what to warn of")
+def _warn(prepared: PreparedModel, loss: str, output: str, options: LossOptions) -> None:
+    """Log warnings about what the user may not expect of this cut."""
+    axis = find_class_axis(prepared.training.graph, loss, output, options)
+    if axis != 1 and options.class_axis is None:
+        _say_class_axis(prepared, output, axis)
+    _say_kept_scalings(prepared)
+    _say_repeated_activation(prepared, loss, output, axis)
+    _say_batch(prepared)
 
 
 def _say_repeated_activation(prepared: PreparedModel, loss: str, output: str, axis: int) -> None:
@@ -274,6 +281,7 @@ def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+@attribute_errors_to_pass("searched for the output of the loss")
 def choose_output(prepared: PreparedModel, output: str | None) -> str:
     """Return the name of the output from which the loss is computed.
 

@@ -26,6 +26,7 @@ from splitonnx.partitioner.graphs.assertions import known_sizes, note, require_r
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.dimensions import Amount, list_terms, parse_dim
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 
 _SMALLEST = {ir.DataType.INT64: -(1 << 63), ir.DataType.INT32: -(1 << 31)}
 """Map the integer types that processors divide directly to their smallest integer.
@@ -57,11 +58,17 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
             add_safeguards(body, set(body), is_training=False)
         if node.domain not in ("", "ai.onnx"):
             continue
-        builder = NodeBuilder(f"{node.outputs[0].name or node.name}/checked")
-        for check in [table[node.op_type] for table in tables if node.op_type in table]:
-            for index, value in check(builder, node).items():
-                node.replace_input_with(index, value)
-        graph.insert_before(node, builder.nodes)
+        checks = [table[node.op_type] for table in tables if node.op_type in table]
+        with attribute_errors_to(node, "guarded against data that crash its kernel"):
+            _insert(graph, node, checks)
+
+
+def _insert(graph: ir.Graph, node: ir.Node, checks: Sequence[Check]) -> None:
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/checked")
+    for check in checks:
+        for index, value in check(builder, node).items():
+            node.replace_input_with(index, value)
+    graph.insert_before(node, builder.nodes)
 
 
 def is_bound(amount: Amount) -> bool:

@@ -35,6 +35,7 @@ from splitonnx.partitioner.graphs.faults import (
     attribute_errors_to_bytes,
     attribute_errors_to_pass,
     explain,
+    is_ours,
 )
 from splitonnx.partitioner.graphs.readings import read_model
 
@@ -74,6 +75,8 @@ def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model
         except UnicodeDecodeError as error:
             raise NotAModel(label, "it holds text that is not UTF-8") from error
         except FAULTS as error:
+            if is_ours(error):
+                raise
             raise NotAModel(label, explain(error)) from error
         _map_external(model, files)
         _forget_negative_dims(model.graph)

@@ -1,64 +1,29 @@
 """Decide whether an error in processing a model is caused by the model or by this package.
 
-Code that handles a node assumes that the node's inputs and attributes are valid for its operator:
-ranks match, a divisor is not 0, a mode exists.  Checkers do not cover all of these assumptions.  If
-a model violates an assumption, Python raises an exception such as :class:`ValueError` (see
-:data:`FAULTS`), which is reported as an error in the model, with the node's name.  Any other
-exception is reported as a bug in this package, with the pass and the node, and its traceback is
-logged.
+The gate refuses models that are not valid.  An exception in a later pass is therefore reported as a
+bug in this package, with the pass and the node, and its traceback is logged.  In the gate itself,
+an exception is the model's fault if a library raised it, and a bug if this package's own code did.
+:mod:`splitonnx.partitioner.inference.node_faults` decides about code that handles a single node.
 """
 
 from __future__ import annotations
 
-import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
-from google.protobuf.message import EncodeError
+from google.protobuf.message import DecodeError, EncodeError
 
 from splitonnx.errors import InternalModelError, SplitonnxError, UnsupportedModel
 from splitonnx.faults import log_mistake
-from splitonnx.partitioner.graphs.builders import MissingOutput
 
 FAULTS = (ArithmeticError, EncodeError, LookupError, MemoryError, ValueError)
 """Exceptions that Python code raises if a model's values or ranks are not valid."""
 _UNREADABLE = (*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError)
 """Exceptions that onnx-ir raises when it reads bytes that are not a valid model."""
 
-_NO_NUMBER = re.compile(r"only .* arrays can be converted to .*")
 _MOST_CHARACTERS = 160
-
-
-@contextmanager
-def attribute_errors_to(
-    node: ir.Node, work: str, lost: str = "is read, but nothing makes it", advice: str = ""
-) -> Iterator[None]:
-    """Convert exceptions in a ``with`` block that handles ``node`` into errors about this node.
-
-    ``work`` describes the block in error messages: it completes the phrase "while it was ...".
-    ``lost`` and ``advice`` are used in the message if an output of the node was not replaced.
-
-    Raises:
-        UnsupportedModel: the node's inputs or attributes are not valid for its operator.
-        InternalModelError: the code in the block has a bug.
-    """
-    subject = _describe(node)
-    try:
-        yield
-    except SplitonnxError:
-        raise
-    except MissingOutput as error:
-        raise UnsupportedModel(subject, f"its output '{error}' {lost}", advice) from error
-    except Exception as error:
-        if _shows_values(find_cause(error)):
-            raise UnsupportedModel(
-                subject,
-                f"its inputs or attributes are not what the operator takes ({explain(error)})",
-                "check how the model was exported",
-            ) from error
-        raise _report(subject, work, error) from error
 
 
 @contextmanager
@@ -80,8 +45,8 @@ def attribute_errors_to_pass(work: str) -> Iterator[None]:
         raise UnsupportedModel("the model", reason, "save its weights beside it") from error
     except Exception as error:
         node = _find_node(error)
-        subject = "the model" if node is None else f"the model at {_describe(node)}"
-        raise _report(subject, work, error) from error
+        subject = "the model" if node is None else f"the model at {describe_node(node)}"
+        raise report_mistake(subject, work, error) from error
 
 
 @contextmanager
@@ -89,31 +54,31 @@ def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterat
     """Convert exceptions from reading a model's bytes into errors about the bytes.
 
     onnx-ir and protobuf raise many kinds of exceptions on invalid bytes.  ``refuse`` creates the
-    error to raise, given the reason.  Exceptions that come from this package's own code and look
-    like a bug are not converted.
+    error to raise, given the reason.  Exceptions that this package's own code raises
+    (:func:`is_ours`) are not converted.
     """
     try:
         yield
     except _UNREADABLE as error:
-        if not isinstance(error, FAULTS) and _is_raised_here(error):
+        if is_ours(error):
             raise
         raise refuse(explain(error)) from error
 
 
-def _shows_values(cause: BaseException) -> bool:
-    """Return whether an exception was caused by invalid values in the model.
+def is_ours(error: BaseException) -> bool:
+    """Return whether an exception was raised by this package's own code and not by a library.
 
-    This includes numpy's TypeError for an array that should be a single number.
+    numpy and protobuf are written in C and leave no trace.  An exception of numpy therefore counts
+    as this package's own, which passed it the wrong arguments; one of protobuf or of a text that is
+    not UTF-8 does not, and neither does a lack of memory.
     """
-    if isinstance(cause, TypeError):
-        return _NO_NUMBER.fullmatch(str(cause)) is not None
-    return isinstance(cause, FAULTS)
-
-
-def _is_raised_here(error: BaseException) -> bool:
-    """Return whether an exception was raised by this package itself and not by a library."""
-    frames = [frame for frame, _ in traceback.walk_tb(find_cause(error).__traceback__)]
-    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("splitonnx.")
+    cause = find_cause(error)
+    if isinstance(cause, DecodeError | EncodeError | MemoryError | UnicodeError):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    callers = [name for name in modules if name.partition(".")[0] != "numpy"]
+    return bool(callers) and callers[-1].startswith("splitonnx.")
 
 
 def _find_node(error: BaseException) -> ir.Node | None:
@@ -128,11 +93,12 @@ def _find_node(error: BaseException) -> ir.Node | None:
     return found
 
 
-def _describe(node: ir.Node) -> str:
+def describe_node(node: ir.Node) -> str:
+    """Return a node's name and operator, as error messages give them."""
     return f"node '{node.name}' ({node.op_type})"
 
 
-def _report(subject: str, work: str, error: Exception) -> InternalModelError:
+def report_mistake(subject: str, work: str, error: Exception) -> InternalModelError:
     """Log a bug in this package, and return an error that asks the user to report it."""
     log_mistake(f"{subject}, while it was {work}", error)
     cause = find_cause(error)

@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import NativeCrash
+from splitonnx.partitioner.graphs.faults import is_ours
 from splitonnx.partitioner.graphs.transcripts import write_node
 from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
@@ -104,7 +105,9 @@ def evaluate(
     try:
         with np.errstate(all="ignore"):
             made = _run_constant(proto) or _run_reference(proto, feeds, opset)
-    except (ValueError, IndexError, TypeError, RuntimeError, ArithmeticError, NotImplementedError):
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_ours(error):
+            raise
         return [None] * len(node.outputs)  # the runtime will report the error
     return [np.asarray(array) for array in made]
 

@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from splitonnx.expressions import UNKNOWN
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, prune
 from splitonnx.partitioner.inference.control_flows import KEPT, Unresolved, resolve_control_flow
 from splitonnx.partitioner.inference.dimensions import Amount, Dim
 from splitonnx.partitioner.inference.inferences import Inference
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 
 
 def fold(model: ir.Model, weights: Collection[str]) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.inference.dimensions import (
     Amount,
     Dim,
@@ -34,6 +33,7 @@ from splitonnx.partitioner.inference.dimensions import (
     take_remainder,
 )
 from splitonnx.partitioner.inference.evaluations import Schemas, evaluate
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.inference.shape_rules import RULES, Dims
 
 MOST_ELEMENTS = 1 << 16

@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.bodies import copy_body
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
-from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.inference.control_flows import KEPT, MOST_NODES
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 
 MOST_PIECES = 1 << 12
 """Limit of tensors into which one SplitToSequence is split."""

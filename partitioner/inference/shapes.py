@@ -14,11 +14,11 @@ import onnx_ir as ir
 from splitonnx.errors import NotAModel
 from splitonnx.partitioner.graphs.builders import known_dims, known_rank, take_input
 from splitonnx.partitioner.graphs.faults import (
-    attribute_errors_to,
     attribute_errors_to_bytes,
     attribute_errors_to_pass,
 )
 from splitonnx.partitioner.graphs.transcripts import write_model
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 

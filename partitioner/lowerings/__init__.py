@@ -7,7 +7,7 @@ and returns replacements for the node's outputs.  The formulas are the textbook 
 forward operators, which are defined at onnx.ai/onnx/operators.
 
 ``fusions.py`` also belongs here: it keeps ONNX Runtime's optimizer from wrongly merging Pad nodes
-into pooling nodes.  Modules in this package may import :mod:`graphs`.
+into pooling nodes.  Modules in this package may import :mod:`graphs` and :mod:`inference`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_rank
-from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.tables import count_constants
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.lowerings import (
     activations,
     convolutions,

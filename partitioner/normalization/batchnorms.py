@@ -20,8 +20,8 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel, UsageError, quote
 from splitonnx.names import BatchNormMode, BatchNormModes
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.traversals import find_data, walk_back
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 
 NEXT = "#next"
 

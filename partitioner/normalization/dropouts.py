@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.random_numbers import draw_words, find_key
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 
 
 def list_dropouts(graph: ir.Graph) -> list[ir.Node]:

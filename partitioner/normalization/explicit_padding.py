@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
-from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.traversals import list_bodies, list_inputs
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 
 _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
 

@@ -19,8 +19,9 @@ from splitonnx.operators import HIGHEST_IR_VERSION, HIGHEST_OPSET
 from splitonnx.partitioner.gate.names import check_function
 from splitonnx.partitioner.graphs.attributes import check_attributes
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.faults import attribute_errors_to, attribute_errors_to_pass
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import call

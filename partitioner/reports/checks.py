@@ -152,11 +152,9 @@ def check(
     faults: list[NotDifferentiable] = []
     if losses:
         faults, obstacles = _try_training(prepared, losses[0], output)
-    doubts = find_computed(prepared)
     trials = Trials(source=model, has_loss=losses[:1] == ("from-model",))
-    noticed = _list_remarks(prepared, doubts, losses, output, producer, trials)
+    doubts, noticed = _list_remarks(prepared, losses, output, producer, trials)
     mixed, unmixed = _compare_samples(trials, prepared)
-    doubts |= dict.fromkeys(prepared.kept_scalings, "scales or shifts a raw input")
     cuts, unlisted = _list_cuts(prepared, output)
     return Check(
         opset=opset,
@@ -164,22 +162,12 @@ def check(
         output=output,
         losses=losses,
         obstacles=(*map(str, faults), *obstacles, *mixed),
-        remarks=(
-            *exported,
-            *noticed,
-            *_note_batch(prepared, output, noticed),
-            *unmixed,
-            *unlisted,
-        ),
+        remarks=(*exported, *noticed, *unmixed, *unlisted),
         operators=_list_uses(prepared, {fault.node for fault in faults}),
         parameters=_count(prepared, Role.PARAMETER),
         frozen=_count(prepared, Role.FROZEN),
         statistics=_count(prepared, Role.BUFFER),
-        conditional=sum(
-            value.const_value.size
-            for value in list_returned(prepared.skeleton.graph)
-            if value.const_value is not None
-        ),
+        conditional=_count_conditional(prepared),
         layers=list_layers(prepared, doubts),
         cuts=cuts,
     )
@@ -187,15 +175,11 @@ def check(
 
 @attribute_errors_to_pass("searched for what training would do unmeant")
 def _list_remarks(
-    prepared: PreparedModel,
-    computed: Mapping[str, str],
-    losses: Sequence[str],
-    output: str,
-    producer: str,
-    trials: Trials,
-) -> list[Remark]:
-    """List the remarks on a prepared model; ``computed`` is the result of ``find_computed``."""
-    return [
+    prepared: PreparedModel, losses: Sequence[str], output: str, producer: str, trials: Trials
+) -> tuple[dict[str, str], list[Remark]]:
+    """Return why the roles of weights may be wrong, by name, and the remarks on a model."""
+    computed = find_computed(prepared)
+    noticed = [
         *remark_on_scalings(prepared),
         *remark_on_computed(computed),
         *remark_on_ties(prepared, computed),
@@ -205,6 +189,9 @@ def _list_remarks(
         *remark_on_batches(prepared, output, producer, trials),
         *remark_on_conditional(prepared),
     ]
+    noticed += _note_batch(prepared, output, noticed)
+    scalings = dict.fromkeys(prepared.kept_scalings, "scales or shifts a raw input")
+    return computed | scalings, noticed
 
 
 def _compare_samples(
@@ -220,16 +207,17 @@ def _compare_samples(
 
 def _note_batch(
     prepared: PreparedModel, output: str, noticed: Sequence[Remark]
-) -> Iterator[Remark]:
-    """Yield remarks on changes made because of a batch of 1, and on a node that fixes the batch."""
-    for sentence in (describe_freed(prepared.freed), describe_decided(prepared.decided)):
-        if sentence:
-            yield Remark(kind=Kind.BATCH, sentence=sentence)
+) -> Sequence[Remark]:
+    """Return remarks on what was changed for a batch of 1, and on a node that fixes the batch."""
+    changes = (describe_freed(prepared.freed), describe_decided(prepared.decided))
+    remarks = [Remark(kind=Kind.BATCH, sentence=sentence) for sentence in changes if sentence]
     fixing = find_fixing_node(prepared.training.graph, prepared.state, output)
     if fixing and all(remark.kind is not Kind.FIXED_BATCH for remark in noticed):
-        yield Remark(kind=Kind.FIXED_BATCH, sentence=fixing)
+        remarks.append(Remark(kind=Kind.FIXED_BATCH, sentence=fixing))
+    return remarks
 
 
+@attribute_errors_to_pass("searched for cuts")
 def _list_cuts(
     prepared: PreparedModel, output: str
 ) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
@@ -240,6 +228,7 @@ def _list_cuts(
         return (), (Remark(kind=Kind.CUTS_NOT_LISTED, sentence=str(error)),)
 
 
+@attribute_errors_to_pass("tried with the losses")
 def _fit_losses(
     prepared: PreparedModel, output: str, losses: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -254,6 +243,7 @@ def _fit_losses(
     return tuple(fitting), () if fitting else tuple(dict.fromkeys(reasons))
 
 
+@attribute_errors_to_pass("tried in training")
 def _try_training(
     prepared: PreparedModel, loss: str, output: str
 ) -> tuple[list[NotDifferentiable], tuple[str, ...]]:
@@ -273,6 +263,7 @@ def _list_faults(prepared: PreparedModel, output: str) -> Iterator[NotDifferenti
     return list_undifferentiable(prepared.training.graph, prepared.trainable, output)
 
 
+@attribute_errors_to_pass("searched for its operators")
 def _list_uses(prepared: PreparedModel, faulty: set[str]) -> tuple[OperatorUse, ...]:
     """Count the model's nodes by operator and by how they are handled in training."""
     graph = prepared.training.graph
@@ -296,5 +287,12 @@ def _list_uses(prepared: PreparedModel, faulty: set[str]) -> tuple[OperatorUse, 
     )
 
 
+@attribute_errors_to_pass("searched for its conditional weights")
+def _count_conditional(prepared: PreparedModel) -> int:
+    held = [value.const_value for value in list_returned(prepared.skeleton.graph)]
+    return sum(tensor.size for tensor in held if tensor is not None)
+
+
+@attribute_errors_to_pass("searched for its weights")
 def _count(prepared: PreparedModel, role: Role) -> int:
     return sum(prepared.weights[name].size for name, own in prepared.roles.items() if own is role)

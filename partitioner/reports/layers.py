@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 _PARTS = re.compile(r"[./]")
 _PASSING = frozenset(
@@ -51,6 +52,7 @@ class Layer:
         return sum(weight.elements for weight in self.weights if weight.role is role)
 
 
+@attribute_errors_to_pass("searched for its layers")
 def list_layers(prepared: PreparedModel, doubts: Mapping[str, str]) -> tuple[Layer, ...]:
     """List the layers of a prepared model, in the order in which their weights are used.
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.tables import count_constants
 from splitonnx.partitioner.graphs.traversals import find_moving, is_float, list_inputs
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.rewrites import (
     activations,

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from splitonnx.partitioner.gate.fused_operators import DOMAIN
 from splitonnx.partitioner.gate.ml_operators import normalize_ml_operators
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.faults import attribute_errors_to
 from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.normalization.fused import (
     activations,

@@ -192,11 +192,9 @@ def test_of_a_value_without_notes_nothing_is_known() -> None:
     assert known.content(None) is None
 
 
-@pytest.mark.parametrize(
-    ("raised", "told"), [(IndexError, UnsupportedModel), (TypeError, InternalModelError)]
-)
+@pytest.mark.parametrize("raised", [IndexError, TypeError])
 def test_what_fails_names_the_node_and_whose_mistake_it_is(
-    raised: type[Exception], told: type[Exception], monkeypatch: pytest.MonkeyPatch
+    raised: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise raised("of a rule")
@@ -204,5 +202,12 @@ def test_what_fails_names_the_node_and_whose_mistake_it_is(
     monkeypatch.setattr(Inference, "_infer", fail)
     path = Path()
     path.op("Relu", "x")
-    with pytest.raises(told, match=r"'v0' \(Relu\)"):
+    with pytest.raises(InternalModelError, match=r"'v0' \(Relu\)"):
+        path.infer()
+
+
+def test_a_node_that_no_runtime_takes_is_the_models_fault() -> None:
+    path = Path()
+    path.op("Tile", "x", [2])
+    with pytest.raises(UnsupportedModel, match=r"'v0' \(Tile\)"):
         path.infer()
