@@ -42,6 +42,17 @@ _LENGTH = struct.Struct("<Q")
 """The prefix of each request and response: its length in bytes."""
 
 
+_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError
+)  # fmt: skip
+"""Exceptions that Python code raises over wrong values or by mistake."""
+_CORRECTIONS = "splitonnx.partitioner.native.corrections"
+
+
+class CorrectionFailed(Exception):
+    """Raised if an operator that replaces one of the reference evaluator's fails."""
+
+
 class StockRuntime(Exception):
     """Raised if the installed ONNX Runtime is not onnxruntime-training."""
 
@@ -168,6 +179,7 @@ def run_reference(
         TimeoutError: all batches together take more than ``seconds`` of processor time.  There is
             no such limit on Windows.
         RuntimeError: the evaluator fails because of a mistake in its own code.
+        CorrectionFailed: an operator of :mod:`corrections` fails.
     """
     from onnx.reference import ReferenceEvaluator
 
@@ -180,8 +192,27 @@ def run_reference(
         names = evaluator.output_names
         try:
             return [_encode(names, evaluator.run(None, decode_arrays(batch))) for batch in batches]
-        except (AttributeError, NameError, TypeError) as error:
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error  # its own, not ours
+        except _FAILURES as error:
+            cause = error.__cause__ or error  # the evaluator wraps some
+            told = f"{type(cause).__name__}: {cause}"
+            if place := _find_correction(cause):
+                raise CorrectionFailed(f"{told}, in {place}") from error
+            if isinstance(error, AttributeError | NameError | TypeError):
+                raise RuntimeError(told) from error  # its own mistake, not ours
+            raise
+
+
+def _find_correction(error: BaseException) -> str:
+    """Return the line of :mod:`corrections` that raised an exception, or an empty string.
+
+    numpy's own lines do not count.
+    """
+    lines = [
+        (str(frame.f_globals.get("__name__", "")), frame.f_code.co_name, number)
+        for frame, number in traceback.walk_tb(error.__traceback__)
+    ]
+    module, name, number = [line for line in lines if line[0].partition(".")[0] != "numpy"][-1]
+    return f"line {number} of corrections ({name})" if module == _CORRECTIONS else ""
 
 
 @contextmanager

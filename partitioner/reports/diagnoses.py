@@ -42,7 +42,7 @@ _NORMALIZATIONS = frozenset(
 )
 
 
-@attribute_errors_to_pass("searched for what its export left out")
+@attribute_errors_to_pass("searched for what is missing from its training")
 def diagnose(model: ir.Model) -> list[Remark]:
     """List remarks on what an exporter did to a model and what this means for training.
 

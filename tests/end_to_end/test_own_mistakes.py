@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,41 @@ import pytest
 from splitonnx.bundles import Bundle
 from splitonnx.errors import InternalModelError, InternalRuntimeError, RemoteFault, SplitonnxError
 from splitonnx.faults import LOGGER
-from splitonnx.partitioner import lowerings, rewrites
-from splitonnx.partitioner.cutting import joints
-from splitonnx.partitioner.differentiation import gradients
-from splitonnx.partitioner.gate import gates
-from splitonnx.partitioner.inference import shapes
-from splitonnx.partitioner.native import natives
-from splitonnx.partitioner.native.workers import call
-from splitonnx.partitioner.normalization import explicit_padding, opsets
+from splitonnx.partitioner import lowerings, merges, partitions, permissions, rewrites
+from splitonnx.partitioner.cutting import bisections, cuts, joints, ports, safeguards, stages
+from splitonnx.partitioner.cutting.conformance import samples
+from splitonnx.partitioner.cutting.conformance.expectations import expect
+from splitonnx.partitioner.cutting.passes import batches
+from splitonnx.partitioner.differentiation import gradients, losses, updates
+from splitonnx.partitioner.gate import forms, gates, names
+from splitonnx.partitioner.inference import evaluations, folds, shapes
+from splitonnx.partitioner.lowerings import activations as lowered_activations
+from splitonnx.partitioner.native import corrections, natives, workers
+from splitonnx.partitioner.native.workers import Isolation, call
+from splitonnx.partitioner.normalization import (
+    explicit_padding,
+    opsets,
+    parameters,
+    quantizations,
+    weights,
+)
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports import (
+    checks,
+    diagnoses,
+    formulas,
+    layers,
+    loss_readings,
+    running_statistics,
+    suspects,
+    ties,
+)
 from splitonnx.partitioner.reports.checks import check
+from splitonnx.partitioner.rewrites import activations
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.server.servers import Server
+from tests.support.forked_natives import forking_natives
 from tests.support.zoo import FLOAT, ZOO, Net
 
 
@@ -132,6 +156,127 @@ def test_a_mistake_beside_native_code_comes_back_as_one(caplog: pytest.LogCaptur
         wrong(natives.build_gradients, "the model", b"", 5, "loss")
     check_owned(caught.value, caplog, "the model", "gradient builder", "TypeError")
     assert "natives.py" in caplog.text  # where it failed over there
+
+
+# --- mistakes that look like a model's fault ----------------------------------------------------
+
+KINDS = (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError)
+GATE = ("the model", "checked by the gate")
+REPORTED = ("the model", "searched for what training would do unmeant")
+TRAINED = ("the model", "differentiated")
+WRITTEN = ("the model", "written as a bundle")
+
+IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
+    (names.check_texts, *GATE),
+    (forms.check_form, *GATE),
+    (names.check_types, *GATE),
+    (parameters.find_input_scalings, "the model", "given the roles of its weights"),
+    (opsets._choose_target, "the model", "brought to opset 18 to 21"),
+    (explicit_padding._find_pads, "node 'h_node' (Conv)", "given explicit padding"),
+    (evaluations._infer_types, "node '", "asked for its shapes"),
+    (folds._replace_by_constants, "node 'h_node' (Conv)", "folded"),
+    (weights.assign_roles, "the model", "given the roles of its weights"),
+    (activations.rewrite_elu, "node 'elu_node' (Elu)", "rewritten"),
+    (partitions.choose_output, "the model", "searched for the output of the loss"),
+    (losses.find_class_axis, "the model", "searched for what to warn of"),
+    (cuts.divide, *TRAINED),
+    (losses.attach_loss, *TRAINED),
+    (ports.insert_ports, *TRAINED),
+    (safeguards._check_rows, "node 'h_node' (Conv)", "guarded against data that crash its kernel"),
+    (gradients._name_permutations, *TRAINED),
+    (lowered_activations.lower_relu_grad, "(ReluGrad)", "lowered"),
+    (joints._list_gradients, *TRAINED),
+    (joints._declare_data, *TRAINED),
+    (permissions.find_raw_inputs, "the model", "searched for what leaves the client"),
+    (stages.cut_stages, *WRITTEN),
+    (updates.build_update, *WRITTEN),
+    (samples.iter_draws, "the model", "compared with the model given"),
+    (merges.collect_weights, "the model", "given its weights again"),
+    (quantizations.fold_quantized, "the model", "merged"),
+]
+IN_A_CHECK: Sequence[tuple[Callable[..., object], str, str]] = [
+    (diagnoses._miss_batchnorms, "the model", "searched for what is missing from its training"),
+    (losses.fit_loss, "the model", "tried with the losses"),
+    (gradients.list_undifferentiable, "the model", "tried in training"),
+    (suspects.find_computed, *REPORTED),
+    (formulas.describe_formula, *REPORTED),
+    (loss_readings.remark_on_loss, *REPORTED),
+    (ties.remark_on_ties, *REPORTED),
+    (running_statistics.remark_on_statistics, *REPORTED),
+    (batches.find_fixing_node, *REPORTED),
+    (bisections.find_bisections, "the model", "searched for cuts"),
+    (checks._list_uses, "the model", "searched for its operators"),
+    (layers._find_user, "the model", "searched for its layers"),
+]
+
+
+def plant(patch: pytest.MonkeyPatch, function: Any, kind: type[Exception]) -> None:
+    """Let a function raise an error in its own module, whoever has imported it."""
+    function = inspect.unwrap(function)
+    scope: dict[str, Any] = {}
+    exec(f"def fail(*_, **__): raise {kind.__name__}('planted')", scope)
+    patch.setattr(function, "__code__", scope["fail"].__code__)
+
+
+def list_plants(
+    places: Sequence[tuple[Callable[..., object], str, str]],
+) -> list[tuple[Callable[..., object], str, str, type[Exception]]]:
+    """Choose two kinds of errors for each place, so that all kinds occur."""
+    return [
+        (*place, KINDS[(index + shift) % len(KINDS)])
+        for index, place in enumerate(places)
+        for shift in (0, 2)
+    ]
+
+
+@pytest.mark.parametrize(("function", "where", "work", "kind"), list_plants(IN_A_CUT))
+def test_a_cut_owns_up_to_any_kind_of_error(
+    function: Callable[..., object],
+    where: str,
+    work: str,
+    kind: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plant(monkeypatch, function, kind)
+    with pytest.raises(InternalModelError) as caught:
+        permissions.cut(
+            build(), at="relu", loss="mse", send_labels=True, client_target="portable",
+            server_target="portable", check=True,
+        )  # fmt: skip
+    check_owned(caught.value, caplog, where, work, f"{kind.__name__}: ", "planted")
+
+
+@pytest.mark.parametrize(("function", "where", "work", "kind"), list_plants(IN_A_CHECK))
+def test_a_check_owns_up_to_any_kind_of_error(
+    function: Callable[..., object],
+    where: str,
+    work: str,
+    kind: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plant(monkeypatch, function, kind)
+    with pytest.raises(InternalModelError) as caught:
+        check(build())
+    check_owned(caught.value, caplog, where, work, f"{kind.__name__}: ", "planted")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mistake_in_an_operator_given_to_the_reference_evaluator_is_not_its_own(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plant(monkeypatch, corrections.Softmax._run, kind)
+    model = ZOO["attention"].build()
+    isolation = Isolation()
+    monkeypatch.setattr(workers, "call", isolation.call)
+    try:
+        with forking_natives(), pytest.raises(InternalModelError) as caught:
+            expect(model, "the model", 0)
+    finally:
+        isolation.end()
+    work = "evaluated with operators of our own"
+    check_owned(caught.value, caplog, work, f"{kind.__name__}: ", "corrections")
 
 
 # --- the command line -------------------------------------------------------------------------

@@ -48,6 +48,10 @@ class Made:
     has_all: bool = True
 
 
+class CorrectionFailed(NotRun):
+    """Raised if an operator of :mod:`native.corrections` fails on a model or on its inputs."""
+
+
 def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> list[Arrays]:
     """Run a serialized model with onnx's reference evaluator, and return each batch's outputs.
 
@@ -55,6 +59,7 @@ def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> li
 
     Raises:
         NotRun: the evaluator refuses the model or the inputs, or is too slow.
+        CorrectionFailed: an operator that this package gives the evaluator fails.
     """
     given = [natives.encode_arrays(batch) for batch in batches]
     return _decode(
@@ -146,7 +151,8 @@ def _decode(run: Callable[[], Sequence[Mapping[str, bytes]]]) -> list[Arrays]:
     try:
         return [natives.decode_arrays(outputs) for outputs in run()]
     except (workers.Refused, NativeCrash) as error:
-        raise NotRun(str(error)) from error
+        is_corrected = getattr(error, "kind", "") == natives.CorrectionFailed.__name__
+        raise (CorrectionFailed if is_corrected else NotRun)(str(error)) from error
 
 
 def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> bytes:

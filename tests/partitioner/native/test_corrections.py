@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from splitonnx.partitioner.native import natives
+from splitonnx.partitioner.native import corrections, natives
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.standard_normal((2, 4, 3, 5))
@@ -117,4 +118,25 @@ def test_what_the_evaluator_breaks_on_is_no_mistake_of_ours() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
     batch = {"x": numpy_helper.from_array(np.array([0, 2])).SerializeToString()}
     with pytest.raises(RuntimeError, match="TypeError"):
+        natives.run_reference(model.SerializeToString(), [batch], 10.0)
+
+
+@pytest.mark.parametrize("kind", [AttributeError, IndexError, KeyError, TypeError, ValueError])
+def test_an_operator_of_ours_that_fails_is_told_from_the_evaluator(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise kind("planted")
+
+    own = FunctionType(fail.__code__, vars(corrections), closure=fail.__closure__)
+    monkeypatch.setattr(corrections.Softmax, "_run", own)
+    graph = helper.make_graph(
+        [helper.make_node("Softmax", ["x"], ["y"])],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, IMAGES.shape)],
+        [onnx.ValueInfoProto(name="y")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    batch = {"x": numpy_helper.from_array(IMAGES).SerializeToString()}
+    with pytest.raises(natives.CorrectionFailed, match=f"{kind.__name__}.*planted.*corrections"):
         natives.run_reference(model.SerializeToString(), [batch], 10.0)
