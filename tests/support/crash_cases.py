@@ -50,6 +50,21 @@ def build_gather() -> onnx.ModelProto:
     return net.finish({"x": (FLOAT, ["N", 4]), "places": (INT64, ["M", 1])}, output, 4)
 
 
+def build_selected_gather() -> onnx.ModelProto:
+    """GatherND with batch_dims, whose number of rows of indices no declaration ties to the data."""
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w1", 4, 6), out="h")
+    kept = net.op("Compress", "picks", "kept", out="some", axis=0)
+    value = net.op("GatherND", value, kept, out="picked", batch_dims=1)
+    value = net.op("ReduceMean", value, net.constant("rows", np.array([0])), out="mean")
+    value = net.op("Unsqueeze", value, net.constant("axis", np.array([1])), out="column")
+    output = net.op("MatMul", value, net.weight("w2", 1, 4), out="scores")
+    inputs: dict[str, tuple[int, list[int | str]]] = {
+        "x": (FLOAT, ["N", 4]), "picks": (INT64, ["M", 1]), "kept": (TensorProto.BOOL, ["M"])
+    }  # fmt: skip
+    return net.finish(inputs, output, 4)
+
+
 def build_division() -> onnx.ModelProto:
     """Integers that are divided by data."""
     net = Net()
@@ -158,6 +173,19 @@ def _gather(**bad: np.ndarray) -> Case:
     )
 
 
+def _select(rows: int, picks: int, kept: int) -> Case:
+    def give(rows: int, picks: int, kept: int) -> Arrays:
+        chosen = np.arange(picks) < kept
+        return {"h": floats(rows, 6), "picks": np.ones((picks, 1), np.int64), "kept": chosen}
+
+    return Case(
+        build=build_selected_gather,
+        at=("h", "picks", "kept"),
+        good=give(3, 4, 3),
+        bad=give(rows, picks, kept),
+    )
+
+
 def _quotient(operator: str, kind: str, whole: int, count: int) -> Case:
     dtype = np.dtype(kind)
 
@@ -183,6 +211,8 @@ def _frames(operator: str) -> Case:
 CASES: Mapping[str, Case] = {
     "rows that differ": _gather(places=np.ones((2, 1), np.int64)),
     "rows that are a multiple": _gather(h=floats(2, 6), places=np.ones((4, 1), np.int64)),
+    "selected rows that differ": _select(3, 4, 2),
+    "selected rows that are a multiple": _select(2, 4, 4),
     "no frame to filter": _frames("Conv"),
     "no frame to mix": _frames("Einsum"),
     "no next token": _language({"h": floats(2, 1, 6), "tokens": np.ones((2, 1), np.int64)}),
