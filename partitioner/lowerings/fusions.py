@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import list_bodies
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 
 
 def prevent_wrong_fusions(graph: ir.Graph) -> None:
@@ -43,9 +44,14 @@ def separate_pads(graph: ir.Graph) -> None:
         for body in list_bodies(node):
             separate_pads(body)
         if node.op_type == "Pad" and not node.domain and _names_no_axes(node):
-            widths = known_array(node.inputs[1])
-            if widths is not None and not _feeds_convolutions_alone(node):
-                _name_axes(node, len(widths) // 2)
+            with attribute_errors_to(node, "kept from a wrong fusion"):
+                _separate_pad(node)
+
+
+def _separate_pad(node: ir.Node) -> None:
+    widths = known_array(node.inputs[1])
+    if widths is not None and not _feeds_convolutions_alone(node):
+        _name_axes(node, len(widths) // 2)
 
 
 def _names_no_axes(node: ir.Node) -> bool:

@@ -17,6 +17,7 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
+from splitonnx.errors import UnsupportedModel
 from splitonnx.names import Target
 from splitonnx.partitioner.lowerings.fusions import separate_pads
 from tests.support.case_trials import TARGETS
@@ -233,3 +234,9 @@ def test_a_pad_before_a_convolution_stays_as_it_is() -> None:
     separate_pads(separated.graph)
     (found,) = (node for node in separated.graph if node.op_type == "Pad")
     assert len(found.inputs) == 2
+
+
+def test_a_pad_whose_widths_are_no_list_is_the_models_fault() -> None:
+    model = build(write_nodes("MaxPool", {}), {"widths": np.array(1)})
+    with pytest.raises(UnsupportedModel, match=r"node 'pad' \(Pad\)"):
+        separate_pads(ir.from_proto(model).graph)
