@@ -28,16 +28,17 @@ export const DATA = {
   labels: { dims: [6, 2], data: new Float32Array(12) },
 };
 
-export type Answer = { message: Message; tensors?: NdArrays } | string | Uint8Array;
+/** What the server sends, whatever it was asked: a message, or text or bytes that are none. */
+export type CannedResponse = { message: Message; tensors?: NdArrays } | string | Uint8Array;
 /** In place of a message: the connection ends. */
 export const HANG_UP = "";
 export interface Lies {
-  welcome?: (hello: MessageOf<"Hello">) => Answer;
-  reply?: (asked: TensorsMessage, say: (answer: Answer) => void) => Answer;
-  saved?: (answer: MessageOf<"Saved">) => MessageOf<"Saved" | "Unsaved"> | typeof HANG_UP;
+  welcome?: (hello: MessageOf<"Hello">) => CannedResponse;
+  reply?: (asked: TensorsMessage, say: (response: CannedResponse) => void) => CannedResponse;
+  saved?: (saved: MessageOf<"Saved">) => MessageOf<"Saved" | "Unsaved"> | typeof HANG_UP;
 }
 
-export function welcome(hello: MessageOf<"Hello">, changes = {}): Answer {
+export function welcome(hello: MessageOf<"Hello">, changes = {}): CannedResponse {
   const { session, digest, step } = hello;
   const wires = listWires(MANIFEST);
   return {
@@ -45,11 +46,11 @@ export function welcome(hello: MessageOf<"Hello">, changes = {}): Answer {
   };
 }
 
-export function reply(asked: TensorsMessage, changes = {}, tensors = gradients(6, 4)): Answer {
+export function reply(asked: TensorsMessage, changes = {}, tensors = gradients(6, 4)): CannedResponse {
   return { message: { ...asked, turn: 0, ...changes }, tensors };
 }
 
-/** Half of an answer: the gradient is missing. */
+/** Half of a response: the gradient is missing. */
 export const ONE: NdArrays = new Map([["loss", makeArray("F32", [], [1])]]);
 
 export function gradients(rows: number, columns: number, value = 0.1): NdArrays {
@@ -72,7 +73,7 @@ export class Liar {
     if (!this.#server.address()) await once(this.#server, "listening");
     this.url = `ws://127.0.0.1:${(this.#server.address() as { port: number }).port}`;
     this.#server.on("connection", (socket) => {
-      socket.on("message", (content: Buffer) => this.#answer(socket, new Uint8Array(content)));
+      socket.on("message", (content: Buffer) => this.#respond(socket, new Uint8Array(content)));
     });
   }
 
@@ -88,31 +89,31 @@ export class Liar {
   }
 
   /** Say something to everybody. */
-  shout(answer: Answer): void {
-    for (const socket of this.#server.clients) this.#say(socket, answer);
+  shout(response: CannedResponse): void {
+    for (const socket of this.#server.clients) this.#say(socket, response);
   }
 
-  #answer(socket: WebSocket, content: Uint8Array): void {
+  #respond(socket: WebSocket, content: Uint8Array): void {
     const { message } = decodeMessage(content);
     this.heard.push(message.type);
     if (message.type === "Save") {
       const { session, step } = message;
-      const answer = { type: "Saved", session, step } as const;
-      const said = this.lies.saved?.(answer) ?? answer;
+      const saved = { type: "Saved", session, step } as const;
+      const said = this.lies.saved?.(saved) ?? saved;
       this.#say(socket, said === HANG_UP ? HANG_UP : { message: said });
     }
     if (message.type === "Hello") this.#say(socket, (this.lies.welcome ?? welcome)(message));
     if (message.type === "Tensors") {
       const { lies } = this;
-      const say = (answer: Answer) => this.#say(socket, answer);
+      const say = (response: CannedResponse) => this.#say(socket, response);
       say(lies.reply ? lies.reply(message, say) : reply(message));
     }
   }
 
-  #say(socket: WebSocket, answer: Answer): void {
-    if (answer === HANG_UP) socket.terminate();
-    else if (typeof answer === "string" || answer instanceof Uint8Array) socket.send(answer);
-    else socket.send(encodeMessage(answer.message, answer.tensors));
+  #say(socket: WebSocket, response: CannedResponse): void {
+    if (response === HANG_UP) socket.terminate();
+    else if (typeof response === "string" || response instanceof Uint8Array) socket.send(response);
+    else socket.send(encodeMessage(response.message, response.tensors));
   }
 }
 
