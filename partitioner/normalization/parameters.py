@@ -137,14 +137,14 @@ class TensorKind(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Classification:
     """The class of a tensor and, if the tensor cannot be trained, the reason."""
 
     kind: TensorKind
     reason: str = ""
 
 
-def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
+def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Classification:
     """Classify a stored float tensor by the operators that use it.
 
     ``value`` is the graph value that holds ``tensor``.
@@ -152,15 +152,17 @@ def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
     uses = [(node, index) for node, index in _list_uses(value) if node.op_type not in _LOOKERS]
     places = {(node.op_type, index) for node, index in uses}
     if places and places <= _STATISTICS:
-        return Verdict(kind=TensorKind.STATISTIC, reason="it is a running statistic, never trained")
+        return Classification(
+            kind=TensorKind.STATISTIC, reason="it is a running statistic, never trained"
+        )
     for node, index in uses:
         if index in _SETTINGS.get(node.op_type, ()):
             reason = f"it is a setting of node '{node.name}' ({node.op_type}), without a gradient"
-            return Verdict(kind=TensorKind.SETTING, reason=reason)
+            return Classification(kind=TensorKind.SETTING, reason=reason)
     if not uses:
-        return Verdict(kind=TensorKind.SETTING, reason="nothing that has a gradient uses it")
+        return Classification(kind=TensorKind.SETTING, reason="nothing that has a gradient uses it")
     trained = len(tensor.shape) > 0 and _is_parameter(value, tensor, uses)
-    return Verdict(kind=TensorKind.PARAMETER if trained else TensorKind.CONSTANT)
+    return Classification(kind=TensorKind.PARAMETER if trained else TensorKind.CONSTANT)
 
 
 def _is_parameter(

@@ -18,8 +18,8 @@ from splitonnx.errors import UnsupportedModel, UsageError, quote
 from splitonnx.manifests import Role
 from splitonnx.partitioner.graphs.traversals import list_bodies, list_nodes
 from splitonnx.partitioner.normalization.parameters import (
+    Classification,
     TensorKind,
-    Verdict,
     classify_tensor,
     find_input_scalings,
 )
@@ -56,12 +56,12 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
     """
     _hoist(graph)
     stored = dict(_list_stored(graph))
-    verdicts = {name: _classify(value, tensor) for name, (value, tensor) in stored.items()}
+    classified = {name: _classify(value, tensor) for name, (value, tensor) in stored.items()}
     lifted = {
-        n for n, v in verdicts.items() if v.kind in (TensorKind.PARAMETER, TensorKind.STATISTIC)
+        n for n, v in classified.items() if v.kind in (TensorKind.PARAMETER, TensorKind.STATISTIC)
     }
     for pattern in train:
-        lifted |= _find_trained(pattern, verdicts, graph)
+        lifted |= _find_trained(pattern, classified, graph)
     return {name: _lift(graph, *stored[name]) for name in stored if name in lifted}
 
 
@@ -178,23 +178,25 @@ def _list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.Tens
                 yield value.name, (value, tensor)
 
 
-def _classify(value: ir.Value, tensor: ir.TensorProtocol) -> Verdict:
+def _classify(value: ir.Value, tensor: ir.TensorProtocol) -> Classification:
     if tensor.dtype not in _FLOATS:
-        return Verdict(
+        return Classification(
             kind=TensorKind.SETTING, reason=f"it is {tensor.dtype}, which has no gradient"
         )
     return classify_tensor(value, tensor)
 
 
-def _find_trained(pattern: str, verdicts: Mapping[str, Verdict], graph: ir.Graph) -> set[str]:
-    found = _search(pattern, verdicts, "--train")
+def _find_trained(
+    pattern: str, classified: Mapping[str, Classification], graph: ir.Graph
+) -> set[str]:
+    found = _search(pattern, classified, "--train")
     for kind in (TensorKind.PARAMETER, TensorKind.CONSTANT):
-        chosen = {name for name in found if verdicts[name].kind is kind}
+        chosen = {name for name in found if classified[name].kind is kind}
         if chosen:
             return chosen
-    for name in verdicts:
+    for name in classified:
         if name in found:
-            raise UnsupportedModel(f"--train {pattern}", f"'{name}': {verdicts[name].reason}")
+            raise UnsupportedModel(f"--train {pattern}", f"'{name}': {classified[name].reason}")
     for holder, name in _list_inner(graph):
         if re.search(pattern, name):
             raise UnsupportedModel(
@@ -203,7 +205,7 @@ def _find_trained(pattern: str, verdicts: Mapping[str, Verdict], graph: ir.Graph
                 "weights are not trained",
                 "export the model without control flow",
             )
-    raise _refuse_unknown("--train", pattern, verdicts)
+    raise _refuse_unknown("--train", pattern, classified)
 
 
 def _list_inner(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:

@@ -132,10 +132,12 @@ class Cell:
         return self.functions[index].apply(builder, x, self.dtype)
 
 
-State = tuple[ir.Value, ...]
+RecurrentState = tuple[ir.Value, ...]
 
 
-def step_rnn(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+def step_rnn(
+    builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: RecurrentState
+) -> RecurrentState:
     """Compute the next state of an RNN: f(x + H R^T).
 
     H is the previous state, R contains the recurrent weights, and f is the activation function.
@@ -145,7 +147,9 @@ def step_rnn(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state
     return (cell.activate(builder, 0, pre),)
 
 
-def step_gru(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+def step_gru(
+    builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: RecurrentState
+) -> RecurrentState:
     """Compute the next state of a GRU: (1 - z) * h + z * H.
 
     H is the previous state, z is the update gate, and h is the candidate for the new state.  To
@@ -161,8 +165,8 @@ def step_gru(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state
 
 
 def step_linear_gru(
-    builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State
-) -> State:
+    builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: RecurrentState
+) -> RecurrentState:
     """Compute the next state of a GRU with ``linear_before_reset``: (1 - z) * h + z * H.
 
     The symbols have the same meaning as in :func:`step_gru`.  To compute h, H is multiplied by the
@@ -178,12 +182,16 @@ def step_linear_gru(
     return _blend(builder, update, cell.activate(builder, 1, pre), before)
 
 
-def _blend(builder: NodeBuilder, update: ir.Value, new: ir.Value, before: ir.Value) -> State:
+def _blend(
+    builder: NodeBuilder, update: ir.Value, new: ir.Value, before: ir.Value
+) -> RecurrentState:
     difference = builder.op("Sub", before, new)
     return (builder.op("Add", new, builder.op("Mul", update, difference)),)
 
 
-def step_lstm(builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: State) -> State:
+def step_lstm(
+    builder: NodeBuilder, cell: Cell, inputs: Sequence[ir.Value], state: RecurrentState
+) -> RecurrentState:
     """Compute the next states of an LSTM: C' = f * C + i * c and H' = o * h(C').
 
     C is the previous cell state, and C' and H' are the next cell state and hidden state.  The gates

@@ -18,7 +18,7 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.rewrites.cells import (
     Cell,
-    State,
+    RecurrentState,
     read_functions,
     step_gru,
     step_linear_gru,
@@ -30,7 +30,7 @@ MOST_STEPS = 2_000
 """The most steps of all recurrent nodes of a model together; each step becomes about 20 nodes."""
 
 Values = Sequence[ir.Value | None]
-Step = Callable[[NodeBuilder, Cell, Sequence[ir.Value], State], State]
+Step = Callable[[NodeBuilder, Cell, Sequence[ir.Value], RecurrentState], RecurrentState]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +302,7 @@ def _unroll(
     sequences, ends = [], []
     for index, cell in enumerate(cells):
         backwards = index == 1 or _read_direction(layer.node) == "reverse"
-        state: State = tuple(start[index] for start in starts)
+        state: RecurrentState = tuple(start[index] for start in starts)
         shown: dict[int, ir.Value] = {}
         for time in reversed(range(layer.steps)) if backwards else range(layer.steps):
             new = step(builder, cell, [group[time] for group in inputs[index]], state)

@@ -44,14 +44,14 @@ CONTENT_TYPES = {
 BYTES = "application/octet-stream"
 
 # A page may only run this server's files and connect to this server.
-POLICY = (
+CONTENT_POLICY = (
     "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; worker-src 'self'; manifest-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
     "Cache-Control": "no-cache",  # the browser asks whether the file changed
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": CONTENT_POLICY,
     # Together these let a page share memory between threads, which ONNX Runtime needs.
     "Cross-Origin-Embedder-Policy": "require-corp",
     "Cross-Origin-Opener-Policy": "same-origin",

@@ -88,7 +88,7 @@ class Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class OperatorKernel:
     """An operator that a graph in ORT format (ONNX Runtime's own file format) needs.
 
     ``version`` is the opset that defined the operator.  ``types`` lists the element types that the
@@ -266,7 +266,7 @@ class Engine:
         self._running.stop()
 
 
-def list_kernels(graphs: Iterable[bytes]) -> tuple[Kernel, ...]:
+def list_kernels(graphs: Iterable[bytes]) -> tuple[OperatorKernel, ...]:
     """List the operators that a reduced ONNX Runtime build needs to run graphs in ORT format.
 
     The graphs must have been written by :meth:`Engine.convert`.  They are read with a tool that is
@@ -284,7 +284,7 @@ def list_kernels(graphs: Iterable[bytes]) -> tuple[Kernel, ...]:
             path.write_bytes(graph)
             ort_format_model.OrtFormatModelProcessor(str(path), found, types).process()
     return tuple(
-        Kernel(
+        OperatorKernel(
             domain=domain,
             version=version,
             operator=operator,

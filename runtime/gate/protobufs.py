@@ -30,7 +30,7 @@ class Malformed(ValueError):
     """Raised if bytes are not a message of the expected kind; the text gives the reason."""
 
 
-class Wire(IntEnum):
+class WireType(IntEnum):
     """The encodings of a field, called wire types in Protocol Buffers; groups are not supported."""
 
     NUMBER = 0
@@ -39,7 +39,7 @@ class Wire(IntEnum):
     FIXED32 = 5
 
 
-_WIDTHS: Mapping[Wire, int] = {Wire.FIXED64: 8, Wire.FIXED32: 4}
+_WIDTHS: Mapping[WireType, int] = {WireType.FIXED64: 8, WireType.FIXED32: 4}
 """The number of bytes that a field takes, for encodings with a fixed size."""
 
 
@@ -52,7 +52,7 @@ class Field(NamedTuple):
 
     name: str
     number: int
-    wire: Wire = Wire.BYTES
+    wire: WireType = WireType.BYTES
     repeated: bool = False
     refusal: str = ""
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from splitonnx.runtime.gate.protobufs import Field, Wire, make_table
+from splitonnx.runtime.gate.protobufs import Field, WireType, make_table
 
-_NUMBER, _FIXED32, _FIXED64 = Wire.NUMBER, Wire.FIXED32, Wire.FIXED64
+_NUMBER, _FIXED32, _FIXED64 = WireType.NUMBER, WireType.FIXED32, WireType.FIXED64
 _NO_SPARSE = "it has a sparse tensor, which bundles never have"
 _NO_FUNCTIONS = "it has functions of its own, which bundles never have"
 
 
-def _list(wire: Wire, name: str, number: int) -> tuple[Field, Field]:
+def _list(wire: WireType, name: str, number: int) -> tuple[Field, Field]:
     """Return a repeated number field in both encodings: one number at a time, and packed."""
     return Field(name, number, wire, repeated=True), Field(name, number, repeated=True)
 

@@ -19,7 +19,7 @@ Dims = list[int | str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class KernelCase:
     """``inputs`` of the operator: a name of data with its type and dimensions, or a constant.
 
     ``bad`` replaces some of the ``good`` data.
@@ -67,9 +67,9 @@ def kernel(
     bad: Arrays,
     end: str = "StageFailed",
     **attributes: object,
-) -> Kernel:
+) -> KernelCase:
     felt = {"h": np.ones((1, 6), np.float32)}
-    return Kernel(operator=operator, inputs=inputs, good={**felt, **good},
+    return KernelCase(operator=operator, inputs=inputs, good={**felt, **good},
                   bad={**felt, **good, **bad}, end=end, attributes=attributes)  # fmt: skip
 
 
@@ -87,7 +87,7 @@ _PLACES: tuple[int, Dims] = (FLOAT, [1, 2, 2, 2])
 _NUMBERS: tuple[int, Dims] = (INT64, ["R"])
 
 
-def _grid(value: float, **attributes: object) -> Kernel:
+def _grid(value: float, **attributes: object) -> KernelCase:
     return kernel(
         "GridSample", {"image": _IMAGE, "grid": _PLACES},
         {"image": floats(1, 1, 4, 4), "grid": floats(1, 2, 2, 2, value=0.5)},
@@ -96,7 +96,7 @@ def _grid(value: float, **attributes: object) -> Kernel:
     )  # fmt: skip
 
 
-def _box(**bad: np.ndarray) -> Kernel:
+def _box(**bad: np.ndarray) -> KernelCase:
     return kernel(
         "RoiAlign", {"image": _IMAGE, "boxes": (FLOAT, ["R", 4]), "of": _NUMBERS},
         {"image": floats(1, 1, 4, 4), "boxes": np.array([[0, 0, 2, 2]], np.float32),
@@ -105,14 +105,14 @@ def _box(**bad: np.ndarray) -> Kernel:
     )  # fmt: skip
 
 
-def _pad(mode: str, bad: tuple[int, int]) -> Kernel:
+def _pad(mode: str, bad: tuple[int, int]) -> KernelCase:
     return kernel(
         "Pad", {"row": (FLOAT, [4]), "widths": (INT64, [2])},
         {"row": floats(4), "widths": integers(1, 1)}, {"widths": integers(*bad)}, mode=mode,
     )  # fmt: skip
 
 
-def _columns(columns: int = 9, image: int = 4, block: int = 2) -> Kernel:
+def _columns(columns: int = 9, image: int = 4, block: int = 2) -> KernelCase:
     return kernel(
         "Col2Im", {"rows": (FLOAT, [1, 4, "L"]), "image": (INT64, [2]), "block": (INT64, [2])},
         {"rows": floats(1, 4, 9), "image": integers(4, 4), "block": integers(2, 2)},
@@ -121,7 +121,7 @@ def _columns(columns: int = 9, image: int = 4, block: int = 2) -> Kernel:
     )  # fmt: skip
 
 
-def _division_in_a_loop() -> Kernel:
+def _division_in_a_loop() -> KernelCase:
     body = helper.make_graph(
         [
             helper.make_node("Identity", ["go_in"], ["go_out"]),
@@ -149,7 +149,7 @@ def _division_in_a_loop() -> Kernel:
     )  # fmt: skip
 
 
-KERNELS: Mapping[str, Kernel] = {
+KERNELS: Mapping[str, KernelCase] = {
     "a place far beyond what is reflected": _grid(1e18),
     "a place far beyond the corners": _grid(-1e30, align_corners=1),
     "a nearest place far away": _grid(1e18, mode="nearest"),

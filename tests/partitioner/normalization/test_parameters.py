@@ -11,8 +11,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from splitonnx.partitioner.normalization.parameters import (
+    Classification,
     TensorKind,
-    Verdict,
     classify_tensor,
     find_input_scalings,
 )
@@ -24,7 +24,7 @@ ROW = np.array([0.5, -1.5, 2.25], np.float32)
 
 def classify(
     array: np.ndarray, *nodes: onnx.NodeProto, literal: bool = False, opset: int = 18
-) -> Verdict:
+) -> Classification:
     """Classify the float tensor ``w`` that ``nodes`` read, an initializer or a Constant node."""
     tensor = numpy_helper.from_array(array, "w")
     made = list(nodes)
@@ -142,7 +142,9 @@ def test_a_setting_anywhere_is_a_setting_and_a_statistic_must_be_one_everywhere(
 
 def test_what_is_only_looked_at_cannot_be_trained_and_hinders_nothing() -> None:
     look = helper.make_node("Shape", ["w"], ["s"])
-    assert classify(ROW, look) == Verdict(kind=S, reason="nothing that has a gradient uses it")
+    assert classify(ROW, look) == Classification(
+        kind=S, reason="nothing that has a gradient uses it"
+    )
     assert classify(ROW, look, use("MatMul", 1)).kind is P
 
 

@@ -14,25 +14,25 @@ from splitonnx.runtime.gate.protobufs import (
     Malformed,
     Reader,
     Table,
-    Wire,
+    WireType,
     make_table,
     to_signed,
 )
 
 TABLE = make_table(
     "sample",
-    Field("number", 1, Wire.NUMBER),
+    Field("number", 1, WireType.NUMBER),
     Field("text", 2),
     Field("texts", 3, repeated=True),
-    Field("real", 4, Wire.FIXED32),
-    Field("double", 5, Wire.FIXED64),
+    Field("real", 4, WireType.FIXED32),
+    Field("double", 5, WireType.FIXED64),
     Field("secret", 6, refusal="it has a secret"),
 )
 TENSOR = make_table(
     "tensor",
     Field("dims", 1, repeated=True),
-    Field("dims", 1, Wire.NUMBER, repeated=True),
-    Field("dtype", 2, Wire.NUMBER),
+    Field("dims", 1, WireType.NUMBER, repeated=True),
+    Field("dtype", 2, WireType.NUMBER),
     Field("int64_data", 7, repeated=True),
     Field("name", 8),
     Field("raw_data", 9),

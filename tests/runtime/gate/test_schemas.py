@@ -20,7 +20,7 @@ from onnx import (
 )
 
 from splitonnx.runtime.gate import schemas
-from splitonnx.runtime.gate.protobufs import Table, Wire
+from splitonnx.runtime.gate.protobufs import Table, WireType
 
 MESSAGES = {
     "model": (schemas.MODEL, ModelProto.DESCRIPTOR),
@@ -42,14 +42,17 @@ NUMBERS = {
     FieldDescriptor.TYPE_UINT64,
     FieldDescriptor.TYPE_ENUM,
 }
-WIRES = {FieldDescriptor.TYPE_FLOAT: Wire.FIXED32, FieldDescriptor.TYPE_DOUBLE: Wire.FIXED64}
+WIRES = {
+    FieldDescriptor.TYPE_FLOAT: WireType.FIXED32,
+    FieldDescriptor.TYPE_DOUBLE: WireType.FIXED64,
+}
 
 
-def find_wires(field: FieldDescriptor) -> set[Wire]:
+def find_wires(field: FieldDescriptor) -> set[WireType]:
     """Find how ONNX's own writer may write a field: repeated numbers in either of two ways."""
-    wire = Wire.NUMBER if field.type in NUMBERS else WIRES.get(field.type, Wire.BYTES)
-    is_packable = field.is_repeated and wire is not Wire.BYTES
-    return {wire, Wire.BYTES} if is_packable else {wire}
+    wire = WireType.NUMBER if field.type in NUMBERS else WIRES.get(field.type, WireType.BYTES)
+    is_packable = field.is_repeated and wire is not WireType.BYTES
+    return {wire, WireType.BYTES} if is_packable else {wire}
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
@@ -57,8 +60,8 @@ def test_a_field_is_written_as_onnx_writes_it_and_repeated_where_onnx_repeats_it
     table, descriptor = MESSAGES[kind]
     for tag, (name, single, width, refusal) in table.fields.items():
         field = descriptor.fields_by_number[tag >> 3]
-        assert Wire(tag & 7) in find_wires(field), (name, field.name)
-        assert width == {Wire.FIXED32: 4, Wire.FIXED64: 8}.get(Wire(tag & 7), 0)
+        assert WireType(tag & 7) in find_wires(field), (name, field.name)
+        assert width == {WireType.FIXED32: 4, WireType.FIXED64: 8}.get(WireType(tag & 7), 0)
         assert refusal or field.is_repeated == (single == 0), (name, field.name)
 
 

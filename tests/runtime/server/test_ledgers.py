@@ -70,10 +70,8 @@ SCRATCH = tempfile.mkdtemp(
 """In memory where that can be had: what a disk does to checkpoints is tried elsewhere."""
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
 
-State = Mapping[str, np.ndarray]
 
-
-def digest_state(state: State) -> str:
+def digest_state(state: Mapping[str, np.ndarray]) -> str:
     seen = hashlib.sha256()
     for name in sorted(state):
         seen.update(name.encode() + np.ascontiguousarray(state[name]).tobytes())
