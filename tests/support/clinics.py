@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import time
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.server.ledgers import Ledger
 from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.workers.processes import Worker, WorkerOptions
 from tests.support.zoo import ZOO
@@ -36,6 +38,8 @@ class Clinic:
 
     server: Server
     tokens: dict[str, str] = field(repr=False)
+    committed: threading.Condition = field(repr=False)
+    """Notified of each step that a session of this process has made."""
 
     def credentials(self, owner: str) -> Credentials:
         return Credentials(token=self.tokens[owner])
@@ -49,8 +53,8 @@ class Clinic:
     def end_worker(self, owner: str, step: int, number: int) -> None:
         """End an owner's worker once it has made a step; the client knows the loss before that."""
         (session,) = (s for s in self.server._registry.sessions if s.owner == owner)
-        while session.ledger.step < step:
-            time.sleep(0.001)
+        with self.committed:
+            self.committed.wait_for(lambda: session.ledger.step >= step)
         worker = self.worker(owner)
         os.kill(worker.pid, number)
         worker._process.wait()
@@ -70,8 +74,18 @@ class Clinic:
 def open_clinic(served: object, folder: Path, limits: Limits | None = None) -> Iterator[Clinic]:
     tokens = {owner: add_token(folder / "tokens", owner) for owner in OWNERS}
     known = Tokens.read(folder / "tokens")
-    with Server(served, port=0, tokens=known, limits=limits) as server:  # type: ignore[arg-type]
-        yield Clinic(server=server, tokens=tokens)
+    committed, commit = threading.Condition(), Ledger.commit
+
+    def commit_and_tell(ledger: Ledger) -> None:
+        commit(ledger)
+        with committed:
+            committed.notify_all()
+
+    with (
+        patch.object(Ledger, "commit", commit_and_tell),
+        Server(served, port=0, tokens=known, limits=limits) as server,  # type: ignore[arg-type]
+    ):
+        yield Clinic(server=server, tokens=tokens, committed=committed)
 
 
 def check_equal(state: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

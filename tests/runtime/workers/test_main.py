@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -104,23 +105,18 @@ def test_a_worker_ends_with_its_server_even_within_a_stage(tmp_path: Path) -> No
         thread.start()
         while not (children := _find_children(process.pid)):
             time.sleep(0.01)
+        watched = [os.pidfd_open(child) for child in children]
         process.kill()
         process.wait()
         thread.join()
-    while any(_is_running(child) for child in children):
-        time.sleep(0.01)
+    for descriptor in watched:
+        select.select([descriptor], [], [])  # returns once the process has ended
+        os.close(descriptor)
 
 
 def _find_children(pid: int) -> list[int]:
     text = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
     return [int(word) for word in text.split()]
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of its own")
