@@ -1,19 +1,16 @@
-"""Kill a process that writes a checkpoint, at every system call of it in turn.
+"""Kill a process that writes a checkpoint, in each state that its system calls leave behind.
 
     python -m tests.support.checkpoint_kills FOLDER SCENARIO
 
-leaves a folder for each kill, named by the number of the stop, that holds what the process left:
-odd numbers stand before a system call, even ones after it.  ``trace.json`` lists the stops of the
-run that was not killed, whose folder has the highest number.
+leaves a folder for each kill that holds what the process left, as ``folder_states`` names them.
+``trace.json`` lists the stops, before and after each system call, of the run that was not killed.
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +21,7 @@ from splitonnx.manifests import FORMAT, PartyManifest, Role, StateSpec
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.states import State, write_state
 from splitonnx.tensors import TensorSpec
-from tests.support.tracing import Stop, trace
+from tests.support.folder_states import kill_in_each_state
 
 SESSION, OTHER = "0123456789abcdef" * 2, "f" * 32
 SIZE = 5_000  # elements of a tensor: more bytes than a file's buffer takes
@@ -102,23 +99,8 @@ def run(folder: Path, scenario: str) -> None:
         open_store(before).write(make_checkpoint(step))
     for session, step in plan.outcomes:
         write_outcome(before, session, step)
-    for number in itertools.count(1):
-        stops = _run_once(before, folder / str(number), plan.act, number)
-        if len(stops) < number:
-            (folder / "trace.json").write_bytes(msgspec.json.encode(stops))
-            return
-
-
-def _run_once(before: Path, target: Path, act: Callable[[Path], None], last: int) -> list[Stop]:
-    """Kill at stop number ``last``; return the stops, which are fewer if it came to an end."""
-    shutil.copytree(before, target)
-    stops: list[Stop] = []
-    with closing(trace(lambda: act(target))) as watched:
-        for stop in watched:
-            stops.append(stop)
-            if len(stops) == last:
-                break
-    return stops
+    stops = kill_in_each_state(folder, lambda place: shutil.copytree(before, place), plan.act)
+    (folder / "trace.json").write_bytes(msgspec.json.encode(stops))
 
 
 if __name__ == "__main__":

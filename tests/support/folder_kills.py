@@ -1,22 +1,20 @@
-"""Kill a process that replaces a folder, at every system call of it in turn.
+"""Kill a process that replaces a folder, in each state that its system calls leave behind.
 
     python -m tests.support.folder_kills FOLDER exchange|renames
 
-leaves a folder for each kill, named by the number of the stop, with what the process left of a
-folder ``target`` and beside it.  ``renames`` is how it is done where the system cannot exchange two
-names at once.
+leaves a folder for each kill with what the process left of a folder ``target`` and beside it, as
+``folder_states`` names them, and prints how many stops before and after a call there were.
+``renames`` is how it is done where the system cannot exchange two names at once.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
-from contextlib import closing
 from pathlib import Path
 
 from splitonnx import atomic
 from splitonnx.atomic import write_file, write_folder
-from tests.support.tracing import trace
+from tests.support.folder_states import kill_in_each_state
 
 MARKER = "manifest.json"
 
@@ -31,21 +29,15 @@ def replace(folder: Path, content: str) -> None:
     write_folder(folder / "target", write, MARKER)
 
 
-def run(folder: Path, way: str) -> None:
+def run(folder: Path, way: str) -> int:
     if way == "renames":
         atomic.exchange = lambda one, other: False
-    for number in itertools.count(1):
-        place = folder / str(number)
+
+    def prepare(place: Path) -> None:
         place.mkdir()
         replace(place, "old")
-        stops = 0
-        with closing(trace(lambda place=place: replace(place, "new"))) as watched:  # type: ignore[misc]
-            for _ in watched:
-                stops += 1
-                if stops == number:
-                    break
-        if stops < number:
-            return
+
+    return len(kill_in_each_state(folder, prepare, lambda place: replace(place, "new")))
 
 
 def find_content(folder: Path) -> str:
@@ -58,4 +50,4 @@ def find_content(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), sys.argv[2])
+    print(run(Path(sys.argv[1]), sys.argv[2]))
