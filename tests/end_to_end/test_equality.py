@@ -16,9 +16,11 @@ from splitonnx import verifications
 from splitonnx.bundles import Bundle
 from splitonnx.names import TRAIN, Target
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.merges import merge
-from splitonnx.partitioner.partitions import cut
-from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.partitioner.partitions import cut, cut_prepared
+from splitonnx.partitioner.reports.inspections import list_cuts as list_tensors
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
@@ -33,8 +35,14 @@ BATCH, STEPS = 8, 5
 
 
 @cache
+def prepare_zoo(name: str) -> PreparedModel:
+    """Prepare a network of the zoo, once for all its cuts."""
+    return prepare(open_model(ZOO[name].build()))
+
+
+@cache
 def list_cuts(name: str) -> tuple[str, ...]:
-    return tuple(found.tensor for found in inspect(ZOO[name].build()))
+    return tuple(found.tensor for found in list_tensors(prepare_zoo(name), None))
 
 
 VANILLA = [(name, tensor) for name in ZOO for tensor in list_cuts(name)]
@@ -64,7 +72,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[RecordingTransport]:
 @cache
 def cut_zoo(name: str, at: str, tail: str | None = None) -> Bundle:
     """Cut a network of the zoo, once for all tests of the same place."""
-    return cut(ZOO[name].build(), at=at, tail_at=tail or (), loss=ZOO[name].loss)
+    return cut_prepared(prepare_zoo(name), at=at, tail_at=tail or (), loss=ZOO[name].loss)
 
 
 def count_kernels(bundle: Bundle) -> Counter[str]:
@@ -124,7 +132,8 @@ def test_labels_alone_may_stay_on_the_client(name: str) -> None:
 @pytest.mark.parametrize("name", SEVERAL)
 def test_a_cut_of_several_tensors_trains_as_the_whole_model(name: str) -> None:
     entry = ZOO[name]
-    assert_equal_to_whole(name, cut(entry.build(), at=entry.several, loss=entry.loss))
+    bundle = cut_prepared(prepare_zoo(name), at=entry.several, loss=entry.loss)
+    assert_equal_to_whole(name, bundle)
 
 
 @pytest.mark.parametrize(
@@ -139,9 +148,8 @@ def test_a_cut_of_several_tensors_trains_as_the_whole_model(name: str) -> None:
     ],
 )
 def test_every_optimizer_steps_as_on_the_whole_model(optimizer: Optimizer) -> None:
-    model = ZOO["dropout"].build()
     for tail in ((), "pool"):
-        bundle = cut(model, at="d1", tail_at=tail, optimizer=optimizer)
+        bundle = cut_prepared(prepare_zoo("dropout"), at="d1", tail_at=tail, optimizer=optimizer)
         data = ZOO["dropout"].data(BATCH * STEPS)
         assert verify(bundle, data, batch_size=BATCH).largest_difference == 0.0
 
@@ -150,7 +158,7 @@ def test_every_optimizer_steps_as_on_the_whole_model(optimizer: Optimizer) -> No
 def test_gradients_are_those_of_an_independent_oracle(name: str) -> None:
     entry = ZOO[name]
     model, data = entry.build(), entry.data(BATCH)
-    whole = cut(model, at=None, loss=entry.loss)
+    whole = cut_prepared(prepare_zoo(name), at=None, loss=entry.loss)
     parameters = [s.tensor.name for s in whole.client.manifest.state if s.role == "parameter"]
     step = onnxruntime.InferenceSession(whole.client.graphs["model.step.onnx"])
     names = [value.name for value in step.get_outputs()]
@@ -271,8 +279,8 @@ def test_parties_with_different_kernels_stay_within_rounding(
 ) -> None:
     entry, cuts = ZOO[name], list_cuts(name)
     for at, tail in ((cuts[len(cuts) // 2], ()), (cuts[0], cuts[-1])):
-        bundle = cut(
-            entry.build(),
+        bundle = cut_prepared(
+            prepare_zoo(name),
             at=at,
             tail_at=tail,
             loss=entry.loss,
