@@ -173,7 +173,7 @@ def _describe(folder: Path, killed: Stop | None) -> Training:
     )
 
 
-def _load(folder: Path) -> None:
+def load_commands(folder: Path) -> None:
     """Import what the forked processes would each import anew, and let none collect it again."""
     for name in LOADED:
         importlib.import_module(name)
@@ -188,7 +188,7 @@ def _load(folder: Path) -> None:
 
 def run(folder: Path, side: str, stride: int) -> list[Training]:
     """Train with a kill before every change, or every ``stride``-th, and once without."""
-    _load(folder)
+    load_commands(folder)
     before = folder / "before"
     tiny.split_bundle().save(before)
     np.savez(before / "data.npz", **cast(Any, tiny.batch(0, BATCH * STEPS)))

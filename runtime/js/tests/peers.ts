@@ -25,28 +25,25 @@ function findPython(): string {
   return process.env["SPLITONNX_PYTHON"] ?? (existsSync(own) ? own : "python3");
 }
 
+/** List the processes that one started in which this stands on the command line; on Linux. */
+function findChildren(pid: number, word: string): number[] {
+  const threads = readdirSync(`/proc/${pid}/task`); // each has the children that it started
+  const found = threads.flatMap((thread) => {
+    return readFileSync(`/proc/${pid}/task/${thread}/children`, "utf-8").split(" ");
+  });
+  const children = found.filter(Boolean).map(Number);
+  return children.filter((child) => readFileSync(`/proc/${child}/cmdline`, "utf-8").includes(word));
+}
+
 /** A Python process, to which lines can be said and which says lines. */
 export class PythonPeer {
   readonly #process: ChildProcess;
   readonly #lines: AsyncIterator<string>;
 
-  constructor(args: readonly string[], stream: "stdout" | "stderr" = "stdout") {
-    const stdio = ["pipe", "inherit", "inherit"] as ("pipe" | "inherit")[];
-    stdio[stream === "stdout" ? 1 : 2] = "pipe";
-    this.#process = spawn(findPython(), args, { cwd: ROOT, stdio });
-    const lines = createInterface({ input: this.#process[stream]! });
+  constructor(args: readonly string[]) {
+    this.#process = spawn(findPython(), args, { cwd: ROOT, stdio: ["pipe", "pipe", "inherit"] });
+    const lines = createInterface({ input: this.#process.stdout! });
     this.#lines = lines[Symbol.asyncIterator]();
-  }
-
-  /** List the processes that it started in which this stands on the command line; on Linux. */
-  findChildren(word: string): number[] {
-    const { pid } = this.#process;
-    const threads = readdirSync(`/proc/${pid}/task`); // each has the children that it started
-    const found = threads.flatMap((thread) => {
-      return readFileSync(`/proc/${pid}/task/${thread}/children`, "utf-8").split(" ");
-    });
-    const children = found.filter(Boolean).map(Number);
-    return children.filter((child) => readFileSync(`/proc/${child}/cmdline`, "utf-8").includes(word));
   }
 
   say(line: string): void {
@@ -60,14 +57,6 @@ export class PythonPeer {
     return value;
   }
 
-  /** Read on up to a line that matches. */
-  async hearOf(pattern: RegExp): Promise<RegExpExecArray> {
-    for (;;) {
-      const found = pattern.exec(await this.hear());
-      if (found) return found;
-    }
-  }
-
   async end(signal: NodeJS.Signals = "SIGTERM"): Promise<void> {
     if (this.#process.exitCode !== null || this.#process.signalCode !== null) return;
     this.#process.kill(signal);
@@ -75,11 +64,74 @@ export class PythonPeer {
   }
 }
 
+/**
+ * A Python process from which servers are forked, so that none has to import everything again; see
+ * `tests/support/forked_servers.py`.
+ */
+class Forks {
+  readonly #process: ChildProcess;
+  readonly #told: AsyncIterator<string>;
+  readonly #logged: AsyncIterator<string>;
+  readonly #ended = new Set<number>();
+
+  constructor() {
+    const single = { ...process.env, OPENBLAS_NUM_THREADS: "1" }; // one of several does not fork well
+    const args = ["-m", "tests.support.forked_servers"];
+    this.#process = spawn(findPython(), args, { cwd: ROOT, env: single, stdio: "pipe" });
+    const [told, logged] = [this.#process.stdout!, this.#process.stderr!];
+    this.#told = createInterface({ input: told })[Symbol.asyncIterator]();
+    this.#logged = createInterface({ input: logged })[Symbol.asyncIterator]();
+  }
+
+  /** Fork a server; give its process and where it serves. */
+  async start(words: readonly string[]): Promise<readonly [number, string]> {
+    this.#process.stdin!.write(`${JSON.stringify(words)}\n`);
+    const [, pid] = await this.#hearOf(this.#told, /^started (\d+)$/);
+    const [url] = await this.#hearOf(this.#logged, /ws:\/\/127.0.0.1:\d+/);
+    return [Number(pid), url];
+  }
+
+  async end(pid: number, signal: NodeJS.Signals): Promise<void> {
+    if (this.#ended.has(pid)) return;
+    try {
+      process.kill(pid, signal);
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error; // it has ended by itself
+    }
+    while (!this.#ended.has(pid)) await this.#hearOf(this.#told, /^ended/);
+  }
+
+  async close(): Promise<void> {
+    this.#process.stdin!.end();
+    await once(this.#process, "exit");
+  }
+
+  /** Read on up to a line that matches, and note which servers have ended. */
+  async #hearOf(lines: AsyncIterator<string>, pattern: RegExp): Promise<RegExpExecArray> {
+    for (;;) {
+      const { done, value } = await lines.next();
+      if (done) throw new Error("the Python process ended");
+      const ended = /^ended (\d+)$/.exec(value);
+      if (ended) this.#ended.add(Number(ended[1]));
+      const found = pattern.exec(value);
+      if (found) return found;
+    }
+  }
+}
+
+let forks: Forks | undefined;
+
+/** End the process from which servers were forked; those have to have ended. */
+export async function closeForks(): Promise<void> {
+  await forks?.close();
+  forks = undefined;
+}
+
 /** `splitonnx serve` as a process of its own, on a copy of a bundle of the vectors. */
 export class ServerProcess {
   readonly folder: string;
   url = "";
-  #peer: PythonPeer | undefined;
+  #pid: number | undefined;
 
   private constructor(folder: string) {
     this.folder = folder;
@@ -96,18 +148,18 @@ export class ServerProcess {
   /** Begin to serve, on the same port as before if there was one. */
   async run(...options: string[]): Promise<void> {
     const port = this.url ? new URL(this.url).port : "0";
-    const args = ["-m", "splitonnx", "serve", join(this.folder, "server")];
-    this.#peer = new PythonPeer([...args, "--port", port, "--threads", "1", ...options], "stderr");
-    [this.url] = await this.#peer.hearOf(/ws:\/\/127.0.0.1:\d+/);
+    const words = [join(this.folder, "server"), "--port", port, "--threads", "1", ...options];
+    forks ??= new Forks();
+    [this.#pid, this.url] = await forks.start(words);
   }
 
-  async end(signal?: NodeJS.Signals): Promise<void> {
-    await this.#peer?.end(signal);
+  async end(signal: NodeJS.Signals = "SIGTERM"): Promise<void> {
+    if (this.#pid !== undefined) await forks!.end(this.#pid, signal);
   }
 
   /** Kill the processes that run its sessions' stages; return how many there were. */
   killWorkers(): number {
-    const workers = this.#peer!.findChildren("worker");
+    const workers = findChildren(this.#pid!, "worker");
     for (const worker of workers) process.kill(worker, "SIGKILL");
     return workers.length;
   }

@@ -22,7 +22,7 @@ import {
 import type { ConnectOptions, Outputs, StateStorage, StepRecord } from "../src/index.js";
 import { FolderStorage, openFolder } from "../src/node.js";
 import { ORT, SESSION_OPTIONS, VECTORS } from "./fixtures.js";
-import { Proxy, ServerProcess, openSocket } from "./peers.js";
+import { Proxy, ServerProcess, closeForks, openSocket } from "./peers.js";
 
 const SAMPLES = 40;
 const PLAN = { epochs: 3, batchSize: 8 }; // 15 steps
@@ -69,6 +69,8 @@ function sameOutcome(actual: Outcome, expected: Outcome): void {
   assert.deepEqual(actual.state, expected.state);
   assert.deepEqual(actual.predicted, expected.predicted);
 }
+
+after(closeForks);
 
 describe("with one server", () => {
   let server: ServerProcess;
