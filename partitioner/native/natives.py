@@ -27,6 +27,7 @@ import numpy as np
 import onnx
 
 from splitonnx.imports import leaving_out
+from splitonnx.session_settings import EXACT_SETTINGS
 
 SECONDS = 300
 """Time limit of one request; the process exits if a request takes longer."""
@@ -149,7 +150,8 @@ def run_session(
     """Run a serialized model with ONNX Runtime, and return its outputs for each batch.
 
     Inputs and outputs map names to serialized tensors; outputs of other types are left out.
-    ``level`` is the level of graph optimizations: ``none``, ``basic`` or ``all``.
+    ``level`` is the level of graph optimizations: ``none``, ``basic``, ``all`` or ``usual``.  Level
+    ``usual`` is ``all`` without splitonnx's own settings, as in a session that a user makes.
     """
     onnxruntime = _import_onnxruntime()
     levels = onnxruntime.GraphOptimizationLevel
@@ -158,7 +160,10 @@ def run_session(
         "none": levels.ORT_DISABLE_ALL,
         "basic": levels.ORT_ENABLE_BASIC,
         "all": levels.ORT_ENABLE_ALL,
+        "usual": levels.ORT_ENABLE_ALL,
     }[level]
+    for entry in EXACT_SETTINGS.items() if level != "usual" else ():
+        options.add_session_config_entry(*entry)
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     results = []

@@ -25,6 +25,7 @@ from splitonnx.imports import leaving_out
 from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
 from splitonnx.runtime.engine.runs import Runs
 from splitonnx.runtime.gate.gates import check_graph, is_ort_format
+from splitonnx.session_settings import EXACT_SETTINGS
 
 _ELEMENT_TYPES: Mapping[str, np.dtype[np.generic]] = {
     kind.runtime: kind.dtype for kind in ELEMENT_TYPES
@@ -204,6 +205,8 @@ class Engine:
 
     def _open(self, name: str, graph: bytes, options: Any) -> Any:
         options.log_severity_level = _SILENT
+        for entry in EXACT_SETTINGS.items():
+            options.add_session_config_entry(*entry)
         if CAN_FLUSH:
             options.add_session_config_entry("session.set_denormal_as_zero", "1")
         try:

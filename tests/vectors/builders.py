@@ -25,6 +25,7 @@ from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
 from tests import test_codecs, test_messages
 from tests.runtime.gate import test_gate_bytes, test_gates
 from tests.support import spoiled_graphs, tiny
+from tests.support.quantized_graphs import X, build_quantized, compute_quantized
 from tests.support.zoo import ZOO
 
 LONGEST = 4096
@@ -209,6 +210,15 @@ def build_replies() -> list[dict[str, object]]:
         }
         for state, message, tensors, error in cases
     ]
+
+
+def build_quantized_stage() -> dict[str, object]:
+    """A quantized graph that ONNX Runtime computes wrongly with its usual settings."""
+    return {
+        "graph": encode_bytes(build_quantized()),
+        "inputs": describe_tensors({"x": X}),
+        "outputs": describe_tensors(compute_quantized(X)),
+    }
 
 
 def build_shapes() -> list[dict[str, object]]:

@@ -22,8 +22,11 @@ from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.native import natives, workers
 from splitonnx.partitioner.normalization.weights import read_array
 
-Level: TypeAlias = Literal["none", "basic", "all"]
-"""A level of ONNX Runtime's graph optimizations."""
+Level: TypeAlias = Literal["none", "basic", "all", "usual"]
+"""A level of ONNX Runtime's graph optimizations.
+
+Sessions of level ``usual`` are those that users make: without splitonnx's own settings.
+"""
 Run: TypeAlias = Callable[[Sequence[Arrays]], list[Arrays]]
 """A function that runs a model on batches of inputs, and returns the outputs of each batch."""
 SECONDS = 1.0

@@ -170,6 +170,36 @@ test("rows are shuffled as numpy shuffles them", () => {
   }
 });
 
+describe("a quantized stage gives what its graph says, unlike in a session of usual settings", () => {
+  interface Quantized {
+    graph: string;
+    inputs: Said["tensors"];
+    outputs: Said["tensors"];
+  }
+  const vector = readVectors<Quantized>("quantized");
+  const graph = fromBase64(vector.graph);
+  const expected = readArrays(vector.outputs);
+  const x = readArrays(vector.inputs).get("x")!;
+  for (const [name, ort] of RUNTIMES) {
+    for (const extra of [undefined, { session: { intra_op: { allow_spinning: "0" } } }]) {
+      test(`under ${name}${extra === undefined ? "" : ", with settings of the app's"}`, async () => {
+        const options = extra === undefined ? SESSION_OPTIONS : { ...SESSION_OPTIONS, extra };
+        const engine = new Engine(ort, options);
+        const feed = engine.fromArray(x);
+        const usual = await ort.InferenceSession.create(graph, SESSION_OPTIONS);
+        const others = (await usual.run({ x: feed })) as Record<string, { data: Float32Array }>;
+        const found = await engine.run(await engine.load("predict", graph), new Map([["x", feed]]));
+        for (const [output, array] of expected) {
+          assert.ok(relate(engine.toArray(found.get(output)!).data, array.data as Float32Array) < 1e-6);
+          assert.ok(relate(others[output]!.data, array.data as Float32Array) > 1e-2, output);
+        }
+        await usual.release();
+        await engine.release();
+      });
+    }
+  }
+});
+
 describe("every stage gives what the vectors say", () => {
   const content = new Uint8Array(readFileSync(join(VECTORS, "stages.safetensors")));
   const { tensors } = decodeTensors(content, MAX_HEADER);

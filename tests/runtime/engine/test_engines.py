@@ -10,6 +10,7 @@ from splitonnx.manifests import Source, StageInput
 from splitonnx.runtime.engine import engines
 from splitonnx.runtime.engine.engines import Engine, InstalledRuntime
 from tests.support import tiny
+from tests.support.quantized_graphs import X, build_quantized, compute_quantized
 
 ENGINE = Engine(threads=1)
 DTYPES = ["?", "u1", "i1", "u2", "i2", "f2", "u4", "i4", "f4", "u8", "i8", "f8"]
@@ -54,6 +55,24 @@ def test_a_stage_gives_its_outputs_by_name(training: bool) -> None:
     outputs = ENGINE.run(stage, feeds)
     assert list(outputs) == ["y"]
     np.testing.assert_array_equal(ENGINE.to_array(outputs["y"]), [[1, 2, 3]] * 2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_quantized_stage_computes_what_its_graph_says(training: bool) -> None:
+    """With ONNX Runtime's usual settings, a tenth of Softmax's largest share is lost."""
+    stage = ENGINE.load("predict", build_quantized(), training=training)
+    outputs = ENGINE.run(stage, {"x": ENGINE.from_array(X)})
+    for name, expected in compute_quantized(X).items():
+        np.testing.assert_allclose(ENGINE.to_array(outputs[name]), expected, atol=1e-6)
+
+
+def test_a_quantized_stage_in_ort_format_computes_what_its_graph_says() -> None:
+    engine = Engine(threads=1, trusted=True)
+    content = engine.convert("predict", build_quantized(), training=False)
+    stage = engine.load("predict", content, training=False)
+    outputs = engine.run(stage, {"x": engine.from_array(X)})
+    for name, expected in compute_quantized(X).items():
+        np.testing.assert_allclose(engine.to_array(outputs[name]), expected, atol=1e-6)
 
 
 def test_an_output_outlives_its_stage_and_an_input_that_is_an_output_its_array() -> None:

@@ -81,6 +81,22 @@ const INFERRED: Readonly<Record<string, Dtype>> = {
 };
 
 /**
+ * Settings without which ONNX Runtime replaces quantized operators by kernels that compute
+ * something else: see splitonnx/session_settings.py.
+ */
+const EXACT_SETTINGS: Readonly<Record<string, string>> = {
+  disable_quant_qdq: "1",
+  disable_double_qdq_remover: "1",
+};
+
+/** Add the settings to the app's options, which may name other ones, and other values of these. */
+function addSettings(options: InferenceSession.SessionOptions): InferenceSession.SessionOptions {
+  const extra = options.extra ?? {};
+  const session = { ...EXACT_SETTINGS, ...(extra["session"] as object | undefined) };
+  return { logSeverityLevel: 4, ...options, extra: { ...extra, session } };
+}
+
+/**
  * Convert a tensor of the app; `name` is for the error.
  *
  * @throws UnusableData: it is not a tensor, or its elements are not as declared.
@@ -116,7 +132,7 @@ function bitsOf(data: Elements, dtype: Dtype): Elements {
 }
 
 /**
- * Loads stage graphs and runs them; `options` go to ONNX Runtime as they are.
+ * Loads stage graphs and runs them; `options` go to ONNX Runtime, with settings for exact results.
  *
  * `trusted` means that the app trusts whoever made the graphs: only then are they loaded in
  * ORT format, which no gate reads.
@@ -152,8 +168,8 @@ export class Engine {
    */
   async load(name: string, graph: Uint8Array): Promise<LoadedStage> {
     if (!(this.#trusted && isOrtFormat(graph))) checkGraph(name, graph);
-    const options = { logSeverityLevel: 4 as const, ...this.#options };
     try {
+      const options = addSettings(this.#options); // its own: ONNX Runtime adds to them
       const session = await this.#ort.InferenceSession.create(graph, options);
       this.#sessions.push(session);
       return { name, outputs: session.outputNames, session };
