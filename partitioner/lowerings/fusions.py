@@ -14,7 +14,8 @@ two axes.  If a Transpose leaves the axes in their order, ONNX Runtime 1.19.2 co
 at the optimization level BASIC and above.  An Identity computes the same values as such a
 Transpose, and the optimizer removes it correctly.
 
-This module handles no other rules of the optimizer.
+This module handles these two rules.  :mod:`layer_norm_fusions`, :mod:`product_fusions` and
+:mod:`integer_kernels` handle others.
 """
 
 from __future__ import annotations
@@ -24,12 +25,22 @@ import onnx_ir as ir
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
+from splitonnx.partitioner.lowerings.integer_kernels import (
+    separate_pairs,
+    use_unsigned_integers,
+)
+from splitonnx.partitioner.lowerings.layer_norm_fusions import separate_layer_norms
+from splitonnx.partitioner.lowerings.product_fusions import separate_products
 
 
 def prevent_wrong_fusions(graph: ir.Graph) -> None:
-    """Rewrite, in place, all nodes that ONNX Runtime's optimizer would merge wrongly."""
+    """Rewrite, in place, all nodes that ONNX Runtime would merge or compute wrongly."""
     separate_pads(graph)
     replace_null_transposes(graph)
+    separate_layer_norms(graph)
+    separate_products(graph)
+    separate_pairs(graph)
+    use_unsigned_integers(graph)
 
 
 def separate_pads(graph: ir.Graph) -> None:

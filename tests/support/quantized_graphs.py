@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 X = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
 _SETTINGS = {"a": (0.02, 128), "b": (0.1, 100), "c": (0.0039, 0)}
@@ -20,10 +20,10 @@ def build_quantized() -> bytes:
         *_pair("first", "rounded", "b"),
         helper.make_node("Mul", ["rounded", "two"], ["twice"]),
     ]
-    weights = [numpy_helper.from_array(np.float32(2), "two")]
+    weights = [numpy_helper.from_array(np.array(2, np.float32), "two")]
     for name, (scale, zero) in _SETTINGS.items():
-        weights.append(numpy_helper.from_array(np.float32(scale), f"{name}.scale"))
-        weights.append(numpy_helper.from_array(np.uint8(zero), f"{name}.zero"))
+        weights.append(numpy_helper.from_array(np.array(scale, np.float32), f"{name}.scale"))
+        weights.append(numpy_helper.from_array(np.array(zero, np.uint8), f"{name}.zero"))
     results = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 64])
         for name in ("shares", "twice")
@@ -34,7 +34,7 @@ def build_quantized() -> bytes:
     return bytes(model.SerializeToString())
 
 
-def _pair(source: str, out: str, name: str) -> list[object]:
+def _pair(source: str, out: str, name: str) -> list[NodeProto]:
     settings = [f"{name}.scale", f"{name}.zero"]
     return [
         helper.make_node("QuantizeLinear", [source, *settings], [f"{out}.q"]),
@@ -53,4 +53,4 @@ def compute_quantized(x: np.ndarray) -> dict[str, np.ndarray]:
 def round_to_steps(x: np.ndarray, scale: float, zero: int) -> np.ndarray:
     """Quantize to unsigned 8-bit integers and back."""
     steps = np.clip(np.rint(x / np.float32(scale)) + zero, 0, 255)
-    return ((steps - zero) * np.float32(scale)).astype(np.float32)
+    return np.asarray((steps - zero) * np.float32(scale), np.float32)
