@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,11 @@ from splitonnx.outputs import check_output
 from splitonnx.partitioner.cutting.passes.forms import make_inference_form
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.lowerings.integer_kernels import describe_saturation
 from splitonnx.partitioner.normalization.quantizations import fold_quantized
 from splitonnx.partitioner.normalization.weights import restore_weights
+
+_log = logging.getLogger(__name__)
 
 MAX_INSIDE = 2**31 - 2**26
 """Limit of bytes of weights in one ONNX file; Protocol Buffers messages are limited to 2 GiB."""
@@ -138,6 +142,8 @@ def _join(bundle: Bundle) -> ir.Model:
         if not value.uses() and not value.is_graph_output():  # such as Dropout's ratio
             model.graph.initializers.pop(name)
     model.producer_name = "splitonnx"
+    if (remark := describe_saturation(model.graph)) is not None:
+        _log.warning("the merged model: %s", remark)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Implement operators that onnx's reference evaluator computes incorrectly.
+"""Implement operators that onnx's reference evaluator lacks or computes incorrectly.
 
 Each class computes an operator with numpy as the ONNX standard describes it.  The evaluator uses
 these classes instead of its own in every opset.
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops import op_conv_transpose
+from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_25
 
 _FLAT_UNTIL = 12
 """The last opset in which Softmax, LogSoftmax and Hardmax flatten their input to a matrix."""
@@ -47,6 +48,12 @@ class BatchNormalization(OpRun):
         centred = (x - used[0].reshape(each)) / np.sqrt(used[1].reshape(each) + epsilon)
         normal = centred * scale.reshape(each) + bias.reshape(each)
         return tuple(array.astype(x.dtype) for array in (normal, *updated))
+
+
+class DequantizeLinear(DequantizeLinear_25):
+    """DequantizeLinear, of which onnx has no class for opsets before 19."""
+
+    op_domain = ""
 
 
 class LRN(OpRun):
@@ -177,6 +184,7 @@ def _find_axes(op: OpRun, rank: int) -> tuple[int, ...]:
 CORRECTIONS: tuple[type[OpRun], ...] = (
     BatchNormalization,
     ConvTranspose,
+    DequantizeLinear,
     LRN,
     LpNormalization,
     Softmax,

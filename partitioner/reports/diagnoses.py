@@ -22,6 +22,7 @@ from splitonnx.partitioner.gate.exporters import (
 from splitonnx.partitioner.gate.ml_operators import DOMAIN
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.lowerings.integer_kernels import describe_saturation, list_saturating
 from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
 from splitonnx.partitioner.reports.remarks import Kind, Remark
 
@@ -139,6 +140,12 @@ def _find_quantized(model: ir.Model) -> Iterator[Remark]:
         )
 
 
+def _find_saturating(model: ir.Model) -> Iterator[Remark]:
+    if (sentence := describe_saturation(model.graph)) is not None:
+        names = tuple(list_saturating(model.graph))
+        yield Remark(kind=Kind.SATURATION, sentence=f"once merged: {sentence}", names=names)
+
+
 def _find_dictionaries(model: ir.Model) -> Iterator[Remark]:
     kinds = sorted({node.op_type for node in model.graph if node.domain == DOMAIN})
     if kinds:
@@ -165,6 +172,7 @@ _LOOKS: Sequence[Callable[[ir.Model], Iterator[Remark]]] = (
     _find_frozen,
     _find_idle_dropouts,
     _find_quantized,
+    _find_saturating,
     _find_dictionaries,
     _find_optimized,
 )

@@ -36,6 +36,7 @@ from splitonnx.partitioner.cutting.conformance.originals import (
     set_inference_modes,
     set_training_modes,
 )
+from splitonnx.partitioner.cutting.conformance.quantized_ranges import find_upper_ends
 from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
     Subject,
     compare_samples,
@@ -45,6 +46,7 @@ from splitonnx.partitioner.cutting.conformance.samples import Arrays
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.gates import ModelSource, read_original
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.session_settings import FUSION
 
 MOST_BYTES = 1 << 30
 """The total size of weights, in bytes, up to which a model can be compared.
@@ -62,6 +64,12 @@ _SEEDS = (0, 1, 2)
 A difference counts only if the first seed and another show it, because rounding can tip a result
 such as that of ArgMax either way.
 """
+
+_USUAL = "the merged model in a session with ONNX Runtime's usual settings"
+_ADVICE = (
+    f'set the session\'s config entry {FUSION} to "1" where the model is used '
+    "(docs/quantization.md)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +147,9 @@ def _list_forms(
         Made(label="what the parts predict", run=partial(predict, subject=subject), trace=trace),
         Made(label="the merged model", run=partial(infer, subject=subject), trace=trace),
     ]
+    if find_upper_ends(inlined):
+        usual = partial(run_session, merged, subject=subject, level="usual")
+        predicting.append(Made(label=_USUAL, run=usual, trace=trace, advice=_ADVICE))
     recipe = bundle.manifest.recipe
     if recipe.client_target == PORTABLE:  # an export is optimized at this level
         export = partial(predict, subject=subject, level="basic")
@@ -202,6 +213,11 @@ def _hold_made(
         return f"{made.label} does not run on inputs that {subject} takes: {error}"
     if not size:
         return None
+    if made.advice:
+        return (
+            f"{made.label} differs by {size:.1e} from {subject}, in '{difference.tensor}'; "
+            f"{made.advice}"
+        )
     if size <= TOLERATED:
         return f"{made.label} differs by {size:.1e} from {subject}, in '{difference.tensor}'"
     raise DifferentResult(

@@ -42,13 +42,15 @@ class Made:
     """Something that was made from the original model, such as the merged model.
 
     ``run`` runs it and returns its outputs.  ``trace`` runs the prepared model that it was made
-    from, and returns all tensors.  ``has_all`` is true if it should have every output.
+    from, and returns all tensors.  ``has_all`` is true if it should have every output.  With
+    ``advice``, a difference is not a mistake of splitonnx; it leads to a remark with this advice.
     """
 
     label: str
     run: Run
     trace: Run
     has_all: bool = True
+    advice: str = ""
 
 
 class CorrectionFailed(NotRun):

@@ -13,6 +13,8 @@ from itertools import product
 import numpy as np
 import onnx
 
+from splitonnx.partitioner.cutting.conformance.quantized_ranges import find_upper_ends
+
 Arrays = dict[str, np.ndarray]
 
 _BATCHES = (((2, 1.0), (3, 1.0), (5, 3.0)), ((1, 1.0), (1, 3.0)))
@@ -34,8 +36,9 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
     """Yield random draws to try in order, each a list of batches for a model.
 
     Floats are drawn from a normal distribution with the standard deviation ``scale``, or a multiple
-    of it in the last batch.  Nothing is yielded if an input is not a tensor of real numbers or
-    booleans with a declared rank.
+    of it in the last batch.  If the model is quantized, the last batch is drawn near the upper end
+    of the integers' range, where integer kernels may be wrong.  Nothing is yielded if an input is
+    not a tensor of real numbers or booleans with a declared rank.
     """
     inputs = list_inputs(model)
     if not all(_is_numeric(value) for value in inputs):
@@ -47,13 +50,17 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
     has_integers = any(_dtype(value).kind in "iu" for value in inputs)
     lengths = _LENGTHS if has_length else _LENGTHS[:1]
     limits = _INTEGERS if has_integers else _INTEGERS[:1]
+    ends = find_upper_ends(model)
     batches = _BATCHES if has_batch else _BATCHES[-1:]
     for sizes, length, limit in product(batches, lengths, limits):
         random = np.random.default_rng(seed)
-        yield [
+        drawn = [
             {value.name: _draw(random, value, size, length, limit, spread) for value in inputs}
             for size, spread in [(size, scale * factor) for size, factor in sizes]
         ]
+        for name, end in ends.items():
+            drawn[-1][name] = _draw_near(random, drawn[-1][name], end)
+        yield drawn
 
 
 def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
@@ -81,6 +88,12 @@ def _draw(
     if dtype.kind in "iu":
         return random.integers(0, limit, shape).astype(dtype)
     return (random.standard_normal(shape) * scale).astype(dtype)
+
+
+def _draw_near(random: np.random.Generator, usual: np.ndarray, end: float) -> np.ndarray:
+    """Draw numbers like ``usual``, but most of them between 0.9 ``end`` and ``end``."""
+    drawn = random.uniform(0.9 * end, end, usual.shape).astype(usual.dtype)
+    return np.where(random.random(usual.shape) < 0.9, drawn, usual)
 
 
 def _dims(value: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:

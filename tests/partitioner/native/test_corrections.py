@@ -61,6 +61,30 @@ def test_lrn_sums_over_all_channels_near_by() -> None:
         assert found[n, c, h, w] == pytest.approx(value / math.sqrt(2 + 0.6 / 3 * total))
 
 
+@pytest.mark.parametrize("opset", [10, 13, 18, 19, 21])
+def test_integers_are_dequantized_in_every_opset(opset: int) -> None:
+    """onnx's own evaluator does so from opset 19 on only."""
+    integers = RANDOM.integers(-128, 128, (2, 3, 4)).astype(np.int8)
+    scale, zero = np.array([0.5, 0.25, 2], np.float32), np.array([1, -2, 3], np.int8)
+    if opset == 10:  # without axes
+        scale, zero = scale[0], zero[0]
+    constants = [(scale, "scale"), (zero, "zero")]
+    graph = helper.make_graph(
+        [helper.make_node("DequantizeLinear", ["x", "scale", "zero"], ["y"])],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.INT8, integers.shape)],
+        [onnx.ValueInfoProto(name="y")],
+        [numpy_helper.from_array(np.asarray(array), name) for array, name in constants],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    batch = {"x": numpy_helper.from_array(integers).SerializeToString()}
+    (outputs,) = natives.run_reference(model.SerializeToString(), [batch], 10.0)
+    found = numpy_helper.to_array(TensorProto.FromString(outputs["y"]))
+    shape = (3, 1) if scale.ndim else ()
+    expected = (integers.astype(np.float32) - zero.reshape(shape)) * scale.reshape(shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_lp_normalization_divides_by_the_sum_of_absolute_values() -> None:
     found = evaluate("LpNormalization", 18, IMAGES, p=1, axis=1)
     np.testing.assert_allclose(np.abs(found).sum(1), 1)

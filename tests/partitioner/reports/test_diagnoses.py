@@ -9,6 +9,7 @@ from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.reports.diagnoses import diagnose
 from splitonnx.partitioner.reports.remarks import Kind
 from tests.end_to_end.test_exports import FOLDER
+from tests.partitioner.lowerings.test_integer_kernels import build_pairs
 from tests.support.small_models import load_model
 from tests.support.zoo import ZOO, Net
 
@@ -90,3 +91,11 @@ def test_batchnorm_that_dynamo_left_in_inference_mode_is_said_with_both_ways_out
     assert remark.kind is Kind.FROZEN_BATCHNORM
     assert "--batchnorm train" in remark.sentence
     assert "splitonnx.torch.export(" in remark.sentence
+
+
+@pytest.mark.parametrize(("largest", "told"), [(64, False), (127, True)])
+def test_weights_whose_products_may_saturate_are_said(largest: int, told: bool) -> None:
+    remarks = [r for r in diagnose(open_model(build_pairs(largest))) if r.kind is Kind.SATURATION]
+    assert [remark.names for remark in remarks] == [("w",)] * told
+    for remark in remarks:
+        assert "once merged: on x86 processors without VNNI" in remark.sentence

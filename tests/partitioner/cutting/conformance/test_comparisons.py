@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from onnx import helper
 from splitonnx.bundles import Bundle
 from splitonnx.errors import DifferentResult, UsageError
 from splitonnx.partitioner.cutting.assemblies import assemble
-from splitonnx.partitioner.cutting.conformance.dataflow import run_split
+from splitonnx.partitioner.cutting.conformance.dataflow import run_session, run_split
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.adjustments import Adjustments
 from splitonnx.partitioner.gate.gates import open_model
@@ -270,3 +270,51 @@ def test_a_difference_that_another_draw_does_not_confirm_is_none(
     cut(build_model(), at="second", check=True)
     assert not caplog.records
     assert len(calls) == 3
+
+
+def build_quantized(largest: int) -> onnx.ModelProto:
+    """Build a Softmax between pairs, which integer kernels round to other steps."""
+    net = Net(opset=19)
+    scale = net.constant("scale", np.array(0.02, np.float32))
+    zero = net.constant("zero", np.array(128, np.uint8))
+    net.op("QuantizeLinear", "x", scale, zero, out="q")
+    net.op("DequantizeLinear", "q", scale, zero, out="d")
+    weights = np.full((6, 6), largest, np.int8)
+    weights[:3] = -largest
+    of_w = [net.constant("w.scale", np.array(0.01, "f")), net.constant("w.zero", np.array(0, "b"))]
+    net.op("DequantizeLinear", net.constant("w", weights), *of_w, out="floats")
+    net.op("MatMul", "d", "floats", out="first")
+    return net.finish(
+        {"x": (FLOAT, ["N", 6])}, net.op("MatMul", "first", net.weight("v", 6, 3), out="y"), 3
+    )
+
+
+def test_a_merged_model_that_usual_sessions_compute_otherwise_leads_to_advice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on processors without VNNI, whose integer kernels saturate near the range's end."""
+
+    def saturate(*given: object, level: str, **named: object) -> list[Arrays]:
+        outputs = run_session(*given, level=level, **named)  # type: ignore[arg-type]
+        batches = given[1]
+        assert isinstance(batches, Sequence)
+        assert (batches[-1]["x"] > 0.9 * 2.54).mean() > 0.5
+        if level == "usual":
+            outputs[-1]["y"] = outputs[-1]["y"] * 0.5
+        return outputs
+
+    monkeypatch.setattr(f"{COMPARISONS}.run_session", saturate)
+    cut(build_quantized(64), at="first", loss="mse", check=True)
+    (record,) = caplog.records
+    assert "the merged model in a session with ONNX Runtime's usual settings differs by" in (
+        record.getMessage()
+    )
+    assert 'config entry session.disable_quant_qdq to "1"' in record.getMessage()
+
+
+def test_weights_that_may_saturate_are_told_on_every_processor(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cut(build_quantized(65), at="first", loss="mse", check=True)
+    told = [record.getMessage() for record in caplog.records]
+    assert any("too small products with 'w', without an error" in text for text in told)

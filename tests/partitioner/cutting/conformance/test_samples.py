@@ -83,3 +83,16 @@ def test_an_input_with_an_initializer_is_not_drawn() -> None:
     )
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(2, np.float32), "w"))
     assert [value.name for value in list_inputs(model)] == ["x"]
+
+
+@pytest.mark.parametrize("size", ["N", 4])
+def test_a_quantized_model_gets_a_batch_near_the_end_of_its_range(size: str | int) -> None:
+    model = make_model(helper.make_tensor_value_info("x", FLOAT, [size, 50]))
+    for name, value in (("scale", np.array(0.1, np.float32)), ("zero", np.array(0, np.uint8))):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    model.graph.node[0].op_type = "QuantizeLinear"
+    model.graph.node[0].input.extend(["scale", "zero"])
+    usual, near = next(iter_draws(model, 0))
+    assert np.abs(usual["x"]).max() < 6
+    assert near["x"].dtype == np.float32
+    assert 0.8 < np.mean((near["x"] > 0.9 * 25.5) & (near["x"] <= 25.5)) < 1
