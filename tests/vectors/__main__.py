@@ -18,7 +18,7 @@ def write(folder: Path) -> None:
     """Write every file into ``folder``; what stands there is replaced."""
     for name, value in (
         ("messages", builders.build_messages()),
-        ("quantized", builders.build_quantized_stage()),
+        ("quantized_stage", builders.build_quantized_stage()),
         ("refusals", builders.build_refusals()),
         ("replies", builders.build_replies()),
         ("shapes", builders.build_shapes()),

@@ -176,7 +176,7 @@ describe("a quantized stage gives what its graph says, unlike in a session of us
     inputs: Said["tensors"];
     outputs: Said["tensors"];
   }
-  const vector = readVectors<Quantized>("quantized");
+  const vector = readVectors<Quantized>("quantized_stage");
   const graph = fromBase64(vector.graph);
   const expected = readArrays(vector.outputs);
   const x = readArrays(vector.inputs).get("x")!;
