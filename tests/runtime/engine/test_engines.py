@@ -59,7 +59,7 @@ def test_a_stage_gives_its_outputs_by_name(training: bool) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_quantized_stage_computes_what_its_graph_says(training: bool) -> None:
-    """With ONNX Runtime's usual settings, shares of the Softmax are off by two percent of the largest."""
+    """With ONNX Runtime's usual settings, the Softmax is off by two percent of its largest."""
     stage = ENGINE.load("predict", build_quantized(), training=training)
     outputs = ENGINE.run(stage, {"x": ENGINE.from_array(X)})
     for name, expected in compute_quantized(X).items():
