@@ -94,6 +94,7 @@ def _raise_operands(node: ir.Node, operands: _Operands) -> None:
     for index in indices:
         inputs[index] = _raise(graph, builder, inputs[index])
     made = builder.ops(node.op_type, inputs, 1, dict(node.attributes))[0]
+    builder.nodes[-1].name = node.name  # by which errors name it
     if is_signed and operands.output is not None:
         made = builder.op("Cast", made, to=ir.DataType.INT32.value)
         made = builder.op("Sub", made, builder.number(_RAISED, ir.DataType.INT32))

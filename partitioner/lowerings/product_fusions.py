@@ -69,6 +69,7 @@ def _write_vectors_as_matrices(node: ir.Node) -> None:
     operands = list(node.inputs)
     operands[index] = builder.op("Unsqueeze", operands[index], builder.integers([index]))
     product = builder.op("MatMul", *operands)
+    builder.nodes[-1].name = node.name  # by which errors name it
     axis = builder.integers([index - 2])  # the axis of the row, or of the column
     builder.replace(node, [builder.op("Squeeze", product, axis)])
 

@@ -102,6 +102,7 @@ def test_results_are_those_of_exact_integers(kind: str, dtype: type, target: Tar
     assert verify(bundle, {**data, "labels": expected}, steps=1, batch_size=3).ok
     graph = onnx.load_from_string(content).graph
     (node,) = [node for node in graph.node if node.op_type == kind]
+    assert node.name == "p_node"
     stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
     assert stored[node.input[3 if "QLinear" in kind else 1]] == onnx.TensorProto.UINT8
 
