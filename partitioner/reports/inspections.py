@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import SplitonnxError, UsageError
-from splitonnx.partitioner.cutting.bisections import Bisection, find_bisections
+from splitonnx.partitioner.cutting.candidates.bisections import Bisection, find_bisections
 from splitonnx.partitioner.cutting.cuts import resolve_names
 from splitonnx.partitioner.cutting.joints import declare
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare

@@ -8,14 +8,14 @@ import onnx_ir as ir
 import pytest
 
 from splitonnx.errors import CutError, SplitonnxError
-from splitonnx.partitioner.cutting.bisections import find_bisections
+from splitonnx.partitioner.cutting.candidates.bisections import find_bisections
 from splitonnx.partitioner.cutting.cuts import divide, survey
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect, list_cuts
-from tests.partitioner.cutting.test_bisections import build_random
+from tests.partitioner.cutting.candidates.test_bisections import build_random
 from tests.support.zoo import ZOO
 
 

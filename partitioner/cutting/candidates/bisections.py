@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import NotACut, SharedParameter, TooManyTries
-from splitonnx.partitioner.cutting.bottlenecks import find_bottlenecks
+from splitonnx.partitioner.cutting.candidates.bottlenecks import find_bottlenecks
 from splitonnx.partitioner.cutting.cuts import (
     Partition,
     Surroundings,

@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.cutting import bisections
-from splitonnx.partitioner.cutting.bisections import find_bisections
+from splitonnx.partitioner.cutting.candidates import bisections
+from splitonnx.partitioner.cutting.candidates.bisections import find_bisections
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check

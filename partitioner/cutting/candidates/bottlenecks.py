@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.traversals import list_inputs
 
-_Place = ir.Node | ir.Value
+Place = ir.Node | ir.Value
 
 
 def find_bottlenecks(
@@ -30,7 +30,7 @@ def find_bottlenecks(
     ``free`` are ignored.  Only the nodes in ``nodes``, which are in the graph's order, and the
     tensors in ``data`` are considered.
     """
-    tree = _Tree(nodes, data)
+    tree = PostDominators(nodes, data)
     excess = [0] * len(tree.parents)
     for place in tree.order:
         if not _is_free(place, free):
@@ -44,12 +44,12 @@ def find_bottlenecks(
     return [value for value in made if excess[tree.numbers[value]] == 0]
 
 
-def _is_free(place: _Place, free: Collection[ir.Value]) -> bool:
+def _is_free(place: Place, free: Collection[ir.Value]) -> bool:
     values = place.outputs if isinstance(place, ir.Node) else [place]
     return all(value in free for value in values)
 
 
-class _Tree:
+class PostDominators:
     """The tree of post-dominators.
 
     The parent of a node or value is the nearest place through which all paths from it to the
@@ -74,11 +74,18 @@ class _Tree:
             self.parents.append(meeting or 0)
             self._depths.append(self._depths[meeting or 0] + 1)
 
-    def after(self, place: _Place) -> list[int]:
+    def after(self, place: Place) -> list[int]:
         """List the numbers of the direct successors of a node or value."""
         if isinstance(place, ir.Node):
             return [self.numbers[value] for value in place.outputs if value in self.numbers]
         return [self.numbers[node] for node in self._readers.get(place, [])] or [0]
+
+    def climb(self, place: Place) -> Iterator[Place]:
+        """Yield the places through which all paths from ``place`` to the outputs pass, in order."""
+        number = self.parents[self.numbers[place]]
+        while number:
+            yield self.order[number - 1]
+            number = self.parents[number]
 
     def _meet(self, one: int, other: int) -> int:
         while one != other:
@@ -92,7 +99,7 @@ def _list_backwards(
     nodes: Sequence[ir.Node],
     readers: Collection[ir.Value],
     data: Collection[ir.Value],
-) -> Iterator[_Place]:
+) -> Iterator[Place]:
     """Yield nodes and values so that each comes after everything that depends on it."""
     made = set[ir.Value]()
     for node in reversed(nodes):
