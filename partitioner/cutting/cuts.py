@@ -244,14 +244,14 @@ def find_duplicated(
 ) -> frozenset[ir.Node]:
     """Find the nodes that both parties compute from data, and check that this is allowed.
 
-    Both parties may compute a node only if it depends only on raw inputs that are sent anyway.
+    Allowed are nodes that depend only on raw inputs sent anyway and compute no tensor of the tail.
 
     Raises:
         NotACut: other tensors would have to be sent too; the error's ``missing`` names them.
     """
     at, server, client, data = sides.at, sides.server, sides.client, around.data
     both = {node for node in server.nodes & client.nodes if set(node.outputs) & data}
-    opened = find_opened(graph, set(at) & around.private, data, trainable)
+    opened = find_opened(graph, set(at) & around.private, data, trainable) - set(sides.tail_at)
     shared = {node for node in both if not set(node.outputs) <= opened}
     leaks = [value for value in around.raw if value in server.sources and value not in at]
     if not shared and not leaks:

@@ -47,6 +47,9 @@ from splitonnx.partitioner.rewrites.selections import separate_splits
 GRADIENT = "_grad"
 """Suffix of a gradient's name: the gradient builder names the gradient of ``x`` ``x_grad``."""
 
+_OWN = "__own"
+"""Name of the attribute that keeps an Identity from being merged with another."""
+
 WITHOUT_GRADIENT = frozenset(
     [
         "Acos",
@@ -184,6 +187,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         raise fault
     _part_twins(model.graph, parameters)
     _name_permutations(model.graph)
+    _mark_identities(model.graph)
     detached = _take_out_detached(model.graph)
     opaques = take_out_opaques(model.graph)  # opaque nodes with a gradient were refused above
     wanted = sorted(parameters)
@@ -196,6 +200,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         with attribute_errors_to_pass("read from the gradient builder"):
             derived = _read_derived(content, opaques)
             _put_back_detached(derived.graph, detached)
+            _unmark_identities(derived.graph)
         _annotate(derived)
     except Refused as error:
         raise _translate(error) from error
@@ -252,6 +257,23 @@ def _name_permutations(graph: ir.Graph) -> None:
         if shape is not None and not node.domain and "perm" not in node.attributes:
             order = list(reversed(range(len(shape))))
             node.attributes["perm"] = ir.AttrInt64s("perm", order)
+
+
+def _mark_identities(graph: ir.Graph) -> None:
+    """Give each Identity an attribute of its own, so that the builder's optimizer merges none.
+
+    A port is an Identity.  If it were merged with one of the model that reads the same value, one
+    party's nodes would read, and pass gradients to, what is sent to the other.  Attributes whose
+    names begin with two underscores are ignored otherwise.
+    """
+    for node in graph:
+        if node.op_type == "Identity" and not node.domain:
+            node.attributes[_OWN] = ir.AttrString(_OWN, node.outputs[0].name or "")
+
+
+def _unmark_identities(graph: ir.Graph) -> None:
+    for node in graph:
+        node.attributes.pop(_OWN, None)
 
 
 def _take_out_detached(graph: ir.Graph) -> dict[str, str]:

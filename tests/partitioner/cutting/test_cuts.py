@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 import pytest
+from onnx import helper
 
 from splitonnx.errors import NotACut, SharedParameter, UnknownTensor, UsageError
 from splitonnx.partitioner.cutting.cuts import (
@@ -236,6 +237,20 @@ def test_a_node_of_data_is_on_both_sides_only_where_its_data_cross_anyway() -> N
     with pytest.raises(NotACut) as caught:
         find_duplicated(graph, sides, around, weights)
     assert (list(caught.value.missing), list(caught.value.raw)) == (["doubled"], ["mask"])
+
+
+def test_a_tail_that_the_client_computes_itself_is_refused() -> None:
+    net = Net()
+    net.op("Neg", "x", out="bare")
+    net.nodes.append(helper.make_node("Split", ["bare"], ["s1", "s2"], axis=1, num_outputs=2))
+    weighted = net.op("MatMul", "s1", net.weight("w", 3, 3), out="m")
+    net.op("Add", weighted, "s2", out="y")
+    graph, weights = lift(net.finish({"x": (FLOAT, ["N", 6])}, "y", 3))
+    values = map_values(graph)
+    with pytest.raises(NotACut):  # the client needs the Split for s2, so it has s1 too
+        divide(graph, [values["bare"]], [values["s1"]], state=weights, trainable=weights)
+    found = divide(graph, [values["bare"]], [values["m"]], state=weights, trainable=weights)
+    assert names(found.duplicated) == ["s1"]
 
 
 def test_shapes_are_read_from_the_cut_itself() -> None:

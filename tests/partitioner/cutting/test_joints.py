@@ -94,6 +94,25 @@ def test_a_u_shaped_cut_keeps_labels_and_loss_at_home() -> None:
     assert {value.name for value in joint.targets["client"]} >= set(joint.results)
 
 
+@pytest.mark.parametrize("is_first", [False, True])
+def test_an_identity_of_the_model_is_not_mistaken_for_a_port(is_first: bool) -> None:
+    net = Net()
+    hidden = net.op("Tanh", net.op("MatMul", "x", net.weight("w1", 6, 5), out="h"), out="a")
+    if is_first:
+        net.op("Identity", hidden, out="skip")
+    body = net.op("MatMul", hidden, net.weight("w2", 5, 5), out="b")
+    if not is_first:
+        net.op("Identity", hidden, out="skip")
+    joined = net.op("Add", body, net.op("Tanh", "skip", out="t"), out="sum")
+    net.op("MatMul", joined, net.weight("w3", 5, 3), out="y")
+    prepared = prepare(open_model(net.finish({"x": (FLOAT, ["N", 6])}, "y", 3)))
+    joint = build_training(prepared, ["a"], ["b"], "cross-entropy", "y")
+    assert list_wires(joint).keys() == {"a@server", "b@client", "a@server_grad", "b@client_grad"}
+    readers = {v.name: {u.node.op_type for u in v.uses()} for n in joint.graph for v in n.outputs}
+    assert "Tanh" not in readers["a@server"]  # the skip stays with the client
+    assert not any(node.attributes for node in joint.graph if node.op_type == "Identity")
+
+
 def test_every_weight_is_his_whose_forward_part_uses_it() -> None:
     joint = join("chain", ("act1",))
     owners = {name: set(parties) for name, parties in joint.owners.items()}
