@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from splitonnx.partitioner.permissions import cut
     from splitonnx.partitioner.reports.checks import check
     from splitonnx.partitioner.reports.inspections import inspect
+    from splitonnx.partitioner.reports.u_shapes.pairs import inspect_pairs
     from splitonnx.runtime.client.clients import Client
     from splitonnx.runtime.client.explanations import explain
     from splitonnx.runtime.client.histories import History
@@ -42,6 +43,7 @@ __all__ = [
     "explain",
     "export",
     "inspect",
+    "inspect_pairs",
     "merge",
     "verify",
     "write_merged",
@@ -61,6 +63,7 @@ _HOMES = {
     "explain": "runtime.client.explanations",
     "export": "runtime.engine.exports",
     "inspect": "partitioner.reports.inspections",
+    "inspect_pairs": "partitioner.reports.u_shapes.pairs",
     "merge": "partitioner.merges",
     "verify": "verifications",
     "write_merged": "partitioner.merges",

@@ -155,8 +155,6 @@ def count_run(
 def _describe(wire: Wire, labels: str | None, rows: str | None, batch: int | None) -> SentTensor:
     tensor = _strip_port(wire)
     sizes = {rows: batch} if rows is not None and batch is not None else {}
-    one, two = (_count_bytes(wire.tensor, {rows: size} if rows else {}) for size in (1, 2))
-    is_proportional = one is not None and two == 2 * one
     declared = msgspec.structs.replace(
         wire.tensor, shape=tuple(_fill_in(dim, sizes) for dim in wire.tensor.shape)
     )
@@ -167,8 +165,18 @@ def _describe(wire: Wire, labels: str | None, rows: str | None, batch: int | Non
         kind=LABELS if is_labels else _WORDS[wire.kind],
         declared=str(declared),
         bytes=_count_bytes(wire.tensor, sizes),
-        bytes_per_sample=one if is_proportional else None,
+        bytes_per_sample=count_bytes_per_sample(wire.tensor, rows),
     )
+
+
+def count_bytes_per_sample(spec: TensorSpec, rows: str | None) -> int | None:
+    """Return the size of a tensor per sample, in bytes.
+
+    ``rows`` is the symbol for the number of samples, or ``None`` if there is none.  Return ``None``
+    if the tensor's size is unknown or not proportional to the number of samples.
+    """
+    one, two = (_count_bytes(spec, {rows: size} if rows else {}) for size in (1, 2))
+    return one if one is not None and two == 2 * one else None
 
 
 def _count_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int | None:

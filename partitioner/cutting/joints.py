@@ -234,9 +234,8 @@ def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]
         NotACut: the loss depends on none of the tensors, so one party would have no part in
             training.
     """
-    nodes, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
-    read = {value for node in nodes if not reads_size(node) for value in list_inputs(node)}
-    kept = [value for value in tensors if value in read or value in graph.outputs]
+    needed = find_needed(graph)
+    kept = [value for value in tensors if value in needed]
     if tensors and not kept:
         name = graph.outputs[0].name
         raise NotACut(
@@ -255,6 +254,13 @@ def _keep_reached(
     """
     _, reached = walk_back(last or graph.outputs, set(first))
     return [value for value in first if value in reached] or first
+
+
+def find_needed(graph: ir.Graph) -> set[ir.Value]:
+    """Return the outputs of a graph and all values whose elements they depend on."""
+    nodes, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
+    read = {value for node in nodes if not reads_size(node) for value in list_inputs(node)}
+    return read | set(graph.outputs)
 
 
 def _divide(

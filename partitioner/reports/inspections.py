@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -93,10 +93,7 @@ def list_cuts(
     form = prepared.inference
     if batch is not None:
         _fix_batch(form, prepared, batch)
-    open_inputs = resolve_names(form.graph, sent)
-    for value in open_inputs:
-        if value not in form.graph.inputs or value.name in prepared.state:
-            raise UsageError(f"'{value.name}' is not an input of the model that could be sent")
+    open_inputs = resolve_sent(form.graph, sent, prepared.state)
     elements = {name: prepared.weights[name].size for name in prepared.trainable}
     found = find_bisections(form.graph, state=prepared.state, trainable=elements, sent=open_inputs)
     trained = _list_trained(prepared, elements, sent, output)
@@ -106,8 +103,23 @@ def list_cuts(
         for each in found
         if each.at[0].name in trained
         and not _loses_gradient(each)
-        and all(_can_travel(value, form.graph) for value in each.at)
+        and all(can_travel(value, form.graph) for value in each.at)
     ]
+
+
+def resolve_sent(
+    graph: ir.Graph, sent: Sequence[str], state: Collection[str]
+) -> tuple[ir.Value, ...]:
+    """Find the raw inputs that ``sent`` names.
+
+    Raises:
+        UnknownTensor, UsageError: a name is not an input of the model.
+    """
+    found = resolve_names(graph, sent)
+    for value in found:
+        if value not in graph.inputs or value.name in state:
+            raise UsageError(f"'{value.name}' is not an input of the model that could be sent")
+    return found
 
 
 def _list_trained(
@@ -130,13 +142,13 @@ def _list_trained(
     return {each.at[0].name or "" for each in found}
 
 
-def _can_travel(value: ir.Value, graph: ir.Graph) -> bool:
+def can_travel(value: ir.Value, graph: ir.Graph) -> bool:
     """Return whether a tensor can be sent.
 
     Its element type and its rank must be known, and it must not be read inside a control-flow node.
     """
     is_read_inside = any(use.node.graph is not graph for use in value.uses())
-    return _declare_shape(value)[1] > 0 and not is_read_inside
+    return declare_shape(value)[1] > 0 and not is_read_inside
 
 
 def _loses_gradient(bisection: Bisection) -> bool:
@@ -175,7 +187,7 @@ def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandid
     return CutCandidate(
         tensor=value.name or "",
         op=made.op_type if made is not None else producer.op_type,
-        shape=_declare_shape(value)[0],
+        shape=declare_shape(value)[0],
         bytes_up=None if None in sizes else sum(size or 0 for size in sizes),
         bytes_down=size if bisection.trained else 0,
         client_parameters=bisection.client,
@@ -184,7 +196,7 @@ def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandid
     )
 
 
-def _declare_shape(value: ir.Value) -> tuple[tuple[int | str | None, ...], int]:
+def declare_shape(value: ir.Value) -> tuple[tuple[int | str | None, ...], int]:
     """Return a value's shape as the manifest would declare it, and its number of bytes per element.
 
     Return ``()`` and 0 if the value cannot be declared.
@@ -197,6 +209,6 @@ def _declare_shape(value: ir.Value) -> tuple[tuple[int | str | None, ...], int]:
 
 
 def _measure(value: ir.Value) -> int | None:
-    shape, itemsize = _declare_shape(value)
+    shape, itemsize = declare_shape(value)
     known = [dim for dim in shape if isinstance(dim, int)]
     return math.prod(known) * itemsize if itemsize and len(known) == len(shape) else None

@@ -45,6 +45,8 @@ from splitonnx.commands.options import (
     make_optimizer,
     refuse_both,
 )
+from splitonnx.commands.pairs import print_pairs
+from splitonnx.errors import UsageError
 from splitonnx.partitioner.graphs.pauses import pause_to_the_end
 
 
@@ -91,12 +93,55 @@ def inspect(
             help="An input, such as an attention mask, that may cross beside the tensor.",
         ),
     ] = None,
+    u_shape: Annotated[
+        bool,
+        typer.Option(
+            "--u-shape", help="List pairs for a U-shaped cut: the ones worth considering."
+        ),
+    ] = False,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="List every pair whose first end is this, as for cut; repeatable.",
+        ),
+    ] = None,
+    tail_at: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="List every pair whose second end is this, as for cut; repeatable.",
+        ),
+    ] = None,
     dim: DimOption = None,
     bind: BindOption = None,
     output: OutputOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the tensors at which a model can be cut, and how much data each cut sends per step."""
+    """List the tensors at which a model can be cut, and how much data each cut sends per step.
+
+    With --u-shape, --at or --tail-at, list pairs of tensors for a U-shaped cut instead, with the
+    bytes that each sends per sample.
+    """
+    is_end_named = bool(at or tail_at)
+    if u_shape or is_end_named:
+        if batch is not None:
+            raise UsageError("pairs are listed with their bytes per sample; leave out --batch")
+        pause_to_the_end()
+        pairs = splitonnx.inspect_pairs(
+            model,
+            at=at or (),
+            tail_at=tail_at or (),
+            sent=sent or (),
+            dims=read_dims(dim),
+            bind=read_bindings(bind),
+            output=output,
+        )
+        if as_json:
+            printing.print_json(pairs)
+        else:
+            print_pairs(pairs, is_end_named=is_end_named)
+        return
     pause_to_the_end()
     cuts = splitonnx.inspect(
         model,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -65,11 +65,15 @@ def print_check(check: Check, path: Path) -> None:
 
 def print_cuts(cuts: Iterable[CutCandidate]) -> None:
     """Print a table of the tensors at which the model can be cut."""
-    names = ("tensor", "operator", "shape")
     sizes = ("up / step", "down / step", "client params", "server params")
-    rows = [list_cells(cut) for cut in cuts]
+    print_rows(("tensor", "operator", "shape"), sizes, [list_cells(cut) for cut in cuts])
+
+
+def print_rows(names: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table whose first columns, ``names``, are left-aligned and the others are not."""
     if len(rows) > FEW_ROWS:
-        sys.stdout.writelines(f"{line}\n" for line in format_rows((*names, *sizes), rows, left=3))
+        lines = format_rows((*names, *sizes), rows, left=len(names))
+        sys.stdout.writelines(f"{line}\n" for line in lines)
         return
     table = _make_table(*names)
     for heading in sizes:

@@ -48,6 +48,23 @@ def test_inspect_lists_cuts_as_a_table_and_as_json(command: Command) -> None:
     }
 
 
+def test_inspect_lists_pairs_for_a_u_shape(command: Command) -> None:
+    table = command.succeed("inspect", MODEL, "--u-shape")
+    assert TAIL_AT not in table  # the Dropout behind it sends the same
+    assert " pairs; " in table
+    assert TAIL_AT in command.succeed("inspect", MODEL, "--at", AT)
+    assert AT in command.succeed("inspect", MODEL, "--tail-at", TAIL_AT)
+    pairs = json.loads(command.succeed("inspect", MODEL, "--u-shape", "--json"))
+    pair = next(pair for pair in pairs if (pair["at"], pair["tail_at"]) == ([AT], [TAIL_AT]))
+    size = (24 * 8 * 8 + 48 * 2 * 2) * 4
+    assert (pair["bytes_up"], pair["bytes_down"]) == (size, size)
+    assert (pair["head_parameters"], pair["server_parameters"]) == (264, 20928)
+    assert sum(pair["recommended"] for pair in pairs) < len(pairs)
+    code, _, err = command("inspect", MODEL, "--u-shape", "--batch", 3)
+    assert code == 2
+    assert "leave out --batch" in err
+
+
 def test_cut_writes_a_bundle_with_the_options_given(command: Command, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     out = command.succeed(

@@ -2,8 +2,8 @@
 
 In such a cut the server has the nodes between a tensor of the *head* and a tensor of the *tail*.
 Each path from the model's inputs to these nodes must pass through the head, and each path from
-them to the outputs through the tail.  Both conditions are checked quickly for all tails of a head;
-the pairs that pass are checked with :func:`cuts.divide`, which defines what is legal.
+them to the outputs through the tail.  Both conditions are checked quickly for all tails of a head,
+and the pairs that pass are checked exactly (:mod:`regions`).
 
 This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
@@ -18,25 +18,28 @@ import onnx_ir as ir
 
 from splitonnx.errors import NotACut, SharedParameter, TooManyTries
 from splitonnx.partitioner.cutting.candidates.bottlenecks import PostDominators
-from splitonnx.partitioner.cutting.cuts import Partition, divide, find_opened, survey
-from splitonnx.partitioner.graphs.traversals import list_inputs, walk_back
+from splitonnx.partitioner.cutting.candidates.regions import Regions
+from splitonnx.partitioner.cutting.cuts import divide, find_opened, survey
+from splitonnx.partitioner.graphs.traversals import find_dependents, list_inputs, walk_back
 
-MOST_VISITS = 1_000_000
-"""Limit of nodes visited to check all pairs of a graph; each check visits the entire graph."""
+MOST_VISITS = 10_000_000
+"""Limit of nodes visited to find the pairs of a graph."""
+_DIVIDE = 4
+"""How often a call of :func:`divide` counts each node of the graph as visited."""
 
 Tensors = tuple[ir.Value, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The two ends of a legal U-shaped cut, and the partition of the graph at them.
+    """The two ends of a legal U-shaped cut, and the nodes that the server has between them.
 
     ``at`` holds the tensors of the head, followed by the raw inputs that are sent with them.
     """
 
     at: Tensors
     tail_at: Tensors
-    partition: Partition
+    server: frozenset[ir.Node]
 
 
 class PairSearch:
@@ -56,25 +59,25 @@ class PairSearch:
     ) -> None:
         self._graph, self._state, self._trainable = graph, state, trainable
         self._sent = tuple(sent)
-        self._around = survey(graph, state=state, trainable=trainable)
-        needed, _ = walk_back(graph.outputs, ends=self._around.readers)
-        sized = {value for node in self._around.sizes for value in node.outputs}
-        self._data = self._around.data - sized
+        around = self._around = survey(graph, state=state, trainable=trainable)
+        self._regions = Regions(graph, around, trainable)
+        self._data = around.data - {value for node in around.sizes for value in node.outputs}
         self._nodes = [
             node
             for node in graph
-            if node in needed and node not in self._around.sizes and set(node.outputs) & self._data
+            if node in self._regions.needed
+            and node not in around.sizes
+            and set(node.outputs) & self._data
         ]
-        self._reads = {
-            node: [value for value in list_inputs(node) if value in self._data]
-            for node in self._nodes
-        }
+        self._order = {node: place for place, node in enumerate(self._nodes)}
+        self._reads = [[v for v in list_inputs(node) if v in self._data] for node in self._nodes]
         self._tree = PostDominators(self._nodes, self._data)
         self._places = {
             value: place
             for place, value in enumerate(value for node in self._nodes for value in node.outputs)
             if value in self._data
         }
+        self._free = self._find_free(self._sent)
         self._visits = 0
 
     def find(self, at: Tensors | None = None, tail_at: Tensors | None = None) -> Iterator[Pair]:
@@ -94,25 +97,37 @@ class PairSearch:
                     yield pair
 
     def try_pair(self, at: Tensors, tail_at: Tensors) -> Pair | None:
-        """Divide the graph at a pair; return ``None`` if this is not legal."""
-        self._visits += len(self._graph)
+        """Find the server's nodes for a pair; return ``None`` if the pair is not legal.
+
+        Raises:
+            TooManyTries: more than :data:`MOST_VISITS` nodes have been visited.
+        """
+        server: frozenset[ir.Node] | None = None
+        region = self._regions.find(at, tail_at)
+        self._count(len(region.nodes))
+        if region.is_legal is None:
+            self._count(_DIVIDE * len(self._graph))
+            with suppress(NotACut, SharedParameter):
+                server = divide(
+                    self._graph,
+                    at,
+                    tail_at,
+                    state=self._state,
+                    trainable=self._trainable,
+                    around=self._around,
+                ).server
+        elif region.is_legal:
+            server = frozenset(region.nodes)
+        return None if server is None else Pair(at=at, tail_at=tail_at, server=server)
+
+    def _count(self, visits: int) -> None:
+        self._visits += visits
         if self._visits > MOST_VISITS:
             raise TooManyTries(
                 "the list of the model's pairs",
-                f"they would each have to be tried on all of its {len(self._graph)} nodes",
+                f"more than {MOST_VISITS:,} visits of its {len(self._graph)} nodes would be needed",
                 "name one end with --at or --tail-at",
             )
-        with suppress(NotACut, SharedParameter):
-            partition = divide(
-                self._graph,
-                at,
-                tail_at,
-                state=self._state,
-                trainable=self._trainable,
-                around=self._around,
-            )
-            return Pair(at=at, tail_at=tail_at, partition=partition)
-        return None
 
     def _add_sent(self, head: Tensors, tail: Tensors) -> Tensors:
         """Add the raw inputs in ``sent`` that the nodes between the two ends read."""
@@ -127,36 +142,52 @@ class PairSearch:
         All nodes between the head and such a tensor depend on no other data, and the tensor is on
         all of their paths to the outputs.  Nodes that both parties may compute are ignored.
         """
-        behind, opened = self._find_behind(head)
+        opened = self._find_opened(head)
+        behind, after = self._find_behind(head)
         found = {value for value in opened if value in behind}
-        for node in self._nodes:
-            reads = self._reads[node]
-            starts = any(v in head or v in opened for v in reads)
-            if not starts or not any(v in behind and v not in opened for v in node.outputs):
-                continue
-            for place in self._tree.climb(node):
-                if isinstance(place, ir.Value):
-                    if place not in behind:
-                        break
-                    found.add(place)
+        for place in after:
+            node = self._nodes[place]
+            if any(value in head or value in opened for value in self._reads[place]) and any(
+                value in behind and value not in opened for value in node.outputs
+            ):
+                found.update(self._climb(node, behind))
         found.difference_update(head)
         listed = sorted(found & self._places.keys(), key=self._places.__getitem__)
         return [(value,) for value in listed]
 
-    def _find_behind(self, head: Tensors) -> tuple[set[ir.Value], set[ir.Value]]:
+    def _climb(self, node: ir.Node, behind: set[ir.Value]) -> Iterator[ir.Value]:
+        """Yield the tensors in ``behind`` through which all paths from a node pass."""
+        for place in self._tree.climb(node):
+            if isinstance(place, ir.Value):
+                if place not in behind:
+                    return
+                yield place
+
+    def _find_opened(self, head: Tensors) -> set[ir.Value]:
+        """Find the tensors that can be computed without weights from raw inputs that are sent."""
+        private = {*head, *self._sent} & self._around.private
+        if not private:
+            return private
+        return find_opened(self._graph, private, self._around.data, self._trainable)
+
+    def _find_free(self, sent: Sequence[ir.Value]) -> set[ir.Value]:
+        """Find the data that depend on no raw inputs except those in ``sent``."""
+        held = [value for value in self._around.raw if value not in sent]
+        return self._data - find_dependents(self._graph, held)
+
+    def _find_behind(self, head: Tensors) -> tuple[set[ir.Value], list[int]]:
         """Find the tensors that depend on a head, and on no data other than it and ``sent``.
 
-        The second result is the tensors that can be computed from raw inputs that are sent.
+        Return also the places of the nodes that compute them.
         """
-        sent = {*head, *self._sent}
-        opened = find_opened(
-            self._graph, sent & self._around.private, self._around.data, self._trainable
-        )
-        behind, leaking = set(head), {value for value in self._around.raw if value not in sent}
-        for node in self._nodes:
-            reads = self._reads[node]
-            if any(value in leaking for value in reads):
-                leaking.update(value for value in node.outputs if value not in head)
-            elif any(value in behind for value in reads):
-                behind.update(value for value in node.outputs if value in self._data)
-        return behind, opened
+        behind, after = set(head), list[int]()
+        makers = [value.producer() for value in head]
+        free = self._find_free((*self._sent, *head)) if None in makers else self._free
+        first = min((self._order.get(m, 0) if m is not None else 0 for m in makers), default=0)
+        self._count(len(self._nodes) - first)
+        for place in range(first, len(self._nodes)):
+            reads = self._reads[place]
+            if any(v in behind for v in reads) and all(v in behind or v in free for v in reads):
+                behind.update(v for v in self._nodes[place].outputs if v in self._data)
+                after.append(place)
+        return behind, after

@@ -1,0 +1,274 @@
+"""List the pairs of tensors that ``cut`` accepts for a U-shape, with what each sends and trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from splitonnx.disclosures import count_bytes_per_sample
+from splitonnx.expressions import is_name
+from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Tensors
+from splitonnx.partitioner.cutting.cuts import find_lost, resolve_names
+from splitonnx.partitioner.cutting.joints import declare, find_needed
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
+from splitonnx.partitioner.gate.gates import ModelSource, open_model
+from splitonnx.partitioner.graphs.builders import DETACHED
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.pauses import pause_collection
+from splitonnx.partitioner.graphs.traversals import (
+    find_moving,
+    is_float,
+    list_inputs,
+    map_values,
+    reads_size,
+    trace_gradients,
+    walk_back,
+)
+from splitonnx.partitioner.partitions import choose_output
+from splitonnx.partitioner.reports.inspections import can_travel, resolve_sent
+from splitonnx.partitioner.reports.u_shapes.recommendations import find_recommended
+from splitonnx.tensors import DTYPES, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCandidate:
+    """The two ends of a U-shaped cut that ``cut`` accepts.
+
+    ``at`` names the tensors that the client sends, including raw inputs, and ``tail_at`` those that
+    the server sends back; ``at_shapes`` and ``tail_shapes`` are their shapes.  ``bytes_up`` and
+    ``bytes_down`` are the bytes per sample that a training step sends to the server and back:
+    activations and gradients.  They are ``None`` if a size is unknown.  ``head_parameters`` and
+    ``tail_parameters`` count the elements of trained parameters that the client uses before and
+    after the server's part, and ``server_parameters`` those that the server uses.
+    ``client_share`` is the client's part of all of them, from 0 to 1.  ``recommended`` is true if
+    no other pair is better; see :mod:`recommendations`.
+    """
+
+    at: tuple[str, ...]
+    tail_at: tuple[str, ...]
+    at_shapes: tuple[tuple[int | str | None, ...], ...]
+    tail_shapes: tuple[tuple[int | str | None, ...], ...]
+    bytes_up: int | None
+    bytes_down: int | None
+    head_parameters: int
+    tail_parameters: int
+    server_parameters: int
+    client_share: float
+    recommended: bool = False
+
+
+@pause_collection()
+def inspect_pairs(
+    model: ModelSource,
+    *,
+    at: str | Sequence[str] = (),
+    tail_at: str | Sequence[str] = (),
+    sent: Sequence[str] = (),
+    dims: Mapping[str, int | str] | None = None,
+    bind: Mapping[str, Binding] | None = None,
+    output: str | None = None,
+) -> list[PairCandidate]:
+    """List the pairs of tensors at which ``cut`` can cut a model in a U-shape.
+
+    Args:
+        model: a path, the bytes of an ONNX model, or a loaded model.
+        at: the tensors that the client sends, as for ``cut``; by default each tensor is tried.
+        tail_at: the tensors that the server sends back, as for ``cut``; by default each tensor is
+            tried.
+        sent: raw inputs, such as an attention mask, that may be sent together with a tensor.
+        dims, bind: sizes and values of inputs, as for ``cut``.
+        output: the output from which the loss is computed; by default the first float output.
+
+    Returns:
+        The pairs, ordered by the first tensor and then by the last, as in the graph.
+
+    Raises:
+        ModelError: the model cannot be read or prepared.
+        TooManyTries: the model has too many pairs to check; name one end.
+        UnknownTensor, UsageError: a name matches nothing, a name in ``sent`` is not an input of the
+            model, or ``output`` is not one of its outputs.
+    """
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
+    return list_pairs(prepared, at=at, tail_at=tail_at, sent=sent, output=output)
+
+
+@attribute_errors_to_pass("searched for U-shaped cuts")
+def list_pairs(
+    prepared: PreparedModel,
+    *,
+    at: str | Sequence[str] = (),
+    tail_at: str | Sequence[str] = (),
+    sent: Sequence[str] = (),
+    output: str | None = None,
+) -> list[PairCandidate]:
+    """List the pairs of a prepared model as :func:`inspect_pairs` does."""
+    graph = prepared.inference.graph
+    search = PairSearch(
+        graph,
+        state=prepared.state,
+        trainable=prepared.trainable,
+        sent=resolve_sent(graph, sent, prepared.state),
+    )
+    first, last = (_resolve(graph, names) for names in (at, tail_at))
+    rows = _find_rows(prepared)
+    with _limit_outputs(prepared, output):
+        form = _TrainingForm(prepared)
+        pairs = [
+            form.describe(pair, trained, rows)
+            for pair in search.find(first, last)
+            if _can_be_sent(pair, graph, prepared.trainable)
+            and (trained := form.divide(pair)) is not None
+        ]
+    return [
+        replace(pair, recommended=recommended)
+        for pair, recommended in zip(pairs, find_recommended(pairs), strict=True)
+    ]
+
+
+def _resolve(graph: ir.Graph, names: str | Sequence[str]) -> Tensors | None:
+    names = (names,) if isinstance(names, str) else names
+    return resolve_names(graph, names) or None
+
+
+@contextmanager
+def _limit_outputs(prepared: PreparedModel, output: str | None) -> Iterator[None]:
+    """Remove all outputs of the training form except the one with the loss, and restore them."""
+    graph = prepared.training.graph
+    outputs = list(graph.outputs)
+    graph.outputs[:] = [map_values(graph)[choose_output(prepared, output)]]
+    try:
+        yield
+    finally:
+        graph.outputs[:] = outputs
+
+
+def _can_be_sent(pair: Pair, graph: ir.Graph, trainable: Collection[str]) -> bool:
+    """Return whether the tensors of a pair can be sent, without blocking a gradient."""
+    return all(can_travel(value, graph) for value in (*pair.at, *pair.tail_at)) and not any(
+        find_lost(end, trainable) for end in (pair.at, pair.tail_at) if not all(map(is_float, end))
+    )
+
+
+class _TrainingForm:
+    """The training form of a model, of which only the output with the loss counts."""
+
+    def __init__(self, prepared: PreparedModel) -> None:
+        self._graph = prepared.training.graph
+        self._trainable = prepared.trainable
+        self._elements = {name: prepared.weights[name].size for name in prepared.trainable}
+        self._search = PairSearch(self._graph, state=prepared.state, trainable=self._trainable)
+        readers = {node for node in self._graph if reads_size(node)}
+        self._total = self._count(walk_back(self._graph.outputs, ends=readers)[0])
+        self._values = map_values(self._graph)
+        self._needed = find_needed(self._graph)
+        self._trained = find_moving(
+            self._graph, [v for v in self._graph.inputs if v.name in self._elements]
+        )
+        self._reached = trace_gradients(self._graph.outputs)
+
+    def divide(self, pair: Pair) -> Pair | None:
+        """Divide the training form at a pair of the inference form, if this is legal.
+
+        Tensors that the loss does not need are left out.
+        """
+        at, tail_at = (
+            tuple(v for v in (self._values.get(value.name or "") for value in end) if v)
+            for end in (pair.at, pair.tail_at)
+        )
+        if len(at) < len(pair.at) or len(tail_at) < len(pair.tail_at):
+            return None
+        at, tail_at = (tuple(v for v in end if v in self._needed) for end in (at, tail_at))
+        found = self._search.try_pair(at, tail_at) if at and tail_at else None
+        if found is None or not _can_be_sent(found, self._graph, self._trainable):
+            return None
+        return found
+
+    def describe(self, pair: Pair, trained: Pair, rows: str | int | None) -> PairCandidate:
+        """Describe a pair; ``trained`` is the same pair in the training form.
+
+        ``rows`` is the number of samples, or the symbol for it.
+        """
+        server = self._count(trained.server)
+        client = self._total - server  # no parameter is used by both
+        head = self._count(walk_back(trained.at)[0])
+        back = self._list_returned(trained)
+        first, last = (self._declare(end) for end in (pair.at, pair.tail_at))
+        sent = [first[value.name or ""] for value in trained.at]
+        returned = [last[value.name or ""] for value in trained.tail_at]
+        return PairCandidate(
+            at=tuple(first),
+            tail_at=tuple(last),
+            at_shapes=tuple(spec.shape for spec in first.values()),
+            tail_shapes=tuple(spec.shape for spec in last.values()),
+            bytes_up=_sum_bytes([*sent, *(last[name] for name in last if name in back)], rows),
+            bytes_down=_sum_bytes([*returned, *(first[n] for n in first if n in back)], rows),
+            head_parameters=head,
+            tail_parameters=client - head,
+            server_parameters=server,
+            client_share=client / ((client + server) or 1),
+        )
+
+    def _declare(self, end: Tensors) -> dict[str, TensorSpec]:
+        """Declare the tensors of an end by name, as they are sent in training if they are."""
+        return {
+            value.name or "": declare(self._values.get(value.name or "", value)) for value in end
+        }
+
+    def _count(self, nodes: Collection[ir.Node]) -> int:
+        read = {value.name for node in nodes for value in list_inputs(node)}
+        return sum(size for name, size in self._elements.items() if name in read)
+
+    def _list_returned(self, pair: Pair) -> set[str]:
+        """Return the names of the tensors of a pair whose gradients are sent back."""
+        tail = [value for value in pair.tail_at if value in self._reached & self._trained]
+        passed = _trace_within(tail, pair)
+        head = [value for value in pair.at if value in passed and value in self._trained]
+        return {value.name or "" for value in (*tail, *head)}
+
+
+def _trace_within(tail: Sequence[ir.Value], pair: Pair) -> set[ir.Value]:
+    """Return the values to which gradients of ``tail`` can flow within the server's nodes."""
+    seen: set[ir.Value] = set()
+    pending = list(tail)
+    while pending:
+        value = pending.pop()
+        if value in seen or not is_float(value):
+            continue
+        seen.add(value)
+        node = value.producer()
+        if value not in pair.at and node in pair.server:
+            assert node is not None
+            if DETACHED not in node.metadata_props:
+                pending.extend(list_inputs(node))
+    return seen
+
+
+def _find_rows(prepared: PreparedModel) -> str | int | None:
+    """Return the first dimension of all of the model's inputs, or ``None`` if they differ."""
+    graph = prepared.inference.graph
+    specs = [declare(value) for value in graph.inputs if value.name not in prepared.state]
+    rows = {spec.shape[0] for spec in specs if spec.shape}
+    size = next(iter(rows), None)
+    if len(rows) != 1 or (isinstance(size, str) and not is_name(size)):
+        return None
+    return size
+
+
+def _sum_bytes(specs: Sequence[TensorSpec], rows: str | int | None) -> int | None:
+    sizes = [_count_bytes(spec, rows) for spec in specs]
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def _count_bytes(spec: TensorSpec, rows: str | int | None) -> int | None:
+    """Return the size of a tensor per sample, or ``None`` if it is unknown."""
+    if not isinstance(rows, int):
+        return count_bytes_per_sample(spec, rows)
+    dims = [dim for dim in spec.shape if isinstance(dim, int)]
+    size, rest = divmod(DTYPES[spec.dtype].itemsize * math.prod(dims), rows)
+    return size if len(dims) == len(spec.shape) and not rest else None

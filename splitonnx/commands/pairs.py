@@ -1,0 +1,74 @@
+"""Print the pairs of tensors that ``inspect`` lists for a U-shape, and say which are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from splitonnx.commands import printing
+from splitonnx.commands.logs import escape
+from splitonnx.commands.rows import format_bytes
+
+if TYPE_CHECKING:
+    from splitonnx.partitioner.reports.u_shapes.pairs import PairCandidate
+
+NAMES = ("at", "tail at")
+SIZES = ("up / sample", "down / sample", "client params", "server params")
+"""The headings of the table; the columns of ``SIZES`` are right-aligned."""
+
+
+def print_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> None:
+    """Print a table of pairs at which the model can be cut in a U-shape.
+
+    If the user named neither end, only the recommended pairs are printed.
+    """
+    shown = choose_pairs(pairs, is_end_named=is_end_named)
+    if shown:
+        printing.print_rows(NAMES, SIZES, [list_pair_cells(pair) for pair in shown])
+    sentence = describe_choice(pairs, is_end_named=is_end_named)
+    if sentence is not None:
+        print(escape(sentence))
+
+
+def choose_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> Sequence[PairCandidate]:
+    """Return the pairs to show in a table.
+
+    These are the recommended ones, or all pairs if the user named an end or none is recommended.
+    """
+    recommended = [pair for pair in pairs if pair.recommended]
+    return pairs if is_end_named or not recommended else recommended
+
+
+def list_pair_cells(pair: PairCandidate) -> Sequence[str]:
+    """Return the table cells for one pair."""
+    client = pair.head_parameters + pair.tail_parameters
+    return (
+        " + ".join(pair.at),
+        " + ".join(pair.tail_at),
+        format_bytes(pair.bytes_up),
+        format_bytes(pair.bytes_down),
+        f"{client:,} ({pair.client_share:.0%})",
+        f"{pair.server_parameters:,} ({1 - pair.client_share:.0%})",
+    )
+
+
+def describe_choice(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> str | None:
+    """Describe in one sentence why the table shows these pairs, or none.
+
+    Return ``None`` if it shows all pairs because the user named an end.
+    """
+    if not pairs:
+        other = " with the end that is named" if is_end_named else ""
+        return f"no pair of tensors{other} divides the model for a U-shape"
+    if is_end_named:
+        return None
+    shown = sum(pair.recommended for pair in pairs)
+    if shown:
+        return (
+            f"{shown} of {len(pairs):,} pairs; each of the others trains nothing at one end or at "
+            "the server, or sends no fewer bytes than one of these and leaves the client no fewer "
+            "of the weights.  --at NAME lists every tail that fits it, and --json lists all pairs"
+        )
+    if any(pair.bytes_up is None or pair.bytes_down is None for pair in pairs):
+        return "a size is not known, so no pair can be recommended; --dim NAME=SIZE fixes it"
+    return "no pair can be recommended: none trains parameters at both ends and at the server"
