@@ -27,7 +27,7 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import leave_whole, verify
 from tests.support.oracles import sample_gradients, to_inference
-from tests.support.recordings import RecordingTransport, check_explained
+from tests.support.recordings import RecordingTransport, check_explained, record_connections
 from tests.support.wholes import share_wholes
 from tests.support.zoo import ZOO
 
@@ -59,14 +59,7 @@ def wholes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[RecordingTransport]:
     """Record every connection that a verification makes."""
-    made: list[RecordingTransport] = []
-
-    def connect(executor: Executor) -> RecordingTransport:
-        made.append(RecordingTransport(executor))
-        return made[-1]
-
-    monkeypatch.setattr(verifications, "connect_in_memory", connect)
-    return made
+    return record_connections(monkeypatch, verifications)
 
 
 @cache
@@ -115,8 +108,13 @@ def test_a_vanilla_cut_trains_as_the_whole_model(
 
 
 @pytest.mark.parametrize(("name", "first", "last"), U_SHAPED)
-def test_a_u_shaped_cut_trains_as_the_whole_model(name: str, first: str, last: str) -> None:
-    assert_equal_to_whole(name, cut_zoo(name, first, last))
+def test_a_u_shaped_cut_trains_as_the_whole_model(
+    name: str, first: str, last: str, recordings: list[RecordingTransport]
+) -> None:
+    bundle = cut_zoo(name, first, last)
+    assert_equal_to_whole(name, bundle)
+    (recording,) = recordings
+    check_explained(bundle.client, recording, BATCH, {TRAIN: STEPS})
 
 
 @pytest.mark.parametrize("name", ZOO)

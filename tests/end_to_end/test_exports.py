@@ -12,8 +12,11 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from splitonnx.names import TRAIN
 from splitonnx.partitioner.merges import merge
-from tests.support.trials import SmallSubject, compare, train, train_stock, try_places
+from tests.support import trials
+from tests.support.recordings import RecordingTransport, check_explained, record_connections
+from tests.support.trials import TARGETS, SmallSubject, compare, train, train_stock, try_places
 
 FOLDER = Path(__file__).parents[1] / "exports"
 EXPORTS = sorted(path.stem for path in FOLDER.glob("*.onnx"))
@@ -54,11 +57,23 @@ def read_subject(name: str) -> SmallSubject:
     return SmallSubject(model=model, data=draw_data(name, model), batch=BATCH, loss=loss)
 
 
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[RecordingTransport]:
+    """Record every connection that a trial makes."""
+    return record_connections(monkeypatch, trials)
+
+
 @pytest.mark.parametrize("name", EXPORTS)
-def test_an_exported_model_trains_split_as_unsplit(name: str) -> None:
+def test_an_exported_model_trains_split_as_unsplit_and_sends_what_is_explained(
+    name: str, recordings: list[RecordingTransport]
+) -> None:
     subject = read_subject(name)
     for trial in try_places(subject, subject.places):
         assert trial.difference <= 1e-5, trial
+    tried = [(place, target) for target in TARGETS for place in subject.places]
+    for (place, target), recording in zip(tried, recordings, strict=True):
+        bundle = subject.cut(*place, target)
+        check_explained(bundle.client, recording, BATCH, {TRAIN: STEPS})
 
 
 def test_every_exported_model_trains_on_stock_onnxruntime(

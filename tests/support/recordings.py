@@ -5,13 +5,17 @@ They are held against what ``explain`` says of the client.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
+import pytest
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.codecs import Chunk
+from splitonnx.commands.disclosures import list_lines
 from splitonnx.disclosures import Sending
 from splitonnx.messages import Tensors, decode_message
 from splitonnx.runtime.client.explanations import explain
@@ -51,18 +55,53 @@ class RecordingTransport(MemoryTransport):
             assert not tensors
 
 
+def record_connections(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> list[RecordingTransport]:
+    """Record every connection in memory that a module makes, in the list that is returned."""
+    made: list[RecordingTransport] = []
+
+    def connect(executor: Executor) -> RecordingTransport:
+        made.append(RecordingTransport(executor))
+        return made[-1]
+
+    monkeypatch.setattr(module, "connect_in_memory", connect)
+    return made
+
+
 def check_explained(
     party: PartyBundle, recording: RecordingTransport, batch: int, tasks: dict[str, int]
 ) -> None:
     """Check that in so many tasks a phase exactly what ``explain`` says left, and arrived."""
     assert {phase: len(sent) for phase, sent in recording.sent.items()} == tasks
-    for phase in explain(party, batch=batch).phases:
+    explanation = explain(party, batch=batch)
+    _check_printed(list(list_lines(explanation)), recording)
+    for phase in explanation.phases:
         for sending, recorded in (
             (phase.leaves, recording.sent),
             (phase.arrives, recording.received),
         ):
             for arrays in recorded[sending.phase].values():
                 _check_sent(sending, arrays)
+
+
+def _check_printed(lines: Sequence[str], recording: RecordingTransport) -> None:
+    """Check that the bytes that are printed for a step are those of each task.
+
+    A tensor of which only some sizes are known is printed without its bytes.
+    """
+    phase = ""
+    for line in lines:
+        if match := re.match(r"(\w+), per step", line):
+            phase = match[1]
+        for start, recorded in (("leaves", recording.sent), ("comes in", recording.received)):
+            if line.startswith(f"  {start}: "):
+                printed = re.findall(r"\(([\d,]+) bytes\)", line)
+                sizes = Counter(int(size.replace(",", "")) for size in printed)
+                for arrays in recorded[phase].values():
+                    found = Counter(array.nbytes for array in arrays.values())
+                    assert sizes <= found
+                    assert sizes == found or line.count("[") > len(printed)
 
 
 def _check_sent(sending: Sending, arrays: Arrays) -> None:
