@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -53,11 +54,16 @@ from splitonnx.partitioner.normalization.weights import make_pattern
 NO_CHECK = "SPLITONNX_NO_CHECK"
 """The environment variable that turns off the default comparison in ``cut`` if it is set to 1."""
 
-Approval = Callable[[PreparedModel, JointGraph, JointGraph], None]
-"""A function that raises an exception to refuse a cut.
 
-Its arguments are the prepared model and the graphs of the cut model for training and prediction.
-"""
+class Approval(Protocol):
+    """What may refuse a cut, by raising an exception."""
+
+    def check_forward(self, prepared: PreparedModel, training: JointGraph) -> None:
+        """Check the graph for training before it is differentiated, which takes long."""
+
+    def check(self, prepared: PreparedModel, training: JointGraph, predict: JointGraph) -> None:
+        """Check the finished graphs of the cut model, for training and for prediction."""
+
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +96,7 @@ def cut(
 
     Users call :func:`splitonnx.cut` (in :mod:`permissions`), which refuses to send raw inputs or
     labels without permission, and which documents the arguments.  This function does not check for
-    permission; ``approve``, which is called before the bundle is built, can refuse the cut.
+    permission; ``approve`` can refuse the cut, before and after the model is differentiated.
 
     Returns:
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
@@ -198,10 +204,11 @@ def cut_prepared(
     )
     options = LossOptions(class_axis=class_axis, labels=labels)
     _warn(prepared, loss, output, options)
-    training = build_training(prepared, names_at, names_tail, loss, output, options)
+    examine = None if approve is None else partial(approve.check_forward, prepared)
+    training = build_training(prepared, names_at, names_tail, loss, output, options, examine)
     predict = build_predict(prepared, names_at, names_tail)
     if approve is not None:
-        approve(prepared, training, predict)
+        approve.check(prepared, training, predict)
     return assemble(prepared, training, predict, recipe, optimizer)
 
 

@@ -54,10 +54,35 @@ class Permission:
             LabelsNotPermitted: the cut sends the labels without permission.
             UsageError: the cut does not send a raw input or the labels, although this is permitted.
         """
-        forms = (prepared.training, prepared.inference)
-        raw = {value.name or "" for form in forms for value in form.graph.inputs}
+        leaving = self._refuse_unnamed(prepared, training, predict)
+        self._check_named({name for inputs in leaving.values() for name in inputs})
+        self._check_labels(sends_labels(training, _list_raw(prepared)))
+
+    @attribute_errors_to_pass("searched for what leaves the client")
+    def check_forward(self, prepared: PreparedModel, training: JointGraph) -> None:
+        """Check that a cut sends only permitted raw inputs and labels, apart from gradients.
+
+        ``training`` is the graph for training before it is differentiated.
+
+        Raises:
+            InputsNotPermitted: the cut sends a raw input without permission.
+            LabelsNotPermitted: the cut sends the labels without permission.
+        """
+        self._refuse_unnamed(prepared, training)
+        if sends_labels(training, _list_raw(prepared)) and not self.labels:
+            raise LabelsNotPermitted
+
+    def _refuse_unnamed(
+        self, prepared: PreparedModel, training: JointGraph, *others: JointGraph
+    ) -> dict[str, list[str]]:
+        """Map each tensor that holds raw data to the inputs concerned, all of which are permitted.
+
+        Raises:
+            InputsNotPermitted: the cut sends a raw input without permission.
+        """
+        raw = _list_raw(prepared)
         leaving: dict[str, list[str]] = {}
-        for joint in (training, predict):
+        for joint in (training, *others):
             for tensor, inputs in find_raw_inputs(joint, raw - prepared.state).items():
                 leaving[tensor] = inputs
         unnamed = {
@@ -65,12 +90,11 @@ class Permission:
             for tensor, inputs in leaving.items()
         }
         missing = sorted({name for inputs in unnamed.values() for name in inputs})
-        needs_labels = sends_labels(training, raw)
         if missing:
             tensors = [tensor for tensor, inputs in unnamed.items() if inputs]
+            needs_labels = sends_labels(training, raw)
             raise InputsNotPermitted(tensors, missing, labels=needs_labels and not self.labels)
-        self._check_named({name for inputs in leaving.values() for name in inputs})
-        self._check_labels(needs_labels)
+        return leaving
 
     def _check_named(self, leaving: set[str]) -> None:
         if unsent := [name for name in self.inputs if name not in leaving]:
@@ -85,6 +109,12 @@ class Permission:
             raise LabelsNotPermitted
         if self.labels and not are_sent:
             raise UsageError("--send-labels: this cut does not send the labels; leave it out")
+
+
+def _list_raw(prepared: PreparedModel) -> set[str]:
+    """Return the names of all inputs of both forms of a prepared model."""
+    forms = (prepared.training, prepared.inference)
+    return {value.name or "" for form in forms for value in form.graph.inputs}
 
 
 def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
@@ -244,5 +274,5 @@ def cut(
         client_target=client_target,
         server_target=server_target,
         check=check,
-        approve=Permission(inputs=named, labels=send_labels).check,
+        approve=Permission(inputs=named, labels=send_labels),
     )

@@ -8,7 +8,7 @@ runtime.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
@@ -108,8 +108,12 @@ def build_training(
     loss: str,
     output: str,
     options: LossOptions = USUAL,
+    examine: Callable[[JointGraph], None] | None = None,
 ) -> JointGraph:
     """Build the joint graph of training: add the loss and the ports, then differentiate.
+
+    Before it is differentiated, which takes long, ``examine`` is called with the graph, without
+    gradients and targets; it can raise an exception to refuse the cut.
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
     the tensors of the cut.  The loss named ``loss`` is computed, with ``options``, from the output
@@ -137,6 +141,14 @@ def build_training(
     data = _declare_data(prepared, graph, labels)
     needed = map_values(graph)  # a tensor that the loss does not need is sent only for prediction
     port_wires = [(port, declare(port.value)) for port in ports if port.value.name in needed]
+    if examine is not None:
+        wires = _list_port_wires(graph, port_wires, labels)
+        weights = dict.fromkeys(prepared.weights, frozenset[str]())
+        examine(
+            JointGraph(
+                graph=graph, wires=tuple(wires), targets={}, results=(), data=data, owners=weights
+            )
+        )
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
     lower(derived, defective=True)
     prevent_wrong_fusions(derived)  # of Pads whose axes were removed, and of gradients

@@ -17,6 +17,7 @@ from splitonnx.errors import InputsNotPermitted, LabelsNotPermitted, NotACut, Us
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAIN
 from splitonnx.partitioner import partitions, permissions
+from splitonnx.partitioner.cutting import joints
 from tests.support.zoo import FLOAT, ZOO, Net
 
 
@@ -37,6 +38,15 @@ def build_masked() -> onnx.ModelProto:
                     out="h4")  # fmt: skip
     output = net.op("MatMul", hidden, net.weight("w3", 4, 3), out="scores")
     return net.finish({"x": (FLOAT, ["N", 4]), "mask": (FLOAT, ["N", 4])}, output, 3)
+
+
+@pytest.mark.parametrize("options", [{"at": "act1"}, {"at": "x"}, {"at": "x", "tail_at": "act3"}])
+def test_what_may_not_be_sent_is_refused_before_the_model_is_differentiated(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joints, "differentiate", lambda *_: pytest.fail("it was differentiated"))
+    with pytest.raises((InputsNotPermitted, LabelsNotPermitted)):
+        splitonnx.cut(ZOO["chain"].build(), **options)
 
 
 def test_labels_stay_unless_they_are_named() -> None:
