@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
+from splitonnx.disclosures import list_sent
 from splitonnx.errors import NotAModel, UnknownTensor, UsageError
+from splitonnx.names import TRAIN
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import CutCandidate, inspect
-from tests.support.zoo import FLOAT, ZOO, Net
+from tests.support.zoo import FLOAT, INT64, ZOO, Net
 
 
 def list_by_name(name: str, batch: int | None = None) -> dict[str, CutCandidate]:
@@ -82,6 +84,42 @@ def test_a_raw_input_may_cross_beside_the_tensor_if_it_is_named() -> None:
     }  # fmt: skip
     assert (beside["t"].bytes_up, beside["t"].bytes_down) == (2 * 2 * 5 * 4, 2 * 5 * 4)
     assert cut(model, at=["t", "mask"], loss="mse").server is not None
+
+
+def build_attention() -> ModelProto:
+    """Two layers of attention over a sequence of any length, both behind one mask of tokens."""
+    net = Net()
+    hidden = net.op("Gather", net.weight("table", 20, 8), "ids", out="embedded")
+    mask = net.op("Cast", "mask", out="kept", to=TensorProto.FLOAT)
+    mask = net.op("Unsqueeze", net.op("Log", mask, out="bias"), net.constant("one", np.array([1])),
+                  out="row")  # fmt: skip
+    for i in range(2):
+        keys = net.op("Transpose", hidden, out=f"k{i}", perm=[0, 2, 1])
+        asked = net.op("MatMul", hidden, net.weight(f"q{i}", 8, 8), out=f"asked{i}")
+        scores = net.op("Add", net.op("MatMul", asked, keys, out=f"s{i}"), mask, out=f"m{i}")
+        shares = net.op("Softmax", scores, out=f"shares{i}", axis=-1)
+        mixed = net.op("MatMul", net.op("MatMul", shares, hidden, out=f"mixed{i}"),
+                       net.weight(f"o{i}", 8, 8), out=f"o{i}x")  # fmt: skip
+        hidden = net.op("Add", hidden, mixed, out=f"block{i}")
+    pooled = net.op("ReduceMean", hidden, net.constant("axis", np.array([1])), out="pooled",
+                    keepdims=0)  # fmt: skip
+    net.op("MatMul", pooled, net.weight("last", 8, 3), out="y")
+    return net.finish({"ids": (INT64, ["N", "T"]), "mask": (INT64, ["N", "T"])}, "y", 3)
+
+
+def test_blocks_behind_a_mask_are_listed_with_it_and_their_bytes_with_a_length() -> None:
+    model = build_attention()
+    assert next(each.tensor for each in inspect(model)) == "block1"
+    dims = {"T": 128}
+    found = {each.tensor: each for each in inspect(model, sent=["mask"], batch=4, dims=dims)}
+    assert [name for name in found if found[name].sent == ("mask",)] == ["embedded", "block0"]
+    assert found["block0"].shape == (4, 128, 8)
+    at = ("block0", "mask")
+    manifest = cut(model, at=at, dims=dims).client.manifest
+    tensors = list_sent(manifest, TRAIN, batch=4).tensors
+    assert found["block0"].bytes_up == sum(t.bytes or 0 for t in tensors if t.tensor in at)
+    assert found["block0"].bytes_down == 4 * 128 * 8 * 4
+    assert inspect(model, sent=["mask"], batch=4)[0].bytes_up is None
 
 
 def test_what_is_no_input_cannot_be_sent() -> None:
