@@ -161,7 +161,7 @@ def test_two_axes_that_may_hold_the_classes_are_told() -> None:
 
 def test_a_batch_in_constants_is_told_with_its_node() -> None:
     remark = find("12_batch_baked", Kind.BATCH)
-    assert "'Reshape_1', 'Reshape_3' have a batch of 1" in remark.sentence
+    assert "'r', 'f' have a batch of 1" in remark.sentence
 
 
 def test_a_batch_that_the_export_fixed_is_told_and_the_model_trains_by_it() -> None:

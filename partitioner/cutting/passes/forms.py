@@ -7,7 +7,7 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.traversals import find_dependents
+from splitonnx.partitioner.graphs.traversals import find_dependents, list_bodies
 from splitonnx.partitioner.normalization.batchnorms import (
     list_batchnorms,
     use_running_statistics,
@@ -55,17 +55,22 @@ def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
 
 
 def name_nodes(graph: ir.Graph) -> None:
-    """Make sure that every node has a unique name.
+    """Make sure that every node has a unique name, also in subgraph bodies.
 
+    A node without a name is named after its first output, because this name is in the user's model.
     Error messages and cuts refer to nodes by name, and random numbers depend on the names.
     """
+    given = {node.name for node in graph if node.name}
     taken: set[str] = set()
     for index, node in enumerate(graph):
         if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{index}"
-            while node.name in taken:
+            named = (value.name for value in node.outputs if value.name)
+            node.name = next(named, f"{node.op_type}_{index}")
+            while node.name in given or node.name in taken:
                 node.name += "_"
         taken.add(node.name)
+        for body in list_bodies(node):
+            name_nodes(body)
 
 
 def refuse_unkept_statistics(statistics: Collection[str], weights: Collection[str]) -> None:

@@ -22,21 +22,31 @@ def build(*nodes: ir.Node, inputs: tuple[ir.Value, ...], outputs: list[ir.Value]
 
 def test_nodes_keep_their_names_but_those_without_one_or_with_another_node_s() -> None:
     x = ir.Value(name="x")
-    first = ir.node("Relu", [x], name="a")
-    second = ir.node("Relu", first.outputs, name="a")
-    third = ir.node("Relu", second.outputs, name="")
+    first = ir.node("Relu", [x], name="a", outputs=[ir.Value(name="h1")])
+    second = ir.node("Relu", first.outputs, name="a", outputs=[ir.Value(name="h2")])
+    third = ir.node("Relu", second.outputs, name="", outputs=[ir.Value(name="h3")])
     graph = build(first, second, third, inputs=(x,), outputs=list(third.outputs))
     name_nodes(graph)
-    assert [node.name for node in graph] == ["a", "Relu_1", "Relu_2"]
+    assert [node.name for node in graph] == ["a", "h2", "h3"]
 
 
-def test_a_made_name_is_not_one_that_an_earlier_node_has() -> None:
+def test_a_made_name_is_not_one_that_another_node_has() -> None:
     x = ir.Value(name="x")
-    first = ir.node("Relu", [x], name="Relu_1")
-    second = ir.node("Relu", first.outputs, name="")
+    first = ir.node("Relu", [x], name="", outputs=[ir.Value(name="h")])
+    second = ir.node("Relu", first.outputs, name="h", outputs=[ir.Value(name="y")])
     graph = build(first, second, inputs=(x,), outputs=list(second.outputs))
     name_nodes(graph)
-    assert [node.name for node in graph] == ["Relu_1", "Relu_1_"]
+    assert [node.name for node in graph] == ["h_", "h"]
+
+
+def test_nodes_within_a_body_get_names_too() -> None:
+    graph = ir.from_proto(ZOO["chain"].build()).graph
+    inner = ir.node("Relu", [graph.inputs[0]], name="", outputs=[ir.Value(name="in")])
+    body = ir.Graph([], list(inner.outputs), nodes=[inner], opset_imports={"": 18})
+    attributes = {"then_branch": body, "else_branch": body.clone(allow_outer_scope_values=True)}
+    graph.append(ir.node("If", [graph.inputs[0]], attributes, name="choice"))
+    name_nodes(graph)
+    assert inner.name == "in"
 
 
 def test_what_gradients_read_is_declared_where_it_is_not() -> None:
