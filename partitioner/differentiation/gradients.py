@@ -144,10 +144,7 @@ _SUBJECT = "the model to differentiate"
 _SOURCE = re.compile(r"was false\. |\[ONNXRuntimeError\] : \d+ : \w+ : ")
 """Pattern after which ONNX Runtime's error messages state the reason."""
 
-_ADVICE = (
-    "cut so that it is before every trained parameter, freeze the parameters before it, or "
-    "export the model without it"
-)
+_ADVICE = "freeze the parameters before it with --freeze, or export the model without it"
 
 
 def list_undifferentiable(

@@ -14,7 +14,13 @@ import onnx_ir as ir
 from splitonnx.partitioner.graphs.bodies import copy_body
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import disconnect, list_inner, list_nodes
+from splitonnx.partitioner.inference.dimensions import Dim
 from splitonnx.partitioner.inference.inferences import Inference
+from splitonnx.partitioner.inference.undecided_sizes import (
+    explain_unknown,
+    list_options,
+    name_sizes,
+)
 
 KEPT = "splitonnx.kept"
 """Metadata key of the reason why a control-flow node could not be replaced."""
@@ -61,7 +67,7 @@ def resolve_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequenc
 def _inline_branch(builder: NodeBuilder, node: ir.Node, known: Inference) -> list[ir.Value | None]:
     condition = known.constant(node.inputs[0])
     if condition is None:
-        raise Unresolved("its condition depends on the data")
+        raise _refuse_unknown("its condition", node.inputs[0], node, known)
     body = node.attributes["then_branch" if condition.all() else "else_branch"].as_graph()
     _hoist_constants(body, node)
     taken = _list_names(node.graph)
@@ -87,9 +93,9 @@ def _unroll_loop(
     trips, condition = node.inputs[0], node.inputs[1]
     most = known.constant(trips)
     if trips is not None and most is None:
-        raise Unresolved("its trip count depends on the data")
+        raise _refuse_unknown("its trip count", trips, node, known)
     limit = None if most is None else int(most.reshape(-1)[0])
-    going = condition is None or _decide(condition, known)
+    going = condition is None or _decide(condition, node, known)
     carried = list(node.inputs[2:])
     scanned: list[list[ir.Value]] = [[] for _ in node.outputs[len(carried) :]]
     if going and limit is not None and _is_endless(body):
@@ -102,7 +108,7 @@ def _unroll_loop(
         again, *results = _write_body(builder, body, f"{node.name}/{step}", bound, known)
         step += 1
         if limit is None or step < limit:
-            going = _decide(again, known)
+            going = _decide(again, node, known)
         carried = [*results[: len(carried)]]
         for row, value in zip(scanned, results[len(carried) :], strict=True):
             row.append(value)
@@ -131,11 +137,18 @@ def _refuse_excess(size: int, runs: int, spent: int) -> None:
         )
 
 
-def _decide(condition: ir.Value, known: Inference) -> bool:
+def _decide(condition: ir.Value, node: ir.Node, known: Inference) -> bool:
     content = known.constant(condition)
     if content is None:
-        raise Unresolved("its condition depends on the data")
+        raise _refuse_unknown("its condition", condition, node, known)
     return bool(content.all())
+
+
+def _refuse_unknown(
+    what: str, value: ir.Value | None, node: ir.Node, known: Inference
+) -> Unresolved:
+    assert isinstance(node.graph, ir.Graph)
+    return Unresolved(f"{what} {explain_unknown(value, node.graph, known)}")
 
 
 def _unroll_scan(
@@ -179,7 +192,17 @@ def _measure_scan(
         dims = known.shape(source)
         if dims is not None and isinstance(length := dims[axis], int) and length:
             return length
-    raise Unresolved("the length of its sequence is not a fixed number")
+    lengths = {
+        atom
+        for source, axis in zip(sources, axes, strict=True)
+        for dim in (known.shape(source) or [])[axis:][:1]
+        if isinstance(dim, Dim)
+        for atom in dim.atoms
+    }
+    assert isinstance(node.graph, ir.Graph)
+    options = list_options(lengths, node.graph)
+    depends = f"; it depends on {name_sizes(options)}" if options else ""
+    raise Unresolved(f"the length of its sequence is not a fixed number{depends}")
 
 
 def _list_integers(node: ir.Node, name: str, count: int) -> Sequence[int]:

@@ -26,7 +26,7 @@ def _read_extent(node: ir.Node) -> list[int]:
         raise UnsupportedModel(
             f"node '{node.name}' ({node.op_type})",
             "the image size of the pooled input is not known",
-            "export the model with a fixed image size",
+            "fix it with --dim NAME=SIZE, or export the model with a fixed image size",
         )
     return [dim for dim in dims[2:] if dim is not None]
 

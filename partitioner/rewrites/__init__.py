@@ -151,7 +151,7 @@ their parts take 3 rounds.
 """
 
 
-_ADVICE = "cut so that it is before every trained parameter"
+_ADVICE = "freeze the parameters before it with --freeze"
 
 
 def rewrite(model: ir.Model, trained: Collection[str]) -> None:

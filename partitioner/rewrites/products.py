@@ -67,7 +67,7 @@ def rewrite_determinant(builder: NodeBuilder, node: ir.Node) -> Values:
         raise UnsupportedModel(
             f"node '{node.name}' (Det)",
             f"matrices are to be square and of a known size up to {_LARGEST_DETERMINANT}",
-            "cut so that it is before every trained parameter",
+            "freeze the parameters before it with --freeze",
         )
     still = builder.detach(x)
     still.type, still.shape = x.type, x.shape

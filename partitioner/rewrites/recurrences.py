@@ -140,7 +140,7 @@ def _read_layer(node: ir.Node, *, states: int) -> _Layer:
         raise UnsupportedModel(
             f"node '{node.name}' ({node.op_type})",
             "it can be trained only unrolled, and its sequence length is not known",
-            "export the model with a fixed sequence length",
+            "fix it with --dim NAME=SIZE, or export the model with a fixed sequence length",
         )
     if sizes is None or hidden is None or sizes[2] is None or hidden[2] is None:
         raise UnsupportedModel(

@@ -92,7 +92,7 @@ def _stretch_axis(
         raise refuse(
             node,
             f"the size of '{x.name}' along axis {axis}, before or after, is not known",
-            "export it with a fixed image size, or without antialias and cropped regions",
+            "fix it with --dim NAME=SIZE, or export it without antialias and cropped regions",
         )
     before, place = extents[axis], builder.integers([_read_axes(node, x).index(axis)])
     factor: float | ir.Value | None = scale

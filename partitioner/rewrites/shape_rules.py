@@ -43,7 +43,7 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
         raise refuse(
             node,
             f"the shape of '{value.name}' is not known from dimension {start} on",
-            "export the model with fixed sizes",
+            "fix it with --dim NAME=SIZE, or export the model with fixed sizes",
         )
     return sizes
 

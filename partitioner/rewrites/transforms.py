@@ -149,5 +149,5 @@ def _refuse(node: ir.Node, what: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type})",
         f"{what} is not known in advance",
-        "export the model with fixed lengths",
+        "fix it with --dim NAME=SIZE, or export the model with fixed lengths",
     )

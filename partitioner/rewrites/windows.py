@@ -59,7 +59,7 @@ def read_windows(node: ir.Node) -> Windows:
         raise refuse(
             node,
             "its automatic padding depends on the image's size, which is not known",
-            "export the model with a fixed image size or explicit pads",
+            "fix it with --dim NAME=SIZE, or export the model with explicit pads",
         )
     rank = len(kernel)
     ones = [1] * rank
@@ -93,7 +93,7 @@ def _find_surplus(
         raise refuse(
             node,
             "its ceil_mode depends on the image's size, which is not known",
-            "export the model with a fixed image size",
+            "fix it with --dim NAME=SIZE, or export the model with a fixed image size",
         )
     return stride - 1
 

@@ -59,7 +59,7 @@ def test_a_batch_of_1_is_refused_wherever_the_model_runs(target: Target) -> None
 
 def test_it_is_said_by_cut_and_by_check(caplog: pytest.LogCaptureFixture) -> None:
     (remark,) = check(load_model(NAME)).remarks
-    assert remark.sentence.startswith("'If_4' (If) asks whether the batch is 1")
+    assert remark.sentence.startswith("'h' (If) asks whether the batch is 1")
     with caplog.at_level(logging.WARNING):
         cut(load_model(NAME), at="a")
     assert remark.sentence in caplog.text
@@ -76,7 +76,7 @@ def test_a_size_between_is_still_not_decided() -> None:
     bound = next(tensor for tensor in model.graph.initializer if tensor.name == "one")
     bound.CopyFrom(onnx.numpy_helper.from_array(np.array(3), "one"))
     (obstacle,) = check(model).obstacles
-    assert "depends on the data" in obstacle
+    assert "depends on the size 'N', which --dim N=SIZE fixes" in obstacle
 
 
 def _write_branch(model: onnx.ModelProto) -> onnx.ModelProto:

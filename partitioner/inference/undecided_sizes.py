@@ -1,0 +1,98 @@
+"""Explain why the value that a control-flow node needs is not known in advance.
+
+The value depends on the data, or only on sizes of the model's inputs that are not fixed.  In the
+second case, the user can fix these sizes with ``--dim``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from splitonnx.errors import quote
+from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size
+from splitonnx.partitioner.inference.dimensions import Dim, name_unknown
+from splitonnx.partitioner.inference.inferences import Inference
+
+
+def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -> str:
+    """Return what a value depends on, as the end of a sentence that starts with the value.
+
+    ``graph`` is the model's graph, and ``known`` holds what is inferred of its values.
+    """
+    sizes = None if value is None else list_open_sizes(value, graph, known)
+    if not sizes:
+        return "depends on the data"
+    return f"depends on {name_sizes(sizes)}"
+
+
+def name_sizes(sizes: Sequence[str]) -> str:
+    """Return words for sizes that are not fixed, with the options that fix them."""
+    options = " ".join(f"--dim {size}=SIZE" for size in sizes)
+    noun, fix = ("the size", "fixes") if len(sizes) == 1 else ("the sizes", "fix")
+    return f"{noun} {quote(sizes)}, which {options} {fix}"
+
+
+def list_open_sizes(value: ir.Value, graph: ir.Graph, known: Inference) -> list[str]:
+    """List the open input sizes that a value depends on, named as ``--dim`` takes them.
+
+    The list is empty if the value depends on anything else as well, such as the data.
+    """
+    atoms = _find_atoms(value, known)
+    return [] if atoms is None else list_options(atoms, graph)
+
+
+def list_options(atoms: set[str], graph: ir.Graph) -> list[str]:
+    """List the names, as ``--dim`` takes them, of the input sizes in ``atoms`` (unknown sizes).
+
+    The list is empty if an atom contains no size of an input.
+    """
+    sizes = _list_input_sizes(graph)
+    found: set[str] = set()
+    for atom in atoms:
+        options = {option for name, option in sizes if _is_part(name, atom)}
+        if not options:
+            return []
+        found |= options
+    return [option for _, option in sizes if option in found]
+
+
+def _is_part(name: str, atom: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", atom) is not None
+
+
+def _find_atoms(value: ir.Value, known: Inference) -> set[str] | None:
+    """Return the unknown sizes that a value depends on, or ``None`` if it depends on other data."""
+    atoms: set[str] = set()
+    pending, seen = [value], {value}
+    while pending:
+        each = pending.pop()
+        node, content = each.producer(), known.content(each)
+        if content is not None:
+            atoms |= {atom for dim in content.flat if isinstance(dim, Dim) for atom in dim.atoms}
+        elif node is None:
+            return None
+        elif reads_size(node):
+            dims = None if node.inputs[0] is None else known.shape(node.inputs[0])
+            if dims is None:
+                return None
+            atoms |= {atom for dim in dims if isinstance(dim, Dim) for atom in dim.atoms}
+        else:
+            fresh = [source for source in list_inputs(node) if source not in seen]
+            seen.update(fresh)
+            pending += fresh
+    return atoms
+
+
+def _list_input_sizes(graph: ir.Graph) -> list[tuple[str, str]]:
+    """List the open sizes of the inputs: their atoms, and their names for ``--dim``."""
+    sizes: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, int):
+                continue
+            unnamed = str(name_unknown(value.name or "", axis))
+            sizes.setdefault(dim.value or unnamed, dim.value or f"{value.name}:{axis}")
+    return list(sizes.items())

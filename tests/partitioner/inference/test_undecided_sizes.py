@@ -1,0 +1,76 @@
+"""Why a condition is not known: the data decide, or sizes that the user can fix."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+
+from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.inference.inferences import Inference
+from splitonnx.partitioner.inference.shapes import infer_shapes
+from splitonnx.partitioner.inference.undecided_sizes import (
+    explain_unknown,
+    list_open_sizes,
+    list_options,
+    name_sizes,
+)
+
+TEXT = """<ir_version: 8, opset_import: ["" : 18]>
+g (float[N,T,4] x, float[N,M] z, float[?,2] u) => (bool a, bool b, bool c, bool d, bool e) {
+    one = Constant <value = int64 {1}> ()
+    three = Constant <value = int64 {3}> ()
+    sizes = Shape (x)
+    t = Gather (sizes, one)
+    a = Greater (t, three)
+    count = Size (z)
+    half = Div (count, three)
+    b = Greater (half, three)
+    total = ReduceSum <keepdims = 0> (x)
+    limit = Constant <value_float = 1.0> ()
+    c = Greater (total, limit)
+    length = Shape <end = 1> (u)
+    d = Greater (length, three)
+    e = Constant <value_int = 1> ()
+}
+"""
+
+
+@pytest.fixture
+def found() -> tuple[ir.Graph, Inference]:
+    model = ir.from_onnx_text(TEXT)
+    infer_shapes(model)
+    graph = model.graph
+    known = Inference(18)
+    for node in graph:
+        known.visit(node)
+    return graph, known
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("a", ["T"]), ("b", ["N", "M"]), ("c", []), ("d", ["u:0"]), ("e", []), ("x", [])],
+)
+def test_the_sizes_are_those_that_the_value_depends_on(
+    found: tuple[ir.Graph, Inference], name: str, sizes: list[str]
+) -> None:
+    graph, known = found
+    assert list_open_sizes(map_values(graph)[name], graph, known) == sizes
+
+
+def test_it_is_said_whether_sizes_or_the_data_decide(found: tuple[ir.Graph, Inference]) -> None:
+    graph, known = found
+    values = map_values(graph)
+    told = explain_unknown(values["a"], graph, known)
+    assert told == "depends on the size 'T', which --dim T=SIZE fixes"
+    assert explain_unknown(values["c"], graph, known) == "depends on the data"
+    assert explain_unknown(None, graph, known) == "depends on the data"
+
+
+def test_a_size_within_a_quotient_counts(found: tuple[ir.Graph, Inference]) -> None:
+    graph, _ = found
+    assert list_options({"(T + -1)//(2)"}, graph) == ["T"]
+    assert list_options({"Total"}, graph) == []
+
+
+def test_several_sizes_are_fixed_by_an_option_each() -> None:
+    assert name_sizes(["H", "W"]) == "the sizes 'H', 'W', which --dim H=SIZE --dim W=SIZE fix"
