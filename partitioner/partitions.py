@@ -18,10 +18,11 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import UsageError, quote
+from splitonnx.errors import NotACut, UsageError, quote
 from splitonnx.manifests import Recipe
 from splitonnx.names import TARGETS, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
+from splitonnx.partitioner.advice import add_advice
 from splitonnx.partitioner.cutting.assemblies import assemble
 from splitonnx.partitioner.cutting.conformance.comparisons import (
     MOST_BYTES,
@@ -30,11 +31,18 @@ from splitonnx.partitioner.cutting.conformance.comparisons import (
 )
 from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.sample_comparisons import describe_unchecked
-from splitonnx.partitioner.cutting.joints import JointGraph, build_predict, build_training
+from splitonnx.partitioner.cutting.joints import (
+    NOTHING_TO_TRAIN,
+    JointGraph,
+    build_predict,
+    build_training,
+)
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
 from splitonnx.partitioner.cutting.passes.batches import describe_freed
-from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
+from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED
+from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.losses import (
     LABELS,
     LossOptions,
@@ -47,7 +55,7 @@ from splitonnx.partitioner.gate.exporters import OmissionKind, advise, list_omis
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
-from splitonnx.partitioner.graphs.traversals import is_float, map_values
+from splitonnx.partitioner.graphs.traversals import find_movers, map_values
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.normalization.weights import make_pattern
 
@@ -205,11 +213,18 @@ def cut_prepared(
     options = LossOptions(class_axis=class_axis, labels=labels)
     _warn(prepared, loss, output, options)
     examine = None if approve is None else partial(approve.check_forward, prepared)
-    training = build_training(prepared, names_at, names_tail, loss, output, options, examine)
-    predict = build_predict(prepared, names_at, names_tail)
-    if approve is not None:
-        approve.check(prepared, training, predict)
-    return assemble(prepared, training, predict, recipe, optimizer)
+    with naming_as_given(prepared.given):
+        refuse_untrainable(prepared, output)
+        try:
+            training = build_training(
+                prepared, names_at, names_tail, loss, output, options, examine
+            )
+            predict = build_predict(prepared, names_at, names_tail)
+        except NotACut as error:
+            raise add_advice(error, prepared, names_at, names_tail, output) from error
+        if approve is not None:
+            approve.check(prepared, training, predict)
+        return assemble(prepared, training, predict, recipe, optimizer)
 
 
 @attribute_errors_to_pass("searched for what to warn of")
@@ -288,26 +303,16 @@ def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-@attribute_errors_to_pass("searched for the output of the loss")
-def choose_output(prepared: PreparedModel, output: str | None) -> str:
-    """Return the name of the output from which the loss is computed.
-
-    This is ``output`` if it is given.  Otherwise it is the first float output, or the first output
-    if none is a float.
+def refuse_untrainable(prepared: PreparedModel, output: str) -> None:
+    """Check that a model can be trained with a loss of ``output``, wherever it is cut.
 
     Raises:
-        UsageError: the model has no such output, or no output that depends on its inputs.
+        NotDifferentiable: a node without a gradient is between a trained parameter and the output.
+        UsageError: the output depends on no trained parameter.
     """
-    predicted = {value.name for value in prepared.inference.graph.outputs}
-    outputs = [v for v in prepared.training.graph.outputs if v.name in predicted]
-    known = [value.name or "" for value in outputs]
-    if not known:
-        raise UsageError("the model has no output that depends on its inputs")
-    if output is not None and output not in known:
-        if any(value.name == output for value in prepared.skeleton.graph.outputs):
-            raise UsageError(
-                f"output '{output}' does not depend on the model's inputs, so nothing can be "
-                f"learned from it; choose one of {', '.join(known)}"
-            )
-        raise UsageError(f"the model has no output '{output}'; it has {', '.join(known)}")
-    return output or next((v.name or "" for v in outputs if is_float(v)), known[0])
+    graph = prepared.training.graph
+    for fault in list_undifferentiable(graph, prepared.trainable, output):
+        raise fault
+    reached = {value.name for value in find_movers([map_values(graph)[output]])}
+    if not reached.intersection(prepared.trainable):
+        raise UsageError(NOTHING_TO_TRAIN)

@@ -36,7 +36,8 @@ from splitonnx.manifests import (
 )
 from splitonnx.names import CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
 from splitonnx.optimizers import Optimizer
-from splitonnx.partitioner.cutting.joints import JointGraph, declare
+from splitonnx.partitioner.cutting.joints import JointGraph
+from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
 from splitonnx.partitioner.cutting.verdicts import check_operators

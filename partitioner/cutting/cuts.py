@@ -1,4 +1,4 @@
-"""Define which cuts of a model are legal, find tensors by name, and partition a graph at them.
+"""Define which cuts of a model are legal, and partition a graph at them.
 
 In a *partition*, the nodes between the cut tensors ``at`` and ``tail_at`` (or the model's outputs)
 belong to the server, and all other nodes to the client.  Therefore, a skip connection from nodes
@@ -11,21 +11,18 @@ This module uses graphs and names only; it does not depend on losses, gradients 
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from splitonnx.errors import NotACut, SharedParameter, UnknownTensor, UsageError
+from splitonnx.errors import NotACut, SharedParameter, UsageError
 from splitonnx.partitioner.cutting.sizes import find_sizes, find_underived
 from splitonnx.partitioner.graphs.traversals import (
     find_data,
     find_dependents,
     find_moving,
     list_inputs,
-    map_values,
     reads_size,
     walk_back,
 )
@@ -117,39 +114,6 @@ def survey(
         readers=frozenset(node for node in sizes if reads_size(node)),
         known=known,
     )
-
-
-def resolve_names(graph: ir.Graph, names: Sequence[str]) -> tuple[ir.Value, ...]:
-    """Find the tensors that ``names`` refers to.
-
-    Each name is the name of a tensor, the name of a node (meaning all of its outputs), or
-    a glob pattern for tensor names.
-
-    Raises:
-        UnknownTensor: a name or pattern matches nothing; the error suggests similar names.
-    """
-    values = map_values(graph)
-    nodes = {node.name: node for node in graph if node.name}
-    found: dict[str, ir.Value] = {}
-    for name in names:
-        for value in _resolve_name(name, values, nodes):
-            found[value.name or ""] = value
-    return tuple(found.values())
-
-
-def _resolve_name(
-    name: str, values: dict[str, ir.Value], nodes: dict[str, ir.Node]
-) -> list[ir.Value]:
-    if name in values:
-        return [values[name]]
-    if name in nodes:
-        outputs = nodes[name].outputs
-        return [value for value in outputs if value.uses() or value.is_graph_output()]
-    matches = [values[known] for known in fnmatch.filter(values, name)]
-    if not matches:
-        nearest = difflib.get_close_matches(name, [*values, *nodes], n=3, cutoff=0.5)
-        raise UnknownTensor(name, nearest)
-    return matches
 
 
 def divide(
@@ -340,7 +304,7 @@ def _walk_side(
                 more += away
                 reason = (
                     f"beyond it a size of '{away[0].name}' is needed ({missing}) that no tensor of "
-                    "the cut has; cut elsewhere, or export the model with that size fixed"
+                    "the cut has; cut elsewhere, or fix that size with --dim NAME=SIZE"
                 )
         if not more:
             return Side(

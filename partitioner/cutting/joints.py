@@ -9,19 +9,17 @@ runtime.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from splitonnx.element_types import ELEMENT_TYPES
-from splitonnx.errors import IntegerCut, NotACut, UsageError
+from splitonnx.errors import UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, LOSS, SERVER
-from splitonnx.partitioner.cutting.cuts import Partition, divide, find_lost, resolve_names, survey
-from splitonnx.partitioner.cutting.ports import Port, insert_ports
+from splitonnx.partitioner.cutting.divisions import divide_inference, divide_training
+from splitonnx.partitioner.cutting.ports import Port, declare, insert_ports
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
-from splitonnx.partitioner.cutting.sizes import derive_sizes
 from splitonnx.partitioner.cutting.stages import Crossing
 from splitonnx.partitioner.differentiation.final_activations import skip_activation
 from splitonnx.partitioner.differentiation.gradients import GRADIENT, differentiate
@@ -35,20 +33,17 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import (
     find_movers,
-    list_inputs,
     map_values,
     prune,
-    reads_size,
     walk_back,
 )
-from splitonnx.partitioner.inference.dimensions import name_unknown
-from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
-from splitonnx.tensors import DTYPES, TensorSpec
+from splitonnx.tensors import TensorSpec
 
-_DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
+NOTHING_TO_TRAIN = "nothing is left to train: the loss depends on no trainable parameter"
+"""The message of the error for a model without a trained parameter before the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +77,6 @@ class JointGraph:
     commits: Mapping[str, str] = field(default_factory=dict)
 
 
-def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
-    """Describe a graph's value for the manifest, and generate names for unnamed dimensions.
-
-    Raises:
-        UsageError: the value's shape is not known, or its element type cannot be sent.
-    """
-    if value.dtype not in _DTYPE_NAMES or value.shape is None:
-        raise UsageError(
-            f"tensor '{value.name}' cannot travel: its dtype is {value.dtype}, its shape "
-            f"{value.shape}; cut where both are known (one of {', '.join(DTYPES)})"
-        )
-    dims = tuple(
-        d if isinstance(d, int) else d.value or str(name_unknown(value.name or "", axis))
-        for axis, d in enumerate(value.shape)
-    )
-    return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=dims)
-
-
 @attribute_errors_to_pass("differentiated")
 def build_training(
     prepared: PreparedModel,
@@ -121,10 +98,7 @@ def build_training(
     """
     model = copy_model(prepared.training)
     graph = model.graph
-    cut = _resolve_cut(prepared, graph, at, tail_at)
-    graph.outputs[:] = [map_values(graph)[output]]
-    first, last = (_keep_needed(graph, values) for values in cut)
-    partition = _divide(prepared, graph, _keep_reached(graph, first, last), last)
+    partition = divide_training(prepared, graph, at, tail_at, output)
     axis = find_class_axis(graph, loss, output, options)
     scores = skip_activation(graph, loss, output, {*partition.at, *partition.tail_at}, axis)
     known = set(graph)
@@ -191,8 +165,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     server also sends the client the outputs that it computes.
     """
     graph = copy_model(prepared.inference).graph
-    cut = _resolve_cut(prepared, graph, at, tail_at)
-    partition = _divide(prepared, graph, *cut)
+    partition = divide_inference(prepared, graph, at, tail_at)
     ports = insert_ports(graph, partition, partition.server)
     add_safeguards(graph, set(graph), is_training=False)
     prune(graph)
@@ -219,108 +192,12 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     )
 
 
-def _resolve_cut(
-    prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
-) -> list[tuple[ir.Value, ...]]:
-    """Find the tensors that ``at`` and ``tail_at`` name, and return them in this order.
-
-    Raises:
-        UnknownTensor: a name matches nothing.
-        IntegerCut: gradients cannot reach trained parameters through a tensor of integers.
-    """
-    cut = [resolve_names(graph, names) for names in (at, tail_at)]
-    for tensors in cut:
-        lost = find_lost(tensors, prepared.trainable)
-        if lost:
-            value, parameters = lost
-            raise IntegerCut(value.name or "", str(value.dtype), parameters)
-    return cut
-
-
-def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]:
-    """Return the tensors of the cut that the loss depends on.
-
-    The loss is computed from the only output of ``graph``.
-
-    Raises:
-        NotACut: the loss depends on none of the tensors, so one party would have no part in
-            training.
-    """
-    needed = find_needed(graph)
-    kept = [value for value in tensors if value in needed]
-    if tensors and not kept:
-        name = graph.outputs[0].name
-        raise NotACut(
-            [value.name or "" for value in tensors],
-            reason=f"output '{name}', from which the loss is computed, does not depend on them",
-        )
-    return kept
-
-
-def _keep_reached(
-    graph: ir.Graph, first: Sequence[ir.Value], last: Sequence[ir.Value]
-) -> Sequence[ir.Value]:
-    """Return the tensors in ``first`` that the server reads for the loss.
-
-    For example, only another output may need a raw input, which is then sent for prediction alone.
-    """
-    _, reached = walk_back(last or graph.outputs, set(first))
-    return [value for value in first if value in reached] or first
-
-
-def find_needed(graph: ir.Graph) -> set[ir.Value]:
-    """Return the outputs of a graph and all values whose elements they depend on."""
-    nodes, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
-    read = {value for node in nodes if not reads_size(node) for value in list_inputs(node)}
-    return read | set(graph.outputs)
-
-
-def _divide(
-    prepared: PreparedModel, graph: ir.Graph, first: Sequence[ir.Value], last: Sequence[ir.Value]
-) -> Partition:
-    known = Inference(graph.opset_imports[""])
-    state, trainable = prepared.state, prepared.trainable
-    around = survey(graph, state=state, trainable=trainable, known=known) if first else None
-    try:
-        partition = divide(graph, first, last, state=state, trainable=trainable, around=around)
-    except NotACut as error:
-        raise _explain(error, graph) from error
-    return _keep_sizes_home(graph, partition, known)
-
-
-def _explain(error: NotACut, graph: ir.Graph) -> NotACut:
-    """Return a better error if nodes on both sides update the same running statistics."""
-    values = map_values(graph)
-    for name in error.missing:
-        node = values[name].producer() if name in values else None
-        if node is not None and node.op_type == "BatchNormalization" and values[name].index():
-            return NotACut(
-                error.tensors,
-                reason=f"node '{node.name}' (BatchNormalization) and one on the other side update "
-                "the same running statistics; cut where one party has both",
-            )
-    return error
-
-
-def _keep_sizes_home(graph: ir.Graph, partition: Partition, known: Inference) -> Partition:
-    """Make each party compute sizes from its own tensors by rewriting the graph in place."""
-    if not partition.at:
-        return partition
-    remote_shapes, client = partition.remote_shapes, partition.client
-    server = derive_sizes(
-        graph, remote_shapes[SERVER], partition.server, client, SERVER, known, partition.duplicated
-    )
-    client = frozenset(derive_sizes(graph, remote_shapes[CLIENT], client, server, CLIENT, known))
-    graph.sort()
-    return replace(partition, server=frozenset(server), client=client)
-
-
 def _find_trained(prepared: PreparedModel, graph: ir.Graph) -> list[str]:
     loss = [value for value in graph.outputs if value.name == LOSS]
     reached = {value.name for value in find_movers(loss)}
     trained = [name for name in prepared.trainable if name in reached]
     if not trained:
-        raise UsageError("nothing is left to train: the loss depends on no trainable parameter")
+        raise UsageError(NOTHING_TO_TRAIN)
     return trained
 
 

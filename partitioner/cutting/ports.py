@@ -13,10 +13,17 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel
+from splitonnx.element_types import ELEMENT_TYPES
+from splitonnx.errors import NotACut, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.cutting.cuts import Partition
+from splitonnx.partitioner.graphs.traversals import list_bodies, list_inputs
+from splitonnx.partitioner.inference.control_flows import KEPT
+from splitonnx.partitioner.inference.dimensions import name_unknown
+from splitonnx.tensors import DTYPES, TensorSpec
+
+_DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +36,24 @@ class Port:
     kind: WireKind
 
 
+def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
+    """Describe a graph's value for the manifest, and generate names for unnamed dimensions.
+
+    Raises:
+        UsageError: the value's shape is not known, or its element type cannot be sent.
+    """
+    if value.dtype not in _DTYPE_NAMES or value.shape is None:
+        raise UsageError(
+            f"tensor '{value.name}' cannot travel: its dtype is {value.dtype}, its shape "
+            f"{value.shape}; cut where both are known (one of {', '.join(DTYPES)})"
+        )
+    dims = tuple(
+        d if isinstance(d, int) else d.value or str(name_unknown(value.name or "", axis))
+        for axis, d in enumerate(value.shape)
+    )
+    return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=dims)
+
+
 def insert_ports(
     graph: ir.Graph, partition: Partition, server: Collection[ir.Node], labels: str | None = None
 ) -> list[Port]:
@@ -38,7 +63,7 @@ def insert_ports(
     computes the loss.
 
     Raises:
-        UnsupportedModel: a subgraph body of a control-flow operator reads a cut tensor.
+        NotACut: a subgraph body of a control-flow operator reads a cut tensor.
     """
     ports = []
     for value in partition.at:
@@ -74,11 +99,7 @@ def _insert(
         if use.node is port:
             continue
         if use.node.graph is not graph:
-            raise UnsupportedModel(
-                f"cut tensor '{value.name}'",
-                f"it is read within the body of a control-flow operator ('{use.node.name}')",
-                "cut elsewhere",
-            )
+            raise NotACut([value.name or ""], reason=_explain_inner(graph, value))
         if (use.node in server) is (receiver == SERVER):
             use.node.replace_input_with(use.idx, wire)
     producer = value.producer()
@@ -88,6 +109,16 @@ def _insert(
         first = next(iter(graph))
         graph.insert_before(first, port)
     return Port(value=wire, sender=sender, receiver=receiver, kind=kind)
+
+
+def _explain_inner(graph: ir.Graph, value: ir.Value) -> str:
+    """Return why a tensor that a subgraph body reads cannot be sent."""
+    holder = next(node for node in graph if value in list_inputs(node) and list_bodies(node))
+    kept = holder.metadata_props.get(KEPT)
+    return (
+        f"it is read in a body of node '{holder.name}' ({holder.op_type})"
+        f"{f', which stays because {kept}' if kept else ''}; cut before or behind that node"
+    )
 
 
 def _split_output(graph: ir.Graph, value: ir.Value) -> ir.Value:

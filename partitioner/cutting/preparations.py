@@ -11,12 +11,15 @@ from functools import cached_property
 
 import onnx_ir as ir
 
+from splitonnx.errors import UsageError
 from splitonnx.manifests import KEY, Role
 from splitonnx.names import BatchNormModes, DropoutMode
+from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
 from splitonnx.partitioner.cutting.passes.passes import PASSES
 from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.traversals import is_float
 from splitonnx.partitioner.normalization.parameters import find_input_scalings
 
 
@@ -28,7 +31,8 @@ class PreparedModel:
     with all of its outputs.  The two forms keep only the outputs that depend on the model's inputs.
     ``weights`` holds the tensors that became graph inputs, in the model's order, and ``roles`` maps
     each name to the weight's role.  ``next_buffers`` maps each running statistic to the value in
-    ``training`` that replaces it after a step.  ``freed`` names the nodes whose fixed batch
+    ``training`` that replaces it after a step.  ``given`` holds the names of the tensors and nodes
+    of the user's model, with its functions inlined.  ``freed`` names the nodes whose fixed batch
     size of 1 was replaced by that of the data (:mod:`batches`).  ``decided`` names the If nodes
     that were replaced by their branch for larger batches (:mod:`batch_decisions`).  The other
     fields are the options that :func:`prepare` was called with.
@@ -42,6 +46,7 @@ class PreparedModel:
     weights: Mapping[str, ir.TensorProtocol]
     roles: Mapping[str, Role]
     next_buffers: Mapping[str, str]
+    given: frozenset[str] = frozenset()
     freed: tuple[str, ...] = ()
     decided: tuple[str, ...] = ()
     batchnorm: BatchNormModes = None
@@ -108,7 +113,7 @@ def prepare(
         stop_gradients=stop_gradients,
     )
     for step in PASSES:
-        with attribute_errors_to_pass(step.work):
+        with naming_as_given(work.given), attribute_errors_to_pass(step.work):
             step.run(work)
     return PreparedModel(
         training=work.training,
@@ -117,6 +122,7 @@ def prepare(
         weights=work.masters,
         roles=work.roles,
         next_buffers=work.buffers,
+        given=work.given,
         freed=tuple(work.freed),
         decided=tuple(work.decided),
         batchnorm=batchnorm,
@@ -127,3 +133,28 @@ def prepare(
         ties=tuple(ties),
         stop_gradients=tuple(stop_gradients),
     )
+
+
+@attribute_errors_to_pass("searched for the output of the loss")
+def choose_output(prepared: PreparedModel, output: str | None) -> str:
+    """Return the name of the output from which the loss is computed.
+
+    This is ``output`` if it is given.  Otherwise it is the first float output, or the first output
+    if none is a float.
+
+    Raises:
+        UsageError: the model has no such output, or no output that depends on its inputs.
+    """
+    predicted = {value.name for value in prepared.inference.graph.outputs}
+    outputs = [v for v in prepared.training.graph.outputs if v.name in predicted]
+    known = [value.name or "" for value in outputs]
+    if not known:
+        raise UsageError("the model has no output that depends on its inputs")
+    if output is not None and output not in known:
+        if any(value.name == output for value in prepared.skeleton.graph.outputs):
+            raise UsageError(
+                f"output '{output}' does not depend on the model's inputs, so nothing can be "
+                f"learned from it; choose one of {', '.join(known)}"
+            )
+        raise UsageError(f"the model has no output '{output}'; it has {', '.join(known)}")
+    return output or next((v.name or "" for v in outputs if is_float(v)), known[0])

@@ -25,7 +25,7 @@ from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.joints import build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
 from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fixing_node
-from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.losses import fit_loss, list_losses
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
@@ -35,7 +35,6 @@ from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import find_moving
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.weights import list_returned
-from splitonnx.partitioner.partitions import choose_output
 from splitonnx.partitioner.reports.batches import remark_on_batches
 from splitonnx.partitioner.reports.detaches import remark_on_detaches
 from splitonnx.partitioner.reports.diagnoses import diagnose
@@ -221,9 +220,14 @@ def _note_batch(
 def _list_cuts(
     prepared: PreparedModel, output: str
 ) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
-    """List the cuts, or return no cuts and a remark if finding them would take too long."""
+    """List the cuts, or return no cuts and a remark if finding them would take too long.
+
+    A model that cannot be trained has no cuts; :func:`check` reports the reason as an obstacle.
+    """
     try:
         return tuple(list_cuts(prepared, None, output=output)), ()
+    except (NotDifferentiable, UsageError):
+        return (), ()
     except TooManyTries as error:
         return (), (Remark(kind=Kind.CUTS_NOT_LISTED, sentence=str(error)),)
 

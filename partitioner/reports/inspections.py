@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.errors import SplitonnxError, UsageError
+from splitonnx.errors import SplitonnxError, UsageError, quote
 from splitonnx.partitioner.cutting.candidates.bisections import Bisection, find_bisections
-from splitonnx.partitioner.cutting.cuts import resolve_names
-from splitonnx.partitioner.cutting.joints import declare
-from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.cutting.passes.given_names import resolve_names
+from splitonnx.partitioner.cutting.ports import declare
+from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -20,7 +20,7 @@ from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.inference.shapes import infer_shapes
-from splitonnx.partitioner.partitions import choose_output
+from splitonnx.partitioner.partitions import refuse_untrainable
 from splitonnx.tensors import DTYPES
 
 
@@ -68,9 +68,9 @@ def inspect(
         output: the output from which the loss is computed; by default the first float output.
 
     Raises:
-        ModelError: the model cannot be read or prepared.
-        UnknownTensor, UsageError: a name in ``sent`` is not an input of the model, or ``output`` is
-            not one of its outputs.
+        ModelError: the model cannot be read, prepared or differentiated, so no cut is valid.
+        UnknownTensor, UsageError: a name in ``sent`` is not an input of the model, ``output`` is
+            not one of its outputs, or nothing can be trained.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
     prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
@@ -89,11 +89,17 @@ def list_cuts(
     If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
     size.  The raw inputs in ``sent`` may be sent together with a tensor.  The loss is computed from
     ``output``, by default the first float output.
+
+    Raises:
+        NotDifferentiable: a node without a gradient is between a trained parameter and the loss.
+        UsageError: nothing can be trained, or a name in ``sent`` is not an input.
     """
     form = prepared.inference
+    output = choose_output(prepared, output)
+    refuse_untrainable(prepared, output)
     if batch is not None:
         _fix_batch(form, prepared, batch)
-    open_inputs = resolve_sent(form.graph, sent, prepared.state)
+    open_inputs = resolve_sent(form.graph, sent, prepared)
     elements = {name: prepared.weights[name].size for name in prepared.trainable}
     found = find_bisections(form.graph, state=prepared.state, trainable=elements, sent=open_inputs)
     trained = _list_trained(prepared, elements, sent, output)
@@ -108,22 +114,22 @@ def list_cuts(
 
 
 def resolve_sent(
-    graph: ir.Graph, sent: Sequence[str], state: Collection[str]
+    graph: ir.Graph, sent: Sequence[str], prepared: PreparedModel
 ) -> tuple[ir.Value, ...]:
     """Find the raw inputs that ``sent`` names.
 
     Raises:
         UnknownTensor, UsageError: a name is not an input of the model.
     """
-    found = resolve_names(graph, sent)
+    found = resolve_names(graph, sent, prepared.given)
     for value in found:
-        if value not in graph.inputs or value.name in state:
+        if value not in graph.inputs or value.name in prepared.state:
             raise UsageError(f"'{value.name}' is not an input of the model that could be sent")
     return found
 
 
 def _list_trained(
-    prepared: PreparedModel, elements: Mapping[str, int], sent: Sequence[str], output: str | None
+    prepared: PreparedModel, elements: Mapping[str, int], sent: Sequence[str], output: str
 ) -> set[str]:
     """Return the names of the tensors that are valid cuts of the training form.
 
@@ -132,14 +138,21 @@ def _list_trained(
     """
     graph = prepared.training.graph
     outputs = list(graph.outputs)
-    graph.outputs[:] = [map_values(graph)[choose_output(prepared, output)]]
+    graph.outputs[:] = [map_values(graph)[output]]
     try:
         found = find_bisections(
-            graph, state=prepared.state, trainable=elements, sent=resolve_names(graph, sent)
+            graph,
+            state=prepared.state,
+            trainable=elements,
+            sent=resolve_names(graph, sent, prepared.given),
         )
     finally:
         graph.outputs[:] = outputs
-    return {each.at[0].name or "" for each in found}
+    return {
+        each.at[0].name or ""
+        for each in found
+        if all(can_travel(value, graph) for value in each.at)
+    }
 
 
 def can_travel(value: ir.Value, graph: ir.Graph) -> bool:
@@ -161,11 +174,18 @@ def _loses_gradient(bisection: Bisection) -> bool:
 
 
 def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
-    for value in model.graph.inputs:
-        if value.name not in prepared.state and value.shape is not None and len(value.shape):
-            dims = list(value.shape)
-            if not isinstance(dims[0], int):
-                value.shape = ir.Shape([batch, *dims[1:]])
+    inputs = [value for value in model.graph.inputs if value.name not in prepared.state]
+    shaped = [value for value in inputs if value.shape is not None and len(value.shape)]
+    firsts = {value.shape[0] for value in shaped if value.shape is not None}
+    if firsts and all(isinstance(size, int) for size in firsts) and batch not in firsts:
+        raise UsageError(
+            f"--batch {batch}: the batch of {quote(value.name or '' for value in shaped)} is fixed "
+            f"at {', '.join(map(str, sorted(map(str, firsts))))}; leave it out"
+        )
+    for value in shaped:
+        dims = list(value.shape or ())
+        if not isinstance(dims[0], int):
+            value.shape = ir.Shape([batch, *dims[1:]])
     for node in model.graph:
         for value in node.outputs:
             value.shape = None

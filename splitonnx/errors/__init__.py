@@ -90,6 +90,7 @@ from splitonnx.errors.models import (
 from splitonnx.errors.roots import (
     SplitonnxError,
     flatten,
+    list_some,
     quote,
 )
 
@@ -166,5 +167,6 @@ __all__ = [
     "WrongExport",
     "WrongRuntime",
     "flatten",
+    "list_some",
     "quote",
 ]

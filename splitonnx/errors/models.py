@@ -211,25 +211,36 @@ class NotACut(CutError):
 
     ``missing`` are the additional tensors that would have to cross the cut.  If some of them are
     inputs of the model (such as an attention mask), or are computed only from inputs of the model,
-    ``raw`` lists these inputs.
+    ``raw`` lists these inputs.  ``is_back`` means that the missing tensors would come back from the
+    server.  ``others`` are tensors that divide the model, each in place of those that the client
+    would send.
     """
 
     tensors: Sequence[str]
     missing: Sequence[str] = ()
     reason: str = ""
     raw: Sequence[str] = ()
+    is_back: bool = False
+    others: Sequence[str] = ()
 
     def __str__(self) -> str:
-        if self.missing:
-            source = f" (of the raw input {quote(self.raw)}, which stays home)" if self.raw else ""
-            options = " ".join(f"--send-input {shlex.quote(name)}" for name in self.raw)
-            named = f", with {options}" if self.raw else ""
-            return (
-                f"{quote(self.tensors)} do not divide the model: {quote(self.missing)} would cross "
-                f"too{source}; add them to the cut to let them cross{named}, or choose another "
-                "one (`splitonnx inspect` lists the single-tensor cuts)"
-            )
-        return f"{quote(self.tensors)} do not divide the model: {self.reason}"
+        named = list(dict.fromkeys(self.tensors))
+        verb = "does" if len(named) == 1 else "do"
+        return f"{quote(named)} {verb} not divide the model: {self._describe()}"
+
+    def _describe(self) -> str:
+        others = " or ".join(f"'{name}'" for name in self.others)
+        lists = "(`splitonnx inspect` lists the single-tensor cuts)"
+        if not self.missing:
+            return self.reason + (f"; {others} would divide it {lists}" if others else "")
+        source = f" (of the raw input {quote(self.raw)}, which stays home)" if self.raw else ""
+        options = " ".join(f"--send-input {shlex.quote(name)}" for name in self.raw)
+        named = f", with {options}" if self.raw else ""
+        place = "--tail-at" if self.is_back else "--at"
+        return (
+            f"{quote(self.missing)} would cross too{source}; to let this cross, name it with "
+            f"{place} as well{named}, or cut at {others or 'another tensor'} instead {lists}"
+        )
 
 
 @dataclass(eq=False)

@@ -10,6 +10,12 @@ def quote(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
+def list_some(names: Iterable[str], most: int = 8) -> str:
+    """Quote the first names for an error message, as in ``'a', 'b', ...``, or return ``none``."""
+    held = list(names)
+    return (quote(held[:most]) or "none") + (", ..." if len(held) > most else "")
+
+
 def flatten(text: str, most: int = 300) -> str:
     """Convert untrusted text to one printable line.
 

@@ -19,8 +19,9 @@ import pytest
 from splitonnx.bundles import Bundle
 from splitonnx.errors import InternalModelError, InternalRuntimeError, RemoteFault, SplitonnxError
 from splitonnx.faults import LOGGER
-from splitonnx.partitioner import lowerings, merges, partitions, permissions, rewrites
-from splitonnx.partitioner.cutting import bisections, cuts, joints, ports, safeguards, stages
+from splitonnx.partitioner import lowerings, merges, permissions, rewrites
+from splitonnx.partitioner.cutting import cuts, joints, ports, preparations, safeguards, stages
+from splitonnx.partitioner.cutting.candidates import bisections
 from splitonnx.partitioner.cutting.conformance import samples
 from splitonnx.partitioner.cutting.conformance.expectations import expect
 from splitonnx.partitioner.cutting.passes import batches
@@ -177,7 +178,7 @@ IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
     (folds._replace_by_constants, "node 'h_node' (Conv)", "folded"),
     (weights.assign_roles, "the model", "given the roles of its weights"),
     (activations.rewrite_elu, "node 'elu_node' (Elu)", "rewritten"),
-    (partitions.choose_output, "the model", "searched for the output of the loss"),
+    (preparations.choose_output, "the model", "searched for the output of the loss"),
     (losses.find_class_axis, "the model", "searched for what to warn of"),
     (cuts.divide, *TRAINED),
     (losses.attach_loss, *TRAINED),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import splitonnx.errors
-from splitonnx.errors.roots import SplitonnxError, flatten, quote
+from splitonnx.errors.roots import SplitonnxError, flatten, list_some, quote
 
 KINDS = [
     kind
@@ -44,3 +44,9 @@ def test_long_text_is_cut_and_says_so() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_catching_the_root_catches_every_error_raised_on_purpose(kind: type) -> None:
     assert issubclass(kind, SplitonnxError)
+
+
+def test_of_many_names_the_first_are_listed() -> None:
+    assert list_some(["a", "b"]) == "'a', 'b'"
+    assert list_some("abcd", most=2) == "'a', 'b', ..."
+    assert list_some([]) == "none"

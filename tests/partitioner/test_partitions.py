@@ -14,9 +14,9 @@ from onnx import TensorProto, helper
 from splitonnx.errors import NotAModel, UnknownTensor, UsageError
 from splitonnx.names import Target
 from splitonnx.optimizers import SGD, AdamW, describe_optimizer
-from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.cutting.preparations import choose_output, prepare
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.partitioner.partitions import choose_output, cut, cut_prepared
+from splitonnx.partitioner.partitions import cut, cut_prepared
 from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.verifications import verify
 from tests.support.zoo import FLOAT, INT64, ZOO, Net

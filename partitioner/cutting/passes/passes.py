@@ -28,6 +28,7 @@ from splitonnx.partitioner.cutting.passes.forms import (
     name_nodes,
     refuse_unkept_statistics,
 )
+from splitonnx.partitioner.cutting.passes.given_names import list_names
 from splitonnx.partitioner.cutting.passes.gradient_stops import stop_gradients
 from splitonnx.partitioner.cutting.passes.ties import tie_weights
 from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
@@ -69,6 +70,11 @@ from splitonnx.partitioner.rewrites import rewrite
 
 def _on_graph(change: Callable[[ir.Graph], object]) -> Callable[[Work], object]:
     return lambda work: change(work.model.graph)
+
+
+def _name_nodes(work: Work) -> None:
+    name_nodes(work.model.graph)
+    work.given = list_names(work.model.graph)
 
 
 def _lift_weights(work: Work) -> None:
@@ -215,7 +221,7 @@ PASSES: Sequence[Pass] = (
         run=lambda work: RemoveInitializersFromInputsPass()(work.model),
         ensures=_F.STORED,
     ),
-    Pass(work="given names", run=_on_graph(name_nodes), requires=_F.INLINED, ensures=_F.NAMED),
+    Pass(work="given names", run=_name_nodes, requires=_F.INLINED, ensures=_F.NAMED),
     Pass(
         work="given float weights for integers",
         run=_on_graph(lift_quantized),
@@ -315,7 +321,9 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="relieved of gradients",
-        run=lambda work: stop_gradients(work.model.graph, work.weights, work.stop_gradients),
+        run=lambda work: stop_gradients(
+            work.model.graph, work.weights, work.stop_gradients, work.given
+        ),
         requires=_F.TYPED | _F.LIFTED | _F.FOLDED,
     ),
     Pass(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.errors import UnknownTensor, UsageError
+from splitonnx.errors import UsageError, list_some, quote
 from splitonnx.partitioner.graphs.traversals import map_values
 
 
@@ -28,11 +28,11 @@ def tie_weights(
     removed from it.
 
     Raises:
-        UnknownTensor: a name is not the name of a weight.
-        UsageError: the values of the two parameters differ, or both names are the same.
+        UsageError: a name is not the name of a weight, the values of the two parameters differ, or
+            both names are the same.
     """
     for first, second in ties:
-        kept, dropped = (_read(weights, name) for name in (first, second))
+        kept, dropped = (_read(weights, name, first, second) for name in (first, second))
         if first == second:
             raise UsageError(f"--tie {first}={second} names the same parameter twice")
         values = map_values(graph)
@@ -50,9 +50,13 @@ def tie_weights(
         del weights[second]
 
 
-def _read(weights: Mapping[str, ir.TensorProtocol], name: str) -> np.ndarray:
+def _read(
+    weights: Mapping[str, ir.TensorProtocol], name: str, first: str, second: str
+) -> np.ndarray:
     if name not in weights:
-        raise UnknownTensor(name, difflib.get_close_matches(name, list(weights), n=3, cutoff=0.5))
+        nearest = difflib.get_close_matches(name, list(weights), n=3, cutoff=0.5)
+        offer = f"did you mean {quote(nearest)}?" if nearest else f"it has {list_some(weights)}"
+        raise UsageError(f"--tie {first}={second}: the model has no parameter '{name}'; {offer}")
     array: np.ndarray = weights[name].numpy()
     return array
 

@@ -56,6 +56,7 @@ class Work:
     bound: Collection[str] = ()
     ties: Sequence[tuple[str, str]] = ()
     stop_gradients: Sequence[str] = ()
+    given: frozenset[str] = frozenset()
     weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
     masters: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
     buffers: Mapping[str, str] = field(default_factory=dict)

@@ -12,9 +12,11 @@ import onnx_ir as ir
 from splitonnx.disclosures import count_bytes_per_sample
 from splitonnx.expressions import is_name
 from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Tensors
-from splitonnx.partitioner.cutting.cuts import find_lost, resolve_names
-from splitonnx.partitioner.cutting.joints import declare, find_needed
-from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.cutting.cuts import find_lost
+from splitonnx.partitioner.cutting.divisions import find_needed, keep_reached
+from splitonnx.partitioner.cutting.passes.given_names import resolve_names
+from splitonnx.partitioner.cutting.ports import declare
+from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.builders import DETACHED
@@ -29,7 +31,7 @@ from splitonnx.partitioner.graphs.traversals import (
     trace_gradients,
     walk_back,
 )
-from splitonnx.partitioner.partitions import choose_output
+from splitonnx.partitioner.partitions import refuse_untrainable
 from splitonnx.partitioner.reports.inspections import can_travel, resolve_sent
 from splitonnx.partitioner.reports.u_shapes.recommendations import find_recommended
 from splitonnx.tensors import DTYPES, TensorSpec
@@ -108,14 +110,15 @@ def list_pairs(
     output: str | None = None,
 ) -> list[PairCandidate]:
     """List the pairs of a prepared model as :func:`inspect_pairs` does."""
+    refuse_untrainable(prepared, choose_output(prepared, output))
     graph = prepared.inference.graph
     search = PairSearch(
         graph,
         state=prepared.state,
         trainable=prepared.trainable,
-        sent=resolve_sent(graph, sent, prepared.state),
+        sent=resolve_sent(graph, sent, prepared),
     )
-    first, last = (_resolve(graph, names) for names in (at, tail_at))
+    first, last = (_resolve(prepared, names) for names in (at, tail_at))
     rows = _find_rows(prepared)
     with _limit_outputs(prepared, output):
         form = _TrainingForm(prepared)
@@ -131,9 +134,9 @@ def list_pairs(
     ]
 
 
-def _resolve(graph: ir.Graph, names: str | Sequence[str]) -> Tensors | None:
+def _resolve(prepared: PreparedModel, names: str | Sequence[str]) -> Tensors | None:
     names = (names,) if isinstance(names, str) else names
-    return resolve_names(graph, names) or None
+    return resolve_names(prepared.inference.graph, names, prepared.given) or None
 
 
 @contextmanager
@@ -184,7 +187,9 @@ class _TrainingForm:
         if len(at) < len(pair.at) or len(tail_at) < len(pair.tail_at):
             return None
         at, tail_at = (tuple(v for v in end if v in self._needed) for end in (at, tail_at))
-        found = self._search.try_pair(at, tail_at) if at and tail_at else None
+        if not (at and tail_at):
+            return None
+        found = self._search.try_pair(tuple(keep_reached(self._graph, at, tail_at)), tail_at)
         if found is None or not _can_be_sent(found, self._graph, self._trainable):
             return None
         return found

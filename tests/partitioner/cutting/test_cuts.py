@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from splitonnx.errors import NotACut, SharedParameter, UnknownTensor, UsageError
+from splitonnx.errors import NotACut, SharedParameter, UsageError
 from splitonnx.partitioner.cutting.cuts import (
     Partition,
     Sides,
@@ -18,10 +18,10 @@ from splitonnx.partitioner.cutting.cuts import (
     find_duplicated,
     find_lost,
     find_opened,
-    resolve_names,
     survey,
     trace_sides,
 )
+from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.graphs.traversals import find_data, map_values
@@ -49,29 +49,6 @@ def cut(name: str, at: list[str], tail_at: list[str] | None = None) -> tuple[ir.
 
 def names(nodes: object) -> list[str]:
     return sorted(node.outputs[0].name or "" for node in nodes)  # type: ignore[attr-defined]
-
-
-def test_a_name_means_a_tensor_a_node_or_a_pattern() -> None:
-    graph, _ = lift(ZOO["chain"].build())
-    values = map_values(graph)
-    assert resolve_names(graph, ["act1"]) == (values["act1"],)
-    assert resolve_names(graph, ["act1_node"]) == (values["act1"],)
-    found = [value.name for value in resolve_names(graph, ["act*"])]
-    assert found == ["act0", "act1", "act2", "act3"]
-
-
-def test_a_tensor_that_is_named_twice_is_one() -> None:
-    graph, _ = lift(ZOO["chain"].build())
-    assert [v.name for v in resolve_names(graph, ["act1", "act1_node", "act1*"])] == ["act1"]
-
-
-def test_a_name_that_fits_nothing_offers_the_nearest() -> None:
-    graph, _ = lift(ZOO["chain"].build())
-    with pytest.raises(UnknownTensor) as caught:
-        resolve_names(graph, ["akt1"])
-    assert "act1" in caught.value.nearest
-    with pytest.raises(UnknownTensor):
-        resolve_names(graph, ["nothing*"])
 
 
 def test_the_server_has_what_lies_behind_the_cut() -> None:

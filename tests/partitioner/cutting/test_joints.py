@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import onnx_ir as ir
 import pytest
 
 from splitonnx.errors import IntegerCut, UsageError
@@ -11,11 +10,9 @@ from splitonnx.partitioner.cutting.joints import (
     JointGraph,
     build_predict,
     build_training,
-    declare,
 )
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.tensors import TensorSpec
 from tests.support.zoo import FLOAT, ZOO, Net
 
 
@@ -31,34 +28,6 @@ def join(name: str, at: tuple[str, ...], tail_at: tuple[str, ...] = ()) -> Joint
 
 def list_wires(joint: JointGraph) -> dict[str, tuple[str, str, WireKind]]:
     return {w.tensor.name: (w.crossing.sender, w.crossing.receiver, w.kind) for w in joint.wires}
-
-
-def make_value(dtype: ir.DataType | None, *dims: int | str | None) -> ir.Value:
-    kind = None if dtype is None else ir.TensorType(dtype)
-    return ir.Value(name="h", type=kind, shape=ir.Shape(dims))
-
-
-def test_a_value_is_declared_with_its_type_and_dimensions() -> None:
-    spec = declare(make_value(ir.DataType.FLOAT16, "N", 3))
-    assert spec == TensorSpec(name="h", dtype="F16", shape=("N", 3))
-    assert declare(make_value(ir.DataType.INT64), "labels").name == "labels"
-
-
-def test_dimensions_without_a_name_get_one_of_their_own() -> None:
-    spec = declare(make_value(ir.DataType.FLOAT, None, 3, None))
-    first, middle, last = spec.shape
-    assert isinstance(first, str)
-    assert isinstance(last, str)
-    assert (middle, first == last) == (3, False)
-
-
-def test_what_is_not_known_cannot_travel() -> None:
-    with pytest.raises(UsageError, match="'h' cannot travel"):
-        declare(make_value(None, 3))
-    with pytest.raises(UsageError, match="'h' cannot travel"):
-        declare(ir.Value(name="h", type=ir.TensorType(ir.DataType.FLOAT)))
-    with pytest.raises(UsageError, match="'h' cannot travel"):
-        declare(make_value(ir.DataType.STRING, 3))
 
 
 def test_a_vanilla_cut_sends_activation_and_labels_up_and_the_rest_down() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from splitonnx.errors import UnsupportedModel
+from splitonnx.errors import NotACut, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, SERVER
-from splitonnx.partitioner.cutting.cuts import divide, resolve_names
-from splitonnx.partitioner.cutting.ports import Port, insert_ports
+from splitonnx.partitioner.cutting.cuts import divide
+from splitonnx.partitioner.cutting.passes.given_names import resolve_names
+from splitonnx.partitioner.cutting.ports import Port, declare, insert_ports
 from splitonnx.partitioner.graphs.traversals import map_values, walk_back
+from splitonnx.tensors import TensorSpec
 from tests.support.zoo import ZOO
 
 
@@ -129,5 +131,33 @@ def test_a_cut_tensor_that_a_body_reads_is_refused_by_name() -> None:
     graph = ir.Graph([x, go], choice.outputs, nodes=[first, choice], opset_imports={"": 18},
                      name="g")  # fmt: skip
     partition = divide(graph, [h, go], state=frozenset())
-    with pytest.raises(UnsupportedModel, match=r"cut tensor 'h'.*body"):
+    with pytest.raises(NotACut, match=r"'h' .*a body of node 'choice' \(If\)"):
         insert_ports(graph, partition, partition.server)
+
+
+def make_value(dtype: ir.DataType | None, *dims: int | str | None) -> ir.Value:
+    kind = None if dtype is None else ir.TensorType(dtype)
+    return ir.Value(name="h", type=kind, shape=ir.Shape(dims))
+
+
+def test_a_value_is_declared_with_its_type_and_dimensions() -> None:
+    spec = declare(make_value(ir.DataType.FLOAT16, "N", 3))
+    assert spec == TensorSpec(name="h", dtype="F16", shape=("N", 3))
+    assert declare(make_value(ir.DataType.INT64), "labels").name == "labels"
+
+
+def test_dimensions_without_a_name_get_one_of_their_own() -> None:
+    spec = declare(make_value(ir.DataType.FLOAT, None, 3, None))
+    first, middle, last = spec.shape
+    assert isinstance(first, str)
+    assert isinstance(last, str)
+    assert (middle, first == last) == (3, False)
+
+
+def test_what_is_not_known_cannot_travel() -> None:
+    with pytest.raises(UsageError, match="'h' cannot travel"):
+        declare(make_value(None, 3))
+    with pytest.raises(UsageError, match="'h' cannot travel"):
+        declare(ir.Value(name="h", type=ir.TensorType(ir.DataType.FLOAT)))
+    with pytest.raises(UsageError, match="'h' cannot travel"):
+        declare(make_value(ir.DataType.STRING, 3))

@@ -183,9 +183,8 @@ def test_what_is_drawn_at_random_is_never_drawn_twice() -> None:
     value = net.op("Mul", value, noise, out="gated")
     output = net.op("MatMul", value, net.weight("w2", 6, 3), out="scores")
     model = net.finish({"x": (FLOAT, ["N", 6])}, output, 3)
-    with pytest.raises(NotACut) as caught:
+    with pytest.raises(NotACut, match="'noise' would cross too; 't0' or 'gated' would divide it"):
         cut(model, at="t1")
-    assert caught.value.missing == ["noise"]
 
 
 def test_a_parameter_that_is_expanded_to_the_batch_has_one_owner() -> None:

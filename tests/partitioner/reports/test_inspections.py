@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
+import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
 from splitonnx.disclosures import list_sent
-from splitonnx.errors import NotAModel, UnknownTensor, UsageError
+from splitonnx.errors import NotAModel, NotDifferentiable, UnknownTensor, UsageError
 from splitonnx.names import TRAIN
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.inspections import CutCandidate, inspect
 from tests.support.zoo import FLOAT, INT64, ZOO, Net
 
@@ -179,6 +182,57 @@ def test_a_tensor_that_a_body_reads_is_no_cut() -> None:
         cut(model, at=[each.tensor, *each.sent], loss="mse")
 
 
+def build_choice(source: str) -> onnx.ModelProto:
+    """A branch chosen by the size T, which reads ``source``: ``x``, or what weights made of it."""
+    net = Net()
+    net.op("MatMul", "x", net.weight("w1", 4, 4), out="hidden")
+    net.op("Gather", net.op("Shape", "x", out="sizes"), net.constant("one", np.array(1)), out="t")
+    net.op("Greater", "t", net.constant("three", np.array(3)), out="is_long")
+    bodies = [
+        helper.make_graph(
+            [helper.make_node(kind, [source], [kind])], kind, [],
+            [helper.make_tensor_value_info(kind, FLOAT, None)],
+        )
+        for kind in ("Tanh", "Sigmoid")
+    ]  # fmt: skip
+    net.op("If", "is_long", out="chosen", then_branch=bodies[0], else_branch=bodies[1])
+    net.op("Add", "chosen", "hidden", out="sum")
+    net.op("MatMul", "sum", net.weight("w2", 4, 3), out="y")
+    return net.finish({"x": (FLOAT, ["N", "T", 4])}, "y", "T", 3)
+
+
+def test_where_a_size_chooses_a_branch_that_is_trained_no_cut_is_listed_and_none_taken() -> None:
+    model = build_choice("hidden")
+    expected = r"'chosen_node' \(If\).*depends on the size 'T', which --dim T=SIZE fixes"
+    with pytest.raises(NotDifferentiable, match=expected):
+        inspect(model)
+    assert check(model).cuts == ()
+    for tensor in ("hidden", "chosen", "sum"):
+        with pytest.raises(NotDifferentiable, match=expected):
+            cut(model, at=tensor, loss="mse")
+    listed = [each.tensor for each in inspect(model, dims={"T": 5})]
+    assert listed == ["hidden", "sum"]
+    for tensor in listed:
+        cut(model, at=tensor, loss="mse", dims={"T": 5})
+
+
+def test_where_nothing_is_trained_no_cut_is_listed_and_none_taken() -> None:
+    net = Net()
+    net.op("Tanh", net.op("Relu", "x", out="h"), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 6])}, "y", 6)
+    for refused in (partial(inspect, model), partial(cut, model, at="h", loss="mse")):
+        with pytest.raises(UsageError, match="nothing is left to train"):
+            refused()
+    assert check(model).cuts == ()
+
+
 def test_bytes_that_are_no_model_are_refused() -> None:
     with pytest.raises(NotAModel):
         inspect(b"no model at all")
+
+
+def test_a_batch_that_contradicts_a_fixed_one_is_refused() -> None:
+    model = ZOO["chain"].build()
+    with pytest.raises(UsageError, match="--batch 3: the batch of 'x' is fixed at 4"):
+        inspect(model, batch=3, dims={"N": 4})
+    assert inspect(model, batch=4, dims={"N": 4})

@@ -37,3 +37,10 @@ def test_a_stop_without_an_effect_is_refused() -> None:
 def test_an_unknown_tensor_is_named() -> None:
     with pytest.raises(UnknownTensor, match="'nowhere'"):
         cut(load_model(NAME), at=None, stop_gradients="nowhere")
+
+
+def test_a_stop_behind_the_last_node_is_refused() -> None:
+    model = load_model(NAME)
+    (output,) = model.graph.output
+    with pytest.raises(UsageError, match=f"--stop-gradient '{output.name}' has no effect: no node"):
+        cut(model, at=None, loss="mse", stop_gradients=output.name)

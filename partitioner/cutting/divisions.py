@@ -1,0 +1,146 @@
+"""Divide the forms of a prepared model at the tensors that the user named.
+
+Tensors that the loss does not need are left out of the training form's cut, and sizes are computed
+from tensors that a party has.  This module knows no losses, gradients or ports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from splitonnx.errors import IntegerCut, NotACut
+from splitonnx.names import CLIENT, SERVER
+from splitonnx.partitioner.cutting.cuts import Partition, divide, find_lost, survey
+from splitonnx.partitioner.cutting.passes.given_names import resolve_names
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.cutting.sizes import derive_sizes
+from splitonnx.partitioner.graphs.traversals import list_inputs, map_values, reads_size, walk_back
+from splitonnx.partitioner.inference.inferences import Inference
+
+
+def divide_training(
+    prepared: PreparedModel,
+    graph: ir.Graph,
+    at: Sequence[str],
+    tail_at: Sequence[str],
+    output: str,
+) -> Partition:
+    """Divide a copy of the training form, and reduce its outputs to the one named ``output``.
+
+    Raises:
+        CutError: the tensors do not exist or do not divide the graph.
+    """
+    cut = _resolve_cut(prepared, graph, at, tail_at)
+    graph.outputs[:] = [map_values(graph)[output]]
+    first, last = (_keep_needed(graph, values) for values in cut)
+    return _divide(prepared, graph, keep_reached(graph, first, last), last)
+
+
+def divide_inference(
+    prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
+) -> Partition:
+    """Divide a copy of the inference form.
+
+    Raises:
+        CutError: the tensors do not exist or do not divide the graph.
+    """
+    return _divide(prepared, graph, *_resolve_cut(prepared, graph, at, tail_at))
+
+
+def _resolve_cut(
+    prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
+) -> list[tuple[ir.Value, ...]]:
+    """Find the tensors that ``at`` and ``tail_at`` name, and return them in this order.
+
+    Raises:
+        UnknownTensor: a name matches nothing.
+        IntegerCut: gradients cannot reach trained parameters through a tensor of integers.
+    """
+    cut = [resolve_names(graph, names, prepared.given) for names in (at, tail_at)]
+    for tensors in cut:
+        lost = find_lost(tensors, prepared.trainable)
+        if lost:
+            value, parameters = lost
+            raise IntegerCut(value.name or "", str(value.dtype), parameters)
+    return cut
+
+
+def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]:
+    """Return the tensors of the cut that the loss depends on.
+
+    The loss is computed from the only output of ``graph``.
+
+    Raises:
+        NotACut: the loss depends on none of the tensors, so one party would have no part in
+            training.
+    """
+    needed = find_needed(graph)
+    kept = [value for value in tensors if value in needed]
+    if tensors and not kept:
+        name = graph.outputs[0].name
+        raise NotACut(
+            [value.name or "" for value in tensors],
+            reason=f"output '{name}', from which the loss is computed, does not depend on them",
+        )
+    return kept
+
+
+def keep_reached(
+    graph: ir.Graph, first: Sequence[ir.Value], last: Sequence[ir.Value]
+) -> Sequence[ir.Value]:
+    """Return the tensors in ``first`` that the server reads for the loss.
+
+    For example, only another output may need a raw input, which is then sent for prediction alone.
+    """
+    _, reached = walk_back(last or graph.outputs, set(first))
+    return [value for value in first if value in reached] or first
+
+
+def find_needed(graph: ir.Graph) -> set[ir.Value]:
+    """Return the outputs of a graph and all values whose elements they depend on."""
+    nodes, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
+    read = {value for node in nodes if not reads_size(node) for value in list_inputs(node)}
+    return read | set(graph.outputs)
+
+
+def _divide(
+    prepared: PreparedModel, graph: ir.Graph, first: Sequence[ir.Value], last: Sequence[ir.Value]
+) -> Partition:
+    known = Inference(graph.opset_imports[""])
+    state, trainable = prepared.state, prepared.trainable
+    around = survey(graph, state=state, trainable=trainable, known=known) if first else None
+    try:
+        partition = divide(graph, first, last, state=state, trainable=trainable, around=around)
+    except NotACut as error:
+        raise _explain(error, graph) from error
+    return _keep_sizes_home(graph, partition, known)
+
+
+def _explain(error: NotACut, graph: ir.Graph) -> NotACut:
+    """Return a better error if nodes on both sides update the same running statistics."""
+    values = map_values(graph)
+    for name in error.missing:
+        node = values[name].producer() if name in values else None
+        if node is not None and node.op_type == "BatchNormalization" and values[name].index():
+            return NotACut(
+                error.tensors,
+                reason=f"node '{node.name}' (BatchNormalization) and one on the other side update "
+                "the same running statistics; cut where one party has both",
+            )
+    return error
+
+
+def _keep_sizes_home(graph: ir.Graph, partition: Partition, known: Inference) -> Partition:
+    """Make each party compute sizes from its own tensors by rewriting the graph in place."""
+    if not partition.at:
+        return partition
+    remote_shapes, client = partition.remote_shapes, partition.client
+    server = derive_sizes(
+        graph, remote_shapes[SERVER], partition.server, client, SERVER, known, partition.duplicated
+    )
+    client = frozenset(derive_sizes(graph, remote_shapes[CLIENT], client, server, CLIENT, known))
+    graph.sort()
+    return replace(partition, server=frozenset(server), client=client)
