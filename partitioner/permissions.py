@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import InputsNotPermitted, LabelsNotPermitted, UsageError, quote
+from splitonnx.errors import (
+    InputsNotPermitted,
+    LabelsNotPermitted,
+    UsageError,
+    list_some,
+    quote,
+)
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import Optimizer
@@ -55,8 +61,10 @@ class Permission:
             UsageError: the cut does not send a raw input or the labels, although this is permitted.
         """
         leaving = self._refuse_unnamed(prepared, training, predict)
-        self._check_named({name for inputs in leaving.values() for name in inputs})
-        self._check_labels(sends_labels(training, _list_raw(prepared)))
+        raw = _list_raw(prepared)
+        sent = {name for inputs in leaving.values() for name in inputs}
+        self._check_named(sent, raw - prepared.state)
+        self._check_labels(sends_labels(training, raw))
 
     @attribute_errors_to_pass("searched for what leaves the client")
     def check_forward(self, prepared: PreparedModel, training: JointGraph) -> None:
@@ -96,8 +104,13 @@ class Permission:
             raise InputsNotPermitted(tensors, missing, labels=needs_labels and not self.labels)
         return leaving
 
-    def _check_named(self, leaving: set[str]) -> None:
-        if unsent := [name for name in self.inputs if name not in leaving]:
+    def _check_named(self, leaving: set[str], raw: set[str]) -> None:
+        if unknown := [name for name in dict.fromkeys(self.inputs) if name not in raw]:
+            raise UsageError(
+                f"--send-input names {quote(unknown)}, but the inputs of the model are "
+                f"{list_some(sorted(raw))}"
+            )
+        if unsent := [name for name in dict.fromkeys(self.inputs) if name not in leaving]:
             sends = f"the raw inputs {quote(sorted(leaving))}" if leaving else "no raw input"
             raise UsageError(
                 f"--send-input names {quote(unsent)}, but this cut sends {sends}; leave it out, or "

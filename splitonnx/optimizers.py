@@ -7,6 +7,7 @@ Gradient clipping (``clip_norm``) uses the global norm over all parameters of al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
@@ -14,14 +15,15 @@ from splitonnx.errors import UsageError
 
 
 def _check(name: str, value: float, *, lower: float, upper: float | None = None) -> None:
-    if not lower <= value or (upper is not None and not value < upper):
-        allowed = f"at least {lower:g}" + (f" and below {upper:g}" if upper is not None else "")
+    if not lower <= value < (math.inf if upper is None else upper):
+        limit = "finite" if upper is None else f"below {upper:g}"
+        allowed = f"at least {lower:g} and {limit}"
         raise UsageError(f"{name} must be {allowed}, not {value:g}")
 
 
 def _check_clip(clip_norm: float | None) -> None:
-    if clip_norm is not None and not clip_norm > 0:
-        raise UsageError(f"clip_norm must be above 0, not {clip_norm:g}")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise UsageError(f"clip_norm must be above 0 and finite, not {clip_norm:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -183,3 +183,9 @@ def test_settings_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=reason):
         read_optimizer(description)
+
+
+def test_a_setting_without_an_end_is_refused() -> None:
+    for setting in ("lr", "weight_decay", "clip_norm"):
+        with pytest.raises(UsageError, match=f"{setting} must be .* finite, not inf"):
+            read_optimizer({"name": "sgd", setting: float("inf")})

@@ -110,6 +110,7 @@ def fit_loss(
         raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
     if loss == "from-model":
         _refuse_no_loss(value)
+    _check_labels(options.labels, graph)
     _find_hidden(graph, _list_names(loss, value, options))
     if loss == "from-model":
         if options != USUAL:
@@ -128,9 +129,14 @@ def _refuse_no_loss(value: ir.Value) -> None:
     if value.dtype != ir.DataType.FLOAT or (value.shape is not None and len(value.shape)):
         raise UnsupportedModel(
             f"output '{value.name}'",
-            f"a loss is a float32 scalar, this is {value.type}{list(value.shape or [])}",
+            f"a loss is a float32 scalar, this is {_write_type(value)}",
             "name the loss with --output",
         )
+
+
+def _write_type(value: ir.Value) -> str:
+    dims = ["?" if dim is None else str(dim) for dim in _dims(value)] if value.shape else []
+    return f"{'of unknown type' if value.dtype is None else value.dtype}[{', '.join(dims)}]"
 
 
 def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
@@ -150,6 +156,25 @@ def _list_names(loss: str, output: ir.Value, options: LossOptions) -> Sequence[s
     if loss == "from-model":
         return () if output.name == LOSS else (LOSS,)
     return (options.labels, LOSS, ACCURACY)
+
+
+def _check_labels(name: str, graph: ir.Graph) -> None:
+    """Check that the labels' name is not used for anything else.
+
+    Raises:
+        UsageError: the name is empty, reserved, or that of a tensor of the model.
+    """
+    if not name:
+        raise UsageError("--labels is empty; give the name of the labels in the data")
+    reason = ""
+    if name in (LOSS, ACCURACY):
+        reason = f"training returns its results as '{LOSS}' and '{ACCURACY}'"
+    elif "@" in name or name.startswith("splitonnx."):
+        reason = "names with '@' or 'splitonnx.' are for what splitonnx adds"
+    elif name != LABELS and name in map_values(graph):
+        reason = "the model has a tensor of this name"
+    if reason:
+        raise UsageError(f"--labels {name}: {reason}; give the labels another name")
 
 
 def _clear_names(graph: ir.Graph, names: Sequence[str]) -> None:

@@ -51,7 +51,8 @@ def train_batchnorms(graph: ir.Graph, *, mode: BatchNormModes) -> dict[str, str]
 
     Raises:
         UnsupportedModel: a pattern in ``mode`` matches no BatchNormalization.
-        UsageError: a pattern in ``mode`` is not a regular expression.
+        UsageError: a pattern in ``mode`` is not a regular expression, or ``mode`` is ``"train"``
+            and there is no BatchNormalization.
     """
     successors: dict[str, ir.Value] = {}
     nodes = list_batchnorms(graph)
@@ -133,7 +134,12 @@ def choose_mode(modes: BatchNormModes, names: Sequence[str]) -> BatchNormMode | 
 
 
 def _refuse_idle(modes: BatchNormModes, names: Sequence[Sequence[str]]) -> None:
-    """Refuse a pattern that matches no BatchNormalization or is not a regular expression."""
+    """Refuse a mode for no BatchNormalization, and a pattern that is not a regular expression."""
+    if modes == "train" and not names:
+        raise UsageError(
+            "--batchnorm train has no effect: the model has no BatchNormalization (exporters fold "
+            "it into the layer before it; see splitonnx check); leave it out, or export again"
+        )
     for pattern in modes if isinstance(modes, dict) else ():
         try:
             compiled = re.compile(pattern)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel
+from splitonnx.errors import UnsupportedModel, UsageError, quote
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.random_numbers import draw_words, find_key
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
@@ -35,8 +35,16 @@ def seed_dropouts(graph: ir.Graph, *, mode: str | None) -> None:
     Raises:
         UnsupportedModel: the ratio or the mode of a node is not a constant, or the ratio is not in
             [0, 1).
+        UsageError: ``mode`` is ``"keep"``, but no node could drop anything.
     """
-    for node in list_dropouts(graph):
+    nodes = list_dropouts(graph)
+    if mode == "keep" and not any(_read_ratio(node) for node in nodes):
+        found = f"the ratio of {quote(node.name or '' for node in nodes)} is 0" if nodes else ""
+        raise UsageError(
+            f"--dropout keep has no effect: {found or 'the model has no Dropout'}; leave it out, "
+            "or export the model in training mode"
+        )
+    for node in nodes:
         with attribute_errors_to(node, "given a seeded mask"):
             ratio = _read_ratio(node)
             on = _is_on(node) if mode is None else mode == "keep"

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel, UsageError, quote
+from splitonnx.errors import UnsupportedModel, UsageError, list_some, quote
 from splitonnx.manifests import Role
 from splitonnx.partitioner.graphs.traversals import list_bodies, list_nodes
 from splitonnx.partitioner.normalization.parameters import (
@@ -36,6 +36,8 @@ EVERYTHING = "."
 
 If ``freeze`` contains this pattern, only the parameters that ``train`` matches are trained.
 """
+CHOSEN = "splitonnx.chosen"
+"""Metadata key of a weight that is a parameter only because a pattern of ``train`` matched it."""
 INNER = "splitonnx.inner"
 """Metadata key for the name of the node whose body contained the weight."""
 
@@ -61,7 +63,9 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
         n for n, v in classified.items() if v.kind in (TensorKind.PARAMETER, TensorKind.STATISTIC)
     }
     for pattern in train:
-        lifted |= _find_trained(pattern, classified, graph)
+        for name in _find_trained(pattern, classified, graph) - lifted:
+            lifted.add(name)
+            stored[name][0].metadata_props[CHOSEN] = pattern
     return {name: _lift(graph, *stored[name]) for name in stored if name in lifted}
 
 
@@ -117,10 +121,14 @@ def assign_roles(
 
     Raises:
         UnsupportedModel: a pattern in ``freeze`` matches no weight.
-        UsageError: a pattern is not a regular expression, or ``train`` selects all the weights that
-            a pattern in ``freeze`` matches.
+        UsageError: a pattern is not a regular expression, or has no effect.  A pattern in
+            ``freeze`` has none if ``train`` selects all that it matches, or if these are running
+            statistics that are updated; a pattern in ``train`` has none if all that it matches
+            would be trained without it.
     """
     trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
+    scalings = set(find_input_scalings(graph, weights))
+    _refuse_idle_train(graph, weights, scalings, train, freeze)
     frozen: set[str] = set()
     for pattern in freeze:
         found = _search(pattern, weights, "--freeze")
@@ -130,8 +138,13 @@ def assign_roles(
             raise UsageError(
                 f"--freeze {pattern} freezes nothing: --train trains all that it finds; drop one"
             )
+        if found <= buffers:
+            raise UsageError(
+                f"--freeze {pattern} freezes nothing: {list_some(sorted(found))} are running "
+                "statistics, which training updates; --batchnorm REGEX=frozen keeps them"
+            )
         frozen |= found - trained
-    frozen |= set(find_input_scalings(graph, weights)) - trained
+    frozen |= scalings - trained
     roles: dict[str, Role] = {}
     for name in weights:
         if name in buffers:
@@ -141,6 +154,26 @@ def assign_roles(
         else:
             roles[name] = Role.PARAMETER
     return roles
+
+
+def _refuse_idle_train(
+    graph: ir.Graph,
+    weights: Collection[str],
+    scalings: Collection[str],
+    train: Sequence[str],
+    freeze: Sequence[str],
+) -> None:
+    """Refuse a pattern of ``train`` that matches only weights that would be trained anyway."""
+    special = {value.name for value in graph.inputs if CHOSEN in value.metadata_props}
+    special |= {name for pattern in freeze for name in _search(pattern, weights, "--freeze")}
+    special |= set(scalings)
+    for pattern in train:
+        found = _search(pattern, weights, "--train")
+        if found and not found & special:
+            raise UsageError(
+                f"--train {pattern} has no effect: {list_some(sorted(found))} would be trained "
+                f"without it; to train nothing else, add --freeze {EVERYTHING}"
+            )
 
 
 def pin_names(names: Collection[str]) -> tuple[str, ...]:
@@ -256,9 +289,7 @@ def _search(pattern: str, names: Collection[str], option: str) -> set[str]:
 
 def _refuse_unknown(option: str, pattern: str, names: Collection[str]) -> UnsupportedModel:
     nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-    offer = f"did you mean {quote(nearest)}?" if nearest else "it has "
-    if not nearest:
-        offer += quote(list(names)[:3]) + (", ..." if len(names) > 3 else "")
+    offer = f"did you mean {quote(nearest)}?" if nearest else f"it has {list_some(names)}"
     return UnsupportedModel(f"{option} {pattern}", "no parameter's name fits this pattern", offer)
 
 
@@ -269,7 +300,7 @@ def _lift(graph: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Ten
         value.const_value = None
         source = value
     else:
-        source = ir.Value(name=name)
+        source = ir.Value(name=name, metadata_props=dict(value.metadata_props))
         value.replace_all_uses_with(source)
         graph.remove(node, safe=True)
     source.type = ir.TensorType(tensor.dtype)

@@ -1,6 +1,6 @@
-"""Format ``--help``: add an example to each command, and omit the value type of switches.
+"""Define what all commands share: the form of ``--help``, and checks of the command line.
 
-A switch is an option without a value.
+Each command's help has an example, and omits the value type of switches (options without a value).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
+
+from splitonnx.commands.arguments import refuse_ignored
 
 EXAMPLES: Mapping[str, str] = MappingProxyType(
     {
@@ -35,7 +37,15 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
 
 
 class Command(TyperCommand):
-    """A command whose ``--help`` omits the value type of switches (options without a value)."""
+    """A command that refuses repeated options and empty values.
+
+    Its ``--help`` omits the value type of switches (options without a value).
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line, and refuse words in it that would be ignored."""
+        refuse_ignored(self, ctx, args)
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters, including ``--help``."""

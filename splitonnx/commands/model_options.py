@@ -117,9 +117,10 @@ def read_dims(given: Sequence[str] | None) -> dict[str, int | str]:
     The dictionary's keys are the parts before the equals signs.
 
     Raises:
-        UsageError: an option does not have this form.
+        UsageError: an option does not have this form, or two of them contradict each other.
     """
     pairs = [_part("--dim", text, "NAME=SIZE") for text in given or ()]
+    _refuse_contradictions("--dim", pairs)
     return {name: int(size) if _is_integer(size) else size for name, size in pairs}
 
 
@@ -130,9 +131,10 @@ def read_bindings(given: Sequence[str] | None) -> dict[str, list[float | int | b
 
     Raises:
         UsageError: an option does not have this form, or a value is neither a number nor ``true``
-            or ``false``.
+            or ``false``, or two options contradict each other.
     """
     pairs = [_part("--bind", text, "INPUT=VALUE") for text in given or ()]
+    _refuse_contradictions("--bind", pairs)
     return {name: [_read_number(name, text) for text in value.split(",")] for name, value in pairs}
 
 
@@ -141,6 +143,16 @@ def _part(option: str, text: str, form: str) -> tuple[str, str]:
     if not name or not value:
         raise UsageError(f"{option} {text}: write it as {form}")
     return name, value
+
+
+def _refuse_contradictions(option: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Refuse two different values for one name, of which only the last would be used."""
+    first: dict[str, str] = {}
+    for name, value in pairs:
+        if first.setdefault(name, value) != value:
+            raise UsageError(
+                f"{option} {name} is given twice, as {first[name]} and as {value}; leave one out"
+            )
 
 
 def _is_integer(text: str) -> bool:

@@ -170,7 +170,10 @@ def test_a_gradient_that_holds_an_input_is_raw() -> None:
     ("options", "sentence"),
     [
         ({"at": "act1", "send_labels": True, "send_inputs": ["x"]}, "sends no raw input"),
-        ({"at": "x", "send_labels": True, "send_inputs": ["x", "y"]}, "names 'y'.*raw inputs 'x'"),
+        (
+            {"at": "x", "send_labels": True, "send_inputs": ["x", "y"]},
+            "names 'y'.*inputs of the model are 'x'",
+        ),
         ({"at": "act1", "tail_at": "act3", "send_labels": True}, "does not send the labels"),
         ({"at": None, "send_labels": True}, "does not send the labels"),
         ({"at": None, "send_inputs": "x"}, "sends no raw input"),
@@ -210,3 +213,10 @@ def test_users_have_every_option_of_a_cut() -> None:
     assert set(asked) - set(made) == {"send_inputs", "send_labels"}
     assert set(made) - set(asked) == {"approve"}
     assert all(asked[name] == made[name] for name in set(asked) & set(made))
+
+
+def test_a_name_that_is_not_an_input_is_told_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="names 'nope', but the inputs of the model are 'a', 'b'"):
+        splitonnx.cut(
+            ZOO["two_inputs"].build(), at="both", send_inputs=["nope", "nope"], send_labels=True
+        )

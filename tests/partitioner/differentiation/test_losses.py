@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import NotACut, UnsupportedModel
+from splitonnx.errors import NotACut, UnsupportedModel, UsageError
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
@@ -119,3 +119,20 @@ def test_names_that_the_loss_needs_may_stand_within_the_model() -> None:
         "labels": random.integers(0, 3, 40),
     }
     assert verify(cut(model, at="loss"), data, batch_size=8).largest_difference == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("", "--labels is empty"),
+        ("loss", "training returns its results as 'loss' and 'accuracy'"),
+        ("accuracy", "training returns its results"),
+        ("act0@server", "names with '@'"),
+        ("splitonnx.key", "are for what splitonnx adds"),
+        ("x", "the model has a tensor of this name"),
+        ("act0", "the model has a tensor of this name"),
+    ],
+)
+def test_labels_do_not_take_the_name_of_anything_else(name: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        cut(ZOO["chain"].build(), at="act0", labels=name)

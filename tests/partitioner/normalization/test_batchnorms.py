@@ -162,3 +162,16 @@ def test_prediction_uses_the_running_statistics() -> None:
     found, mean_next = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
     np.testing.assert_allclose(np.asarray(found), evaluate(build(False), x), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(mean_next), np.full(3, 0.1, np.float32))
+
+
+def test_training_what_is_not_there_is_refused_and_freezing_it_is_not() -> None:
+    graph = ir.from_proto(build_bare().finish({"x": (FLOAT, ["N", 6])}, "y", 6)).graph
+    with pytest.raises(UsageError, match="--batchnorm train has no effect: the model has no Batch"):
+        train_batchnorms(graph, mode="train")
+    assert train_batchnorms(graph, mode="frozen") == {}
+
+
+def build_bare() -> Net:
+    net = Net()
+    net.op("Relu", "x", out="y")
+    return net

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from splitonnx.errors import UnsupportedModel
+from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.manifests import KEY
 from splitonnx.partitioner.normalization.dropouts import remove_dropouts, seed_dropouts
 from splitonnx.partitioner.partitions import cut
@@ -94,3 +94,15 @@ def test_a_ratio_that_is_computed_is_refused() -> None:
         seed_dropouts(model.graph, mode=None)
     remove_dropouts(model.graph)
     assert [node.op_type for node in model.graph] == ["ReduceMean", "Identity", "Identity"]
+
+
+def test_keeping_what_is_not_there_is_refused_and_leaving_it_off_is_not() -> None:
+    model = ZOO["chain"].build()
+    with pytest.raises(UsageError, match="--dropout keep has no effect: the model has no Dropout"):
+        cut(model, at=None, dropout="keep")
+    cut(model, at=None, dropout="off")
+    net = Net()
+    net.op("Dropout", net.op("MatMul", "x", net.weight("w", 6, 3), out="h"),
+           net.constant("ratio", np.array(0, np.float32)), out="y")  # fmt: skip
+    with pytest.raises(UsageError, match="the ratio of 'y_node' is 0"):
+        cut(net.finish({"x": (FLOAT, ["N", 6])}, "y", 3), at=None, loss="mse", dropout="keep")

@@ -176,7 +176,7 @@ def test_train_names_what_is_left_when_all_is_frozen() -> None:
 
 def test_train_means_parameters_before_constants() -> None:
     """A layer's name finds the epsilons and exponents in it, too."""
-    assert "offset" not in list_trained(cut(build_scaled(), at=None, train=["o|w"]))
+    assert "offset" not in list_trained(cut(build_scaled(), at=None, train=["o|w"], freeze=["."]))
 
 
 @pytest.mark.parametrize(
@@ -233,3 +233,16 @@ def test_weights_of_a_branch_that_depends_on_the_data_stay() -> None:
     original = onnxruntime.InferenceSession(build_branch("any").SerializeToString())
     merged = onnxruntime.InferenceSession(merge(bundle))
     np.testing.assert_array_equal(merged.run(None, inputs)[0], original.run(None, inputs)[0])
+
+
+def test_a_pattern_without_an_effect_is_refused() -> None:
+    model = ZOO["chain"].build()
+    with pytest.raises(UsageError, match="--train w1 has no effect: 'w1' would be trained without"):
+        cut(model, at=None, train=["w1"])
+    cut(model, at=None, train=["w1"], freeze=["."])
+    cut(model, at=None, train=["w1"], freeze=["w[12]"])
+    norms = ZOO["batchnorm_trained"].build()
+    statistic = next(n for node in norms.graph.node for n in node.input if n.endswith(".mean"))
+    with pytest.raises(UsageError, match="are running statistics, which training updates"):
+        cut(norms, at=None, freeze=[statistic])
+    cut(norms, at=None, freeze=[statistic], batchnorm="frozen")
