@@ -256,13 +256,28 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
     try:
         manifest: _Manifest = _DECODERS[kind].decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise FormatError(source, f"not a manifest of splitonnx: {error}") from error
+        reason = _find_other_kind(content, kind) or f"not a manifest of splitonnx: {error}"
+        raise FormatError(source, reason) from error
     if manifest.format != FORMAT:
         raise FormatError(source, f"its format is '{manifest.format}', this version reads {FORMAT}")
     if isinstance(manifest, PartyManifest):
         _check_state(manifest, source)
         _check_wires(manifest, source)
     return msgspec.structs.replace(manifest, sha256="")
+
+
+def _find_other_kind(content: bytes, kind: type[msgspec.Struct]) -> str:
+    """Return which folder to name if a manifest is of the other kind, or else an empty string."""
+    try:
+        found = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ""
+    keys = found.keys() if isinstance(found, dict) else ()
+    if kind is PartyManifest and "recipe" in keys and "party" not in keys:
+        return "this is a whole bundle; name the folder of one party in it, client or server"
+    if kind is not PartyManifest and "party" in keys and "recipe" not in keys:
+        return "this is the folder of one party; name the folder of the whole bundle, above it"
+    return ""
 
 
 def _check_wires(manifest: PartyManifest, source: str) -> None:

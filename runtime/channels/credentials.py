@@ -51,6 +51,7 @@ def check_url(url: str, credentials: Credentials) -> None:
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
+        _ = parts.port  # raises an error if it is not a port
     except ValueError as error:
         raise UsageError(f"'{url}' is not a websocket address: {error}") from error
     if "@" in parts.netloc:

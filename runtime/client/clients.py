@@ -20,7 +20,7 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, Phase
-from splitonnx.names import EVALUATE, PREDICT, TRAIN
+from splitonnx.names import CLIENT, EVALUATE, PREDICT, TRAIN
 from splitonnx.runtime.channels.channels import Channel, Dial
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.retries import Backoff
@@ -95,6 +95,8 @@ class Client:
         self._manifest = party.manifest
         if seed < 0:
             raise UsageError(f"the seed must not be negative, not {seed}")
+        if self._manifest.party != CLIENT:
+            raise UsageError(f"this is the {self._manifest.party}'s part; name the client's folder")
         self._seed = seed
         if (server is not None) != any(phase.wires for phase in self._manifest.phases):
             raise UsageError(

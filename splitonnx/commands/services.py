@@ -24,6 +24,7 @@ from splitonnx.commands.options import (
     ThreadsOption,
     TrustedOption,
     choose_batch_size,
+    refuse_both,
 )
 from splitonnx.commands.security import ClientSecurity, ServerSecurity
 from splitonnx.errors import UnwritableFile
@@ -71,6 +72,8 @@ def serve(
     The server shuts down gracefully: it completes the steps in progress, saves sessions to disk,
     and asks clients to reconnect later.
     """
+    if security.isolate is False and limits.workers != Limits().workers:
+        refuse_both("--no-isolate", "--max-workers", True, True)
     with logging_to_stderr(logs.choose_level(), logs.log_format):
         splitonnx.Server(
             bundle,

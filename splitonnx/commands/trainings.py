@@ -199,8 +199,10 @@ def train(
     """
     refuse_both("--json", "--quiet", as_json, quiet)
     refuse_both("--resume", "--restart", run.resume, run.restart)
+    if run.lr is not None and not 0 <= run.lr < math.inf:
+        raise UsageError(f"--lr must be at least 0 and finite, not {run.lr:g}")
     if local:
-        _refuse_remote(server, run, trusted)
+        _refuse_remote(server, run, trusted, give_up_after)
         bundle = whole.prepare(source, run.lr)
     else:
         _refuse_local(server, whole)
@@ -253,12 +255,18 @@ def train(
     display.summarize(history, _describe_saved(source, local, whole.merged))
 
 
-def _refuse_remote(server: str | None, run: RunOptions, trusted: bool) -> None:
+def _refuse_remote(
+    server: str | None, run: RunOptions, trusted: bool, give_up_after: float | None
+) -> None:
     """Raise if ``--local`` was given together with an option that needs a server."""
     refuse_both("--local", "--server", True, server)
     refuse_both("--local", "--resume", True, run.resume)
     refuse_both("--local", "--restart", True, run.restart)
     refuse_both("--local", "--trusted", True, trusted)
+    refuse_both("--local", "--give-up-after", True, give_up_after is not None)
+    for option in list_given(run):
+        if option in ("--checkpoint-every", "--when-unsaved"):
+            refuse_both("--local", option, True, True)
 
 
 def _refuse_local(server: str | None, whole: LocalOptions) -> None:
