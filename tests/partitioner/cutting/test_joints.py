@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from splitonnx.errors import IntegerCut, UsageError
+from splitonnx.errors import UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.partitioner.cutting.joints import (
     JointGraph,
@@ -120,17 +120,6 @@ def test_nothing_to_train_is_said() -> None:
     output = prepared.inference.graph.outputs[0].name or ""
     with pytest.raises(UsageError, match="nothing is left to train"):
         build_training(prepared, ("act1",), (), "cross-entropy", output)
-
-
-def test_an_integer_behind_trained_parameters_is_refused_by_name() -> None:
-    net = Net()
-    hidden = net.op("MatMul", "x", net.weight("w", 6, 5), out="h")
-    place = net.op("ArgMax", hidden, out="place", axis=1, keepdims=0)
-    net.op("MatMul", net.op("Gather", net.weight("t", 5, 4), place, out="rows"),
-           net.weight("v", 4, 3), out="y")  # fmt: skip
-    prepared = prepare(open_model(net.finish({"x": (FLOAT, ["N", 6])}, "y", 3)))
-    with pytest.raises(IntegerCut, match=r"'place' is INT64.*'w'"):
-        build_predict(prepared, ("place",), ())
 
 
 def test_a_prediction_sends_the_activation_up_and_the_output_down() -> None:
