@@ -214,6 +214,7 @@ _Manifest = TypeVar("_Manifest", PartyManifest, BundleManifest)
 
 
 # msgspec crashes if two threads use a type for the first time simultaneously
+_ANY = msgspec.json.Decoder()
 _DECODERS: dict[type, Any] = {k: msgspec.json.Decoder(k) for k in (PartyManifest, BundleManifest)}
 
 
@@ -269,8 +270,8 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
 def _find_other_kind(content: bytes, kind: type[msgspec.Struct]) -> str:
     """Return which folder to name if a manifest is of the other kind, or else an empty string."""
     try:
-        found = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        found = _ANY.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
     keys = found.keys() if isinstance(found, dict) else ()
     if kind is PartyManifest and "recipe" in keys and "party" not in keys:

@@ -86,7 +86,7 @@ PLACES: Mapping[str, tuple[Callable[[Path], str], str]] = {
     "a null byte": (lambda place: f"{place}/a\0b", "null byte"),
     "half a surrogate": (lambda place: f"{place}/a\ud800", "surrogates not allowed"),
     "spaces": (lambda place: f"{place}/ \t ", "it has no name"),
-    "nothing": (lambda _: "", "it has no name"),
+    "nothing": (lambda _: "", "is empty; give it a value"),
     "here": (lambda _: ".", "it has no name"),
     "the root": (lambda _: "/", "it has no name"),
     "where nobody may write": (lambda _: "/proc/output", "No such file|denied|not permitted|may"),
