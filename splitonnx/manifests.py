@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from splitonnx.errors import FormatError
+from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.names import TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.tensors import DTYPES, TensorSpec
 
@@ -256,7 +257,7 @@ def decode_manifest(content: bytes, kind: type[_Manifest], source: str) -> _Mani
     """
     try:
         manifest: _Manifest = _DECODERS[kind].decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         reason = _find_other_kind(content, kind) or f"not a manifest of splitonnx: {error}"
         raise FormatError(source, reason) from error
     if manifest.format != FORMAT:
@@ -271,7 +272,7 @@ def _find_other_kind(content: bytes, kind: type[msgspec.Struct]) -> str:
     """Return which folder to name if a manifest is of the other kind, or else an empty string."""
     try:
         found = _ANY.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except JSON_ERRORS:
         return ""
     keys = found.keys() if isinstance(found, dict) else ()
     if kind is PartyManifest and "recipe" in keys and "party" not in keys:

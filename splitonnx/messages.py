@@ -16,6 +16,7 @@ import numpy as np
 
 from splitonnx.codecs import Chunk, decode_tensors, encode_tensors
 from splitonnx.errors import FormatError
+from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.manifests import Wire
 
 PROTOCOL = 2
@@ -201,7 +202,7 @@ def decode_message(content: Chunk | bytearray) -> tuple[Message, dict[str, np.nd
         raise FormatError("not a message", f"its metadata hold {sorted(metadata)}")
     try:
         message = _DECODER.decode(metadata[_FIELD])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         raise FormatError("not a message", str(error)) from error
     if tensors and not isinstance(message, Tensors):
         raise FormatError("not a message", f"a {type(message).__name__} carries no tensors")

@@ -32,6 +32,7 @@ from splitonnx.errors import (
     quote,
 )
 from splitonnx.files import map_regular, read_regular
+from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.manifests import MANIFEST, MAX_MANIFEST, PartyManifest, Role, StateSpec
 from splitonnx.tensors import check_array
 
@@ -184,7 +185,7 @@ def check_home(folder: Path, digest: str) -> None:
     try:
         content = read_regular(folder / MANIFEST, MAX_MANIFEST)
         found = _IDENTITY.decode(content).digest
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, *JSON_ERRORS) as error:
         raise NotSaved(str(folder), "the folder's manifest is gone since it was loaded") from error
     if found != digest:
         raise NotSaved(str(folder), "the folder is another bundle's since it was loaded")

@@ -16,6 +16,7 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleError, UnfinishedRun, UsageError
 from splitonnx.folder_locks import FolderLock
+from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.runtime.channels.channels import ResumePoint
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoints import (
@@ -228,5 +229,5 @@ def _open_store(party: PartyBundle, session: str) -> CheckpointStore | None:
 def _read_position(text: str) -> DataPosition:
     try:
         return _POSITION.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         raise BundleError("the state's position in the data", str(error)) from error

@@ -31,6 +31,7 @@ from splitonnx.checksums import encode_with_checksum, has_valid_checksum
 from splitonnx.chunks import hold
 from splitonnx.codecs import decode_tensors
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
+from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.manifests import PartyManifest
 from splitonnx.states import (
     MAX_HEADER,
@@ -54,7 +55,6 @@ side only, and the one before it is needed to continue.
 
 _STEP = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
 _FACTS = "splitonnx"
-
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Stamp = tuple[int, int, int]
 
@@ -196,7 +196,7 @@ class CheckpointStore:
         """Return the owners named in the session's checkpoints, without verifying the tensors."""
         found = set()
         for path in self.list_files():
-            with contextlib.suppress(BundleError, FormatError, msgspec.DecodeError):
+            with contextlib.suppress(BundleError, FormatError, *JSON_ERRORS):
                 _, metadata = decode_tensors(map_file(path), max_header=MAX_HEADER)
                 found.add(_DECODER.decode(metadata.get(_FACTS, "")).owner)
         return found
@@ -296,7 +296,7 @@ class CheckpointStore:
             facts = _DECODER.decode(metadata.get(_FACTS, ""))
         except FormatError as error:
             raise BundleError(str(path), error.reason) from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except JSON_ERRORS as error:
             raise BundleError(str(path), f"it is not a checkpoint: {error}") from error
         if not has_valid_checksum(content, metadata):
             raise BundleError(str(path), "it was altered since it was written")

@@ -23,6 +23,7 @@ import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import FormatError, ProcessFailed, SplitonnxError, StageStopped
+from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.manifests import encode_manifest
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.engine.runs import GRACE_SECONDS, Runs
@@ -203,7 +204,7 @@ class Worker:
                     return self._exchange(action, tensors)
                 finally:
                     self._runs.finish(run)
-            except (EOFError, OSError, FormatError, msgspec.DecodeError) as error:
+            except (EOFError, OSError, FormatError, *JSON_ERRORS) as error:
                 raise WorkerEnded(self._bury(error), is_before=not self._is_told) from error
             except BaseException as error:
                 if not isinstance(error, SplitonnxError) or not self.is_alive:
@@ -358,7 +359,7 @@ class Worker:
         """Make sure that the process has ended, and return how it ended."""
         self.is_alive = False
         code = self._release()
-        if isinstance(error, FormatError | msgspec.DecodeError):
+        if isinstance(error, (FormatError, *JSON_ERRORS)):
             return f"it answered what cannot be read: {error}"
         if code < 0:
             with suppress(ValueError):
