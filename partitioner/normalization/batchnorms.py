@@ -39,7 +39,9 @@ def is_training(node: ir.Node) -> bool:
     return node.attributes.get_int("training_mode", 0) == 1
 
 
-def train_batchnorms(graph: ir.Graph, *, mode: BatchNormModes) -> dict[str, str]:
+def train_batchnorms(
+    graph: ir.Graph, *, mode: BatchNormModes, has_others: bool = False
+) -> dict[str, str]:
     """Set the mode of every BatchNormalization, and return how running statistics are updated.
 
     If training updates a running statistic, the result maps its name to the name of the graph value
@@ -49,14 +51,18 @@ def train_batchnorms(graph: ir.Graph, *, mode: BatchNormModes) -> dict[str, str]
     statistics.  They update the statistics in graph order: each node starts from the values that
     the node before it computed.
 
+    With ``has_others``, the model had more BatchNormalizations, which always use their own
+    statistics and were replaced by formulas.
+
     Raises:
         UnsupportedModel: a pattern in ``mode`` matches no BatchNormalization.
         UsageError: a pattern in ``mode`` is not a regular expression, or ``mode`` is ``"train"``
-            and there is no BatchNormalization.
+            and the model had no BatchNormalization.
     """
     successors: dict[str, ir.Value] = {}
     nodes = list_batchnorms(graph)
-    _refuse_idle(mode, [list_names(node) for node in nodes])
+    if not (mode == "train" and has_others):
+        _refuse_idle(mode, [list_names(node) for node in nodes])
     for node in nodes:
         chosen = choose_mode(mode, list_names(node))
         training = is_training(node) if chosen is None else chosen == "train"

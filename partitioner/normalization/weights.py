@@ -8,6 +8,7 @@ the user's patterns.  This module deals with names, initializers and Constant no
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
@@ -30,6 +31,8 @@ _FLOATS = {
     ir.DataType.FLOAT,
     ir.DataType.FLOAT16,
 }
+
+_log = logging.getLogger(__name__)
 
 EVERYTHING = "."
 """The pattern that matches every name.
@@ -121,14 +124,13 @@ def assign_roles(
 
     Raises:
         UnsupportedModel: a pattern in ``freeze`` matches no weight.
-        UsageError: a pattern is not a regular expression, or has no effect.  A pattern in
-            ``freeze`` has none if ``train`` selects all that it matches, or if these are running
-            statistics that are updated; a pattern in ``train`` has none if all that it matches
-            would be trained without it.
+        UsageError: a pattern is not a regular expression, or a pattern in ``freeze`` has no effect,
+            because ``train`` matches the same weights, except for :data:`EVERYTHING`, or because
+            it matches only running statistics that training updates.
     """
     trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
     scalings = set(find_input_scalings(graph, weights))
-    _refuse_idle_train(graph, weights, scalings, train, freeze)
+    _say_idle_train(graph, weights, scalings, train, freeze)
     frozen: set[str] = set()
     for pattern in freeze:
         found = _search(pattern, weights, "--freeze")
@@ -156,23 +158,29 @@ def assign_roles(
     return roles
 
 
-def _refuse_idle_train(
+def _say_idle_train(
     graph: ir.Graph,
     weights: Collection[str],
     scalings: Collection[str],
     train: Sequence[str],
     freeze: Sequence[str],
 ) -> None:
-    """Refuse a pattern of ``train`` that matches only weights that would be trained anyway."""
+    """Log a warning if a pattern of ``train`` matches only weights that are trained anyway.
+
+    The user may believe that nothing else is trained.
+    """
     special = {value.name for value in graph.inputs if CHOSEN in value.metadata_props}
     special |= {name for pattern in freeze for name in _search(pattern, weights, "--freeze")}
     special |= set(scalings)
     for pattern in train:
         found = _search(pattern, weights, "--train")
         if found and not found & special:
-            raise UsageError(
-                f"--train {pattern} has no effect: {list_some(sorted(found))} would be trained "
-                f"without it; to train nothing else, add --freeze {EVERYTHING}"
+            _log.warning(
+                "--train %s has no effect: %s would be trained without it; to train nothing else, "
+                "add --freeze %s",
+                pattern,
+                list_some(sorted(found)),
+                EVERYTHING,
             )
 
 

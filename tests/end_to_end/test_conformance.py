@@ -30,8 +30,9 @@ def test_an_export_is_the_model_given(name: str, caplog: pytest.LogCaptureFixtur
     loss = "mse" if name == "sklearn-regressor" else "cross-entropy"
     cut(onnx.load(ROOT / "tests" / "exports" / f"{name}.onnx"), at=None, loss=loss, check=True)
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert all(CONTRADICTED.get(name, "?") in text for text in told), told
-    assert len(told) == (name in CONTRADICTED)
+    compared = [text for text in told if "torch.onnx.export(" not in text]  # what to export anew
+    assert all(CONTRADICTED.get(name, "?") in text for text in compared), told
+    assert len(compared) == (name in CONTRADICTED)
 
 
 @pytest.mark.parametrize(

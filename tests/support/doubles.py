@@ -193,7 +193,9 @@ class Scatter(ScatterElements):
 
 
 _NO_KEY = (0, 0, 0)
-"""The key with which the node cases run; prepare() names their only node after its operator."""
+"""The key with which the node cases run."""
+_NAME = "y"
+"""The name of their only node, which prepare() names after its first output."""
 
 
 class Bernoulli(OpRun):
@@ -204,7 +206,7 @@ class Bernoulli(OpRun):
     def _run(
         self, x: np.ndarray, dtype: int | None = None, seed: float | None = None
     ) -> tuple[np.ndarray]:
-        name = "Bernoulli_0" if seed is None else f"Bernoulli_0/{seed}"
+        name = _NAME if seed is None else f"{_NAME}/{seed}"
         drawn = (draw_words(_NO_KEY, name, x.size) >> np.uint32(8)) * 2.0**-24
         return ((drawn.reshape(x.shape) < x).astype(x.dtype),)
 
@@ -222,7 +224,7 @@ class Dropout(OpRun):
         seed: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         ratio = float(ratio) if training_mode else 0.0
-        words = draw_words(_NO_KEY, "Dropout_0", x.size)
+        words = draw_words(_NO_KEY, _NAME, x.size)
         kept = (words < round((1 - ratio) * 2**32)).reshape(x.shape)
         kept = kept if ratio else np.ones_like(kept)
         return x * kept / (1 - ratio), kept

@@ -145,7 +145,8 @@ def _decide_by_batch(work: Work) -> None:
 
 
 def _write_out_own_statistics(work: Work) -> None:
-    if write_out_own_statistics(work.model.graph, work.weights):
+    work.has_own_statistics = write_out_own_statistics(work.model.graph, work.weights)
+    if work.has_own_statistics:
         infer_shapes(work.model)
 
 
@@ -166,7 +167,9 @@ def _fold_forms(work: Work) -> None:
 
 
 def _set_modes(work: Work) -> None:
-    work.buffers = train_batchnorms(work.training.graph, mode=work.batchnorm)
+    work.buffers = train_batchnorms(
+        work.training.graph, mode=work.batchnorm, has_others=work.has_own_statistics
+    )
     work.frozen_statistics = freeze_batchnorms(work.training.graph)
     seed_dropouts(work.training.graph, mode=work.dropout)
     make_inference_form(work.inference.graph)

@@ -62,6 +62,7 @@ class Work:
     buffers: Mapping[str, str] = field(default_factory=dict)
     frozen_statistics: Collection[str] = ()
     roles: Mapping[str, Role] = field(default_factory=dict)
+    has_own_statistics: bool = False
     freed: list[str] = field(default_factory=list)
     decided: Sequence[str] = ()
     forms: tuple[ir.Model, ...] = ()

@@ -235,12 +235,20 @@ def test_weights_of_a_branch_that_depends_on_the_data_stay() -> None:
     np.testing.assert_array_equal(merged.run(None, inputs)[0], original.run(None, inputs)[0])
 
 
-def test_a_pattern_without_an_effect_is_refused() -> None:
+def test_a_pattern_of_what_is_trained_anyway_is_said_to_have_no_effect(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The user may believe that nothing else is trained."""
     model = ZOO["chain"].build()
-    with pytest.raises(UsageError, match="--train w1 has no effect: 'w1' would be trained without"):
-        cut(model, at=None, train=["w1"])
     cut(model, at=None, train=["w1"], freeze=["."])
     cut(model, at=None, train=["w1"], freeze=["w[12]"])
+    assert not caplog.records
+    cut(model, at=None, train=["w1"])
+    (record,) = caplog.records
+    assert record.getMessage().startswith("--train w1 has no effect: 'w1' would be trained without")
+
+
+def test_a_pattern_that_freezes_what_training_updates_is_refused() -> None:
     norms = ZOO["batchnorm_trained"].build()
     statistic = next(n for node in norms.graph.node for n in node.input if n.endswith(".mean"))
     with pytest.raises(UsageError, match="are running statistics, which training updates"):
