@@ -206,10 +206,10 @@ class Bundle:
         return self.parties.get(SERVER)
 
     def check_steps(self) -> None:
-        """Check that both parties were trained equally far, by the same session.
+        """Check that both parties are at the same step and were trained in the same session.
 
         Raises:
-            BundleMismatch: they are at different steps, or were trained in different sessions.
+            BundleMismatch: the parties are at different steps, or not from the same session.
         """
         client, server = self.client, self.server
         if server is not None and client.step != server.step:

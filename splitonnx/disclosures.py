@@ -172,8 +172,8 @@ def _describe(wire: Wire, labels: str | None, rows: str | None, batch: int | Non
 def count_bytes_per_sample(spec: TensorSpec, rows: str | None) -> int | None:
     """Return the size of a tensor per sample, in bytes.
 
-    ``rows`` is the symbol for the number of samples, or ``None`` if there is none.  Return ``None``
-    if the tensor's size is unknown or not proportional to the number of samples.
+    ``rows`` is the symbol for the number of samples, or ``None`` if there is no such symbol.
+    Return ``None`` if the tensor's size is unknown or not proportional to the number of samples.
     """
     one, two = (_count_bytes(spec, {rows: size} if rows else {}) for size in (1, 2))
     return one if one is not None and two == 2 * one else None

@@ -31,7 +31,7 @@ def check_file_place(path: Path) -> None:
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
-    """Check that a file can be written to ``path``, and that it is not there, or may be replaced.
+    """Check that ``path`` can be written, and does not exist yet unless ``overwrite`` is true.
 
     Raises:
         UnwritableFile: the file cannot be written, or exists already and must not be overwritten.

@@ -1,6 +1,6 @@
 """Settings that every ONNX Runtime session of splitonnx gets, so that it computes correctly.
 
-ONNX Runtime replaces QuantizeLinear and DequantizeLinear around an operator by an integer kernel,
+ONNX Runtime replaces QuantizeLinear and DequantizeLinear around an operator with an integer kernel,
 unless a session's settings forbid it.  On x86 processors without VNNI, such a kernel adds two
 products of 8-bit numbers in 16 bits.  If the sum needs more bits, the result is too small by up to
 half, without an error.  Other such kernels round differently: Softmax and AveragePool by several

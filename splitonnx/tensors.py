@@ -69,8 +69,8 @@ def check_array(
 ) -> None:
     """Check that ``array`` has the dtype, shape and value range that ``spec`` declares.
 
-    ``sizes`` maps the names and expressions in shapes to their sizes, as far as they are known in
-    this task.  Sizes that ``array`` determines are added to ``sizes``.  If a name or expression
+    ``sizes`` maps the names and expressions in shapes to their sizes, if these are known in this
+    task.  Sizes that ``array`` determines are added to ``sizes``.  If a name or expression
     already has a different size, the array does not match.  ``is_output`` means that ``array`` is
     an output of the model; a symbolic dimension whose size is not known yet may then be 0.
 

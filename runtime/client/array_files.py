@@ -60,7 +60,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_declared(path: Path, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
-    """Read from an ``.npz`` file what :func:`check_batch` looks at.
+    """Read only what :func:`check_batch` needs from an ``.npz`` file.
 
     An array whose values must be in bounds is read.  For any other array, only the header is read;
     the result is an array with the same dtype and shape, which takes no memory.
@@ -78,7 +78,7 @@ def read_declared(path: Path, specs: Sequence[TensorSpec]) -> dict[str, np.ndarr
 
 
 def map_folder(path: Path) -> dict[str, np.ndarray]:
-    """Map the ``.npy`` files of a folder into memory, named as the files.
+    """Map the ``.npy`` files of a folder into memory, under the names of the files.
 
     Raises:
         UnusableData: a file cannot be read or contains Python objects.
@@ -123,7 +123,7 @@ def _read_header(archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
 
 
 def _check_room(file: BinaryIO) -> None:
-    """Raise an error if an archive's arrays, all of which are loaded, do not fit into memory."""
+    """Raise an error if the arrays of an archive do not fit into memory together."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())

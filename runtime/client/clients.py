@@ -200,13 +200,13 @@ class Client:
             eval_data: the data on which the model is evaluated after each epoch.
             learning_rate: a number, or a function that computes the rate from the number of steps
                 so far; by default, the optimizer's own learning rate.
-            shuffle: shuffle the data anew for each epoch.
+            shuffle: use a different random order of the data in each epoch.
             checkpoint_every: number of steps between checkpoints, which both sides write to their
                 folders; by default, no checkpoints are written.
             when_unsaved: what to do if a checkpoint cannot be written: ``"stop"`` or
                 ``"continue"``.
             restart: discard an interrupted run in the folder.
-            save: call :meth:`save` at the end; if the server has lost steps by then, they are
+            save: call :meth:`save` at the end; if the server has lost steps, they are
                 repeated first.
             on_start: a function that is called once, after all checks and before the first step.
             on_step: a function that is called with the record of each step.

@@ -181,7 +181,7 @@ class FileDataset(Dataset):
         self._specs: Sequence[TensorSpec] = ()
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Check every file by the headers of its arrays, and read only arrays with bounds.
+        """Check every file; read whole arrays only if their values have bounds, otherwise headers.
 
         Each file is checked again when it is read.
         """
@@ -232,8 +232,9 @@ def open_dataset(source: DataSource) -> Dataset:
     The arrays must have the names of the model's inputs; the array of targets is named ``labels``.
     Each array has one row per sample.  The files in a folder are either ``.npy`` files with one
     array each, which are memory-mapped and read as needed, or ``.npz`` files with one batch each,
-    in the order of their names.  Batches are also passed as an iterable of dictionaries of arrays.
-    Files and iterables of batches determine the size of each batch, and an iterable also the order.
+    in the order of their names.  Batches can also be passed as an iterable of dictionaries of
+    arrays.  Files and iterables of batches determine the size of each batch, and an iterable also
+    determines the order.
 
     Raises:
         UnusableData: a file cannot be read or contains Python objects, the arrays differ in their

@@ -131,7 +131,7 @@ class TrainingLoop:
     def evaluate(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
         """Return the mean of each metric over all samples of a dataset.
 
-        A metric of a batch is a mean over its labels, so batches with more labels weigh more.
+        A metric of a batch is a mean over its labels, so batches with more labels count more.
         """
         totals: dict[str, float] = defaultdict(float)
         counted = 0

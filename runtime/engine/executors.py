@@ -72,7 +72,7 @@ class SessionExecutor(Protocol):
         """Abort a task and discard its changes to the state."""
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return all tensors of the state, including the optimizer's."""
+        """Return all tensors of the state, including those of the optimizer."""
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
         """Replace the state and the number of committed steps, and abort open tasks."""
@@ -243,7 +243,7 @@ class Executor:
         self._tasks.pop(key, None)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return all tensors of the state, including the optimizer's, as read-only arrays.
+        """Return all tensors of the state, including those of the optimizer, as read-only arrays.
 
         Later updates do not change these arrays.  Their shapes and dtypes are those in the
         manifest.

@@ -91,7 +91,9 @@ class SessionMaker:
         return self._workers.open(owner, session, tensors, start.step)
 
     def _find_start(self, hello: Hello, owner: str) -> Executor | None:
-        """Return the state that a session starts from: published, untrained, or another session's.
+        """Return the state from which a session starts, or ``None`` if it is not on the server.
+
+        This is the published state, the untrained state, or the state of another session.
 
         Raises:
             ForeignSession: the state belongs to another owner.  Anyone may use a published state

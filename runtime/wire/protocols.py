@@ -122,7 +122,7 @@ class Protocol:
 
     @property
     def sizes(self) -> Mapping[str, int]:
-        """Return the sizes of the newest task's named dimensions, as far as they are known."""
+        """Return the known sizes of the newest task's named dimensions."""
         return self._sizes
 
     def close(self) -> None:

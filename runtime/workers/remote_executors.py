@@ -2,8 +2,8 @@
 
 Data are sent to the worker only when they are needed.  A session is opened in the worker at its
 first task, so creating or restoring a session does not make other clients wait.  Between two tasks,
-the state can be fetched, so that the worker can be stopped to make room for another owner's.  The
-next task then passes the state to a new worker.
+the state can be fetched, so that the worker can be stopped to make room for a worker of another
+owner.  The next task then passes the state to a new worker.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Refuse command lines whose words would be ignored: options given twice, and empty values.
+"""Refuse command lines in which an option is given twice or has an empty value.
 
-Of an option that takes one value, the command line's parser would use the last one without a word.
-An empty value usually comes from a variable of a script that is not set.
+If an option that takes one value is given twice, the parser silently uses only the last value.  An
+empty value usually comes from a variable in a script that is not set.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def _part(option: str, text: str, form: str) -> tuple[str, str]:
 
 
 def _refuse_contradictions(option: str, pairs: Sequence[tuple[str, str]]) -> None:
-    """Refuse two different values for one name, of which only the last would be used."""
+    """Refuse two different values for one name, because only the last would be used."""
     first: dict[str, str] = {}
     for name, value in pairs:
         if first.setdefault(name, value) != value:

@@ -1,4 +1,4 @@
-"""Print the pairs of tensors that ``inspect`` lists for a U-shape, and say which are shown."""
+"""Print the pairs of tensors that ``inspect`` lists for a U-shape, and explain which are shown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def print_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> None:
 def choose_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> Sequence[PairCandidate]:
     """Return the pairs to show in a table.
 
-    These are the recommended ones, or all pairs if the user named an end or none is recommended.
+    Only recommended pairs are shown, unless the user named an end or no pair is recommended.
     """
     recommended = [pair for pair in pairs if pair.recommended]
     return pairs if is_end_named or not recommended else recommended
@@ -53,9 +53,9 @@ def list_pair_cells(pair: PairCandidate) -> Sequence[str]:
 
 
 def describe_choice(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> str | None:
-    """Describe in one sentence why the table shows these pairs, or none.
+    """Explain in one sentence why the table shows these pairs, or no pairs.
 
-    Return ``None`` if it shows all pairs because the user named an end.
+    Return ``None`` if the table shows all pairs because the user named an end.
     """
     if not pairs:
         other = " with the end that is named" if is_end_named else ""

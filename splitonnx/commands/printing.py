@@ -70,7 +70,7 @@ def print_cuts(cuts: Iterable[CutCandidate]) -> None:
 
 
 def print_rows(names: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first columns, ``names``, are left-aligned and the others are not."""
+    """Print a table with left-aligned columns ``names`` and right-aligned columns ``sizes``."""
     if len(rows) > FEW_ROWS:
         lines = format_rows((*names, *sizes), rows, left=len(names))
         sys.stdout.writelines(f"{line}\n" for line in lines)

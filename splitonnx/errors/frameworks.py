@@ -1,4 +1,4 @@
-"""Errors between a framework's network, its export, and the weights that come back into it."""
+"""Errors in exporting a framework's network, or in loading trained weights back into it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NotExported(SplitonnxError):
 
 @dataclass(eq=False)
 class WrongExport(SplitonnxError):
-    """An exported model is not the network that was given; nothing was written."""
+    """An exported model differs from the given network; no file was written."""
 
     network: str
     what: str
@@ -49,9 +49,9 @@ class WrongExport(SplitonnxError):
 class WeightsMismatch(SplitonnxError):
     """Trained weights do not fit a network; nothing was loaded.
 
-    ``missing`` are parameters of the network without a trained tensor, ``unexpected`` are trained
-    tensors without a place in the network.  ``different`` contains a clause for each tensor whose
-    shape or whose value does not fit.
+    ``missing`` lists the network's parameters for which there is no trained tensor, ``unexpected``
+    the trained tensors that the network does not have.  ``different`` contains a clause for each
+    tensor that has the wrong shape or value.
     """
 
     source: str

@@ -89,12 +89,12 @@ class DifferentResult(SplitonnxError):
 
 @dataclass(eq=False)
 class MixedSamples(ModelError):
-    """The samples of a batch influence each other, because their number was fixed by the export.
+    """The samples of a batch influence each other, because the export fixed their number.
 
     ``subject`` describes the model.  ``options`` are the user's options, which changed the number
-    of samples from ``rows``.  ``node`` is the first node whose output ``tensor`` differs from what
-    it is for each sample alone, and ``operator`` is its operator.  ``output`` is the output that
-    differs.
+    of samples from ``rows``.  ``node`` is the first node with a wrong output, and ``operator`` its
+    operator.  This output, ``tensor``, differs from the results for each sample alone, and so does
+    ``output``, an output of the model.
     """
 
     subject: str
@@ -212,8 +212,8 @@ class NotACut(CutError):
     ``missing`` are the additional tensors that would have to cross the cut.  If some of them are
     inputs of the model (such as an attention mask), or are computed only from inputs of the model,
     ``raw`` lists these inputs.  ``is_back`` means that the missing tensors would come back from the
-    server.  ``others`` are tensors that divide the model, each in place of those that the client
-    would send.
+    server.  ``others`` lists tensors that divide the model: each could replace the tensors that
+    the client would send.
     """
 
     tensors: Sequence[str]

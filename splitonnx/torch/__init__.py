@@ -6,9 +6,9 @@
     ...
     splitonnx.torch.load("bundle", model)
 
-PyTorch is the user's own: it is not a dependency, and importing this package does not import it.
-This is the only room that imports ``torch``.  It uses the partitioner, and knows nothing of clients
-and servers.
+Users install PyTorch themselves: it is not a dependency, and importing this package does not import
+it.  No other package imports ``torch``.  This package uses the partitioner, and does not depend on
+clients or servers.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The legacy exporter is tried first: it alone keeps BatchNormalization in training mode, it writes
 one operator per layer, it takes a tenth of the time, and it needs no other package.  It refuses
-dropout in recurrent layers and newer operators.  The dynamo exporter takes these, but leaves
-BatchNormalization in inference mode, which is mended afterwards (:mod:`repairs`).  Either keeps the
-names of parameters only if it folds nothing.
+dropout in recurrent layers and newer operators.  The dynamo exporter accepts both, but leaves
+BatchNormalization in inference mode, which is corrected afterwards (:mod:`repairs`).  Both
+exporters keep the names of parameters only if they do not fold constants.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH = "N"
 _REFUSALS = (
     AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-"""What the exporters raise for what they cannot export; few of these are errors of their own."""
+"""What the exporters raise if they cannot export a network; few of these are their own classes."""
 _MOST = 4096
 
 
@@ -39,14 +39,19 @@ def call_exporter(
     *,
     recurrent_dropout: bool,
 ) -> tuple[onnx.ModelProto, str]:
-    """Export a network in its present modes, and return the model and the exporter's name.
+    """Export a network in the modes its modules are in.
 
-    ``outputs`` names the outputs; ``varying`` names those whose first axis is the batch.  With
-    ``recurrent_dropout``, the legacy exporter is not tried, since it refuses that.
+    ``outputs`` names all outputs, and ``varying`` the outputs with the batch as their first axis.
+    If ``recurrent_dropout`` is true, the legacy exporter is not tried, because it refuses dropout
+    between recurrent layers.
+
+    Returns:
+        The model, and the name of the exporter: ``legacy`` or ``dynamo``.
 
     Raises:
         NotExported: neither exporter can export the network.
-        TorchNeeded: the legacy exporter cannot, and the other one needs onnxscript.
+        TorchNeeded: the legacy exporter cannot export the network, and the dynamo exporter needs
+            onnxscript.
     """
     reasons: dict[str, str] = {}
     tried: tuple[Callable[..., onnx.ModelProto], ...] = (_call_legacy, _call_dynamo)

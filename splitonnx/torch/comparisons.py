@@ -36,10 +36,10 @@ def check_tensors(
     arrays: Mapping[str, np.ndarray],
     seen: Observation,
 ) -> None:
-    """Check that the model stores each tensor of the network once, under its name, as it is.
+    """Check that the model stores each tensor of the network once, with its name and values.
 
     Raises:
-        WrongExport: a tensor is missing, stored twice, or has other numbers.
+        WrongExport: a tensor is missing, stored twice, or has a different shape or other values.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     used = {mean.rpartition(".")[0] for mean in (*seen.training, *seen.frozen)}
@@ -62,10 +62,10 @@ def check_tensors(
 
 
 def check_modes(network: str, model: onnx.ModelProto, layout: Layout, seen: Observation) -> None:
-    """Check the mode of each BatchNormalization, and that no dropout is gone.
+    """Check the mode and momentum of each BatchNormalization, and that no dropout is missing.
 
     Raises:
-        WrongExport: a mode differs, or there are fewer dropouts than in the network.
+        WrongExport: a mode or a momentum differs, or there are fewer dropouts than in the network.
     """
     nodes = list(model.graph.node)
     modes = {
@@ -91,9 +91,9 @@ def check_modes(network: str, model: onnx.ModelProto, layout: Layout, seen: Obse
 def _check_momenta(
     network: str, nodes: list[onnx.NodeProto], layout: Layout, seen: Observation
 ) -> None:
-    """Check that running statistics move as far with each batch as those of the network.
+    """Check that each batch changes the running statistics as much as in the network.
 
-    PyTorch's momentum is the share of the batch, ONNX's that of the statistic before.
+    PyTorch's momentum is the weight of the batch; ONNX's momentum is the weight of the old value.
     """
     momenta = {
         node.input[3]: next((a.f for a in node.attribute if a.name == "momentum"), 0.9)
@@ -119,9 +119,11 @@ def compare_results(
 ) -> float:
     """Compare the results of the model and of the network, and return the largest difference.
 
-    In eval mode, the example and one sample more are compared.  In training mode, the example is
-    compared without dropout, if the network is then not random.  ``outputs`` are the model's names
-    of what the network returns.  The network is in its modes for training; its state changes.
+    In eval mode, the example and a batch with one more sample are compared.  If the network has a
+    BatchNormalization in training mode, the example is also compared in training mode: dropout is
+    turned off, and nothing is compared if the results are random even so.  ``outputs`` names the
+    outputs of the model.  Pass the network in the modes in which it is trained; this function
+    changes its modes and its running statistics.
 
     Raises:
         WrongExport: an output differs.

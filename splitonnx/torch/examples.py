@@ -1,4 +1,4 @@
-"""What a network is exported with: the inputs of one call, their names, and more of such inputs."""
+"""The example with which a network is exported: the inputs of one call, and their names."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from splitonnx.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """The inputs of one call of a network, by the name of the parameter of ``forward``.
+    """The inputs of one call of a network, by the names of the parameters of ``forward``.
 
-    The call is by position, or by keyword if ``is_named`` is true.
+    They are passed by keyword if ``is_named`` is true, otherwise by position.
     """
 
     tensors: Mapping[str, Any]
@@ -36,19 +36,19 @@ class Example:
         return dict(self.tensors) if self.is_named else {}
 
     def resize(self, batch: int) -> Example:
-        """Return an example of ``batch`` samples, which repeat the samples from the last one on."""
+        """Return an example of ``batch`` samples: these samples in reverse order, repeated."""
         order = [(self.batch - 1 - at) % self.batch for at in range(batch)]
         tensors = {name: tensor[order] for name, tensor in self.tensors.items()}
         return Example(tensors=tensors, is_named=self.is_named)
 
 
 def read_example(torch: Any, model: Any, example: Any) -> Example:
-    """Read what the user passed as an example: a tensor, several, or a dictionary by name.
+    """Read the user's example: a tensor, a tuple of tensors, or a dictionary of named tensors.
 
     An example of one sample is repeated, because exporters write sizes of 1 into the model.
 
     Raises:
-        UsageError: it does not consist of tensors with the same number of samples.
+        UsageError: the example does not consist of tensors with the same number of samples.
     """
     is_named = isinstance(example, Mapping)
     given = dict(example) if is_named else example

@@ -1,4 +1,4 @@
-"""Export a network for training, and refuse an export that is not the network."""
+"""Export a network for training, and refuse an export that differs from the network."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Export:
     parameters, ``unused`` those that the network does not use.  ``difference`` is the largest
     relative difference between results of the model and of the network.
 
-    ``freeze`` and ``train`` are for the arguments of ``cut`` with these names.  Without them,
+    Pass ``freeze`` and ``train`` to ``cut`` as the arguments of the same names.  Without them,
     ``cut`` would train tensors that the network does not train, or the other way round.
     """
 
@@ -97,7 +97,7 @@ def export(
         TorchNeeded: PyTorch or onnxscript is missing or too old.
         UsageError: the example or the names do not fit the network.
         NotExported: PyTorch's exporters refuse the network.
-        WrongExport: the exported model is not the network.
+        WrongExport: the exported model differs from the network.
         ModelError: splitonnx does not support the exported model.
         UnwritableFile: ``path`` cannot be written, or exists already.
     """
@@ -214,7 +214,7 @@ def _find_trained(
 
 
 def _check_types(model: Any, example: Example) -> None:
-    """Refuse bfloat16, in which ONNX Runtime computes too little on a CPU to compare anything."""
+    """Refuse bfloat16, for which ONNX Runtime has too few CPU kernels to compare results."""
     tensors = [*model.parameters(), *model.buffers(), *example.tensors.values()]
     if any(str(tensor.dtype) == "torch.bfloat16" for tensor in tensors):
         raise UsageError(

@@ -23,9 +23,9 @@ _log = logging.getLogger(__name__)
 class Loaded:
     """What :func:`load` did.
 
-    ``step`` is the number of updates that made the weights, or ``None`` for a merged model, which
-    does not say it.  ``loaded`` are the names of the network's tensors that were replaced, and
-    ``kept`` those that keep their values, such as ``num_batches_tracked``.
+    ``step`` is the number of steps for which the weights were trained, or ``None`` for a merged
+    model, which does not record it.  ``loaded`` names the network's tensors that were replaced, and
+    ``kept`` the tensors that keep their values, such as ``num_batches_tracked``.
     """
 
     step: int | None
@@ -44,8 +44,8 @@ def load(source: Bundle | str | Path | bytes, model: Any, *, strict: bool = True
         source: a bundle, or its folder with both trained parties; or a merged model as a path
             ending in ``.onnx`` or as bytes.
         model: the network that was exported, or another one of the same class.
-        strict: whether every parameter that requires a gradient must be in ``source``.  Parameters
-            that the network does not use are in no export.
+        strict: whether every parameter that requires a gradient must be in ``source``.  An
+            export does not contain parameters that the network does not use.
 
     Raises:
         TorchNeeded: PyTorch is missing or too old.
@@ -97,7 +97,7 @@ def _read(source: Bundle | str | Path | bytes) -> tuple[Weights, int | None]:
 
 
 def _read_merged(source: str | Path | bytes) -> Weights:
-    """Read the weights of a merged model, which does not say which of them were trained."""
+    """Read the weights of a merged model, which does not record which were trained."""
     from splitonnx.extras import load as load_module
 
     gates = load_module("splitonnx.partitioner.gate.gates", "splitonnx.torch.load")

@@ -1,4 +1,7 @@
-"""Match trained weights with the tensors of a network, by name and shape; arrays alone."""
+"""Match trained weights with the tensors of a network, by name and shape.
+
+This module works on numpy arrays, and does not use PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from splitonnx.torch.networks import Layout
 class Weights:
     """Trained weights by name.
 
-    ``trained`` are the names of those that training changes.  ``ties`` maps the name of each
-    parameter that ``--tie`` replaced to the one that replaced it and whether it is its transpose.
+    ``trained`` names the weights that training changes.  ``ties`` has an entry for each parameter
+    that ``--tie`` removed: the name of the parameter that replaced it, and whether the removed
+    parameter is the transpose of the other.
     """
 
     source: str
@@ -30,11 +34,12 @@ def match(
 ) -> dict[str, np.ndarray]:
     """Return the arrays to load, by the names of the network.
 
-    A tied weight is returned under all of its names.  ``shapes`` are those of the network's
-    tensors.  If ``strict`` is false, parameters without a trained tensor are left out.
+    A tied weight is returned under all of its names.  ``shapes`` maps the names of the network's
+    tensors to their shapes.  If ``strict`` is false, parameters without a trained tensor are left
+    out.
 
     Raises:
-        WeightsMismatch: a parameter or statistic is missing, a trained tensor has no place in the
+        WeightsMismatch: a parameter or statistic is missing, a trained tensor is not in the
             network, or a shape or a tie does not fit.
     """
     arrays = _untie(weights, shapes)
@@ -62,7 +67,7 @@ def match(
 
 
 def _untie(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Add the parameters that ``--tie`` replaced, as far as the network has them."""
+    """Add the parameters that ``--tie`` removed, if the network has them."""
     arrays = dict(weights.arrays)
     for name, (kept, is_transposed) in weights.ties.items():
         if name in shapes and kept in arrays and name not in arrays:

@@ -1,4 +1,4 @@
-"""What a network consists of: the names of its tensors, and a state that an export must keep."""
+"""Read the tensors of a network, change its modes, and restore its state after an export."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Layout:
     """The tensors of a network, by name.
 
     ``groups`` maps each name to all names of the same tensor, such as those of a tied weight.
-    ``parameters`` and ``buffers`` are the names of either kind.  ``learnt`` are the parameters
-    that require a gradient.  ``statistics`` are the running means and variances of
-    BatchNormalization.
+    ``parameters`` holds the names of the parameters, and ``learnt`` those of the parameters that
+    require a gradient.  ``buffers`` holds the names of the buffers, and ``statistics`` those of the
+    running means and variances of BatchNormalization.
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -46,14 +46,14 @@ def read_layout(model: Any) -> Layout:
 
 
 def read_arrays(model: Any) -> dict[str, np.ndarray]:
-    """Copy a network's parameters and buffers; each is under all of its names."""
+    """Return copies of a network's parameters and buffers, each under all of its names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     return {name: to_array(tensor) for name, tensor in (parameters | buffers).items()}
 
 
 def to_array(tensor: Any) -> np.ndarray:
-    """Copy a tensor to an array; numpy has no bfloat16, so its numbers become float32."""
+    """Copy a tensor to an array; bfloat16, which numpy does not have, becomes float32."""
     plain = tensor.detach().cpu()
     if str(plain.dtype) == "torch.bfloat16":
         plain = plain.float()
@@ -62,7 +62,11 @@ def to_array(tensor: Any) -> np.ndarray:
 
 
 def list_outputs(result: Any) -> list[tuple[str, Any]]:
-    """List the tensors that a network returns, with names: keys of a dictionary, or numbers."""
+    """List the tensors that a network returns, with their names.
+
+    The names are the keys of the dictionary that the network returns, or ``output_0``, ``output_1``
+    and so on for a sequence.  A single tensor is named ``output``.
+    """
     if hasattr(result, "shape"):
         return [("output", result)]
     items = result.items() if isinstance(result, Mapping) else enumerate(result or ())
@@ -78,9 +82,9 @@ def list_outputs(result: Any) -> list[tuple[str, Any]]:
 
 @contextmanager
 def keeping_state(torch: Any, model: Any) -> Iterator[None]:
-    """Restore the network's modes and buffers, and the random numbers, after the ``with`` block.
+    """Restore a network's modes and buffers, and PyTorch's random state, after the ``with`` block.
 
-    A call in training mode updates running statistics, and so does an exporter that makes one.
+    Calls in training mode, including those that exporters make, update running statistics.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -104,7 +108,7 @@ def keeping_state(torch: Any, model: Any) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(torch: Any, model: Any) -> Iterator[None]:
-    """Turn off the dropout of PyTorch's own modules, which stay in training mode."""
+    """Turn off the dropout of PyTorch's own modules in a ``with`` block, but keep their modes."""
     changed: list[tuple[Any, str, Any]] = []
     for module in model.modules():
         is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
@@ -120,6 +124,10 @@ def without_dropout(torch: Any, model: Any) -> Iterator[None]:
 
 
 def start_training(model: Any) -> None:
-    """Switch a network to training mode if it is not; modules set apart by the user stay so."""
+    """Switch a network in eval mode to training mode.
+
+    If the network is in training mode already, nothing changes: modules that the user put into eval
+    mode keep their mode.
+    """
     if not model.training:
         model.train()

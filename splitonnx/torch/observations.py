@@ -1,4 +1,4 @@
-"""Call a network and watch: what it returns, which modules it uses, what is random."""
+"""Call a network, and observe what it returns, which modules it uses and whether it is random."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from splitonnx.torch.networks import list_outputs, to_array
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What one call in training mode uses.
+    """What was observed in a call of a network in training mode.
 
-    ``unused`` are the parameters that get no gradient from the outputs.  ``training`` and
-    ``frozen`` are the running means of the BatchNormalizations in either mode; ``training`` maps
-    each to the module's momentum.  ``dropouts`` is the number of
-    times that PyTorch's own modules drop, ``recurrent_dropout`` is true if a recurrent layer does,
-    and ``is_random`` is true if two calls differ.
+    ``unused`` names the parameters that get no gradient from the outputs.  ``training`` maps the
+    name of the running mean of each BatchNormalization in training mode to the module's momentum,
+    and ``frozen`` names the running means of those in inference mode.  ``dropouts`` counts how
+    often PyTorch's own modules apply dropout.  ``recurrent_dropout`` is true if a recurrent layer
+    applies it, and ``is_random`` is true if two calls return different results.
     """
 
     unused: frozenset[str]
@@ -32,14 +32,14 @@ class Observation:
 
 
 def call(torch: Any, model: Any, example: Example) -> dict[str, np.ndarray]:
-    """Call a network in its present modes, and return its outputs by name."""
+    """Call a network in the modes its modules are in, and return its outputs by name."""
     with torch.no_grad():
         result = model(*example.arguments, **example.keywords)
     return {name: to_array(tensor) for name, tensor in list_outputs(result)}
 
 
 def observe(torch: Any, model: Any, example: Example) -> Observation:
-    """Call a network in its present modes, and return what it uses."""
+    """Call a network in the modes its modules are in, and return what it uses."""
     norms: dict[bool, dict[str, float | None]] = {True: {}, False: {}}
     dropouts: list[int] = []
     handles = []
@@ -87,12 +87,12 @@ def _watch(
 
 
 def _drops(module: Any) -> bool:
-    """Return whether a recurrent module drops between its layers."""
+    """Return whether a recurrent module applies dropout between its layers."""
     return bool(module.training and module.dropout > 0 and module.num_layers > 1)
 
 
 def _find_unused(torch: Any, model: Any, result: Any) -> frozenset[str]:
-    """Find the parameters from which no output has a gradient."""
+    """Find the parameters that get no gradient from any output."""
     wanted = {name: t for name, t in model.named_parameters() if t.requires_grad}
     outputs = [tensor for _, tensor in list_outputs(result) if tensor.requires_grad]
     if not wanted:

@@ -1,4 +1,4 @@
-"""Mend what an exporter changes: BatchNormalization, dropout in attention, statistics."""
+"""Undo what an exporter changes: modes of BatchNormalization, dropout in attention, statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TRAINING = "training_mode"
 
 
 def restore_buffers(model: onnx.ModelProto, buffers: Mapping[str, np.ndarray]) -> None:
-    """Write the buffers as they were before the export, in place.
+    """Set the model's buffers to the values they had before the export, in place.
 
     The legacy exporter calls the network in training mode, which updates running statistics.
     """
@@ -42,10 +42,10 @@ def train_batchnorms(model: onnx.ModelProto, training: Collection[str]) -> None:
 
 
 def turn_on_dropouts(model: onnx.ModelProto) -> None:
-    """Turn on each Dropout that does not say whether it is on, in place.
+    """Turn on each Dropout without a ``training_mode`` input, in place.
 
-    The legacy exporter writes the dropout of ``scaled_dot_product_attention`` so.  A dropout that
-    is off in the network is not written at all.
+    The legacy exporter omits this input for the dropout of ``scaled_dot_product_attention``.  It
+    does not write a dropout that is off in the network.
     """
     idle = [n for n in model.graph.node if n.op_type == "Dropout" and not is_on(n)]
     if not idle:
@@ -64,6 +64,9 @@ def is_on(node: onnx.NodeProto) -> bool:
 
 
 def mark_checked(model: onnx.ModelProto) -> None:
-    """Note in the model that it was compared with the network, so that nothing is advised."""
+    """Record in the model that it was compared with the network.
+
+    ``check`` then does not look for anything that the exporter left out.
+    """
     del model.metadata_props[:]
     model.metadata_props.add(key=CHECKED, value="1")
