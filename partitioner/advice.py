@@ -34,12 +34,12 @@ _Cut = tuple[Sequence[str], Sequence[str]]
 def add_advice(
     error: NotACut, prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], output: str
 ) -> NotACut:
-    """Return the error for a refused cut with advice that was tried.
+    """Add advice to the error for a refused cut, and return the error.
 
-    ``at`` and ``tail_at`` name the refused tensors, and ``output`` the output with the loss.  The
-    returned error's ``missing`` holds all tensors that must be added to make the cut legal, or
-    nothing if these are not all tensors of the user's model.  ``others`` holds tensors that are
-    legal in place of ``at``.
+    All advised cuts have been tried.  ``at`` and ``tail_at`` name the refused tensors, and
+    ``output`` the output from which the loss is computed.  The returned error's ``missing`` holds
+    all tensors that must be added to make the cut legal, or nothing if one of them is not in the
+    user's model.  ``others`` holds tensors that are legal in place of ``at``.
     """
     others = list(_find_others(prepared, (at, tail_at), output))
     if not error.missing:

@@ -64,10 +64,10 @@ NO_CHECK = "SPLITONNX_NO_CHECK"
 
 
 class Approval(Protocol):
-    """What may refuse a cut, by raising an exception."""
+    """Checks that can refuse a cut by raising an exception."""
 
     def check_forward(self, prepared: PreparedModel, training: JointGraph) -> None:
-        """Check the graph for training before it is differentiated, which takes long."""
+        """Check the graph for training before gradients, which are slow to build, are added."""
 
     def check(self, prepared: PreparedModel, training: JointGraph, predict: JointGraph) -> None:
         """Check the finished graphs of the cut model, for training and for prediction."""

@@ -83,7 +83,7 @@ class Permission:
     def _refuse_unnamed(
         self, prepared: PreparedModel, training: JointGraph, *others: JointGraph
     ) -> dict[str, list[str]]:
-        """Map each tensor that holds raw data to the inputs concerned, all of which are permitted.
+        """Map each tensor that holds raw data to the inputs it holds; refuse inputs not permitted.
 
         Raises:
             InputsNotPermitted: the cut sends a raw input without permission.
@@ -131,7 +131,7 @@ def _list_raw(prepared: PreparedModel) -> set[str]:
 
 
 def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
-    """Map each tensor that the client sends and that holds raw data to the inputs concerned.
+    """Map each tensor that the client sends and that holds raw data to the inputs it holds.
 
     A tensor holds raw data of an input if it is that input, or is computed from it along a path
     without a layer of weights, even if other paths have one.  Gradients that the client sends are

@@ -208,7 +208,7 @@ def find_duplicated(
 ) -> frozenset[ir.Node]:
     """Find the nodes that both parties compute from data, and check that this is allowed.
 
-    Allowed are nodes that depend only on raw inputs sent anyway and compute no tensor of the tail.
+    Such nodes may depend only on raw inputs that are sent anyway, and not compute tail tensors.
 
     Raises:
         NotACut: other tensors would have to be sent too; the error's ``missing`` names them.

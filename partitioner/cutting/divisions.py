@@ -1,7 +1,7 @@
 """Divide the forms of a prepared model at the tensors that the user named.
 
-Tensors that the loss does not need are left out of the training form's cut, and sizes are computed
-from tensors that a party has.  This module knows no losses, gradients or ports.
+In the training form, named tensors that the loss does not need are left out.  Each party computes
+sizes from tensors that it has.  This module does not depend on losses, gradients or ports.
 """
 
 from __future__ import annotations
@@ -91,16 +91,19 @@ def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]
 def keep_reached(
     graph: ir.Graph, first: Sequence[ir.Value], last: Sequence[ir.Value]
 ) -> Sequence[ir.Value]:
-    """Return the tensors in ``first`` that the server reads for the loss.
+    """Return the tensors in ``first`` that the server reads for the loss, or all if it reads none.
 
-    For example, only another output may need a raw input, which is then sent for prediction alone.
+    The others are sent only in prediction, such as a raw input that only another output needs.
     """
     _, reached = walk_back(last or graph.outputs, set(first))
     return [value for value in first if value in reached] or first
 
 
 def find_needed(graph: ir.Graph) -> set[ir.Value]:
-    """Return the outputs of a graph and all values whose elements they depend on."""
+    """Return the outputs of a graph and all values that they depend on.
+
+    Values that are used only for their sizes are left out.
+    """
     nodes, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
     read = {value for node in nodes if not reads_size(node) for value in list_inputs(node)}
     return read | set(graph.outputs)

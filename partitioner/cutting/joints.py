@@ -89,8 +89,8 @@ def build_training(
 ) -> JointGraph:
     """Build the joint graph of training: add the loss and the ports, then differentiate.
 
-    Before it is differentiated, which takes long, ``examine`` is called with the graph, without
-    gradients and targets; it can raise an exception to refuse the cut.
+    ``examine`` is called with the graph before gradients and targets are added, because adding them
+    is slow; it can raise an exception to refuse the cut.
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
     the tensors of the cut.  The loss named ``loss`` is computed, with ``options``, from the output

@@ -58,9 +58,10 @@ def find_sizes(
 
 
 def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) -> str | None:
-    """Return the name of a dimension that a node needs but no tensor in ``held`` has.
+    """Return a dimension that the node ``size`` uses but that cannot be read from ``held``.
 
-    Return ``None`` if all dimensions can be read from the tensors in ``held``.
+    Return its name, or ``"its rank"`` if the sizes that the node computes are not known.  Return
+    ``None`` if all dimensions can be read from the shapes of the tensors in ``held``.
     """
     content = known.content(size.outputs[0])
     if content is None:

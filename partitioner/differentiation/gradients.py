@@ -257,11 +257,11 @@ def _name_permutations(graph: ir.Graph) -> None:
 
 
 def _mark_identities(graph: ir.Graph) -> None:
-    """Give each Identity an attribute of its own, so that the builder's optimizer merges none.
+    """Add a different attribute to each Identity, so that the builder's optimizer merges none.
 
-    A port is an Identity.  If it were merged with one of the model that reads the same value, one
-    party's nodes would read, and pass gradients to, what is sent to the other.  Attributes whose
-    names begin with two underscores are ignored otherwise.
+    A port is an Identity.  If a port were merged with an Identity of the model that reads the same
+    value, one party's nodes would read the tensor that is sent to the other party, and would pass
+    gradients to it.  Attributes with names that begin with two underscores are otherwise ignored.
     """
     for node in graph:
         if node.op_type == "Identity" and not node.domain:

@@ -102,7 +102,7 @@ def read_original(source: ModelSource, adjustments: Adjustments = NONE) -> onnx.
 
 
 def read_inputs(source: ModelSource) -> Sequence[onnx.ValueInfoProto]:
-    """Read the inputs that a model declares, without any change.  Do not change them."""
+    """Read the inputs that a model declares, as they are in the model.  Do not modify them."""
     inputs: Sequence[onnx.ValueInfoProto] = _read(source)[0].graph.input
     return inputs
 

@@ -1,4 +1,4 @@
-"""Copy a control-flow node's subgraph body, such as a loop's, into the surrounding graph."""
+"""Copy the subgraph body of a control-flow node, such as a Loop, into the surrounding graph."""
 
 from __future__ import annotations
 

@@ -68,9 +68,9 @@ def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterat
 def is_ours(error: BaseException) -> bool:
     """Return whether an exception was raised by this package's own code and not by a library.
 
-    numpy and protobuf are written in C and leave no trace.  An exception of numpy therefore counts
-    as this package's own, which passed it the wrong arguments; one of protobuf or of a text that is
-    not UTF-8 does not, and neither does a lack of memory.
+    numpy and protobuf are written in C and do not appear in tracebacks.  An exception from numpy
+    counts as this package's own, because the package passed wrong arguments.  Exceptions from
+    protobuf, about text that is not UTF-8, and about a lack of memory do not count.
     """
     cause = find_cause(error)
     if isinstance(cause, DecodeError | EncodeError | MemoryError | UnicodeError):
@@ -94,7 +94,7 @@ def _find_node(error: BaseException) -> ir.Node | None:
 
 
 def describe_node(node: ir.Node) -> str:
-    """Return a node's name and operator, as error messages give them."""
+    """Return a node's name and operator in the form used in error messages."""
     return f"node '{node.name}' ({node.op_type})"
 
 

@@ -18,9 +18,9 @@ from splitonnx.partitioner.inference.inferences import Inference
 
 
 def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -> str:
-    """Return what a value depends on, as the end of a sentence that starts with the value.
+    """Return the words ``depends on`` followed by the data or sizes that a value depends on.
 
-    ``graph`` is the model's graph, and ``known`` holds what is inferred of its values.
+    ``graph`` is the model's graph, and ``known`` what was inferred about it.
     """
     sizes = None if value is None else list_open_sizes(value, graph, known)
     if not sizes:
@@ -29,23 +29,24 @@ def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -
 
 
 def name_sizes(sizes: Sequence[str]) -> str:
-    """Return words for sizes that are not fixed, with the options that fix them."""
+    """Return a phrase that names sizes that are not fixed, and the options that fix them."""
     options = " ".join(f"--dim {size}=SIZE" for size in sizes)
     noun, fix = ("the size", "fixes") if len(sizes) == 1 else ("the sizes", "fix")
     return f"{noun} {quote(sizes)}, which {options} {fix}"
 
 
 def list_open_sizes(value: ir.Value, graph: ir.Graph, known: Inference) -> list[str]:
-    """List the open input sizes that a value depends on, named as ``--dim`` takes them.
+    """List the input sizes that are not fixed and that a value depends on.
 
-    The list is empty if the value depends on anything else as well, such as the data.
+    The sizes are named as in ``--dim``.  The list is empty if the value also depends on anything
+    else, such as the data.
     """
     atoms = _find_atoms(value, known)
     return [] if atoms is None else list_options(atoms, graph)
 
 
 def list_options(atoms: set[str], graph: ir.Graph) -> list[str]:
-    """List the names, as ``--dim`` takes them, of the input sizes in ``atoms`` (unknown sizes).
+    """List the input sizes that occur in ``atoms`` (unknown sizes), named as in ``--dim``.
 
     The list is empty if an atom contains no size of an input.
     """

@@ -6,13 +6,13 @@ results are too small by up to half, without an error.  Products of unsigned num
 bits.  An operator that computes with integers therefore gets unsigned operands here: all elements
 and the zero point are raised by 128, which changes no result.
 
-A QuantizeLinear with its DequantizeLinear around a MatMul, Gemm or Conv is not written in integers,
-but ONNX Runtime's optimizer does so.  splitonnx's own sessions turn this off
-(:mod:`splitonnx.session_settings`).  :func:`list_saturating` finds the weights that may
-give wrong results in other sessions.
+A MatMul, Gemm or Conv between a DequantizeLinear and a QuantizeLinear computes with floats, but
+ONNX Runtime's optimizer replaces it with an integer operator.  splitonnx's own sessions turn this
+off (:mod:`splitonnx.session_settings`).  :func:`list_saturating` finds the weights that may give
+wrong results in other sessions.
 
-The optimizer also merges two pairs of these operators, one after the other, into one pair, which
-rounds once instead of twice.  A node between the two pairs prevents this.
+The optimizer also merges two consecutive pairs of QuantizeLinear and DequantizeLinear into one
+pair, which rounds once instead of twice.  A node between the two pairs prevents this.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _RAISED = 128
 
 @dataclass(frozen=True, kw_only=True)
 class _Operands:
-    """The indices of an operator's inputs: the two operands, their zero points, the output's."""
+    """The indices of each operand and its zero point, and of the output's zero point."""
 
     first: tuple[int, int]
     second: tuple[int, int]
@@ -58,10 +58,10 @@ _MOVING = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def use_unsigned_integers(graph: ir.Graph) -> None:
-    """Write operands of integer products as unsigned numbers, in place.
+    """Convert the signed operands of integer products to unsigned numbers, in place.
 
-    An operator whose weights are all small is left unchanged.  Nodes in the subgraph bodies of
-    control-flow nodes are handled as well.
+    An operator that has only small weights is left unchanged.  Nodes in the subgraph bodies of
+    control-flow nodes are converted as well.
     """
     for node in list(graph):
         for body in list_bodies(node):
@@ -125,9 +125,10 @@ def _store_raised(graph: ir.Graph, name: str, signed: np.ndarray) -> ir.Value:
 
 
 def separate_pairs(graph: ir.Graph) -> None:
-    """Keep ONNX Runtime from merging a DequantizeLinear with a QuantizeLinear after it, in place.
+    """Insert barriers so that ONNX Runtime does not merge pairs of quantization operators.
 
-    Nodes in the subgraph bodies of control-flow nodes are handled as well.
+    A barrier separates a DequantizeLinear from the QuantizeLinear after it.  The graph is changed
+    in place, including the subgraph bodies of control-flow nodes.
     """
     for node in list(graph):
         for body in list_bodies(node):
@@ -138,10 +139,11 @@ def separate_pairs(graph: ir.Graph) -> None:
 
 
 def list_saturating(graph: ir.Graph) -> list[str]:
-    """List the weights of which ONNX Runtime's optimizer may make products that saturate.
+    """List the weights that may cause saturation if ONNX Runtime uses integer kernels.
 
-    These are signed 8-bit numbers that a DequantizeLinear turns into the second operand of a
-    MatMul, Gemm or Conv, and of which some are larger than :data:`SAFE`, or not known.
+    These are tensors of signed 8-bit numbers that a DequantizeLinear turns into the second operand
+    of a MatMul, Gemm or Conv.  A weight is listed if the absolute value of a number is larger than
+    :data:`SAFE`, or if its numbers are not known.
     """
     found = []
     for node in list_nodes(graph):
@@ -153,9 +155,10 @@ def list_saturating(graph: ir.Graph) -> list[str]:
 
 
 def describe_saturation(graph: ir.Graph) -> str | None:
-    """Describe where products may saturate in sessions of others, and the setting that avoids it.
+    """Describe which weights may cause saturation, and the session setting that prevents it.
 
-    Return ``None`` if there is no such product.
+    Sessions that splitonnx creates have this setting; others may not.  Return ``None`` if no weight
+    may cause saturation.
     """
     weights = list_saturating(graph)
     if not weights:
@@ -169,7 +172,7 @@ def describe_saturation(graph: ir.Graph) -> str | None:
 
 
 def _is_weight(value: ir.Value) -> bool:
-    """Return whether a product reads ``value`` as its second operand, possibly moved before."""
+    """Return whether a product's second operand is ``value``, possibly reshaped or transposed."""
     for reader, index in value.uses():
         if reader.op_type in _FUSED and index == 1 and not reader.domain:
             return True

@@ -1,7 +1,7 @@
-"""Prevent ONNX Runtime's optimizer from taking other formulas for a layer normalization.
+"""Prevent ONNX Runtime's optimizer from mistaking other formulas for a layer normalization.
 
 The rules LayerNormFusion and SimplifiedLayerNormFusion replace the formula of a layer normalization
-by one operator.  ONNX Runtime 1.19.2 also replaces formulas that only look alike, and silently
+with one operator.  ONNX Runtime 1.19.2 also replaces formulas that only look similar, and silently
 computes wrong results.  It does not check:
 
 - the exponent of the Pow, and which of its inputs is the exponent;
@@ -9,8 +9,8 @@ computes wrong results.  It does not check:
 - whether the added epsilon is a single number;
 - whether the gain has as many elements as the axis, or a single one for all of them.
 
-The rule SkipLayerNormFusion merges the Add before a LayerNormalization even if that normalizes
-over several axes, which the merged operator refuses to run.
+The rule SkipLayerNormFusion merges an Add with the LayerNormalization after it, even if the
+normalization is over several axes.  The merged operator then refuses to run.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from splitonnx.partitioner.lowerings.optimization_barriers import (
 )
 
 _TRANSPARENT = ("Cast", "Identity")
-"""Operators that may be between those of a formula without preventing the optimizer's rule."""
+"""Operators that do not prevent the optimizer's rule if they are between nodes of the formula."""
 
 
 def separate_layer_norms(graph: ir.Graph) -> None:
-    """Keep ONNX Runtime from wrongly merging nodes into a layer normalization, in place.
+    """Insert barriers so that ONNX Runtime does not wrongly merge nodes into a layer normalization.
 
-    Nodes in the subgraph bodies of control-flow nodes are handled as well.
+    The graph is changed in place, including the subgraph bodies of control-flow nodes.
     """
     for node in list(graph):
         for body in list_bodies(node):
@@ -61,9 +61,10 @@ def _trace(value: ir.Value | None, kind: str) -> ir.Node | None:
 
 
 def _is_layer_norm(node: ir.Node) -> bool:
-    """Return whether a Div by a square root is that of a layer normalization.
+    """Return whether a Div by a square root belongs to a layer normalization.
 
-    Return also true if it does not look like one, because the optimizer does not merge it then.
+    Return ``True`` as well if it does not look like that to the optimizer, which then does not
+    merge it.
     """
     reverse = _trace(node.inputs[0], "Sqrt") is not None
     root = _trace(node.inputs[0 if reverse else 1], "Sqrt")

@@ -1,6 +1,6 @@
 """Insert nodes that compute nothing and that ONNX Runtime's optimizer does not merge or remove.
 
-The optimizer removes Identity nodes, so the functions here look through them.
+The optimizer removes Identity nodes, so the functions here skip them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def insert_barrier(node: ir.Node, index: int) -> None:
 
 
 def skip(value: ir.Value | None, kinds: Collection[str] = ("Identity",)) -> ir.Value | None:
-    """Return the value before the nodes of the types ``kinds`` that compute ``value``."""
+    """Follow ``value`` back through nodes of types in ``kinds``; return the value before them."""
     node = None if value is None else value.producer()
     while node is not None and node.op_type in kinds and not node.domain:
         value = node.inputs[0]
@@ -43,14 +43,17 @@ def skip(value: ir.Value | None, kinds: Collection[str] = ("Identity",)) -> ir.V
 def find_producer(
     value: ir.Value | None, kind: str, kinds: Collection[str] = ("Identity",)
 ) -> ir.Node | None:
-    """Return the node of the type ``kind`` that computes ``value`` before nodes of ``kinds``."""
+    """Return the node that computes ``value`` if it has the type ``kind``, or ``None``.
+
+    Nodes of the types ``kinds`` between this node and ``value`` are skipped.
+    """
     source = skip(value, kinds)
     node = None if source is None else source.producer()
     return node if node is not None and node.op_type == kind and not node.domain else None
 
 
 def list_readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Yield each node that reads ``value``, possibly after Identity nodes, and the index."""
+    """Yield each node that reads ``value``, and the index of the input; skip Identity nodes."""
     for reader, index in list(value.uses()):
         if reader.op_type == "Identity" and not reader.domain:
             yield from list_readers(reader.outputs[0])

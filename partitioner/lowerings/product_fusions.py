@@ -3,7 +3,7 @@
 The rule MatMulScaleFusion merges a MatMul with a Mul or Div by a constant that has one element.  If
 this constant has more axes than the tensor that it scales, the result has too few axes.  The rule
 MatmulTransposeFusion merges a Transpose into a MatMul even if the other operand is a vector, and
-the result is then wrong.  ONNX Runtime 1.19.2 reports neither.
+the result is then wrong.  ONNX Runtime 1.19.2 reports neither error.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from splitonnx.partitioner.lowerings.optimization_barriers import (
 
 
 def separate_products(graph: ir.Graph) -> None:
-    """Keep ONNX Runtime from merging products of matrices wrongly, in place.
+    """Change the graph so that ONNX Runtime does not wrongly merge nodes into matrix products.
 
-    Nodes in the subgraph bodies of control-flow nodes are handled as well.
+    The graph is changed in place, including the subgraph bodies of control-flow nodes.
     """
     for node in list(graph):
         for body in list_bodies(node):
@@ -36,7 +36,7 @@ def separate_products(graph: ir.Graph) -> None:
 
 
 def _separate_scaling(node: ir.Node) -> None:
-    """Put barriers between a scaling that adds axes and the MatMuls around it."""
+    """Insert barriers between a scaling that adds axes and the MatMuls before and after it."""
     if not _adds_axes(node):
         return
     for index, value in enumerate(node.inputs):
@@ -60,7 +60,7 @@ def _adds_axes(node: ir.Node) -> bool:
 
 
 def _write_vectors_as_matrices(node: ir.Node) -> None:
-    """Multiply by a matrix of one row or column in place of a vector, if a Transpose is before."""
+    """Replace a vector with a matrix of one row or column if the other operand is transposed."""
     ranks = [None if v is None or v.shape is None else len(v.shape) for v in node.inputs]
     if ranks.count(1) != 1 or not _reads_transpose(node.inputs[1 - ranks.index(1)]):
         return

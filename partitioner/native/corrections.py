@@ -51,7 +51,7 @@ class BatchNormalization(OpRun):
 
 
 class DequantizeLinear(DequantizeLinear_25):
-    """DequantizeLinear, of which onnx has no class for opsets before 19."""
+    """DequantizeLinear, which onnx's evaluator lacks for opsets before 19."""
 
     op_domain = ""
 

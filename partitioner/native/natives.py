@@ -51,7 +51,7 @@ _CORRECTIONS = "splitonnx.partitioner.native.corrections"
 
 
 class CorrectionFailed(Exception):
-    """Raised if an operator that replaces one of the reference evaluator's fails."""
+    """Raised if an operator of :mod:`corrections` fails."""
 
 
 class StockRuntime(Exception):

@@ -124,9 +124,10 @@ def assign_roles(
 
     Raises:
         UnsupportedModel: a pattern in ``freeze`` matches no weight.
-        UsageError: a pattern is not a regular expression, or a pattern in ``freeze`` has no effect,
-            because ``train`` matches the same weights, except for :data:`EVERYTHING`, or because
-            it matches only running statistics that training updates.
+        UsageError: a pattern is not a regular expression, or a pattern in ``freeze`` has no effect:
+            all weights that it matches are also matched by ``train``, or are running statistics
+            that training updates.  :data:`EVERYTHING` may be given even if ``train`` matches all
+            weights.
     """
     trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
     scalings = set(find_input_scalings(graph, weights))

@@ -62,7 +62,7 @@ def _remark_on_inputs(
     producer: str,
     tried: list[str] | SplitonnxError,
 ) -> Remark:
-    """Remark on a batch that the inputs fix; ``tried`` is what came of freeing it."""
+    """Remark on a batch that the inputs fix; ``tried`` is the result of trying to free it."""
     options = tuple(make_option("--dim", f"{name}:0=N") for name in names)
     return Remark(
         kind=Kind.FIXED_BATCH,

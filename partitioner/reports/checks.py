@@ -196,7 +196,7 @@ def _list_remarks(
 def _compare_samples(
     trials: Trials, prepared: PreparedModel
 ) -> tuple[tuple[str, ...], tuple[Remark, ...]]:
-    """Return what stands against a batch that the user freed, and remarks on freed batches."""
+    """Return reasons to refuse a batch that the user freed, and remarks on freed batches."""
     try:
         notes = trials.compare(prepared)
     except (BatchNotFreed, MixedSamples) as error:

@@ -3,7 +3,7 @@
 Exporters store position tables, Fourier and cosine kernels, filter banks and coordinates in the
 same way as weights.  Their numbers reveal them: for example, a sequence ``c`` of sines with the
 frequency ``w`` satisfies ``c[t+1] + c[t-1] = 2 cos(w) c[t]`` for all ``t``, but learned numbers do
-not.  Of a large tensor, only the first numbers along each axis are read.  This module does not
+not.  Only the first numbers along each axis of a large tensor are read.  This module does not
 consider where a tensor is used.
 """
 
@@ -66,7 +66,11 @@ def is_fixed_filter(tensor: ir.TensorProtocol) -> bool:
 
 
 def has_whole_numbers(tensor: ir.TensorProtocol) -> bool:
-    """Return whether a matrix contains only whole numbers, not all equal, like a table of codes."""
+    """Return whether a matrix consists of whole numbers that are not all equal.
+
+    Such a matrix is probably a table of codes, not a learned weight.  Only a part of a large matrix
+    is examined.
+    """
     if sum(dim > 1 for dim in tensor.shape.numpy()) < 2:
         return False
     array = _read(tensor)
@@ -179,7 +183,7 @@ def _has_rising_tones(rows: Array) -> bool:
 
 
 def _is_window(array: Array, tolerance: float) -> bool:
-    """Return whether a vector is a window, such as Hann's: a sine around a number other than 0."""
+    """Return whether a vector is a window, such as a Hann window: a sine plus a constant."""
     if array.size != max(array.shape) or array.size < 10 or array.min() < 0:
         return False
     steps = np.diff(array.reshape(-1, 1), axis=0)

@@ -1,4 +1,4 @@
-"""Remarks on a model: what was found, which tensors are concerned, and which options help."""
+"""Remarks on a model: what was found, which tensors it affects, and which options help."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Kind(StrEnum):
 class Remark:
     """A remark on a model: a sentence that may include advice on what to do.
 
-    ``names`` are the tensors or nodes concerned.  ``options`` are options of ``cut`` that follow
-    the advice, quoted for a shell.  Several options are either alternatives, such as two values of
-    ``--class-axis``, or used together, such as two uses of ``--tie``.
+    ``names`` lists the tensors or nodes that the remark is about.  ``options`` are options of
+    ``cut`` that follow the advice, quoted for a shell.  Several options are either alternatives,
+    such as two values of ``--class-axis``, or used together, such as two uses of ``--tie``.
     """
 
     kind: Kind

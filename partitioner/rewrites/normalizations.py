@@ -1,9 +1,9 @@
 """Rewrite operators that normalize instances, groups, or elements along certain axes.
 
-Of these operators, onnxruntime-training differentiates only LayerNormalization.  It supports only
-the gradient of the first output, and the scale must have the shape of the normalized axes.  The
-rewrites compute the variance from the centred values; computing it as the mean of the squares minus
-the square of the mean would lose precision by cancellation.
+onnxruntime-training differentiates only one of these operators, LayerNormalization.  It supports
+only the gradient of the first output, and the scale must have the shape of the normalized axes.
+The rewrites compute the variance from the centred values; computing it as the mean of the squares
+minus the square of the mean would lose precision by cancellation.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A tensor is a candidate if every path from its sources (the values from which it
 graph's outputs passes through it.  Paths through the graph inputs that may be sent are ignored.
 All candidates are found in one walk over the post-dominator tree (Cooper, Harvey and Kennedy, "A
 Simple, Fast Dominance Algorithm"), in which the parent of a node or value is the nearest node or
-value that lies on all of its paths to the outputs.  Because this module ignores weights and
+value that is on all of its paths to the outputs.  Because this module ignores weights and
 sizes, :mod:`bisections` checks each candidate again.
 """
 

@@ -1,9 +1,9 @@
 """Find the pairs of tensors that divide a graph for a U-shaped cut.
 
-In such a cut the server has the nodes between a tensor of the *head* and a tensor of the *tail*.
+In a U-shaped cut, the server has the nodes between the tensors of the *head* and of the *tail*.
 Each path from the model's inputs to these nodes must pass through the head, and each path from
-them to the outputs through the tail.  Both conditions are checked quickly for all tails of a head,
-and the pairs that pass are checked exactly (:mod:`regions`).
+these nodes to the outputs through the tail.  A quick check of both conditions is made for all tails
+of a head.  The pairs that pass are then checked exactly (:mod:`regions`).
 
 This module uses graphs and names only; it does not depend on losses, gradients or runtimes.
 """
@@ -83,8 +83,8 @@ class PairSearch:
     def find(self, at: Tensors | None = None, tail_at: Tensors | None = None) -> Iterator[Pair]:
         """Yield the legal pairs, ordered by head and then by tail, as in the graph.
 
-        ``at`` and ``tail_at`` are the tensors of one end, all of which are sent.  Where an end is
-        not given, each single tensor is tried.
+        ``at`` and ``tail_at`` are the tensors to use together as the head and as the tail.  If an
+        end is not given, each tensor is tried alone.
 
         Raises:
             TooManyTries: checking the pairs would visit more than :data:`MOST_VISITS` nodes.

@@ -1,9 +1,9 @@
 """Check whether the nodes between the two ends of a pair can be separated from the rest of a graph.
 
-:func:`cuts.divide` defines what is legal, but walks through the entire graph.  Here only the nodes
-between the ends are walked through: they must depend on no other data, and no other node may read
-what they compute.  Where the answer depends on more than that, such as on sizes that the other
-party would have to derive, it is left to :func:`cuts.divide`.
+:func:`cuts.divide` defines what is legal, but walks through the entire graph.  This module
+visits only the nodes between the ends: they must not depend on other data, and no other node may
+read what they compute.  If the answer depends on more than that, such as on sizes that the other
+party would have to derive, :func:`cuts.divide` must decide.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Tensors = tuple[ir.Value, ...]
 class Region:
     """The nodes between the two ends of a pair.
 
-    ``is_legal`` tells whether the pair is legal, or is ``None`` if :func:`cuts.divide` must decide.
+    ``is_legal`` is true if the pair is legal, and ``None`` if :func:`cuts.divide` must decide.
     """
 
     nodes: set[ir.Node]
@@ -36,7 +36,7 @@ class Region:
 
 
 class Regions:
-    """The regions of one graph.
+    """A search for the regions of one graph.
 
     ``needed`` holds the nodes on which the graph's outputs depend.
     """
@@ -55,7 +55,7 @@ class Regions:
         self._trained = find_data(graph, trained)
 
     def find(self, at: Tensors, tail_at: Tensors) -> Region:
-        """Find the nodes between two ends, and whether they can be separated from the others."""
+        """Find the nodes between two ends, and check whether they can be separated."""
         nodes, sources = walk_back(tail_at, set(at), self._around.sizes)
         return Region(nodes=nodes, is_legal=self._check(nodes, sources, at, tail_at))
 
@@ -93,7 +93,7 @@ class Regions:
     def _is_inside(
         self, value: ir.Value, nodes: set[ir.Node], opened: set[ir.Value]
     ) -> bool | None:
-        """Return whether no node outside a region uses a value that its nodes compute or read.
+        """Return whether no node outside a region uses a value that the region computes or reads.
 
         Values that both parties can compute themselves may be used everywhere: those that depend on
         neither data nor trained weights, and those in ``opened``.

@@ -1,6 +1,6 @@
-"""Stack the inputs of single samples into a batch, and find their results in those of the batch.
+"""Stack the inputs of several pieces into a batch, and compare the results of pieces and batch.
 
-In the following, a *piece* is one sample, or the few samples of a batch that an export fixed.
+A *piece* is one sample, or several samples if an export fixed the batch at more than one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def measure_stacked(
 
     ``rows`` is the number of samples in a piece.  The outputs must be joined along an axis of size
     ``rows``, or along the first axis, which a piece of one sample may lack.  A number without axes,
-    such as a penalty, may be the mean or the sum of those of the pieces.  If ``is_mean`` is true,
-    so may any output with one element.
+    such as a penalty, may be the mean or the sum of the pieces' numbers.  If ``is_mean`` is true,
+    this also holds for any output with one element.
     """
     candidates = [*_join_as_they_are(pieces, rows)]
     if rows == 1 and found.shape == (len(pieces), *pieces[0].shape):
@@ -48,8 +48,8 @@ def measure_somehow_stacked(
 ) -> float:
     """Return the same as :func:`measure_stacked` for a tensor within a model.
 
-    Such a tensor may also have its batch merged into another axis, before or behind what that axis
-    held, unless the axis of size ``rows`` in each piece is still there.
+    Within a model, the batch may also be merged with another axis, such as samples with steps.  The
+    first axis and axes of size ``rows`` are tried, or all axes if none has the size ``rows``.
     """
     shape = pieces[0].shape
     axes = [axis for axis, size in enumerate(shape) if size == rows or rows not in shape]
@@ -60,7 +60,11 @@ def measure_somehow_stacked(
 
 
 def measure_merged(found: np.ndarray, pieces: Sequence[np.ndarray], axes: Collection[int]) -> float:
-    """Return the relative difference between a tensor and its pieces, merged into one axis."""
+    """Return the relative difference between a tensor and its pieces, merged into one axis.
+
+    Each axis in ``axes`` is tried, and each position of the batch within it; the smallest
+    difference counts.  It is infinite if the pieces cannot be merged to the tensor's shape.
+    """
     return min((measure(found, each) for each in _merge(found, pieces, axes)), default=np.inf)
 
 

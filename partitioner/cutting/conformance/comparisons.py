@@ -61,8 +61,8 @@ Comparing a larger model takes several seconds, so the user has to ask for it.
 _SEEDS = (0, 1, 2)
 """Seeds for random inputs.
 
-A difference counts only if the first seed and another show it, because rounding can tip a result
-such as that of ArgMax either way.
+A difference counts only if the first seed and another show it, because rounding can change the
+result of operators such as ArgMax.
 """
 
 _USUAL = "the merged model in a session with ONNX Runtime's usual settings"

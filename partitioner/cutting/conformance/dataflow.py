@@ -39,11 +39,12 @@ class NotRun(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """Something that was made from the original model, such as the merged model.
+    """A model made from the original one, such as the merged model, or the parts of the cut model.
 
-    ``run`` runs it and returns its outputs.  ``trace`` runs the prepared model that it was made
-    from, and returns all tensors.  ``has_all`` is true if it should have every output.  With
-    ``advice``, a difference is not a mistake of splitonnx; it leads to a remark with this advice.
+    ``run`` runs this model and returns its outputs.  ``trace`` runs the prepared model that it was
+    made from, and returns all tensors.  ``has_all`` is true if the model should have every output
+    of the original.  If there is ``advice``, a difference is not reported as a mistake of
+    splitonnx, but in a remark with this advice.
     """
 
     label: str
@@ -64,7 +65,7 @@ def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> li
 
     Raises:
         NotRun: the evaluator refuses the model or the inputs, or is too slow.
-        CorrectionFailed: an operator that this package gives the evaluator fails.
+        CorrectionFailed: an operator of :mod:`native.corrections` fails.
     """
     given = [natives.encode_arrays(batch) for batch in batches]
     return _decode(
@@ -96,7 +97,7 @@ def run_prepared(
 ) -> list[Arrays]:
     """Run one form of a prepared model, and return the outputs of each batch by name.
 
-    If ``is_traced`` is true, return all tensors of its graph.
+    If ``is_traced`` is true, return all tensors of the model's graph instead.
 
     Raises:
         NotRun: ONNX Runtime refuses the model or the inputs.

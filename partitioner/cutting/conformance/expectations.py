@@ -59,7 +59,7 @@ class Expectation:
     """The results of a model for some batches, according to one or both evaluators.
 
     ``reference`` holds the results of onnx's reference evaluator for each batch, and ``session``
-    those of an ONNX Runtime session without optimizations.  Either is ``None`` if that evaluator
+    those of an ONNX Runtime session without optimizations.  ``None`` means that the evaluator
     did not run the model.
     """
 
@@ -70,9 +70,10 @@ class Expectation:
 
     @property
     def is_telling(self) -> bool:
-        """Return whether some output has unequal rows, or none has several rows.
+        """Return whether a comparison of the outputs can reveal mistakes.
 
-        Outputs that are equal for all inputs would hide many mistakes.
+        Outputs that are equal for all inputs would hide many mistakes.  Therefore, some output must
+        have rows that differ, unless no output has several rows.
         """
         outcome = self.session or self.reference or ()
         outputs = [[batch[name] for batch in outcome] for name in next(iter(outcome), ())]
@@ -81,9 +82,9 @@ class Expectation:
 
     @cached_property
     def noise(self) -> Mapping[tuple[str, int], Difference]:
-        """Map tensor and batch to the difference between the two evaluators.
+        """Map each tensor and batch to the difference between the two evaluators' results.
 
-        The map is empty if only one of them ran.
+        The map is empty if only one evaluator ran.
         """
         if self.reference is None or self.session is None:
             return {}
@@ -156,8 +157,8 @@ def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_dr
 
     Raises:
         NotRun: neither evaluator accepts any of the random inputs.
-        InternalModelError: ONNX Runtime accepts inputs on which an operator fails that this package
-            gives the reference evaluator.
+        InternalModelError: an operator of :mod:`native.corrections` fails on inputs that ONNX
+            Runtime accepts.
     """
     first = _expect(model, subject, seed, 1.0, draw)
     if first.is_telling:

@@ -1,7 +1,8 @@
-"""Find the batch sizes that a model's file fixes, and that are free or of another size in its cut.
+"""Find the batch sizes that are fixed in a model's file, but free or different in the cut model.
 
 The user frees a fixed size with ``--dim input:0=N`` and changes it with ``--dim input:0=4``.
-Without being asked, preparation replaces a batch of 1 within the graph (:mod:`batches`).
+Preparation also frees a batch of 1 that is fixed within the graph, without such an option
+(:mod:`batches`).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class FreedBatch:
-    """A size of several inputs that the model's file fixes at ``rows``, and that a cut changes.
+    """A size that a model's file fixes at ``rows``, and that is free or different in the cut model.
 
-    ``places`` are the places of this size.  ``sizes`` maps these places, and those of other batch
-    sizes that preparation frees, to the sizes for which the file's model is meant.  ``counts`` are
-    the numbers of pieces of ``rows`` rows in the batches to compare; if there are none, the sizes
-    cannot be compared.  ``options`` are the user's options; it is empty if preparation frees
-    the batch without being asked.
+    ``places`` lists the axes of inputs that have this size.  ``sizes`` maps these axes, and those
+    of other batch sizes that preparation frees, to the sizes for which the model in the file was
+    exported.  Each batch to compare consists of several pieces with ``rows`` rows: ``counts`` has
+    the number of pieces for each batch, and is empty if no comparison is possible.  ``options``
+    holds the user's options, or is empty if preparation freed the batch without an option.
     """
 
     places: tuple[Place, ...]
@@ -68,7 +69,7 @@ class FreedBatch:
 def list_freed(source: ModelSource, prepared: PreparedModel) -> list[FreedBatch]:
     """List the fixed batch sizes of a model's file that are changed in a prepared model.
 
-    Other fixed sizes that the user changed, such as a length, are listed without counts.
+    Other fixed sizes that the user changed, such as a length, are listed with empty ``counts``.
     """
     if not prepared.adjustments.dims and not prepared.freed:
         return []

@@ -1,4 +1,4 @@
-"""Try whether a model still computes for each sample alone if its fixed batch is freed.
+"""Check whether a model still keeps samples separate if its fixed batch is freed.
 
 No cut is made: only the prepared model is compared with the model in its file.
 """
@@ -32,7 +32,7 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """How to try whether batches can be freed.
+    """Trials that show whether the fixed batch of a model can be freed.
 
     ``source`` is the original model.  If ``has_loss`` is true, the model computes its own loss.  A
     model with many weights is not compared.

@@ -55,8 +55,8 @@ def set_inference_modes(model: onnx.ModelProto) -> None:
     """Set every BatchNormalization and Dropout to inference mode, in place.
 
     A BatchNormalization without stored running statistics still uses the statistics of its input.
-    It has none stored if its input does not depend on the data, or if its statistics are computed
-    for each sample.
+    No statistics are stored if its input does not depend on the data, or if its statistics are
+    computed for each sample.
     """
     keeping = _find_without_statistics(model)
     for node in list_nodes(model.graph.node):

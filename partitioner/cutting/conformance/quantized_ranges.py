@@ -1,7 +1,7 @@
-"""Find the values with which a quantized model's integers reach the ends of their range.
+"""Find inputs with which a quantized model's integers reach the upper end of their range.
 
-Random inputs from a normal distribution rarely do.  But mistakes of integer kernels, such as sums
-that need more bits than there are, appear only with large integers.
+Random inputs from a normal distribution rarely reach it.  But mistakes of integer kernels, such as
+sums that saturate, appear only with large integers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _WIDE = 10.0
 
 
 def find_upper_ends(model: onnx.ModelProto) -> Mapping[str, float]:
-    """Map each input of a quantized model to the value at which its integers are largest.
+    """Map each input of a quantized model to the value that gives the largest integers.
 
     An input that is quantized only after other operators gets a large value.  The map is empty for
-    models that are not quantized, and does not contain inputs of integers that may be indices.
+    models that are not quantized, and does not contain integer inputs that may be indices.
     """
     nodes = list(list_nodes(model.graph.node))
     if not any(node.op_type in _QUANTIZERS | _READERS and not node.domain for node in nodes):

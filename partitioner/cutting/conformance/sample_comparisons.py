@@ -1,9 +1,9 @@
 """Compare what a model computes for a batch with what it computes for each sample alone.
 
-An exporter that saw a batch of 1 may write nodes that join samples as soon as there are several,
+A model that was exported with a batch of 1 may contain nodes that mix samples if there are several,
 such as a mean over the first two axes.  So if a fixed batch is freed, by the user or in
-preparation, the model in its file is run on single samples, and its results are stacked.  The model
-in its form for inference is compared, in which no BatchNormalization uses the batch's statistics.
+preparation, the model in its file is run on single samples, and its results are stacked.  Only the
+form for inference is compared, because BatchNormalization in training mode always mixes samples.
 """
 
 from __future__ import annotations
@@ -89,9 +89,10 @@ def _describe_unchecked(batch: FreedBatch, reason: str) -> str:
 def compare_samples(batch: FreedBatch, subject: Subject, made: Sequence[Made]) -> list[str]:
     """Compare results for several samples with the original's results for each sample alone.
 
-    ``made`` is what was made from the original.  Return remarks about small differences and about
-    what could not be compared.  If the user did not ask for the batch to be freed, a model that
-    mixes samples is remarked on, too, because its author may have meant that.
+    ``made`` lists the models that were made from the original.  Return remarks about small
+    differences and about what could not be compared.  If the user did not ask for the batch to be
+    freed, a model that mixes samples also leads only to a remark, because its author may have
+    intended that.
 
     Raises:
         MixedSamples: samples influence each other in a model whose batch the user freed.
@@ -211,7 +212,7 @@ def _find_dependent(batch: FreedBatch, graph: onnx.GraphProto) -> set[str]:
 
 
 def _list_outer(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield the names that the bodies of a node read, and those of tensors within them."""
+    """Yield the names of all tensors that the bodies of a node read."""
     for body in list_bodies(node):
         yield from (value.name for value in body.output)
         for inner in list_nodes(body.node):
@@ -221,8 +222,8 @@ def _list_outer(node: onnx.NodeProto) -> Iterator[str]:
 def _mixes_itself(batch: FreedBatch, subject: Subject, expectation: Expectation) -> bool:
     """Return whether samples of one piece influence each other in the original.
 
-    The first sample of one piece is put before the other samples of another piece: each number
-    that comes out must be that of one of the two pieces.
+    The first sample of one piece is put before the other samples of another piece.  If samples do
+    not influence each other, each resulting number is also a result of one of the two pieces.
     """
     first, second = expectation.batches[:2]
     mixed = dict(first)
@@ -289,10 +290,9 @@ def _find_mixed_statistics(
 ) -> Difference:
     """Return the largest difference between a batch and its pieces in what is normalized.
 
-    In training, a BatchNormalization computes statistics over all axes but the second.  Samples are
-    joined there as they should be if they are on its first axis; merged into the second, each
-    sample has statistics of its own.  In inference, samples that are mixed otherwise may go through
-    it without a trace.
+    In training, a BatchNormalization computes statistics over all axes except the second one.  This
+    is as intended if samples are on the first axis.  If samples are merged into the second axis,
+    each sample has its own statistics.  The results of inference may not show such mistakes.
     """
     graph = expectation.model.graph
     dependent = _find_dependent(batch, graph)

@@ -20,8 +20,8 @@ Arrays = dict[str, np.ndarray]
 _BATCHES = (((2, 1.0), (3, 1.0), (5, 3.0)), ((1, 1.0), (1, 3.0)))
 """Batch sizes to try, each with a factor for the standard deviation of floats.
 
-Different sizes are tried first, and then only 1 for models that accept no other.  In the last
-batch, a node that hardly changes small numbers, or only those of one sign, does not go unnoticed.
+Different sizes are tried first, and then only 1 for models that accept no other.  The last
+batch has larger numbers, and reveals nodes that change only large numbers or those of one sign.
 """
 _LENGTHS = (8, 32, 4, 64, 224, 1)
 """Values tried for symbolic sizes that are not the batch."""
@@ -33,7 +33,7 @@ Integers may be indices into small tables.
 
 
 def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterator[list[Arrays]]:
-    """Yield random draws to try in order, each a list of batches for a model.
+    """Yield lists of random batches for a model, to be tried in this order.
 
     Floats are drawn from a normal distribution with the standard deviation ``scale``, or a multiple
     of it in the last batch.  If the model is quantized, the last batch is drawn near the upper end

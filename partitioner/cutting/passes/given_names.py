@@ -1,7 +1,8 @@
 """Find tensors by the names in the user's model, and use only these names in errors.
 
-Preparing a model adds tensors and nodes of its own, such as ``h/rewritten/3``.  Users cannot know
-these names, so patterns do not match them, and errors name the tensor or node they belong to.
+Preparation adds tensors and nodes with names such as ``h/rewritten/3``.  Users cannot know these
+names.  Patterns therefore do not match them, and errors name the tensor or node of the user's model
+from which the added one was made.
 """
 
 from __future__ import annotations

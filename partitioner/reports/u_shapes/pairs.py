@@ -1,4 +1,4 @@
-"""List the pairs of tensors that ``cut`` accepts for a U-shape, with what each sends and trains."""
+"""List the pairs that ``cut`` accepts for a U-shape, with their bytes and trained elements."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class PairCandidate:
     activations and gradients.  They are ``None`` if a size is unknown.  ``head_parameters`` and
     ``tail_parameters`` count the elements of trained parameters that the client uses before and
     after the server's part, and ``server_parameters`` those that the server uses.
-    ``client_share`` is the client's part of all of them, from 0 to 1.  ``recommended`` is true if
-    no other pair is better; see :mod:`recommendations`.
+    ``client_share`` is the fraction of all trained elements that are at the client, from 0 to 1.
+    ``recommended`` is true if the pair is worth considering; see :mod:`recommendations`.
     """
 
     at: tuple[str, ...]
@@ -159,7 +159,7 @@ def _can_be_sent(pair: Pair, graph: ir.Graph, trainable: Collection[str]) -> boo
 
 
 class _TrainingForm:
-    """The training form of a model, of which only the output with the loss counts."""
+    """The training form of a model; only the output from which the loss is computed counts."""
 
     def __init__(self, prepared: PreparedModel) -> None:
         self._graph = prepared.training.graph
@@ -220,7 +220,7 @@ class _TrainingForm:
         )
 
     def _declare(self, end: Tensors) -> dict[str, TensorSpec]:
-        """Declare the tensors of an end by name, as they are sent in training if they are."""
+        """Declare the tensors of an end by name; tensors that training sends, as they are sent."""
         return {
             value.name or "": declare(self._values.get(value.name or "", value)) for value in end
         }

@@ -1,10 +1,11 @@
 """Choose the pairs worth considering among all those that a model can be cut at.
 
-A pair is recommended if client and server, head and tail have trained parameters, and no other such
-pair is better: none sends fewer bytes per sample and leaves the client no larger share of the
-weights, or leaves it a smaller share and sends no more.  Shares are compared in whole percent, so
-that a bias or a scale does not count.  Of pairs that are equal in both, the last one is chosen.
-Pairs whose bytes are unknown cannot be compared and are not recommended.
+A pair is recommended if the head, the server's part and the tail all have trained parameters, and
+no other such pair is better.  A pair is better if it sends fewer bytes per sample and the client's
+share of the trained elements is not larger, or if this share is smaller and it does not send more.
+Shares are compared in whole percent, so that a bias or a scale does not count.  If several pairs
+have equal bytes and shares, only the last one is recommended.  Pairs with unknown bytes cannot be
+compared and are not recommended.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 
 
 class Costs(Protocol):
-    """What a pair costs, as far as pairs are compared."""
+    """The figures by which pairs of cut points are compared: bytes sent and trained elements."""
 
     @property
     def bytes_up(self) -> int | None:
@@ -38,7 +39,7 @@ class Costs(Protocol):
 
     @property
     def client_share(self) -> float:
-        """The client's part of all trained elements."""
+        """The fraction of all trained elements that are at the client, from 0 to 1."""
 
 
 def find_recommended(pairs: Sequence[Costs]) -> list[bool]:
