@@ -1,8 +1,8 @@
-"""Find what PyTorch's exporters left out of a model, and say which call keeps it.
+"""Find what PyTorch's exporters left out of a model, and suggest an export call that keeps it.
 
-Both exporters write a model for inference unless they are told otherwise.  What is then missing
-leaves traces: names that the exporter made up, nodes in inference mode, fixed sizes.  A dropout in
-a recurrent layer may leave none, so its remark is conditional.  This module changes nothing.
+By default, both exporters write a model for inference.  Omissions leave traces: names that the
+exporter made up, nodes in inference mode, fixed sizes.  The dropout of a recurrent layer may leave
+no trace, so the remark about it is conditional.  This module does not change the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from splitonnx.partitioner.graphs.traversals import list_nodes
 CHECKED = "splitonnx.torch"
 """The key of the metadata with which :mod:`splitonnx.torch` marks a model that it compared."""
 CALL = "splitonnx.torch.export(model, example, 'model.onnx')"
-"""The call that mends every omission."""
+"""The call that avoids every omission."""
 
 _TRAINING = (
     "torch.onnx.export(model, (example,), 'model.onnx', dynamo=False, do_constant_folding=False, "
@@ -56,7 +56,11 @@ class OmissionKind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Omission:
-    """Something that an exporter left out: a clause, and the tensors or nodes concerned."""
+    """Something that an exporter left out, or changed.
+
+    ``sentence`` describes the omission in a clause, and ``names`` lists the tensors or nodes that
+    it affects.
+    """
 
     kind: OmissionKind
     sentence: str
@@ -64,7 +68,7 @@ class Omission:
 
 
 def is_from_torch(model: ir.Model) -> bool:
-    """Return whether PyTorch exported a model, and :mod:`splitonnx.torch` did not compare it."""
+    """Return whether a model was exported by PyTorch, but not through :mod:`splitonnx.torch`."""
     return (model.producer_name or "").lower() == "pytorch" and CHECKED not in model.metadata_props
 
 
@@ -80,7 +84,7 @@ def list_omissions(model: ir.Model) -> list[Omission]:
 
 
 def describe_call(model: ir.Model, kinds: set[OmissionKind]) -> str:
-    """Return the call of ``torch.onnx.export`` that leaves out none of ``kinds``.
+    """Return the call of ``torch.onnx.export`` that avoids the omissions in ``kinds``.
 
     The legacy exporter refuses dropout in recurrent layers in training mode.  The dynamo exporter
     keeps it, but leaves BatchNormalization in inference mode.
@@ -102,7 +106,7 @@ def advise(model: ir.Model, omissions: list[Omission]) -> str:
 
 
 def _make_name(value: ir.Value, at: int) -> str:
-    """Return the name of an input, or another one if the exporter made it up."""
+    """Return the name of an input, or ``input_N`` if the name is not a Python identifier."""
     name = value.name or ""
     return name if name.isidentifier() else f"input_{at}"
 
@@ -160,7 +164,7 @@ def _find_frozen(graph: ir.Graph) -> Iterator[Omission]:
         yield Omission(
             kind=OmissionKind.FROZEN_BATCHNORM,
             sentence=f"{len(frozen)} BatchNormalization nodes are in inference mode "
-            f"({_name(frozen)}), which --batchnorm train mends as well",
+            f"({_name(frozen)}), which --batchnorm train corrects as well",
             names=frozen,
         )
 
@@ -215,13 +219,13 @@ def _find_joined(graph: ir.Graph) -> Iterator[Omission]:
 
 
 def _is_within(node: ir.Node, module: str) -> bool:
-    """Return whether a node belongs to a module, or does not say to which it belongs."""
+    """Return whether a node belongs to a module, or its metadata name no module."""
     scopes = node.metadata_props.get(_SCOPES)
     return scopes is None or f"'{module}'" in scopes
 
 
 def _find_lost_dropout(graph: ir.Graph) -> Iterator[Omission]:
-    """Find recurrent layers one after the other, in a model whose modes are all of inference."""
+    """Find consecutive recurrent layers in a model that has no dropout and is in inference mode."""
     nodes = list(graph)
     if any(node.op_type in ("Bernoulli", "Dropout") for node in nodes):
         return
@@ -238,7 +242,7 @@ def _find_lost_dropout(graph: ir.Graph) -> Iterator[Omission]:
 
 
 def _follows(node: ir.Node, between: frozenset[str]) -> bool:
-    """Return whether a recurrent layer follows one of its kind, with only ``between`` there."""
+    """Return whether only operators in ``between`` separate a recurrent layer from another."""
     value = node.inputs[0] if node.op_type in _RECURRENT and not node.domain else None
     while value is not None and (before := value.producer()) is not None:
         if before.op_type == node.op_type:

@@ -114,7 +114,7 @@ class WorkerLost(ProtocolError):
         if self.is_early:
             return (
                 f"no worker can be started for session {self.session}; once whoever runs the "
-                "server has mended what its log says, train with --resume"
+                "server has fixed the problem in its log, train with --resume"
             )
         if self.is_repeated:
             return (
