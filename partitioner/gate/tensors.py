@@ -130,7 +130,7 @@ class DataFiles:
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or not found.st_size:
-                reason = f"'{location}', where tensor '{tensor}' lies, is not a file with content"
+                reason = f"'{location}', named by tensor '{tensor}', is not a file with content"
                 raise NotAModel(self.label, reason)
             return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         except OSError as error:

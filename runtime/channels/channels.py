@@ -347,7 +347,7 @@ class Channel:
             raise RemoteProtocolError(f"it welcomed session '{welcome.session[:40]}'")
         if welcome.step not in (point.step, *(point.kept or (point.start,))):
             raise RemoteProtocolError(
-                f"it would continue at step {welcome.step}, of which no state was kept"
+                f"it would continue at step {welcome.step}, but no state of that step was kept"
             )
 
     def _hang_up(self) -> None:

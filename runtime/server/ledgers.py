@@ -135,7 +135,7 @@ class Ledger:
     def _compare(self, turns: list[_Turn], step: int, turn: int, fingerprint: Fingerprint) -> None:
         if turn >= len(turns):
             raise RemoteProtocolError(
-                f"it sent message {turn} of step {step}, of which {len(turns)} are known"
+                f"it sent message {turn} of step {step}, but the step has only {len(turns)}"
             )
         if not _are_same(turns[turn], fingerprint):
             raise StepConflict(step)

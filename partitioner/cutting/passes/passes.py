@@ -97,7 +97,7 @@ def _make_paddings_explicit(work: Work) -> None:
         infer_shapes(work.model)
     raise UnsupportedModel(
         "the model",
-        f"more than {_MOST_CORRECTIONS} poolings that round up stand behind one another, each with "
+        f"more than {_MOST_CORRECTIONS} poolings that round up follow one another, each with "
         "a last window that would begin behind the image",
         "export them with explicit padding",
     )

@@ -343,7 +343,7 @@ export class Channel {
       throw new RemoteProtocolError(`it welcomed session '${welcome.session.slice(0, 40)}'`);
     }
     if (![step, ...(kept.length ? kept : [start])].includes(welcome.step)) {
-      throw new RemoteProtocolError(`it would continue at step ${welcome.step}, of which no state was kept`);
+      throw new RemoteProtocolError(`it would continue at step ${welcome.step}, but no state of that step was kept`);
     }
   }
 
