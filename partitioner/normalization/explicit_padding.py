@@ -17,8 +17,32 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.graphs.traversals import list_bodies, list_inputs
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
+from splitonnx.partitioner.inference.shapes import infer_shapes
 
 _WINDOWED = frozenset({"AveragePool", "Conv", "LpPool", "MaxPool"})
+
+
+_MOST_CORRECTIONS = 32
+"""Limit on how often shapes are inferred again because paddings were made explicit."""
+
+
+def settle_paddings(model: ir.Model) -> None:
+    """Make paddings explicit; infer shapes and repeat as long as more paddings become known.
+
+    Raises:
+        UnsupportedModel: more than ``_MOST_CORRECTIONS`` paddings depend on one another, or ONNX
+            Runtime does not support the padding of a pooling node.
+    """
+    for _ in range(_MOST_CORRECTIONS):
+        if not make_paddings_explicit(model.graph):
+            return
+        infer_shapes(model)
+    raise UnsupportedModel(
+        "the model",
+        f"more than {_MOST_CORRECTIONS} poolings that round up follow one another, each with "
+        "a last window that would begin behind the image",
+        "export them with explicit padding",
+    )
 
 
 def make_paddings_explicit(graph: ir.Graph) -> bool:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
-from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.passes.batch_decisions import (
     decide_by_batch,
@@ -45,7 +44,7 @@ from splitonnx.partitioner.normalization.batchnorms import (
     write_out_own_statistics,
 )
 from splitonnx.partitioner.normalization.dropouts import seed_dropouts
-from splitonnx.partitioner.normalization.explicit_padding import make_paddings_explicit
+from splitonnx.partitioner.normalization.explicit_padding import settle_paddings
 from splitonnx.partitioner.normalization.explicit_reductions import (
     make_axes_vectors,
     make_reductions_explicit,
@@ -81,26 +80,8 @@ def _lift_weights(work: Work) -> None:
     work.weights = lift_weights(work.model.graph, work.train)
 
 
-_MOST_CORRECTIONS = 32
-"""Limit on how often shapes are inferred again because paddings were made explicit."""
-
-
 def _make_paddings_explicit(work: Work) -> None:
-    """Make paddings explicit; infer shapes and repeat as long as more paddings become known.
-
-    Raises:
-        UnsupportedModel: more than ``_MOST_CORRECTIONS`` paddings depend on one another.
-    """
-    for _ in range(_MOST_CORRECTIONS):
-        if not make_paddings_explicit(work.model.graph):
-            return
-        infer_shapes(work.model)
-    raise UnsupportedModel(
-        "the model",
-        f"more than {_MOST_CORRECTIONS} poolings that round up follow one another, each with "
-        "a last window that would begin behind the image",
-        "export them with explicit padding",
-    )
+    settle_paddings(work.model)
 
 
 def _flatten_sequences(work: Work) -> None:
