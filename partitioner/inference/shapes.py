@@ -5,7 +5,7 @@ This covers every value whose type onnx's schemas define.  :mod:`inferences` inf
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import onnx
@@ -62,6 +62,54 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
         found = ir.serde.deserialize_model(proto)
     for graph, typed in zip(graphs, found.graphs(), strict=False):
         _note_types(graph, typed)
+
+
+def drop_wrong_shapes(model: ir.Model) -> None:
+    """Remove the declared shapes of values that contradict what onnx infers from the inputs.
+
+    Some exporters declare shapes of another layout, and tools that change an input's batch size
+    leave the shapes behind it as they were.  onnx's inference would believe these declarations.
+    They are wrong if the number of dimensions differs, if a number is another number, or if a
+    number stands for a symbol of the inputs.  Only the model's main graph is examined.
+    """
+    values = [value for node in model.graph for value in node.outputs]
+    if all(value.shape is None for value in values):
+        return
+    with attribute_errors_to_pass("written down"), _lighten(model.graph):
+        proto = write_model(model)
+    del proto.graph.value_info[:]
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    try:
+        content = call(natives.infer_shapes, "the model", proto.SerializeToString(), False)
+    except Refused:
+        return
+    with attribute_errors_to_bytes(_refuse_types):
+        graph = onnx.ModelProto.FromString(content).graph
+    found = {
+        info.name: ir.serde.deserialize_type_proto_for_shape(info.type)
+        for info in (*graph.value_info, *graph.output)
+    }
+    symbols = {str(dim) for value in model.graph.inputs for dim in value.shape or ()}
+    for value in values:
+        declared, inferred = value.shape, found.get(value.name or "")
+        if declared is not None and inferred is not None:
+            value.shape = None if _contradicts(declared, inferred, symbols) else declared
+
+
+def _contradicts(declared: ir.Shape, inferred: ir.Shape, symbols: Collection[str]) -> bool:
+    """Return whether a declared shape differs from one that is inferred from the inputs.
+
+    ``symbols`` holds the inputs' dimensions as text.
+    """
+    if len(declared) != len(inferred):
+        return True
+    return any(
+        isinstance(first, int)
+        and first != second
+        and (isinstance(second, int) or str(second) in symbols)
+        for first, second in zip(declared, inferred, strict=True)
+    )
 
 
 def _refuse_types(reason: str) -> NotAModel:

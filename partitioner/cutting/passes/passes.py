@@ -36,7 +36,7 @@ from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
 from splitonnx.partitioner.inference.folds import fold, note_shapes
 from splitonnx.partitioner.inference.sequences import flatten_sequences
-from splitonnx.partitioner.inference.shapes import check_ranks, infer_shapes
+from splitonnx.partitioner.inference.shapes import check_ranks, drop_wrong_shapes, infer_shapes
 from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
 from splitonnx.partitioner.normalization.batchnorms import (
     freeze_batchnorms,
@@ -103,6 +103,11 @@ def _infer(work: Work) -> None:
     infer_shapes(work.model)
     if make_axes_vectors(work.model.graph):
         infer_shapes(work.model)
+
+
+def _type(work: Work) -> None:
+    drop_wrong_shapes(work.model)
+    _infer(work)
 
 
 def _join_sizes(work: Work) -> None:
@@ -242,7 +247,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="typed",
-        run=_infer,
+        run=_type,
         requires=_F.ADAPTED | _F.USUAL,
         ensures=_F.TYPED,
     ),

@@ -12,7 +12,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.partitioner.graphs.traversals import map_values
-from splitonnx.partitioner.inference.shapes import MOST_ALONG, check_ranks, infer_shapes
+from splitonnx.partitioner.inference.shapes import (
+    MOST_ALONG,
+    check_ranks,
+    drop_wrong_shapes,
+    infer_shapes,
+)
 
 FLOAT = TensorProto.FLOAT
 
@@ -85,6 +90,19 @@ def test_a_model_that_contradicts_itself_is_left_as_it_is() -> None:
     model = build(helper.make_node("MatMul", ["x", "w"], ["h"]), w=np.zeros((5, 4), np.float32))
     infer_shapes(model)  # 6 columns meet 5 rows: no error here, the runtime will say
     assert list_dims(model, "h") in (None, ["N", 4])
+
+
+def test_only_shapes_that_contradict_the_inputs_are_dropped() -> None:
+    model = build(
+        helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"]),
+        w=np.zeros((6, 5), np.float32),
+    )  # fmt: skip
+    values = map_values(model.graph)
+    for shape, kept in [("1 5", False), ("N 4", False), ("N", False), ("M 5", True)]:
+        dims = [int(size) if size.isdecimal() else size for size in shape.split()]
+        values["h"].shape = ir.Shape(dims)
+        drop_wrong_shapes(model)
+        assert (values["h"].shape is not None) is kept, shape
 
 
 def window(
