@@ -39,7 +39,7 @@ Chunk = bytes | memoryview
 def encode_tensors(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> list[Chunk]:
-    """Encode tensors and metadata as one safetensors message, without copying the tensors.
+    """Encode tensors and metadata as one safetensors message; contiguous tensors are not copied.
 
     The message is returned as a list of chunks.  Tensors with larger element types come first, so
     that every tensor is aligned to the size of its elements.

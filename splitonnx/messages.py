@@ -187,7 +187,7 @@ _DECODER: msgspec.json.Decoder[Message] = msgspec.json.Decoder(Message)
 def encode_message(
     message: Message, tensors: Mapping[str, np.ndarray] | None = None
 ) -> list[Chunk]:
-    """Encode a message and its tensors as a list of chunks, without copying the tensors."""
+    """Encode a message and its tensors as a list of chunks; contiguous tensors are not copied."""
     return encode_tensors(tensors or {}, {_FIELD: msgspec.json.encode(message).decode()})
 
 

@@ -28,7 +28,7 @@ def divide_training(
     tail_at: Sequence[str],
     output: str,
 ) -> Partition:
-    """Divide a copy of the training form, and reduce its outputs to the one named ``output``.
+    """Divide ``graph``, a copy of the training form, and remove all outputs but ``output``.
 
     Raises:
         CutError: the tensors do not exist or do not divide the graph.
@@ -42,7 +42,7 @@ def divide_training(
 def divide_inference(
     prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
 ) -> Partition:
-    """Divide a copy of the inference form.
+    """Divide ``graph``, a copy of the inference form.
 
     Raises:
         CutError: the tensors do not exist or do not divide the graph.

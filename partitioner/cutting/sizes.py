@@ -77,9 +77,10 @@ def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) ->
 
 
 class SizeWatch:
-    """A record of the nodes whose sizes a party can read from tensors that it has.
+    """A record of the nodes that must wait, because a party lacks tensors whose shapes they read.
 
-    A node waits until the party has all tensors whose shapes the node reads.
+    Only nodes that compute sizes are recorded.  ``away`` maps each waiting node to the number of
+    nodes that compute such tensors and that the party does not have yet.
     """
 
     def __init__(self, sizes: Mapping[ir.Node, frozenset[ir.Value]]) -> None:
@@ -90,11 +91,11 @@ class SizeWatch:
     def enter(
         self, new: Sequence[ir.Node], nodes: Collection[ir.Node], held: Collection[ir.Value]
     ) -> tuple[list[ir.Node], list[ir.Node]]:
-        """Add the nodes in ``new`` to the party's nodes.
+        """Record that the party got the nodes in ``new``.
 
-        ``nodes`` holds all nodes of the party, including the new ones, and ``held`` the tensors
-        that the party has without computing them.  Return the new nodes that must wait, and all
-        nodes whose sizes the party can now read.
+        ``nodes`` holds all nodes of the party, including the new ones.  ``held`` holds the tensors
+        that the party has without computing them.  Return two lists: the new nodes that must wait,
+        and the nodes that read sizes and need not wait any longer, or never had to.
         """
         away, near = [], []
         for node in new:
@@ -129,10 +130,11 @@ def derive_sizes(
 ) -> set[ir.Node]:
     """Rewrite the graph, in place, so that ``party`` computes all sizes itself.
 
-    ``nodes`` holds the party's nodes so far, and ``others`` the other party's nodes.  Each node in
-    ``remote_shapes`` reads the shape of a tensor that the party does not have.  It is replaced by
-    nodes that read the same sizes from the tensors to which it is mapped.  The party also gets its
-    own copies of the nodes in ``duplicated``, and of the size computations that both parties share.
+    ``nodes`` holds the party's nodes so far, and ``others`` holds those of the other party.  Each
+    node in ``remote_shapes`` reads the shape of a tensor that the party does not have.  It is
+    replaced by nodes that read the same sizes from the tensors to which it is mapped.  The party
+    also gets its own copies of the nodes in ``duplicated``, and of the size computations that both
+    parties share.
 
     Afterwards, the graph's nodes may be out of topological order.  Return the party's nodes after
     the change.

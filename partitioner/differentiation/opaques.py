@@ -49,7 +49,7 @@ class Opaques:
 
 
 def is_opaque(node: ir.Node) -> bool:
-    """Return whether a node is opaque: it must be hidden if no gradient passes through it."""
+    """Return whether a node is opaque: an LSTM or a GRU, or a node with subgraph bodies."""
     return (node.op_type in _RECURRENCES and not node.domain) or bool(list_bodies(node))
 
 

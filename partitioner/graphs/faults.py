@@ -1,9 +1,9 @@
-"""Decide whether an error in processing a model is caused by the model or by this package.
+"""Decide whether the model or this package caused an error while a model was processed.
 
 The gate refuses models that are not valid.  An exception in a later pass is therefore reported as a
 bug in this package, with the pass and the node, and its traceback is logged.  In the gate itself,
 an exception is the model's fault if a library raised it, and a bug if this package's own code did.
-:mod:`splitonnx.partitioner.inference.node_faults` decides about code that handles a single node.
+:mod:`splitonnx.partitioner.inference.node_faults` does the same for code that handles one node.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from splitonnx.partitioner.inference.inferences import Inference
 def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -> str:
     """Return the words ``depends on`` followed by the data or sizes that a value depends on.
 
-    ``graph`` is the model's graph, and ``known`` what was inferred about it.
+    ``graph`` is the model's graph, and ``known`` holds what was inferred about it.
     """
     sizes = None if value is None else list_open_sizes(value, graph, known)
     if not sizes:

@@ -27,7 +27,7 @@ _MOST_CORRECTIONS = 32
 
 
 def settle_paddings(model: ir.Model) -> None:
-    """Make paddings explicit; infer shapes and repeat as long as more paddings become known.
+    """Make paddings explicit; if this reveals wrong shapes, infer shapes again and repeat.
 
     Raises:
         UnsupportedModel: more than ``_MOST_CORRECTIONS`` paddings depend on one another, or ONNX

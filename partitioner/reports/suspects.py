@@ -27,10 +27,9 @@ _FILTER = "small whole numbers but for a factor, like a fixed filter"
 
 
 def find_computed(prepared: PreparedModel) -> dict[str, str]:
-    """Find the trained parameters that were probably not learned.
+    """Find parameters that would be trained although they are probably fixed, such as a filter.
 
-    The result maps the name of each one to the reason, which completes the sentence "its numbers
-    are ...".
+    The result maps each name to the reason, which completes the sentence "its numbers are ...".
     """
     inputs = {value.name: value for value in prepared.training.graph.inputs}
     reasons: dict[str, str] = {}

@@ -42,7 +42,7 @@ class Credentials:
 
 
 def check_url(url: str, credentials: Credentials) -> None:
-    """Check a server's address, and warn if the client's token would be sent unencrypted.
+    """Check a server's address, and warn if a token would be sent unencrypted to another machine.
 
     Raises:
         UsageError: the address is invalid, it contains a user name or password, or it does not

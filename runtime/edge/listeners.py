@@ -127,9 +127,9 @@ class Listener(socket.socket):
         """Accept the next connection for which the quota has room.
 
         Raises:
-            OSError: no file descriptor is left; the event loop then pauses for a second.
+            OSError: no file descriptor or memory is left; the event loop then pauses for a second.
             BlockingIOError: no connection is waiting, too many in a row were refused, or file
-                descriptors ran out a moment ago and the event loop should not retry yet.
+                descriptors or memory ran out a moment ago, so it is too early to try again.
         """
         if time.monotonic() - self._failed < RETRY_SECONDS / 2:
             raise BlockingIOError
@@ -207,7 +207,7 @@ def _open_listener(
 
 
 def ignore_scarcity(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Handle an exception in the event loop, but ignore errors from a lack of file descriptors.
+    """Handle an exception in the event loop, but ignore a lack of file descriptors or memory.
 
     :class:`Listener` has already reported these errors.
     """

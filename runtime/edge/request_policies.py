@@ -39,7 +39,7 @@ class Decision:
 
 
 class RequestPolicy:
-    """The rules by which a server decides on HTTP requests.
+    """The rules by which a server accepts or refuses HTTP requests.
 
     ``authorize`` checks tokens.  Without it, every client is admitted.  A client's owner is then
     the common name in its TLS certificate, or ``""`` if it has no certificate.

@@ -154,7 +154,7 @@ class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The answer that an action is done; ``is_finished`` is true if the task can be committed."""
+    """The answer if an action succeeded; ``is_finished`` is true if the task can be committed."""
 
     is_finished: bool = False
 
@@ -166,7 +166,7 @@ class Given(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The answer that an action failed, with the error's class and the values of its fields.
+    """The answer if an action failed, with the error's class and the values of its fields.
 
     ``is_last`` is true if the worker exits because of the error.
     """

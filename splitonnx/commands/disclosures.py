@@ -56,7 +56,7 @@ def summarize_sending(sending: Sending) -> dict[str, Any]:
 
 
 def summarize_explanation(explanation: Explanation) -> dict[str, Any]:
-    """Return an explanation of what leaves a client as a dictionary that includes the proof."""
+    """Return a dictionary that explains what a client sends and receives, with the proof."""
     import msgspec
 
     return {

@@ -119,8 +119,8 @@ def predict(
 ) -> None:
     """Run the split model on data, and write its outputs to an .npz file.
 
-    If the data are a folder with one .npz file per batch, a folder with files of the same names is
-    written.
+    If the data are a folder with one .npz file per batch, write a folder instead, with a file of
+    outputs for each batch, under the same name.
     """
     from splitonnx.runtime.client.datasets import FileDataset, open_dataset
 

@@ -41,7 +41,7 @@ def call_exporter(
 ) -> tuple[onnx.ModelProto, str]:
     """Export a network in the modes its modules are in.
 
-    ``outputs`` names all outputs, and ``varying`` the outputs with the batch as their first axis.
+    ``outputs`` names all outputs; ``varying`` names those with the batch as their first axis.
     If ``recurrent_dropout`` is true, the legacy exporter is not tried, because it refuses dropout
     between recurrent layers.
 

@@ -365,7 +365,7 @@ class _Server:
             self._until[since] += 1
 
     def _list_underived(self, held: ir.Value) -> list[ir.Node]:
-        """List the nodes whose sizes the server can neither compute nor read from ``held``."""
+        """List the nodes that compute sizes which the server can neither compute nor read."""
         own = tuple(d for d in self._around.known.shape(held) or () if isinstance(d, Dim))
         found: list[ir.Node] = []
         for wanted, nodes in self._away.items():

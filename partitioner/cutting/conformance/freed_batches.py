@@ -30,9 +30,10 @@ class FreedBatch:
 
     ``places`` lists the axes of inputs that have this size.  ``sizes`` maps these axes, and those
     of other batch sizes that preparation frees, to the sizes for which the model in the file was
-    exported.  Each batch to compare consists of several pieces with ``rows`` rows: ``counts`` has
-    the number of pieces for each batch, and is empty if no comparison is possible.  ``options``
-    holds the user's options, or is empty if preparation freed the batch without an option.
+    exported.  What the cut model computes for a large batch is compared with what the model in the
+    file computes for pieces of ``rows`` rows.  ``counts`` holds the number of pieces of each such
+    batch; it is empty if no comparison is possible.  ``options`` holds the options with which the
+    user changed the size; it is empty if the user gave none, and preparation freed the batch.
     """
 
     places: tuple[Place, ...]

@@ -22,12 +22,12 @@ def stop_gradients(
 
     Each of ``names`` is the name of a tensor or node, or a glob pattern for tensor names.  Nodes
     that read such a tensor read a detached copy of it instead.  ``weights`` names the graph inputs
-    that are not data, and ``given`` the tensors of the user's model.
+    that are not data.  ``given`` names the tensors and nodes of the user's model.
 
     Raises:
         UnknownTensor: a name matches nothing.
-        UsageError: a tensor is itself a parameter, no node reads it, or no gradient would pass
-            through it to a parameter in any case.
+        UsageError: a tensor is itself a parameter, no node reads it, or no gradient passes through
+            it to a parameter anyway.
     """
     for value in resolve_names(graph, names, given):
         name = value.name or ""

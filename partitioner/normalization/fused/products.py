@@ -23,7 +23,7 @@ _GEMM = ("alpha", "beta", "transA", "transB")
 def write_matmul(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
     """Compute ``alpha * A @ B``.
 
-    If ``transA`` is set, the last two axes of A are swapped first; ``transB`` does this to B.
+    If ``transA`` is set, the last two axes of A are swapped first; ``transB`` does the same for B.
     """
     if any(node.attributes.get_int(name, 0) for name in ("transBatchA", "transBatchB")):
         raise refuse(node, "it moves the batch of an operand")
