@@ -26,7 +26,7 @@ _MOST_CORRECTIONS = 32
 """Limit on how often shapes are inferred again because paddings were made explicit."""
 
 
-def settle_paddings(model: ir.Model) -> None:
+def make_all_paddings_explicit(model: ir.Model) -> None:
     """Make paddings explicit; if this reveals wrong shapes, infer shapes again and repeat.
 
     Raises:

@@ -44,7 +44,7 @@ from splitonnx.partitioner.normalization.batchnorms import (
     write_out_own_statistics,
 )
 from splitonnx.partitioner.normalization.dropouts import seed_dropouts
-from splitonnx.partitioner.normalization.explicit_padding import settle_paddings
+from splitonnx.partitioner.normalization.explicit_padding import make_all_paddings_explicit
 from splitonnx.partitioner.normalization.explicit_reductions import (
     make_axes_vectors,
     make_reductions_explicit,
@@ -81,7 +81,7 @@ def _lift_weights(work: Work) -> None:
 
 
 def _make_paddings_explicit(work: Work) -> None:
-    settle_paddings(work.model)
+    make_all_paddings_explicit(work.model)
 
 
 def _flatten_sequences(work: Work) -> None:
