@@ -159,6 +159,7 @@ def cut(
     return bundle
 
 
+@attribute_errors_to_pass("compared with the model given")
 def _compare(
     source: ModelSource, prepared: PreparedModel, bundle: Bundle, check: bool | None
 ) -> list[str]:
@@ -303,6 +304,7 @@ def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+@attribute_errors_to_pass("tried in training")
 def refuse_untrainable(prepared: PreparedModel, output: str) -> None:
     """Check that a model can be trained with a loss of ``output``, wherever it is cut.
 

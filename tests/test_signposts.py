@@ -34,11 +34,13 @@ NEWCOMERS = {
 def read_rows() -> dict[str, tuple[list[str], list[str]]]:
     """Read the first table of docs/architecture.md: what to change, which files, which names."""
     text = (ROOT / "docs" / "architecture.md").read_text().split("## Where to change what")[1]
-    rows = [line.strip("| ").split(" | ") for line in text.split("## ")[0].splitlines()]
+    lines = [line for line in text.split("## ")[0].splitlines() if line.startswith("|")]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    assert {len(row) for row in rows} == {3}
     return {
         row[0]: (re.findall("`([^`]+)`", row[1]), re.findall("`([^`]+)`", row[2]))
         for row in rows
-        if len(row) == 3 and "`" in row[1]
+        if "`" in row[1]
     }
 
 

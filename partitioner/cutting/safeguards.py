@@ -59,7 +59,8 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
         if node.domain not in ("", "ai.onnx"):
             continue
         checks = [table[node.op_type] for table in tables if node.op_type in table]
-        with attribute_errors_to(node, "guarded against data that crash its kernel"):
+        work = "guarded against data that crash its kernel"
+        with attribute_errors_to(node, work, is_valid=True):
             _insert(graph, node, checks)
 
 

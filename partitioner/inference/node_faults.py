@@ -38,7 +38,7 @@ _NO_NUMBER = "can be converted to"
 _Arrays = Mapping[str, np.ndarray]
 
 _BODIES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
-_MOST_ELEMENTS = 1 << 20
+_MOST_ELEMENTS = 1 << 24
 """Limit of elements of an input up to which a node is run."""
 _FILLINGS = (0, 1)
 """What all elements of a node's inputs are when it is run: a divisor must not be 0."""
@@ -52,12 +52,19 @@ _WITHOUT_KERNEL = "NotImplemented"
 
 @contextmanager
 def attribute_errors_to(
-    node: ir.Node, work: str, lost: str = "is read, but nothing makes it", advice: str = ""
+    node: ir.Node,
+    work: str,
+    lost: str = "is read, but nothing makes it",
+    advice: str = "",
+    *,
+    is_valid: bool = False,
 ) -> Iterator[None]:
     """Convert exceptions in a ``with`` block that handles ``node`` into errors about this node.
 
     ``work`` describes the block in error messages: it completes the phrase "while it was ...".
     ``lost`` and ``advice`` are used in the message if an output of the node was not replaced.
+    ``is_valid`` means that the node is known to be valid for its operator, because earlier passes
+    handled it or this package made it; then only its size can be the model's fault.
 
     Raises:
         UnsupportedModel: the node's inputs or attributes are not valid for its operator.
@@ -72,7 +79,7 @@ def attribute_errors_to(
         raise UnsupportedModel(subject, f"its output '{error}' {lost}", advice) from error
     except Exception as error:
         is_replaced = graph is not None and node.graph is None  # so its operator was handled
-        if not is_replaced and _is_caused_by(node, find_cause(error)):
+        if not is_replaced and _is_caused_by(node, find_cause(error), is_valid):
             raise UnsupportedModel(
                 subject,
                 f"its inputs or attributes are not what the operator takes ({explain(error)})",
@@ -81,17 +88,17 @@ def attribute_errors_to(
         raise report_mistake(subject, work, error) from error
 
 
-def _is_caused_by(node: ir.Node, cause: BaseException) -> bool:
+def _is_caused_by(node: ir.Node, cause: BaseException, is_valid: bool) -> bool:
     """Return whether an exception was caused by invalid inputs or attributes of a node.
 
     If ONNX Runtime cannot be asked, the kind of the exception decides.
     """
     if isinstance(cause, EncodeError | MemoryError):
         return True  # the model is too large
-    if isinstance(cause, KeyError) and _has_value(node, cause.args):
-        return True  # such as a mode that does not exist
-    is_taken = _is_taken(node)
-    return _shows_values(cause) if is_taken is None else not is_taken
+    is_taken = is_valid or _is_taken(node)
+    if is_taken is None:
+        return _shows_values(cause) or _is_of_value(node, cause)
+    return not is_taken
 
 
 def _shows_values(cause: BaseException) -> bool:
@@ -105,10 +112,15 @@ def _shows_values(cause: BaseException) -> bool:
     return isinstance(cause, (*FAULTS, AssertionError)) and not isinstance(cause, KeyError)
 
 
-def _has_value(node: ir.Node, keys: tuple[object, ...]) -> bool:
-    """Return whether the key of a ``KeyError`` is the value of an attribute of a node."""
+def _is_of_value(node: ir.Node, cause: BaseException) -> bool:
+    """Return whether an exception is a ``KeyError`` whose key is the value of an attribute.
+
+    Such a value may be a mode that does not exist.
+    """
+    if not isinstance(cause, KeyError):
+        return False
     held = [a.value for a in node.attributes.values() if not a.is_ref()]
-    return any(isinstance(value, str | int) and value in keys for value in held)
+    return any(isinstance(value, str | int) and value in cause.args for value in held)
 
 
 def _is_taken(node: ir.Node) -> bool | None:

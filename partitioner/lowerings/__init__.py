@@ -92,7 +92,7 @@ def lower(graph: ir.Graph, *, defective: bool = False) -> None:
     nodes = list(graph)
     with _reading_outputs(graph), count_constants():
         for node in nodes:
-            with attribute_errors_to(node, "looked up among standard operators"):
+            with attribute_errors_to(node, "looked up among standard operators", is_valid=True):
                 if is_standard(node, opset) or (defective and not is_defective(node)):
                     continue
             _replace(node, _find_lowering(node))
@@ -168,5 +168,6 @@ def _has_schema(kind: str, opset: int) -> bool:
 def _replace(node: ir.Node, lowering: Lowering) -> None:
     builder = NodeBuilder(f"{node.outputs[0].name or node.name}/lowered")
     advice = "choose the target training for the party that runs it"
-    with attribute_errors_to(node, "lowered", "cannot be written in standard operators", advice):
+    lost = "cannot be written in standard operators"
+    with attribute_errors_to(node, "lowered", lost, advice, is_valid=True):
         builder.replace(node, lowering(builder, node))

@@ -55,7 +55,7 @@ def separate_pads(graph: ir.Graph) -> None:
         for body in list_bodies(node):
             separate_pads(body)
         if node.op_type == "Pad" and not node.domain and _names_no_axes(node):
-            with attribute_errors_to(node, "kept from a wrong fusion"):
+            with attribute_errors_to(node, "kept from a wrong fusion", is_valid=True):
                 _separate_pad(node)
 
 

@@ -19,7 +19,7 @@ import pytest
 from splitonnx.bundles import Bundle
 from splitonnx.errors import InternalModelError, InternalRuntimeError, RemoteFault, SplitonnxError
 from splitonnx.faults import LOGGER
-from splitonnx.partitioner import lowerings, merges, permissions, rewrites
+from splitonnx.partitioner import lowerings, merges, partitions, permissions, rewrites
 from splitonnx.partitioner.cutting import cuts, joints, ports, preparations, safeguards, stages
 from splitonnx.partitioner.cutting.candidates import bisections
 from splitonnx.partitioner.cutting.conformance import samples
@@ -29,6 +29,7 @@ from splitonnx.partitioner.differentiation import gradients, losses, updates
 from splitonnx.partitioner.gate import forms, gates, names
 from splitonnx.partitioner.inference import evaluations, folds, shapes
 from splitonnx.partitioner.lowerings import activations as lowered_activations
+from splitonnx.partitioner.lowerings import pools
 from splitonnx.partitioner.native import corrections, natives, workers
 from splitonnx.partitioner.native.workers import Isolation, call
 from splitonnx.partitioner.normalization import (
@@ -59,9 +60,11 @@ from tests.support.zoo import FLOAT, ZOO, Net
 
 
 def build() -> onnx.ModelProto:
-    """Build a network with what is rewritten (Elu), lowered (Relu) and normalized (Conv)."""
+    """Build a network with what is rewritten (Elu), lowered (Relu, pools), normalized (Conv)."""
     net = Net()
     h = net.op("Conv", "x", net.weight("w1", 3, 2, 2, 2), out="h", auto_pad="SAME_UPPER")
+    for kind in ("MaxPool", "AveragePool"):
+        h = net.op(kind, h, out=kind, kernel_shape=[1, 1])
     h = net.op("Elu", h, out="elu")
     h = net.op("Relu", h, out="relu")
     h = net.op("Flatten", h, out="flat")
@@ -186,6 +189,9 @@ IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
     (safeguards._check_rows, "node 'h_node' (Conv)", "guarded against data that crash its kernel"),
     (gradients._name_permutations, *TRAINED),
     (lowered_activations.lower_relu_grad, "(ReluGrad)", "lowered"),
+    (pools.lower_max_pool_grad, "(MaxPoolGrad)", "lowered"),
+    (pools.lower_average_pool_grad, "(AveragePoolGrad)", "lowered"),
+    (partitions.refuse_untrainable, "the model", "tried in training"),
     (joints._list_gradients, *TRAINED),
     (joints._declare_data, *TRAINED),
     (permissions.find_raw_inputs, "the model", "searched for what leaves the client"),

@@ -110,6 +110,24 @@ def test_an_error_over_a_node_that_onnx_runtime_takes_is_ours(
     assert "export" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", MISTAKES)
+@pytest.mark.parametrize("node", [*MALFORMED.values(), make_unknown()])
+def test_a_node_that_was_handled_before_is_never_to_blame(
+    node: ir.Node, kind: type[Exception]
+) -> None:
+    """ONNX Runtime is not asked: it crashes on some gradients that run alone."""
+    raised = pytest.raises(InternalModelError, match="no such thing")
+    with raised, attribute_errors_to(node, "lowered", is_valid=True):
+        raise kind("no such thing")
+
+
+def test_a_large_node_is_run_too() -> None:
+    node = ir.node("HardSwish", [make_value("x", "N", 4, 600, 600)], name="large")
+    raised = pytest.raises(InternalModelError, match=r"node 'large' \(HardSwish\)")
+    with raised, attribute_errors_to(node, "rewritten"):
+        raise IndexError("list index out of range")
+
+
 @pytest.mark.parametrize("kind", [AssertionError, IndexError, ValueError, ZeroDivisionError])
 def test_where_onnx_runtime_cannot_be_asked_wrong_values_are_the_models_fault(
     kind: type[Exception],
@@ -145,6 +163,13 @@ def test_a_key_that_is_an_attribute_of_the_node_is_the_models_fault() -> None:
     node = ir.node("GridSample", [ir.Value(name="x")], {"mode": "bogus"}, name="layer")
     with pytest.raises(UnsupportedModel, match="bogus"), attribute_errors_to(node, "rewritten"):
         raise KeyError("bogus")
+    with pytest.raises(InternalModelError), attribute_errors_to(node, "rewritten"):
+        raise KeyError("linear")
+
+
+def test_a_key_that_is_a_mode_which_onnx_runtime_takes_is_our_mistake() -> None:
+    scales = make_constant("scales", np.ones(4, np.float32))
+    node = ir.node("Resize", [make_value("x", "N", 2, 4, 4), None, scales], {"mode": "linear"})
     with pytest.raises(InternalModelError), attribute_errors_to(node, "rewritten"):
         raise KeyError("linear")
 
