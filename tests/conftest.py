@@ -11,6 +11,7 @@ import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
@@ -18,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("SPLITONNX_NO_CHECK", "1")
 """Thousands of models are cut here, and their tests compare more; tests of the comparison ask for
 it."""
+hypothesis.settings.register_profile("without a stopwatch", deadline=None)
+hypothesis.settings.load_profile("without a stopwatch")
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "splitonnx", "partitioner", "runtime")
 
 

@@ -125,7 +125,7 @@ def build_training(
         )
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
     lower(derived, defective=True)
-    prevent_wrong_fusions(derived)  # of Pads whose axes were removed, and of gradients
+    prevent_wrong_fusions(derived, is_valid=True)  # of Pads without axes, and of gradients
     gradients = _match_gradients(prepared, derived)
     wires = [*_list_port_wires(derived, port_wires, labels), *_list_gradients(derived, port_wires)]
     made = map_values(derived)

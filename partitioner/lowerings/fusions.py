@@ -33,9 +33,12 @@ from splitonnx.partitioner.lowerings.layer_norm_fusions import separate_layer_no
 from splitonnx.partitioner.lowerings.product_fusions import separate_products
 
 
-def prevent_wrong_fusions(graph: ir.Graph) -> None:
-    """Rewrite, in place, all nodes that ONNX Runtime would merge or compute wrongly."""
-    separate_pads(graph)
+def prevent_wrong_fusions(graph: ir.Graph, *, is_valid: bool = False) -> None:
+    """Rewrite, in place, all nodes that ONNX Runtime would merge or compute wrongly.
+
+    ``is_valid`` means that all nodes are known to be valid for their operators.
+    """
+    separate_pads(graph, is_valid=is_valid)
     replace_null_transposes(graph)
     separate_layer_norms(graph)
     separate_products(graph)
@@ -43,7 +46,7 @@ def prevent_wrong_fusions(graph: ir.Graph) -> None:
     use_unsigned_integers(graph)
 
 
-def separate_pads(graph: ir.Graph) -> None:
+def separate_pads(graph: ir.Graph, *, is_valid: bool = False) -> None:
     """Keep ONNX Runtime from merging Pad nodes into pooling nodes.
 
     ONNX Runtime does not merge a Pad that lists its axes, so all axes are listed explicitly.  The
@@ -53,9 +56,9 @@ def separate_pads(graph: ir.Graph) -> None:
     """
     for node in list(graph):
         for body in list_bodies(node):
-            separate_pads(body)
+            separate_pads(body, is_valid=is_valid)
         if node.op_type == "Pad" and not node.domain and _names_no_axes(node):
-            with attribute_errors_to(node, "kept from a wrong fusion", is_valid=True):
+            with attribute_errors_to(node, "kept from a wrong fusion", is_valid=is_valid):
                 _separate_pad(node)
 
 
