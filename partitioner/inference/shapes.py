@@ -5,7 +5,7 @@ This covers every value whose type onnx's schemas define.  :mod:`inferences` inf
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import onnx
@@ -64,13 +64,14 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
         _note_types(graph, typed)
 
 
-def drop_wrong_shapes(model: ir.Model) -> None:
-    """Remove the declared shapes of values that contradict what onnx infers from the inputs.
+def drop_declared_shapes(model: ir.Model) -> None:
+    """Replace the declared shapes of values by what onnx infers from the inputs alone, in place.
 
     Some exporters declare shapes of another layout, and tools that change an input's batch size
-    leave the shapes behind it as they were.  onnx's inference would believe these declarations.
-    They are wrong if the number of dimensions differs, if a number is another number, or if a
-    number stands for a symbol of the inputs.  Only the model's main graph is examined.
+    leave the shapes behind it as they were; onnx's inference would believe them.  A declaration
+    remains if nothing is inferred, not even the number of dimensions.  The outputs of the model
+    also keep declared numbers after the first axis, where nothing else is known: a loss needs the
+    number of classes.  Only the model's main graph is changed.
     """
     values = [value for node in model.graph for value in node.outputs]
     if all(value.shape is None for value in values):
@@ -86,30 +87,25 @@ def drop_wrong_shapes(model: ir.Model) -> None:
         return
     with attribute_errors_to_bytes(_refuse_types):
         graph = onnx.ModelProto.FromString(content).graph
-    found = {
-        info.name: ir.serde.deserialize_type_proto_for_shape(info.type)
-        for info in (*graph.value_info, *graph.output)
-    }
-    symbols = {str(dim) for value in model.graph.inputs for dim in value.shape or ()}
+        found = {
+            info.name: ir.serde.deserialize_type_proto_for_shape(info.type)
+            for info in (*graph.value_info, *graph.output)
+        }
+    outputs = set(model.graph.outputs)
+    symbols = {dim for value in model.graph.inputs for dim in _list_dims(value.shape)}
     for value in values:
-        declared, inferred = value.shape, found.get(value.name or "")
-        if declared is not None and inferred is not None:
-            value.shape = None if _contradicts(declared, inferred, symbols) else declared
+        declared, inferred = _list_dims(value.shape), _list_dims(found.get(value.name or ""))
+        if not declared or not inferred:
+            continue
+        # onnx invents a symbol for each size that it does not know
+        dims = [dim if isinstance(dim, int) or dim in symbols else None for dim in inferred]
+        if value in outputs and len(declared) == len(dims):
+            dims[1:] = [b if a is None else a for a, b in zip(dims, declared, strict=True)][1:]
+        value.shape = ir.Shape(dims)
 
 
-def _contradicts(declared: ir.Shape, inferred: ir.Shape, symbols: Collection[str]) -> bool:
-    """Return whether a declared shape differs from one that is inferred from the inputs.
-
-    ``symbols`` holds the inputs' dimensions as text.
-    """
-    if len(declared) != len(inferred):
-        return True
-    return any(
-        isinstance(first, int)
-        and first != second
-        and (isinstance(second, int) or str(second) in symbols)
-        for first, second in zip(declared, inferred, strict=True)
-    )
+def _list_dims(shape: ir.Shape | None) -> list[int | str | None]:
+    return [dim if isinstance(dim, int) else dim.value for dim in shape or ()]
 
 
 def _refuse_types(reason: str) -> NotAModel:

@@ -36,7 +36,7 @@ from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
 from splitonnx.partitioner.inference.folds import fold, note_shapes
 from splitonnx.partitioner.inference.sequences import flatten_sequences
-from splitonnx.partitioner.inference.shapes import check_ranks, drop_wrong_shapes, infer_shapes
+from splitonnx.partitioner.inference.shapes import check_ranks, drop_declared_shapes, infer_shapes
 from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
 from splitonnx.partitioner.normalization.batchnorms import (
     freeze_batchnorms,
@@ -106,7 +106,7 @@ def _infer(work: Work) -> None:
 
 
 def _type(work: Work) -> None:
-    drop_wrong_shapes(work.model)
+    drop_declared_shapes(work.model)
     _infer(work)
 
 
