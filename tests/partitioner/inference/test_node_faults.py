@@ -112,7 +112,7 @@ def test_an_error_over_a_node_that_onnx_runtime_takes_is_ours(
 
 @pytest.mark.parametrize("kind", MISTAKES)
 @pytest.mark.parametrize("node", [*MALFORMED.values(), make_unknown()])
-def test_a_node_that_was_handled_before_is_never_to_blame(
+def test_a_node_that_was_handled_before_is_never_at_fault(
     node: ir.Node, kind: type[Exception]
 ) -> None:
     """ONNX Runtime is not asked: it crashes on some gradients that run alone."""
