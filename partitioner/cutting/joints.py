@@ -38,6 +38,7 @@ from splitonnx.partitioner.graphs.traversals import (
     walk_back,
 )
 from splitonnx.partitioner.lowerings import lower
+from splitonnx.partitioner.lowerings.centred_normalizations import centre_normalizations
 from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.tensors import TensorSpec
@@ -126,6 +127,7 @@ def build_training(
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
     lower(derived, defective=True)
     prevent_wrong_fusions(derived, is_valid=True)  # of Pads without axes, and of gradients
+    centre_normalizations(derived)
     gradients = _match_gradients(prepared, derived)
     wires = [*_list_port_wires(derived, port_wires, labels), *_list_gradients(derived, port_wires)]
     made = map_values(derived)
@@ -169,6 +171,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     ports = insert_ports(graph, partition, partition.server)
     add_safeguards(graph, set(graph), is_training=False)
     prune(graph)
+    centre_normalizations(graph)
     wires = list(_list_port_wires(graph, [(port, declare(port.value)) for port in ports], None))
     away = [v for v in graph.outputs if v.producer() in partition.server]
     wires += [

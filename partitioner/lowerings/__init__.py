@@ -7,7 +7,8 @@ and returns replacements for the node's outputs.  The formulas are the textbook 
 forward operators, which are defined at onnx.ai/onnx/operators.
 
 ``fusions.py`` also belongs here: it keeps ONNX Runtime's optimizer from wrongly merging Pad nodes
-into pooling nodes.  Modules in this package may import :mod:`graphs` and :mod:`inference`.
+into pooling nodes; ``centred_normalizations.py`` keeps its kernels from losing precision.  Modules
+in this package may import :mod:`graphs` and :mod:`inference`.
 """
 
 from __future__ import annotations

@@ -106,6 +106,10 @@ def _widen_graph(graph: onnx.GraphProto) -> None:
         if node.op_type == "ConstantOfShape" and not node.attribute:  # zeros in float32
             zero = numpy_helper.from_array(np.zeros(1))
             node.attribute.append(helper.make_attribute("value", zero))
+        if node.op_type == "GroupNormalization":  # its statistics are in float32 unless it says so
+            kept = [attribute for attribute in node.attribute if attribute.name != "stash_type"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute("stash_type", TensorProto.DOUBLE)])
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 _widen(attribute.t)
