@@ -249,8 +249,8 @@ def _say_repeated_activation(prepared: PreparedModel, loss: str, output: str, ax
             loss,
             CONTAINED[loss],
             output,
-            repeated.op_type,
-            repeated.name,
+            repeated.kind,
+            repeated.node.name,
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.partitioner.differentiation.spelled_activations import find_spelled
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import map_values
 
@@ -55,8 +56,9 @@ class Activation:
     """The activation that a model applies last: its operator, and its input.
 
     ``passed`` contains the results of the activation and of the nodes after it, from the output
-    back to the activation.  ``nodes`` contains the nodes after the activation that move or convert
-    elements, in graph order.
+    back to the activation, and the tensors inside an activation that several nodes compute
+    together (:mod:`spelled_activations`).  ``nodes`` contains the nodes after the activation that
+    move or convert elements, in graph order.
     """
 
     kind: str
@@ -70,7 +72,7 @@ def find_activation(output: ir.Value, loss: str, class_axis: int = 1) -> Activat
 
     Otherwise, return ``None``.  ``cross-entropy`` applies Softmax, and ``bce-with-logits`` Sigmoid.
     ``class_axis`` is the axis of ``output`` that holds the classes.  A Softmax must be computed
-    along this axis.
+    along this axis.  Several nodes may compute the activation, as in ``1 / (1 + exp(-x))``.
 
     Only these nodes may follow the activation:
 
@@ -92,6 +94,14 @@ def find_activation(output: ir.Value, loss: str, class_axis: int = 1) -> Activat
                 return None
             made = tuple(reversed(nodes))
             return Activation(kind=kind, source=source, passed=tuple(passed), nodes=made)
+        spelled = find_spelled(value)
+        if spelled is not None:
+            fits = spelled.kind == "Sigmoid" or spelled.axes == (class_axis % _rank(value),)
+            if spelled.kind != kind or spelled.source is None or not fits:
+                return None
+            passed += spelled.inner
+            made = tuple(reversed(nodes))
+            return Activation(kind=kind, source=spelled.source, passed=tuple(passed), nodes=made)
         if source is None or not _is_looked_through(node, source, value, kind, class_axis):
             return None
         if node.op_type in (_MOVES | {"Cast"}):
@@ -101,8 +111,11 @@ def find_activation(output: ir.Value, loss: str, class_axis: int = 1) -> Activat
 
 
 def _is_over_classes(node: ir.Node, value: ir.Value, class_axis: int) -> bool:
-    rank = len(value.shape) if value.shape is not None else 0
-    return node.attributes.get_int("axis", -1) in (class_axis, class_axis - rank)
+    return node.attributes.get_int("axis", -1) in (class_axis, class_axis - _rank(value))
+
+
+def _rank(value: ir.Value) -> int:
+    return len(value.shape) if value.shape is not None else 0
 
 
 def _is_looked_through(

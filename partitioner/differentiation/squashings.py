@@ -7,9 +7,12 @@ contains a different activation.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
+from splitonnx.partitioner.differentiation.spelled_activations import find_spelled
 from splitonnx.partitioner.graphs.builders import known_array
 
 SQUASHING = frozenset({"HardSigmoid", "Sigmoid", "Softmax"})
@@ -20,20 +23,41 @@ _BEHIND = frozenset(
 """Operators that may follow an activation, if all their other inputs are constants."""
 
 
-def find_repeated_activation(output: ir.Value, loss: str, class_axis: int = 1) -> ir.Node | None:
+@dataclass(frozen=True, kw_only=True)
+class Squashing:
+    """An activation before a loss: its operator, the node with its result, and its input.
+
+    ``source`` is ``None`` if no tensor holds the input.
+    """
+
+    kind: str
+    node: ir.Node
+    source: ir.Value | None
+
+
+def find_repeated_activation(output: ir.Value, loss: str, class_axis: int = 1) -> Squashing | None:
     """Return the final activation of ``output``, if ``loss`` would apply another one after it.
 
     Return ``None`` if there is no such activation, or if the loss skips it.  Only nodes that move
-    or convert elements, and arithmetic with constants, may follow the activation.  ``class_axis``
-    is the axis of ``output`` that holds the classes.
+    or convert elements, and arithmetic with constants, may follow the activation.  If a Concat
+    follows, each of its inputs must come from an activation.  ``class_axis`` is the axis of
+    ``output`` that holds the classes.
     """
     if loss not in CONTAINED or find_activation(output, loss, class_axis) is not None:
         return None
-    value = output
+    return _find_squashing(output)
+
+
+def _find_squashing(value: ir.Value) -> Squashing | None:
     while (node := value.producer()) is not None and not node.domain:
         if node.op_type in SQUASHING:
-            return node
+            return Squashing(kind=node.op_type, node=node, source=node.inputs[0])
+        if (spelled := find_spelled(value)) is not None:
+            return Squashing(kind=spelled.kind, node=node, source=spelled.source)
         open_inputs = [v for v in node.inputs if v is not None and known_array(v) is None]
+        if node.op_type == "Concat":
+            found = [_find_squashing(own) for own in open_inputs]
+            return found[0] if found and all(found) else None
         if node.op_type not in _BEHIND or len(open_inputs) != 1:
             return None
         value = open_inputs[0]

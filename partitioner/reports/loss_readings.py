@@ -65,21 +65,21 @@ def _remark_on_activation(
             names=(name, found.source.name or ""),
         )
         return
-    node = find_repeated_activation(value, loss, axis)
-    if node is None:
+    repeated = find_repeated_activation(value, loss, axis)
+    if repeated is None:
         return
     others = [own for own in losses if own != loss and find_activation(value, own) is not None]
-    source = node.inputs[0].name if node.inputs and node.inputs[0] is not None else ""
+    source = f"'{repeated.source.name}'" if repeated.source is not None else "the scores before it"
     remedy = (
         f"choose {others[0]}, which skips it, if the labels allow"
         if others
-        else f"export the model with '{source}' as its output"
+        else f"export the model with {source} as its output"
     )
     yield Remark(
         kind=Kind.ACTIVATION_TWICE,
-        sentence=f"'{name}' comes from the {node.op_type} '{node.name}', and {loss} applies a "
-        f"{CONTAINED[loss]} to it once more, which squashes the scores twice: {remedy}",
-        names=(name, node.name or ""),
+        sentence=f"'{name}' comes from the {repeated.kind} '{repeated.node.name}', and {loss} "
+        f"applies a {CONTAINED[loss]} to it once more, which squashes the scores twice: {remedy}",
+        names=(name, repeated.node.name or ""),
         options=tuple(make_option("--loss", own) for own in others[:1]),
     )
 

@@ -15,6 +15,8 @@ from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.partitions import cut
 from tests.support.nets import FLOAT, Net
 
+Node = tuple[str, list[str]]
+
 
 def build(*kinds: str) -> onnx.ModelProto:
     """Put operators in a row behind scores of shape (N, 3); a Mul is one by a half."""
@@ -31,7 +33,25 @@ def find(kinds: Sequence[str], loss: str) -> str | None:
     found = find_repeated_activation(
         map_values(model.graph)[model.graph.outputs[0].name or ""], loss
     )
-    return None if found is None else found.op_type
+    return None if found is None else found.kind
+
+
+def find_spelled_out(nodes: Sequence[Node], loss: str) -> str | None:
+    """Put nodes behind scores of shape (N, 3), and search for an activation that is repeated."""
+    net = Net()
+    for name, number in (("one", 1), ("minus3", -3), ("tiny", 1e-7)):
+        net.constant(name, np.array(number, np.float32))
+    net.constant("axis", np.array([1]))
+    value = net.op("MatMul", "x", net.weight("w", 4, 3), out="scores")
+    for index, (kind, inputs) in enumerate(nodes):
+        more = {"axis": 1} if kind == "Concat" else {}
+        value = net.op(kind, *inputs, out=f"t{index}", **more)
+    width = 6 if nodes[-1][0] == "Concat" else 3
+    model = ir.from_proto(
+        onnx.shape_inference.infer_shapes(net.finish({"x": (FLOAT, ["N", 4])}, value, width))
+    )
+    found = find_repeated_activation(map_values(model.graph)[value], loss)
+    return None if found is None else found.kind
 
 
 @pytest.mark.parametrize(
@@ -60,3 +80,35 @@ def test_cut_says_that_scores_are_squashed_twice(caplog: pytest.LogCaptureFixtur
         cut(build("Softmax", "Mul"), at="scores")
     (record,) = caplog.records
     assert "comes from the Softmax 't0_node' already" in record.getMessage()
+
+
+def list_spellings() -> dict[str, tuple[str, list[Node]]]:
+    """Return spellings of sigmoids that no loss skips, each with the loss that would repeat it."""
+    return {
+        "sigmoid of 3x": (
+            "bce-with-logits",
+            [("Mul", ["scores", "minus3"]), ("Exp", ["t0"]), ("Add", ["t1", "one"]),
+             ("Reciprocal", ["t2"])],
+        ),
+        "two classes": (
+            "cross-entropy",
+            [("Sigmoid", ["scores"]), ("Sub", ["one", "t0"]), ("Concat", ["t1", "t0"])],
+        ),
+        "guarded softmax": (
+            "cross-entropy",
+            [("Exp", ["scores"]), ("ReduceSum", ["t0", "axis"]), ("Add", ["t1", "tiny"]),
+             ("Div", ["t0", "t2"])],
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list_spellings())
+def test_an_activation_of_several_nodes_that_cannot_be_skipped_is_found(name: str) -> None:
+    loss, nodes = list_spellings()[name]
+    assert find_spelled_out(nodes, loss) in ("Sigmoid", "Softmax")
+    assert find_spelled_out(nodes, "mse") is None
+
+
+def test_a_concat_of_which_one_part_is_not_squashed_is_none() -> None:
+    nodes: list[Node] = [("Sigmoid", ["scores"]), ("Concat", ["t0", "scores"])]
+    assert find_spelled_out(nodes, "bce-with-logits") is None
