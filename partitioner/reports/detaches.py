@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.graphs.builders import known_array
 from splitonnx.partitioner.graphs.traversals import find_moving, walk_back
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 
@@ -51,10 +53,29 @@ def remark_on_detaches(prepared: PreparedModel) -> Iterator[Remark]:
 
 
 def _list_parts(node: ir.Node) -> list[tuple[ir.Value, int]]:
-    """List the terms that a node adds, each with its sign; nothing if the node is not a sum."""
-    signs = () if node.domain else _SIGNS.get(node.op_type, ())
+    """List the terms that a node adds, each with its sign; nothing if the node is not a sum.
+
+    A product with the constant 1 or -1, and a quotient by it, are sums of one term.
+    """
     values = [value for value in node.inputs if value is not None]
+    if node.domain:
+        return []
+    if node.op_type == "Sum":
+        return [(value, 1) for value in values]
+    if node.op_type in ("Div", "Mul") and len(values) == 2:
+        pairs = [(values[0], values[1]), (values[1], values[0])]
+        signed = [(own, _read_sign(other)) for own, other in pairs]
+        return [part for part in signed[: 1 if node.op_type == "Div" else 2] if part[1]][:1]
+    signs = _SIGNS.get(node.op_type, ())
     return list(zip(values, signs, strict=True)) if len(values) == len(signs) else []
+
+
+def _read_sign(value: ir.Value) -> int:
+    """Return 1 or -1 if a constant consists of this number alone, and 0 otherwise."""
+    array = known_array(value)
+    if array is None or not array.size:
+        return 0
+    return next((sign for sign in (1, -1) if np.all(array == sign)), 0)
 
 
 def _remark(node: ir.Node, term: ir.Value, sums: Mapping[ir.Value, Terms]) -> Remark:
@@ -77,7 +98,9 @@ def _remark(node: ir.Node, term: ir.Value, sums: Mapping[ir.Value, Terms]) -> Re
 def _find_detached(node: ir.Node, term: ir.Value, sums: Mapping[ir.Value, Terms]) -> str | None:
     """Return the name of the smallest partial sum of ``node`` that subtracts ``term``.
 
-    Return ``None`` if there is none, or if the terms that are kept depend on it.
+    Of these, ``term`` alone with a minus is chosen last, because ``q - z`` may be written as
+    ``q + (-z)``.  Return ``None`` if there is no such sum, or if the terms that are kept depend on
+    it.
     """
     kept: list[ir.Value] = []
     found = None
@@ -93,7 +116,8 @@ def _find_detached(node: ir.Node, term: ir.Value, sums: Mapping[ir.Value, Terms]
         following = value.producer()
         if following is None or not _list_parts(following):
             break
-        found, node, sign = value, following, sign * own
+        found = value if found is None or len(sums.get(value, {})) > 1 else found
+        node, sign = following, sign * own
     if found is None or found.producer() in walk_back(kept)[0]:
         return None
     return found.name

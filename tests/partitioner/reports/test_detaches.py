@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 
@@ -23,6 +24,8 @@ def list_remarks(nodes: Nodes, result: str, *, is_trained: bool = True) -> list[
         net.op("Exp", "x", out="z")
     net.op("Round", "z", out="q")
     net.op("Tanh", "z", out="r")
+    net.constant("minus", np.array(-1, np.float32))
+    net.constant("two", np.array(2, np.float32))
     for kind, inputs, output in nodes:
         net.op(kind, *inputs, out=output)
     output = net.op("MatMul", result, net.weight("w2", 4, 3), out="y")
@@ -36,7 +39,25 @@ LOST: dict[str, tuple[Nodes, str]] = {
     "z - (z - q)": ([("Sub", ["z", "q"], "e"), ("Sub", ["z", "e"], "s")], "e"),
     "z + (-z + q)": (
         [("Neg", ["z"], "n"), ("Add", ["n", "q"], "e"), ("Add", ["z", "e"], "s")],
+        "e",
+    ),
+    "sum(z, q + (-z))": (
+        [("Neg", ["z"], "n"), ("Add", ["q", "n"], "e"), ("Sum", ["z", "e"], "s")],
+        "e",
+    ),
+    "q + z + (-1) z": (
+        [("Mul", ["minus", "z"], "n"), ("Add", ["q", "z"], "a"), ("Add", ["a", "n"], "s")],
         "n",
+    ),
+    "sum(r, z, -z, q)": ([("Neg", ["z"], "n"), ("Sum", ["r", "z", "n", "q"], "s")], "n"),
+    "z - (z / -1 + q) (-1)": (
+        [
+            ("Div", ["z", "minus"], "n"),
+            ("Sum", ["n", "q"], "e"),
+            ("Mul", ["e", "minus"], "o"),
+            ("Sub", ["z", "o"], "s"),
+        ],
+        "e",
     ),
     "z + ((q - z) + r)": (
         [("Sub", ["q", "z"], "e"), ("Add", ["e", "r"], "o"), ("Add", ["z", "o"], "s")],
@@ -77,6 +98,8 @@ KEPT: dict[str, Nodes] = {
         ("Mul", ["r", "e"], "p"),
         ("Add", ["z", "p"], "s"),
     ],
+    "twice as much": [("Mul", ["z", "two"], "t"), ("Sub", ["t", "z"], "s")],
+    "one by z": [("Div", ["minus", "z"], "i"), ("Sub", ["i", "z"], "s")],
     "zeros like z": [("Sub", ["z", "z"], "s")],
 }
 
