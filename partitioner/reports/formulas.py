@@ -237,12 +237,34 @@ def _are_geometric(array: Array, tolerance: float) -> bool:
     )
 
 
+def _are_slopes(array: Array, tolerance: float) -> bool:
+    """Return whether a vector holds the slopes of ALiBi, which are two joined geometric series.
+
+    If the number of heads is not a power of two, the slopes of the next smaller power of two,
+    ``r, r^2, r^3, ...``, come first.  Then follow ``r^0.5, r^1.5, ...``.  Other joined series of
+    one ratio are recognised as well, if they are long enough.
+    """
+    if array.size != max(array.shape) or array.size < _LEAST_EVIDENCE or array.min() <= 0:
+        return False
+    logs = np.log(array.reshape(-1))
+    first = 1 << (array.size.bit_length() - 1)
+    powers = np.concatenate([np.arange(1, first + 1), np.arange(array.size - first) + 0.5])
+    slopes = -8 / first * np.log(2) * powers
+    if np.abs(logs - slopes).max() <= tolerance:
+        return True
+    steps = np.diff(logs)
+    step = np.median(steps)
+    other = np.abs(steps - step) > tolerance * abs(step)
+    return bool(abs(step) > 1e-3 and other.sum() == 1 and len(steps) - 2 >= _LEAST_EVIDENCE)
+
+
 _TESTS: Sequence[tuple[str, Callable[[Array, float], bool]]] = (
     ("evenly spaced, like coordinates", _are_evenly_spaced),
     ("a window, such as Hann's", _is_window),
     ("sines and cosines", _are_sines),
     ("sines and cosines of the same angles", _are_pairs),
     ("a geometric series, like frequencies", _are_geometric),
+    ("two joined geometric series, like the slopes of attention heads", _are_slopes),
     ("oscillations under a window, like a Fourier transform's", _are_windowed),
     ("triangular filters, like a mel filter bank's", _is_filter_bank),
 )

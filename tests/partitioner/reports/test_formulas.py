@@ -57,6 +57,14 @@ def make_mel() -> Array:
     )
 
 
+def make_slopes(heads: int) -> Array:
+    """The slopes of ALiBi, as its authors compute them for any number of heads."""
+    power = 2 ** int(np.log2(heads))
+    first = 2.0 ** (-8 / power * np.arange(1, power + 1))
+    more = 2.0 ** (-4 / power * np.arange(1, 2 * power, 2))
+    return np.concatenate([first, more[: heads - power]])
+
+
 HANN = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(64) / 64)
 LINE = np.linspace(-1, 1, 7)
 COMPUTED: dict[str, tuple[Array, str]] = {
@@ -80,6 +88,9 @@ COMPUTED: dict[str, tuple[Array, str]] = {
     "mel, transposed": (make_mel().T[None], "triangular"),
     "frequencies": (10000.0 ** (-np.arange(8) / 8), "geometric"),
     "slopes": (2.0 ** -np.arange(1, 9)[:, None, None], "geometric"),
+    "slopes of 12 heads": (make_slopes(12)[:, None, None], "two joined geometric"),
+    "slopes of 6 heads": (make_slopes(6), "two joined geometric"),
+    "slopes of 12 heads times 3": (3 * make_slopes(12), "two joined geometric"),
     "coordinates": (np.stack(np.meshgrid(LINE, LINE))[None], "evenly spaced"),
     "line": (LINE, "evenly spaced"),
 }
