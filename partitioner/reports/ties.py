@@ -2,7 +2,8 @@
 
 Many language models use one matrix as the embedding and, transposed, as the output layer.
 Exporters may store the transposed matrix as a separate tensor.  The two tensors are then trained
-independently.
+independently.  One of them may also be a block of the other, if the output layer uses only some
+rows of the embedding; ``--tie`` cannot join these.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
@@ -29,6 +31,8 @@ _NUMBERED = re.compile(r"((layers?|blocks?|cells?|h)_)?\d+")
 
 def remark_on_ties(prepared: PreparedModel, computed: Collection[str]) -> Iterator[Remark]:
     """Yield a remark for each set of trained parameters that hold the same numbers.
+
+    Then, yield a remark for each matrix that equals the first or last rows or columns of another.
 
     Parameters are left out if all their elements are equal, or if ``computed`` contains their names
     because they were probably not learned.  Corresponding parameters of numbered layers, such as
@@ -49,6 +53,7 @@ def remark_on_ties(prepared: PreparedModel, computed: Collection[str]) -> Iterat
             names=tuple(group),
             options=tuple(make_option("--tie", f"{first}={other}") for other in others),
         )
+    yield from _remark_on_blocks(prepared, computed)
 
 
 def _group(prepared: PreparedModel, computed: Collection[str]) -> Iterator[list[str]]:
@@ -106,3 +111,73 @@ def _are_copies(one: ir.Value, other: ir.Value) -> bool:
     numbered = all(all(map(_NUMBERED.fullmatch, pair)) for pair in different)
     shapes = [value.shape.numpy() if value.shape is not None else () for value in (one, other)]
     return bool(different) and numbered and shapes[0] == shapes[1] and math.prod(shapes[0]) > 0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Matrix:
+    """A parameter of two dimensions, perhaps transposed."""
+
+    name: str
+    array: np.ndarray
+    is_transposed: bool
+
+    def make_key(self, row: int) -> tuple[object, ...]:
+        """Return what two matrices have in common if they have this row in common."""
+        return self.array.dtype.str, row, self.array[row].tobytes()
+
+    def holds(self, block: _Matrix, *, leading: bool) -> bool:
+        """Return whether ``block`` equals the first, or else the last, rows of this matrix."""
+        count = len(block.array)
+        if self.name == block.name or count >= len(self.array):
+            return False
+        rows = self.array[:count] if leading else self.array[-count:]
+        return np.array_equal(rows, block.array)
+
+
+def _remark_on_blocks(prepared: PreparedModel, computed: Collection[str]) -> Iterator[Remark]:
+    """Yield a remark for each matrix that equals the first or last rows or columns of another.
+
+    The block may be transposed.  Matrices are left out if all their elements are equal, or if
+    ``computed`` contains their names.  Only matrices with an equal first or last row are compared.
+    """
+    matrices = [own for name in prepared.trainable if name not in computed
+                for own in _read_matrix(prepared, name)]  # fmt: skip
+    alike = defaultdict[tuple[object, ...], list[_Matrix]](list)
+    for matrix in matrices:
+        for row in (0, -1):
+            alike[matrix.make_key(row)].append(matrix)
+    told: set[tuple[str, str]] = set()
+    for block in matrices:
+        for row in (0, -1):
+            for whole in alike[block.make_key(row)]:
+                pair = (block.name, whole.name)
+                if pair not in told and whole.holds(block, leading=row == 0):
+                    told.add(pair)
+                    yield _remark_on_block(block, whole, "first" if row == 0 else "last")
+
+
+def _read_matrix(prepared: PreparedModel, name: str) -> list[_Matrix]:
+    """Return a parameter as a matrix and its transpose, if it is a matrix worth comparing."""
+    tensor = prepared.weights[name]
+    if sum(dim > 1 for dim in tensor.shape.numpy()) != 2 or tensor.size < _FEWEST:
+        return []
+    array = tensor.numpy().squeeze()
+    if array.min() == array.max():
+        return []
+    return [
+        _Matrix(name=name, array=array, is_transposed=False),
+        _Matrix(name=name, array=array.T, is_transposed=True),
+    ]
+
+
+def _remark_on_block(block: _Matrix, whole: _Matrix, place: str) -> Remark:
+    lines = "columns" if whole.is_transposed else "rows"
+    turned = " (transposed)" if block.is_transposed != whole.is_transposed else ""
+    return Remark(
+        kind=Kind.LOST_TIE,
+        sentence=f"'{block.name}' holds the same numbers as the {place} {len(block.array)} {lines} "
+        f"of '{whole.name}'{turned}, but they are trained apart: --tie joins only whole "
+        "parameters; if the model had one parameter here, export it so that the file stores it "
+        "once",
+        names=(block.name, whole.name),
+    )

@@ -6,6 +6,7 @@ import shlex
 
 import numpy as np
 import onnx
+import pytest
 
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
@@ -66,3 +67,46 @@ def test_two_sets_of_equal_parameters_are_two_remarks() -> None:
         build(("a.w", draw(1)), ("b.w", draw(2)), ("c.w", draw(1)), ("d.w", draw(2)))
     )
     assert [remark.names for remark in remarks] == [("a.w", "c.w"), ("b.w", "d.w")]
+
+
+def build_decoder(whole: np.ndarray, block: np.ndarray) -> onnx.ModelProto:
+    """Read rows of ``whole``, add up what the axes share, and multiply by ``block`` in the end."""
+    net = Net()
+    net.op("MatMul", "x", net.weight("first", 4, whole.shape[0]), out="h")
+    net.op("MatMul", "h", net.constant("E", whole), out="e")
+    net.op("MatMul", "e", net.weight("between", whole.shape[1], block.shape[0]), out="b")
+    net.op("MatMul", "b", net.constant("decoder", block), out="y")
+    return net.finish({"x": (FLOAT, ["N", 4])}, "y", block.shape[1])
+
+
+TABLE = np.random.default_rng(3).standard_normal((9, 5)).astype(np.float32)
+TABLE[0] = 0  # as of a token that pads
+BLOCKS = {
+    "first 7 rows of 'E' (transposed)": (TABLE, TABLE[:7].T),
+    "last 4 rows of 'E',": (TABLE, TABLE[5:]),
+    "first 3 columns of 'E',": (TABLE, TABLE[:, :3]),
+    "last 2 columns of 'E' (transposed)": (TABLE, TABLE[:, 3:].T),
+}
+
+
+@pytest.mark.parametrize("words", BLOCKS)
+def test_a_block_of_another_matrix_is_named_without_an_option(words: str) -> None:
+    whole, block = BLOCKS[words]
+    (remark,) = list_ties(build_decoder(whole, np.ascontiguousarray(block)))
+    assert words in remark.sentence
+    assert remark.names == ("decoder", "E")
+    assert remark.options == ()
+
+
+def test_a_matrix_with_more_rows_than_the_embedding_contains_it() -> None:
+    more = np.concatenate([TABLE, draw(1)[:3, :1] * np.ones(5, np.float32)])
+    (remark,) = list_ties(build_decoder(TABLE, np.ascontiguousarray(more.T)))
+    assert remark.names == ("E", "decoder")
+    assert "first 9 columns of 'decoder' (transposed)" in remark.sentence
+
+
+def test_rows_from_the_middle_and_other_numbers_are_no_block() -> None:
+    other = TABLE[:7].copy()
+    other[3, 2] += 1
+    assert list_ties(build_decoder(TABLE, other)) == []
+    assert list_ties(build_decoder(TABLE, TABLE[2:4])) == []
