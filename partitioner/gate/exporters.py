@@ -35,8 +35,22 @@ _FEW = 3
 _RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 _LAYOUTS = frozenset({"Reshape", "Squeeze", "Transpose"})
 _BETWEEN = _LAYOUTS | {"Dropout"}
-_COMPUTED = re.compile(r"onnx::[A-Za-z]+_\d+|(val|t|permute|transpose)(_\d+)?")
+_COMPUTED = re.compile(
+    r"onnx::[A-Za-z]+_\d+|(val|t|permute|transpose|reshape|unsqueeze|view)(_\d+)?"
+)
 """Names that the exporters make up for weights that they computed from parameters."""
+_CALCULATED = re.compile(
+    r"(_?weight_norm(_interface)?|abs|add|addmm|bmm|cat|concat|div|einsum|exp|linalg_vector_norm|"
+    r"log|log1p|matmul|mm|mul|neg|pow|reciprocal|relu|rsqrt|rsub|sigmoid|softmax|softplus|sqrt|"
+    r"stack|sub|sum|tanh)(_\d+)?"
+    r"|/(.*/)?(?!Constant_|Expand_|Identity_|Reshape_|S(lic|queez)e_|Transpose_|Unsqueeze_)"
+    r"[A-Z][A-Za-z]*_(\d+_)?output_0"
+)
+"""Names that the exporters give to results of calculations.
+
+An initializer has such a name if the calculation was folded.  The dynamo exporter names a result
+after PyTorch's function, the legacy exporter after the module and the operator.
+"""
 _FOLDED = re.compile(r"onnx::Conv(Transpose)?_\d+")
 _REWRITES = "pkg.onnxscript.rewriter.rule_name"
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -170,20 +184,30 @@ def _find_frozen(graph: ir.Graph) -> Iterator[Omission]:
 
 
 def _find_computed(graph: ir.Graph) -> Iterator[Omission]:
-    computed = tuple(
+    matrices = [
         name
         for name, value in graph.initializers.items()
-        if _COMPUTED.fullmatch(name)
-        and value.const_value is not None
+        if value.const_value is not None
         and value.const_value.dtype.is_floating_point()
         and len(value.const_value.shape) > 1
-    )
+    ]
+    computed = tuple(name for name in matrices if _COMPUTED.fullmatch(name))
     if computed:
         yield Omission(
             kind=OmissionKind.COMPUTED_WEIGHTS,
             sentence=f"{_name(computed)} {'was' if len(computed) == 1 else 'were'} computed from "
             "the network's parameters, to which trained values cannot be given back",
             names=computed,
+        )
+    results = tuple(name for name in matrices if _CALCULATED.fullmatch(name))
+    if results:
+        one = len(results) == 1
+        yield Omission(
+            kind=OmissionKind.COMPUTED_WEIGHTS,
+            sentence=f"{_name(results)} {'was' if one else 'were'} computed by the exporter, as of "
+            "a normalised weight, and would be trained freely in place of the parameters behind "
+            f"{'it' if one else 'them'}, without the computation",
+            names=results,
         )
 
 

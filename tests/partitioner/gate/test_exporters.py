@@ -97,6 +97,24 @@ def test_each_export_is_found_to_lack_what_it_lacks(name: str, kinds: list[Omiss
     assert list_kinds(load(name)) == kinds
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["mul", "mul_9", "div", "_weight_norm_1", "/Mul_output_0", "/a/b/Div_1_output_0"],
+)
+def test_a_weight_named_like_a_result_was_computed_by_the_exporter(name: str) -> None:
+    node = [helper.make_node("MatMul", ["x", name], ["y"])]
+    (omission,) = list_omissions(open_model(build(node, {name: np.ones((3, 3))})))
+    assert omission.kind is COMPUTED
+    assert omission.names == (name,)
+    assert "would be trained freely in place of the parameters behind it" in omission.sentence
+
+
+@pytest.mark.parametrize("name", ["scale", "mul_a", "a.mul", "multi", "/Constant_1_output_0"])
+def test_other_names_are_those_of_parameters(name: str) -> None:
+    node = [helper.make_node("MatMul", ["x", name], ["y"])]
+    assert list_kinds(build(node, {name: np.ones((3, 3))})) == []
+
+
 def test_a_batch_that_the_example_fixed_is_found() -> None:
     node = [helper.make_node("Relu", ["x"], ["y"])]
     (omission,) = list_omissions(open_model(build(node, {}, batch=1)))
