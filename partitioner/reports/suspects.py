@@ -7,6 +7,7 @@ names the tensors, the reason and, if there is one, the option that changes this
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
@@ -22,6 +23,17 @@ from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make
 
 _KERNELS = frozenset({("Conv", 1), ("ConvTranspose", 1)})
 _MATRICES = frozenset({("Gather", 0), ("Gemm", 0), ("Gemm", 1), ("MatMul", 0), ("MatMul", 1)})
+_CONSTANT = re.compile(r"/(.*/)?Constant_(\d+_)?output_0")
+"""Names that PyTorch's legacy exporter gives to numbers that are no parameters of the network."""
+_FOLDED = re.compile(r"val_\d+")
+"""Names that the dynamo exporter gives to numbers that it computed."""
+_NORMS = frozenset(
+    (kind, index) for kind in ("BatchNormalization", "InstanceNormalization") for index in (1, 2)
+)
+_POWER = re.compile(r".+\.parametrizations\.\w+\.\d+\._[uv]|(.+)_[uv]")
+"""Names of the vectors of a spectral norm; the last form needs a parameter ``..._orig``."""
+_WRITTEN = "equal and were written by the exporter as constants, which the network does not train"
+_VECTORS = "singular vectors that a spectral norm keeps, which the network does not train"
 _WHOLE = "whole numbers, like a table of codes"
 _FILTER = "small whole numbers but for a factor, like a fixed filter"
 
@@ -32,11 +44,12 @@ def find_computed(prepared: PreparedModel) -> dict[str, str]:
     The result maps each name to the reason, which completes the sentence "its numbers are ...".
     """
     inputs = {value.name: value for value in prepared.training.graph.inputs}
+    given = {value.name: value for value in prepared.skeleton.graph.inputs}
     reasons: dict[str, str] = {}
     for name in prepared.trainable:
         tensor = prepared.weights[name]
         places = _list_places(inputs.get(name))
-        reason = describe_formula(tensor)
+        reason = _find_buffer(given.get(name), prepared.weights) or describe_formula(tensor)
         if reason is None and places & _KERNELS and is_fixed_filter(tensor):
             reason = _FILTER
         if reason is None and places & _MATRICES and has_whole_numbers(tensor):
@@ -44,6 +57,20 @@ def find_computed(prepared: PreparedModel) -> dict[str, str]:
         if reason is not None:
             reasons[name] = reason
     return reasons
+
+
+def _find_buffer(value: ir.Value | None, weights: Mapping[str, ir.TensorProtocol]) -> str | None:
+    """Return the reason if a name and its numbers show that PyTorch trains no such parameter."""
+    name = value.name or "" if value is not None else ""
+    if name not in weights:
+        return None
+    tensor, places = weights[name], _list_places(value)
+    if _CONSTANT.fullmatch(name) or (_FOLDED.fullmatch(name) and places and places <= _NORMS):
+        array = tensor.numpy()
+        return _WRITTEN if array.size > 0 and array.min() == array.max() else None
+    found = _POWER.fullmatch(name) if len(tensor.shape) == 1 else None
+    is_power = found is not None and (found[1] is None or f"{found[1]}_orig" in weights)
+    return _VECTORS if is_power else None
 
 
 def _list_places(value: ir.Value | None) -> set[tuple[str, int]]:

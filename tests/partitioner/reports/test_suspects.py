@@ -146,3 +146,62 @@ def test_weights_of_a_branch_are_named_with_its_node() -> None:
     assert set(remark.names) == {"branch.w", "other.w"}
     assert "'chosen_node'" in remark.sentence
     assert check(build_conditional()).conditional == 32
+
+
+def build_norms(scale: str, bias: str, number: float = 1) -> onnx.ModelProto:
+    """Put an InstanceNormalization of two channels between two products."""
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 4, 6), out="h")
+    net.op("Reshape", "h", net.constant("shape", np.array([-1, 2, 3])), out="r")
+    net.constant(scale, np.array([1, number], np.float32))
+    net.constant(bias, np.zeros(2, np.float32))
+    net.op("InstanceNormalization", "r", scale, bias, out="i")
+    net.op("Flatten", "i", out="f")
+    output = net.op("MatMul", "f", net.weight("w2", 6, 3), out="y")
+    return net.finish({"x": (FLOAT, ["N", 4])}, output, 3)
+
+
+@pytest.mark.parametrize(
+    "names", [("/g/Constant_1_output_0", "/Constant_output_0"), ("val_8", "val_11")]
+)
+def test_ones_and_zeros_that_an_exporter_wrote_for_a_norm_are_told(names: tuple[str, str]) -> None:
+    model = build_norms(*names)
+    reasons = find_computed(prepare_with(model))
+    assert set(reasons) == set(names)
+    (remark,) = remark_on_computed(reasons)
+    roles = list_roles(model, remark)
+    assert {roles[name] for name in names} == {Role.FROZEN}
+
+
+def test_the_weights_of_a_norm_are_no_constants() -> None:
+    assert find_computed(prepare_with(build_norms("i.weight", "i.bias"))) == {}
+    assert set(find_computed(prepare_with(build_norms("val_8", "val_11", 2)))) == {"val_11"}
+
+
+def build_spectral(*names: str) -> onnx.ModelProto:
+    """Divide a weight by its product with two vectors, as a spectral norm does."""
+    net, (weight, left, right) = Net(), names
+    net.op("MatMul", net.weight(weight, 6, 4), net.weight(right, 4), out="p")
+    net.op("MatMul", net.weight(left, 6), "p", out="sigma")
+    net.op("Div", weight, "sigma", out="normed")
+    net.op("MatMul", "x", net.op("Transpose", "normed", out="turned", perm=[1, 0]), out="h")
+    output = net.op("MatMul", "h", net.weight("w2", 6, 3), out="y")
+    return net.finish({"x": (FLOAT, ["N", 4])}, output, 3)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.weight_orig", "a.weight_u", "a.weight_v"),
+        ("a.parametrizations.weight.original", "a.parametrizations.weight.0._u",
+         "a.parametrizations.weight.0._v"),
+    ],
+)  # fmt: skip
+def test_the_vectors_of_a_spectral_norm_are_told(names: tuple[str, str, str]) -> None:
+    reasons = find_computed(prepare_with(build_spectral(*names)))
+    assert set(reasons) == set(names[1:])
+    assert "spectral norm" in reasons[names[1]]
+
+
+def test_vectors_that_are_only_called_u_and_v_may_be_trained() -> None:
+    assert find_computed(prepare_with(build_spectral("a.weight", "a.weight_u", "a.bias_v"))) == {}
