@@ -96,8 +96,9 @@ def find_activation(output: ir.Value, loss: str, class_axis: int = 1) -> Activat
             return Activation(kind=kind, source=source, passed=tuple(passed), nodes=made)
         spelled = find_spelled(value)
         if spelled is not None:
-            fits = spelled.kind == "Sigmoid" or spelled.axes == (class_axis % _rank(value),)
-            if spelled.kind != kind or spelled.source is None or not fits:
+            if spelled.kind != kind or spelled.source is None:
+                return None
+            if kind == "Softmax" and spelled.axes != (class_axis % _rank(value),):
                 return None
             passed += spelled.inner
             made = tuple(reversed(nodes))

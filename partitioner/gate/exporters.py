@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import quote
@@ -199,7 +200,11 @@ def _find_computed(graph: ir.Graph) -> Iterator[Omission]:
             "the network's parameters, to which trained values cannot be given back",
             names=computed,
         )
-    results = tuple(name for name in matrices if _CALCULATED.fullmatch(name))
+    results = tuple(
+        name
+        for name in matrices
+        if _CALCULATED.fullmatch(name) and _varies(graph.initializers[name].const_value)
+    )
     if results:
         one = len(results) == 1
         yield Omission(
@@ -209,6 +214,14 @@ def _find_computed(graph: ir.Graph) -> Iterator[Omission]:
             f"{'it' if one else 'them'}, without the computation",
             names=results,
         )
+
+
+def _varies(tensor: ir.TensorProtocol | None) -> bool:
+    """Return whether numbers may come from parameters: they are finite, and not all are equal."""
+    if tensor is None or tensor.size < 1:
+        return False
+    array = tensor.numpy().astype(np.float64)
+    return bool(np.isfinite(array).all() and array.min() < array.max())
 
 
 def _find_joined(graph: ir.Graph) -> Iterator[Omission]:

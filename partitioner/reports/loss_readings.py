@@ -15,6 +15,7 @@ import onnx_ir as ir
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
 from splitonnx.partitioner.differentiation.losses import find_class_axis
+from splitonnx.partitioner.differentiation.spelled_activations import find_spelled
 from splitonnx.partitioner.differentiation.squashings import (
     SQUASHING,
     find_repeated_activation,
@@ -108,6 +109,13 @@ def _find_maker(value: ir.Value) -> str:
     while (node := value.producer()) is not None and not node.domain:
         if node.op_type in _CHANNELS_FIRST | _CHANNELS_LAST:
             return node.op_type
+        spelled = find_spelled(value)
+        if spelled is not None and spelled.source is not None:
+            shift = spelled.source.producer()  # the largest score may be subtracted first
+            is_shifted = spelled.kind == "Softmax" and shift is not None and shift.op_type == "Sub"
+            first = shift.inputs[0] if is_shifted and shift is not None else None
+            value = spelled.source if first is None else first
+            continue
         if node.op_type not in SQUASHING | {
             "Add",
             "Cast",

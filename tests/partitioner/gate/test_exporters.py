@@ -103,7 +103,7 @@ def test_each_export_is_found_to_lack_what_it_lacks(name: str, kinds: list[Omiss
 )
 def test_a_weight_named_like_a_result_was_computed_by_the_exporter(name: str) -> None:
     node = [helper.make_node("MatMul", ["x", name], ["y"])]
-    (omission,) = list_omissions(open_model(build(node, {name: np.ones((3, 3))})))
+    (omission,) = list_omissions(open_model(build(node, {name: np.eye(3)})))
     assert omission.kind is COMPUTED
     assert omission.names == (name,)
     assert "would be trained freely in place of the parameters behind it" in omission.sentence
@@ -112,7 +112,13 @@ def test_a_weight_named_like_a_result_was_computed_by_the_exporter(name: str) ->
 @pytest.mark.parametrize("name", ["scale", "mul_a", "a.mul", "multi", "/Constant_1_output_0"])
 def test_other_names_are_those_of_parameters(name: str) -> None:
     node = [helper.make_node("MatMul", ["x", name], ["y"])]
-    assert list_kinds(build(node, {name: np.ones((3, 3))})) == []
+    assert list_kinds(build(node, {name: np.eye(3)})) == []
+
+
+def test_a_mask_named_like_a_result_was_not_computed_from_parameters() -> None:
+    for mask in (np.ones((3, 3)), np.where(np.eye(3) > 0, 0, -np.inf)):
+        node = [helper.make_node("Add", ["x", "mul"], ["y"])]
+        assert list_kinds(build(node, {"mul": mask})) == []
 
 
 def test_a_batch_that_the_example_fixed_is_found() -> None:

@@ -86,3 +86,25 @@ def test_classes_on_the_last_axis_are_told_with_both_readings() -> None:
 def test_channels_of_a_convolution_are_the_classes() -> None:
     assert list_axes("Conv", ["N", 4, 6], 6, 6) == []
     assert list_axes("MatMul", ["N", "T", 4], "T", 5) == []  # type: ignore[arg-type]
+
+
+def test_a_sigmoid_of_several_nodes_whose_input_no_tensor_holds_is_told() -> None:
+    """``half (tanh(x) + half)`` is no sigmoid, ``half tanh(x) + half`` is the one of ``2 x``."""
+    tail: Tail = [("Tanh", [], {}), ("Mul", ["half"], {}), ("Add", ["half"], {})]
+    (remark,) = list_remarks(tail, "bce-with-logits")
+    assert remark.kind is Kind.ACTIVATION_TWICE
+    assert "comes from the Sigmoid 't2_node'" in remark.sentence
+    assert "export the model with the scores before it as its output" in remark.sentence
+    assert list_remarks([tail[0], tail[2], tail[1]], "bce-with-logits") == []
+
+
+def test_the_axis_of_classes_is_told_before_a_softmax_of_several_nodes() -> None:
+    net = Net()
+    net.constant("last", np.array([-1]))
+    net.op("MatMul", "x", net.weight("w", 4, 5), out="m")
+    net.op("Sub", "m", net.op("ReduceMax", "m", "last", out="top"), out="s")
+    net.op("Exp", "s", out="e")
+    net.op("Div", "e", net.op("ReduceSum", "e", "last", out="z"), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 6, 4])}, "y", 6, 5)
+    remarks = list(remark_on_loss(prepare(open_model(model)), ["cross-entropy"], "y"))
+    assert [remark.kind for remark in remarks][-1] is Kind.CLASS_AXIS
