@@ -121,9 +121,15 @@ class _Matrix:
     array: np.ndarray
     is_transposed: bool
 
-    def make_key(self, row: int) -> tuple[object, ...]:
-        """Return what two matrices have in common if they have this row in common."""
-        return self.array.dtype.str, row, self.array[row].tobytes()
+    def make_key(self, *, leading: bool) -> tuple[object, ...] | None:
+        """Return what two matrices share if they share their first, or else last, two rows.
+
+        Return ``None`` if all elements of these rows are equal, which may be a coincidence.
+        """
+        rows = self.array[:2] if leading else self.array[-2:]
+        if rows.min() == rows.max():
+            return None
+        return leading, rows.dtype.str, rows.shape, hash(rows.tobytes())
 
     def holds(self, block: _Matrix, *, leading: bool) -> bool:
         """Return whether ``block`` equals the first, or else the last, rows of this matrix."""
@@ -137,33 +143,36 @@ class _Matrix:
 def _remark_on_blocks(prepared: PreparedModel, computed: Collection[str]) -> Iterator[Remark]:
     """Yield a remark for each matrix that equals the first or last rows or columns of another.
 
-    The block may be transposed.  Matrices are left out if all their elements are equal, or if
-    ``computed`` contains their names.  Only matrices with an equal first or last row are compared.
+    The block may be transposed.  Matrices are left out if ``computed`` contains their names.  Only
+    the first and last two rows and columns of each matrix are read, and more only if they agree.
     """
-    matrices = [own for name in prepared.trainable if name not in computed
-                for own in _read_matrix(prepared, name)]  # fmt: skip
+    matrices = [
+        matrix
+        for name in prepared.trainable
+        if name not in computed
+        for matrix in _read_matrix(prepared, name)
+    ]
     alike = defaultdict[tuple[object, ...], list[_Matrix]](list)
     for matrix in matrices:
-        for row in (0, -1):
-            alike[matrix.make_key(row)].append(matrix)
+        for key in (matrix.make_key(leading=True), matrix.make_key(leading=False)):
+            if key is not None:
+                alike[key].append(matrix)
     told: set[tuple[str, str]] = set()
-    for block in matrices:
-        for row in (0, -1):
-            for whole in alike[block.make_key(row)]:
-                pair = (block.name, whole.name)
-                if pair not in told and whole.holds(block, leading=row == 0):
-                    told.add(pair)
-                    yield _remark_on_block(block, whole, "first" if row == 0 else "last")
+    for key, group in alike.items():
+        leading = bool(key[0])
+        for block, whole in permutations(group, 2):
+            pair = (block.name, whole.name)
+            if pair not in told and whole.holds(block, leading=leading):
+                told.add(pair)
+                yield _remark_on_block(block, whole, "first" if leading else "last")
 
 
 def _read_matrix(prepared: PreparedModel, name: str) -> list[_Matrix]:
-    """Return a parameter as a matrix and its transpose, if it is a matrix worth comparing."""
+    """Return a parameter of two dimensions, besides those of size 1, and its transpose."""
     tensor = prepared.weights[name]
-    if sum(dim > 1 for dim in tensor.shape.numpy()) != 2 or tensor.size < _FEWEST:
+    if sum(dim > 1 for dim in tensor.shape.numpy()) != 2:
         return []
     array = tensor.numpy().squeeze()
-    if array.min() == array.max():
-        return []
     return [
         _Matrix(name=name, array=array, is_transposed=False),
         _Matrix(name=name, array=array.T, is_transposed=True),

@@ -110,3 +110,10 @@ def test_rows_from_the_middle_and_other_numbers_are_no_block() -> None:
     other[3, 2] += 1
     assert list_ties(build_decoder(TABLE, other)) == []
     assert list_ties(build_decoder(TABLE, TABLE[2:4])) == []
+
+
+def test_weights_that_begin_with_zeros_are_no_blocks() -> None:
+    """As in low-rank adapters, of which one half is zero at first."""
+    assert (
+        list_ties(build_decoder(np.zeros((9, 5), np.float32), np.zeros((5, 7), np.float32))) == []
+    )
