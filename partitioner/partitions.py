@@ -40,6 +40,7 @@ from splitonnx.partitioner.cutting.joints import (
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
 from splitonnx.partitioner.cutting.passes.batches import describe_freed
 from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
+from splitonnx.partitioner.cutting.passes.joined_statistics import describe_separations
 from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
@@ -237,6 +238,8 @@ def _warn(prepared: PreparedModel, loss: str, output: str, options: LossOptions)
     _say_kept_scalings(prepared)
     _say_repeated_activation(prepared, loss, output, axis)
     _say_batch(prepared)
+    if told := describe_separations(prepared.separations):
+        _log.warning("%s", told)
 
 
 def _say_repeated_activation(prepared: PreparedModel, loss: str, output: str, axis: int) -> None:

@@ -15,6 +15,7 @@ from splitonnx.errors import UsageError
 from splitonnx.manifests import KEY, Role
 from splitonnx.names import BatchNormModes, DropoutMode
 from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
+from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 from splitonnx.partitioner.cutting.passes.passes import PASSES
 from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
@@ -34,8 +35,10 @@ class PreparedModel:
     ``training`` that replaces it after a step.  ``given`` holds the names of the tensors and nodes
     of the user's model, with its functions inlined.  ``freed`` names the nodes whose fixed batch
     size of 1 was replaced by that of the data (:mod:`batches`).  ``decided`` names the If nodes
-    that were replaced by their branch for larger batches (:mod:`batch_decisions`).  The other
-    fields are the options that :func:`prepare` was called with.
+    that were replaced by their branch for larger batches (:mod:`batch_decisions`).
+    ``separations`` lists the running statistics that got tensors of their own
+    (:mod:`joined_statistics`).  The other fields are the options that :func:`prepare` was called
+    with.
 
     A cut works on copies of the forms, so a prepared model can be cut any number of times.
     """
@@ -49,6 +52,7 @@ class PreparedModel:
     given: frozenset[str] = frozenset()
     freed: tuple[str, ...] = ()
     decided: tuple[str, ...] = ()
+    separations: tuple[Separation, ...] = ()
     batchnorm: BatchNormModes = None
     dropout: DropoutMode | None = None
     train: tuple[str, ...] = ()
@@ -125,6 +129,7 @@ def prepare(
         given=work.given,
         freed=tuple(work.freed),
         decided=tuple(work.decided),
+        separations=tuple(work.separations),
         batchnorm=batchnorm,
         dropout=dropout,
         train=tuple(train),

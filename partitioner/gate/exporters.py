@@ -33,6 +33,8 @@ _DYNAMO = (
     "dynamic_shapes=({0: torch.export.Dim('N', min=2, max=4096)},)).save('model.onnx')"
 )
 _FEW = 3
+_FIRST_STATISTIC = 3
+"""The first of BatchNormalization's inputs that is a running statistic."""
 _RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 _LAYOUTS = frozenset({"Reshape", "Squeeze", "Transpose"})
 _BETWEEN = _LAYOUTS | {"Dropout"}
@@ -228,22 +230,25 @@ def _find_joined(graph: ir.Graph) -> Iterator[Omission]:
     """Find parameters that an exporter stores once because their numbers were equal.
 
     The legacy exporter leaves an Identity with the name of the other parameter.  The dynamo
-    exporter leaves one parameter, which nodes of other modules use as well.
+    exporter leaves one parameter, which nodes of other modules use as well, or one node as its
+    scale and its bias.  Running statistics are left out: preparation gives each its own tensor.
     """
     joined: dict[str, list[str]] = {}
     for node in graph:
         first = node.inputs[0] if node.op_type == "Identity" else None
         other = node.outputs[0].name or "/"  # names of activations begin with a slash
-        if first is not None and first.is_initializer() and not other.startswith("/"):
+        is_parameter = not other.startswith("/") and not _is_only_statistic(node.outputs[0])
+        if first is not None and first.is_initializer() and is_parameter:
             joined.setdefault(first.name or "", []).append(other)
     for name, value in graph.initializers.items():
-        tensor, uses = value.const_value, list(value.uses())
+        tensor, users = value.const_value, _list_learning(value)
         is_bias = tensor is not None and len(tensor.shape) == 1 and tensor.size > 1
         owner = name.rpartition(".")[0]
-        if owner and is_bias and len(uses) > 1:
-            others = [use.node for use in uses if not _is_within(use.node, owner)]
+        if owner and is_bias and len(users) > 1:
+            others = [n for n in users if not _is_within(n, owner) or users.count(n) > 1]
             if others:
-                joined.setdefault(name, []).extend(node.name or "" for node in others)
+                more = dict.fromkeys(node.name or "" for node in others)
+                joined.setdefault(name, []).extend(more)
     if joined:
         names = tuple(dict.fromkeys([*joined, *(n for own in joined.values() for n in own)]))
         pairs = [f"'{name}' as {_name(others)}" for name, others in joined.items()]
@@ -253,6 +258,19 @@ def _find_joined(graph: ir.Graph) -> Iterator[Omission]:
             f"{', '.join(pairs[:_FEW])}{' and more' if len(pairs) > _FEW else ''}",
             names=names,
         )
+
+
+def _list_learning(value: ir.Value) -> list[ir.Node]:
+    """List the nodes that use a tensor other than as a running mean or variance."""
+    return [
+        use.node
+        for use in value.uses()
+        if use.node.op_type != "BatchNormalization" or use.node.domain or use.idx < _FIRST_STATISTIC
+    ]
+
+
+def _is_only_statistic(value: ir.Value) -> bool:
+    return bool(value.uses()) and not _list_learning(value)
 
 
 def _is_within(node: ir.Node, module: str) -> bool:

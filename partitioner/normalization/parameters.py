@@ -96,7 +96,7 @@ _ELEMENTWISE = frozenset({"Add", "Div", "Max", "Mean", "Min", "Mul", "Sub", "Sum
 _LEARNT = frozenset({"Add", "Mul"})
 """Operators for which a Constant node may be a bias or a scale."""
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
-_LOOKERS = frozenset(
+LOOKERS = frozenset(
     {
         "ArgMax",
         "ArgMin",
@@ -149,7 +149,7 @@ def classify_tensor(value: ir.Value, tensor: ir.TensorProtocol) -> Classificatio
 
     ``value`` is the graph value that holds ``tensor``.
     """
-    uses = [(node, index) for node, index in _list_uses(value) if node.op_type not in _LOOKERS]
+    uses = [(node, index) for node, index in list_uses(value) if node.op_type not in LOOKERS]
     places = {(node.op_type, index) for node, index in uses}
     if places and places <= _STATISTICS:
         return Classification(
@@ -198,13 +198,18 @@ def _is_table(tensor: ir.TensorProtocol) -> bool:
     )
 
 
-def _list_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+def is_weight_input(node: ir.Node, index: int) -> bool:
+    """Return whether a node takes weights at this input."""
+    return not node.domain and index in _PLACES.get(node.op_type, ())
+
+
+def list_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """Yield the nodes and inputs that use a value, directly or after a cast or shape change."""
     for use in value.uses():
         node, index = use.node, use.idx
         if node.op_type in _PASSING and index == 0 and not node.domain:
             if node.op_type != "Cast" or ir.DataType(_read_type(node)).is_floating_point():
-                yield from _list_uses(node.outputs[0])
+                yield from list_uses(node.outputs[0])
         else:
             yield node, index
 
@@ -294,7 +299,7 @@ def _find_leading(graph: ir.Graph, others: Collection[str]) -> set[ir.Node]:
 
 def _is_scaling(value: ir.Value, nodes: Collection[ir.Node], tensor: ir.TensorProtocol) -> bool:
     """Return whether a weight has no other use than to scale or shift raw inputs in ``nodes``."""
-    if {node for node, _ in _list_uses(value) if node.op_type not in _LOOKERS} != set(nodes):
+    if {node for node, _ in list_uses(value) if node.op_type not in LOOKERS} != set(nodes):
         return False
     kinds = {node.op_type for node in nodes}
     if not kinds & _LEARNT:

@@ -1,4 +1,4 @@
-"""Find running statistics that were never updated, or that training cannot update.
+"""Find running statistics that were never updated or cannot be, or that an exporter joined.
 
 Statistics with mean 0 and variance 1 in every channel still have their initial values.  With a
 momentum of 1, training leaves them unchanged.
@@ -11,13 +11,17 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.partitioner.cutting.passes.joined_statistics import describe_separations
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
 from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names
 
 
 def remark_on_statistics(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield remarks on running statistics that were never updated, or never will be."""
+    """Yield remarks on running statistics: joined, never updated, or never to be updated."""
+    if told := describe_separations(prepared.separations):
+        pairs = [name for one in prepared.separations for name in (one.source, one.name)]
+        yield Remark(kind=Kind.JOINED_PARAMETERS, sentence=told, names=tuple(dict.fromkeys(pairs)))
     nodes = list_batchnorms(prepared.skeleton.graph)
     stored = [node for node in nodes if _list_statistics(prepared, node)]
     still = [node for node in stored if is_training(node) and _get_momentum(node) == 1]

@@ -155,7 +155,9 @@ def _list_forms(
         export = partial(predict, subject=subject, level="basic")
         predicting.append(Made(label="what exported parts predict", run=export, trace=trace))
     is_random = any(value.name == KEY for value in prepared.training.graph.inputs)
-    if is_random or not set_training_modes(inlined, recipe.batchnorm, recipe.dropout):
+    if is_random or not set_training_modes(
+        inlined, recipe.batchnorm, recipe.dropout, prepared.separations
+    ):
         return [_Form(original=inference, made=predicting)]
     training = Made(
         label="the model prepared for training",

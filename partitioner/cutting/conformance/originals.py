@@ -6,12 +6,13 @@ training, both use the modes that the user chose.  Everything else stays as it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx
 import onnx.inliner
 
 from splitonnx.names import BatchNormModes, DropoutMode
+from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 from splitonnx.partitioner.gate.walks import list_bodies, list_nodes
 from splitonnx.partitioner.normalization.batchnorms import choose_mode
 
@@ -71,21 +72,29 @@ def set_inference_modes(model: onnx.ModelProto) -> None:
 
 
 def set_training_modes(
-    model: onnx.ModelProto, batchnorm: BatchNormModes, dropout: DropoutMode | None
+    model: onnx.ModelProto,
+    batchnorm: BatchNormModes,
+    dropout: DropoutMode | None,
+    separations: Sequence[Separation] = (),
 ) -> bool:
     """Set every BatchNormalization and Dropout to the modes chosen for training, in place.
+
+    Patterns match the names that running statistics have since preparation gave them tensors of
+    their own (``separations``).
 
     Return whether the result can be compared.  It cannot if a Dropout is on, if a mode is chosen
     for a BatchNormalization without a name, or if the opset has no training mode to turn on.
     """
     keeping = _find_without_statistics(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    own = {(node, one.index): one.name for one in separations for node in one.nodes}
     opset = next((found.version for found in model.opset_import if not found.domain), 0)
     for node in list_nodes(model.graph.node):
         if node.domain:
             continue
         if node.op_type == "BatchNormalization" and batchnorm and node.output[0] not in keeping:
-            mode = choose_mode(batchnorm, [node.name, *node.input[1:], node.output[0]])
+            read = [own.get((node.name, at), name) for at, name in enumerate(node.input)]
+            mode = choose_mode(batchnorm, [node.name, *read[1:], node.output[0]])
             if mode == "frozen":
                 _use_running_statistics(model.graph, node)
             elif mode == "train" and opset >= _TRAINING_MODE:

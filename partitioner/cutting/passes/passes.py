@@ -29,6 +29,7 @@ from splitonnx.partitioner.cutting.passes.forms import (
 )
 from splitonnx.partitioner.cutting.passes.given_names import list_names
 from splitonnx.partitioner.cutting.passes.gradient_stops import stop_gradients
+from splitonnx.partitioner.cutting.passes.joined_statistics import separate_statistics
 from splitonnx.partitioner.cutting.passes.ties import tie_weights
 from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
@@ -74,6 +75,10 @@ def _on_graph(change: Callable[[ir.Graph], object]) -> Callable[[Work], object]:
 def _name_nodes(work: Work) -> None:
     name_nodes(work.model.graph)
     work.given = list_names(work.model.graph)
+
+
+def _separate_statistics(work: Work) -> None:
+    work.separations = separate_statistics(work.model.graph)
 
 
 def _lift_weights(work: Work) -> None:
@@ -211,6 +216,11 @@ PASSES: Sequence[Pass] = (
         ensures=_F.STORED,
     ),
     Pass(work="given names", run=_name_nodes, requires=_F.INLINED, ensures=_F.NAMED),
+    Pass(
+        work="given running statistics that are no parameters",
+        run=_separate_statistics,
+        requires=_F.INLINED | _F.STORED | _F.NAMED,
+    ),
     Pass(
         work="given float weights for integers",
         run=_on_graph(lift_quantized),

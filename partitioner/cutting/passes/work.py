@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from splitonnx.manifests import Role
 from splitonnx.names import BatchNormModes, DropoutMode
+from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 
 
 class Fact(Flag):
@@ -62,6 +63,7 @@ class Work:
     buffers: Mapping[str, str] = field(default_factory=dict)
     frozen_statistics: Collection[str] = ()
     roles: Mapping[str, Role] = field(default_factory=dict)
+    separations: Sequence[Separation] = ()
     has_own_statistics: bool = False
     freed: list[str] = field(default_factory=list)
     decided: Sequence[str] = ()
