@@ -152,6 +152,28 @@ def test_one_weight_in_two_modules_was_joined_but_a_module_called_twice_was_not(
     assert list_kinds(build_norms("norm1")) == []
 
 
+def build_batchnorm(*inputs: str, node: str = "n") -> onnx.ModelProto:
+    """A BatchNormalization over 4 channels that reads these tensors of equal numbers."""
+    made = helper.make_node("BatchNormalization", ["x", *inputs], ["y"], name=node)
+    return build([made], {name: np.ones(4) for name in inputs})
+
+
+def test_a_scale_that_is_its_own_offset_is_named_and_a_statistic_is_not() -> None:
+    model = build_batchnorm("bn.weight", "bn.weight", "bn.running_mean", "bn.weight")
+    joined = list_omissions(open_model(model))[-1]
+    assert (joined.kind, joined.names) == (JOINED, ("bn.weight", "n"))
+    apart = build_batchnorm("bn.weight", "bn.bias", "bn.bias", "bn.weight")
+    assert list_kinds(apart) == [FROZEN]  # preparation keeps the statistics apart
+
+
+def test_an_identity_that_only_renames_a_statistic_joins_no_parameters() -> None:
+    model = build_batchnorm("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+    del model.graph.initializer[-1]
+    renamed = helper.make_node("Identity", ["bn.weight"], ["bn.running_var"])
+    model.graph.node.insert(0, renamed)
+    assert list_kinds(model) == [FROZEN]
+
+
 def test_recurrent_layers_without_dropout_may_have_lost_it() -> None:
     model = open_model(build_recurrent("Identity"))
     assert [o.kind for o in list_omissions(model)] == []  # something else is between them

@@ -52,3 +52,13 @@ def test_statistics_that_training_never_updates_are_told() -> None:
     assert remark.kind is Kind.UNTRACKED_STATISTICS
     assert "track_running_stats=False" in remark.sentence
     assert list_remarks(build(0.25, momentum=1.0, training=False)) == []
+
+
+def test_statistics_that_share_a_tensor_with_a_parameter_are_told_with_what_was_done() -> None:
+    model = build(0.5)
+    node = next(n for n in model.graph.node if n.op_type == "BatchNormalization")
+    node.input[4] = node.input[1]
+    (remark,) = list_remarks(model)
+    assert remark.kind is Kind.JOINED_PARAMETERS
+    assert remark.names == ("n0.bn.scale", "n0.bn.running_var")
+    assert "'n0.bn.scale', also the running variance of 'n0.bn'" in remark.sentence
