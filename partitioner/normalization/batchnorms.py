@@ -22,6 +22,7 @@ from splitonnx.names import BatchNormMode, BatchNormModes
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import find_data, walk_back
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
+from splitonnx.partitioner.normalization.parameters import find_stored
 
 NEXT = "#next"
 
@@ -165,13 +166,14 @@ def freeze_batchnorms(graph: ir.Graph) -> set[str]:
     """Replace each BatchNormalization in inference mode with its formula.
 
     This is necessary because onnxruntime-training would set the node to training mode.  Return the
-    names of the running statistics that the replaced nodes used.
+    names of the running statistics that the replaced nodes used, also after a cast or a reshape.
     """
     statistics: set[str] = set()
     for node in list_batchnorms(graph):
         if is_training(node):
             continue
-        statistics.update(value.name or "" for value in node.inputs[3:5] if value is not None)
+        read = [find_stored(value) for value in node.inputs[3:5] if value is not None]
+        statistics.update(value.name or "" for value in read)
         with attribute_errors_to(node, "written as its formula"):
             _write_out(graph, node)  # removes the node's inputs
     return statistics

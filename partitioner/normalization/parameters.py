@@ -214,6 +214,16 @@ def list_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
             yield node, index
 
 
+def find_stored(value: ir.Value) -> ir.Value:
+    """Return the value from which casts and shape changes make this one, or the value itself."""
+    while (node := value.producer()) is not None and node.op_type in _PASSING and not node.domain:
+        source = node.inputs[0]
+        if source is None:
+            break
+        value = source
+    return value
+
+
 def _read_type(node: ir.Node) -> int:
     attribute = node.attributes["to"]
     if attribute.type is ir.AttributeType.STRING:  # before opset 6

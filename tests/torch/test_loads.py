@@ -110,3 +110,24 @@ def test_a_model_that_was_never_merged_is_refused(tmp_path: Path) -> None:
     export(Tied(), torch.arange(15).reshape(3, 5) % 12, tmp_path / "model.onnx")
     with pytest.raises(UsageError, match="was not merged by splitonnx, but written by pytorch"):
         load(tmp_path / "model.onnx", Tied())
+
+
+def test_statistics_that_an_export_stored_with_parameters_are_loaded_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 5))
+    path, series = tmp_path / "model.onnx", np.random.default_rng(3).standard_normal((4, 3))
+    example = torch.from_numpy(series.astype(np.float32))
+    plain = {"input_names": ["series"], "dynamic_axes": {"series": {0: "N"}}}
+    torch.onnx.export(network, (example,), path, dynamo=False, **plain)
+    bundle = cut(path, at=None, batchnorm="train", optimizer=SGD(lr=0.1), check=True)
+    bundle.save(tmp_path / "bundle")
+    with Client(bundle.client, None, threads=1, seed=1) as client:
+        client.step({"series": example.numpy(), "labels": np.arange(4)})
+        state = dict(client.state())
+    digest = bundle.manifest.digest
+    write_state(tmp_path / "bundle" / "client", State(tensors=state, step=1), digest)
+    load(tmp_path / "bundle", network)
+    norm = network[0]
+    np.testing.assert_allclose(norm.running_mean, 0.1 * series.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(norm.running_var, 0.9 + 0.1 * series.var(0), rtol=1e-4)
+    assert not np.allclose(norm.weight.detach(), norm.running_var)

@@ -64,7 +64,7 @@ class _Statistic:
 
 
 def describe_separations(separations: Sequence[Separation]) -> str:
-    """Say in a sentence which running statistics got a tensor of their own; empty if none did."""
+    """Return a sentence about the separated statistics, or an empty one if there are none."""
     if not separations:
         return ""
     told = [
@@ -81,13 +81,14 @@ def describe_separations(separations: Sequence[Separation]) -> str:
 
 
 def separate_statistics(graph: ir.Graph) -> list[Separation]:
-    """Give running statistics tensors of their own, in place, and return the new tensors.
+    """Move running statistics to tensors of their own, in place, and return these tensors.
 
     A statistic gets a tensor of its own if its tensor is also applied to data as a parameter, or is
     a statistic of the other kind, or the same statistic of another module.  One module that is
     called several times keeps one statistic.  Without the exporter's notes, nodes with the same
     four tensors belong to one module, and a statistic that nodes with different scales share is
-    separated only if all its numbers are equal: others were hardly joined by chance.
+    separated only if all its numbers are equal: others were hardly joined by chance.  An Identity
+    before a statistic is removed.
     """
     holders = [graph, *(body for node in list_nodes(graph) for body in list_bodies(node))]
     data = find_data(graph, list(graph.inputs))
@@ -99,7 +100,11 @@ def separate_statistics(graph: ir.Graph) -> list[Separation]:
             if not statistics:
                 continue
             is_trained = any(_is_applied(node, index, data) for node, index in list_uses(value))
-            for statistic in _choose(value, tensor, statistics, is_trained):
+            chosen = _choose(value, tensor, statistics, is_trained)
+            for statistic in statistics:
+                if statistic not in chosen:
+                    _connect(statistic, value)
+            for statistic in chosen:
                 name = _name(statistic, value, taken)
                 taken.add(name)
                 _give(holder, statistic, name, tensor)
@@ -222,19 +227,24 @@ def _is_only_used_by(value: ir.Value, nodes: Collection[ir.Node]) -> bool:
 
 
 def _give(graph: ir.Graph, statistic: _Statistic, name: str, tensor: ir.TensorProtocol) -> None:
-    """Let the nodes of a statistic read a new initializer; drop an Identity that is unused then."""
-    before = [node.inputs[statistic.index] for node in statistic.nodes]
+    """Let the nodes of a statistic read a new initializer."""
     own = ir.Value(
         name=name,
         type=ir.TensorType(tensor.dtype),
         shape=ir.Shape(tensor.shape.numpy()),
         const_value=tensor,
     )
-    for node in statistic.nodes:
-        node.replace_input_with(statistic.index, own)
-    for value in dict.fromkeys(before):
-        _drop_unused(value)
+    _connect(statistic, own)
     graph.register_initializer(own)
+
+
+def _connect(statistic: _Statistic, value: ir.Value) -> None:
+    """Let the nodes of a statistic read a value; drop an Identity that is unused then."""
+    before = [node.inputs[statistic.index] for node in statistic.nodes]
+    for node in statistic.nodes:
+        node.replace_input_with(statistic.index, value)
+    for old in dict.fromkeys(before):
+        _drop_unused(old)
 
 
 def _drop_unused(value: ir.Value | None) -> None:

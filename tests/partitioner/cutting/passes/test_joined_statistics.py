@@ -168,8 +168,9 @@ def test_the_merged_model_is_the_model_given_with_two_tensors_more() -> None:
     onnx.checker.check_model(merged, full_check=True)
     names = {tensor.name for tensor in merged.graph.initializer}
     assert names == {*WEIGHTS, MEAN, VARIANCE}
-    (found,), (expected,) = (
-        ReferenceEvaluator(model).run(None, {"x": DATA["x"]}) for model in (merged, build_joined())
+    found, expected = (
+        np.asarray(ReferenceEvaluator(model).run(None, {"x": DATA["x"]})[0])
+        for model in (merged, build_joined())
     )
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -269,3 +270,25 @@ def test_a_name_that_is_taken_gets_a_number() -> None:
     other = helper.make_node("Add", ["n", VARIANCE], ["y"], name="add")
     (found,) = separate(node, other, **fill("s", "b", "m", VARIANCE))
     assert found.name == f"{VARIANCE}.2"
+
+
+@pytest.mark.parametrize("changed", ["Identity", "Reshape", "Cast"])
+def test_a_statistic_that_is_renamed_or_reshaped_is_never_trained_by_gradients(
+    changed: str,
+) -> None:
+    model = build_joined()
+    inputs = ["mean", "shape"] if changed == "Reshape" else ["mean"]
+    made = helper.make_node(changed, inputs, ["m"], name="made")
+    if changed == "Cast":
+        made.attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
+    model.graph.node.insert(0, made)
+    model.graph.node[2].input[3] = "m"
+    for name, array in {
+        "mean": draw("mean")["mean"][[0, 1, 2, 3, 3]],
+        "shape": np.array([5]),
+    }.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    assert list_roles(cut(model, at=None, loss="mse"))["mean"] is Role.FROZEN
+    if changed == "Identity":
+        roles = list_roles(cut(model, at=None, loss="mse", batchnorm="train"))
+        assert roles["mean"] is Role.BUFFER
