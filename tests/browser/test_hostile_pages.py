@@ -60,15 +60,27 @@ def honest(part: PartyBundle) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def ports() -> set[int]:
+    """The ports that the window has been at."""
+    return set()
+
+
 @pytest.fixture
-def liar(honest: Server) -> Iterator[LyingServer]:
-    with LyingServer(honest.port) as server:
+def liar(honest: Server, ports: set[int]) -> Iterator[LyingServer]:
+    """A server at a port of its own, where the window was never and keeps nothing."""
+    liar = LyingServer(honest.port)
+    while liar.server_address[1] in ports:
+        liar.server_close()
+        liar = LyingServer(honest.port)
+    ports.add(liar.server_address[1])
+    with liar as server:
         yield server
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(browser: Browser) -> Iterator[Page]:
-    """A window of a browser that was never here."""
+    """One window for all lies, since a new one starts several processes."""
     with browser.new_context() as context:
         yield context.new_page()
 
