@@ -1,11 +1,12 @@
 """The whole job on real data: cut a network, train it split, and get one model back.
 
-    python examples/demo.py [FOLDER]
+    python examples/demo.py [FOLDER [EPOCHS]]
 
 scikit-learn's 1,797 handwritten digits, trained U-shaped: client and server are two processes
 linked by a websocket, and neither images nor labels leave the client.  Everything is done by the
-``splitonnx`` command; all that it writes is in FOLDER, ``demo-output`` by default.  Exit code 1
-where the trained model is worse than promised or does not agree with the split one.
+``splitonnx`` command; all that it writes is in FOLDER, ``demo-output`` by default.  It trains for
+EPOCHS, 12 by default.  Exit code 1 where the trained model is worse than promised or does not agree
+with the split one.
 """
 
 from __future__ import annotations
@@ -139,14 +140,14 @@ def tabulate(split: Run, whole: Run) -> Table:
     return table
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, epochs: int = EPOCHS) -> int:
     """Do it all and return the exit code."""
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     bundle, trained = folder / "bundle", folder / "trained.onnx"
     train, test = write_digits(folder)
     recipe = ("--loss", "cross-entropy", "--optimizer", "adamw", "--lr", LEARNING_RATE)
-    schedule = ("--data", train, "--eval-data", test, "--epochs", EPOCHS, "--batch-size", BATCH)
+    schedule = ("--data", train, "--eval-data", test, "--epochs", epochs, "--batch-size", BATCH)
 
     call("inspect", MODEL, "--batch", BATCH)
     cut = ("--at", HEAD_ENDS, "--tail-at", TAIL_BEGINS, *recipe)
@@ -180,4 +181,6 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output")))
+    wanted_folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output")
+    wanted_epochs = int(sys.argv[2]) if len(sys.argv) > 2 else EPOCHS
+    sys.exit(main(wanted_folder, wanted_epochs))
