@@ -12,7 +12,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut_prepared
 from tests.support.case_trials import TARGETS, run_step
 from tests.support.oracles import make_evaluator, sample_gradients
 from tests.support.zoo import Arrays, Net
@@ -43,10 +45,10 @@ def take_step(
     ``train`` names weights that are trained whatever they look like.
     """
     labels = draw_labels(model, data)
-    patterns = [f"^{re.escape(name)}$" for name in train]
+    prepared = prepare(open_model(model), train=[f"^{re.escape(name)}$" for name in train])
     return [
         run_step(
-            cut(model, at=None, loss="mse", client_target=target, train=patterns),
+            cut_prepared(prepared, at=None, loss="mse", client_target=target),
             {**data, "labels": labels},
         )
         for target in TARGETS

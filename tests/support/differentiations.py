@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut_prepared
 from tests.support.case_trials import FLOOR, RTOL, TARGETS, run_step
 from tests.support.oracles import differentiate_numerically, make_evaluator
 from tests.support.zoo import FLOAT
@@ -55,9 +57,15 @@ def hold_gradients(
     weights = [f"{name}.scale" if name in dynamic else name for name in trained]
     patterns = [f"^{re.escape(weight)}$" for weight in weights]
     expected = measure()
+    numeric = {
+        name: list(differentiate_numerically(measure, wide[name], entries=entries))
+        for name in trained
+        if name not in dynamic
+    }
+    prepared = prepare(open_model(model), train=patterns)
     for target in TARGETS:
-        bundle = cut(
-            model, at=None, loss="from-model", output="total", train=patterns,
+        bundle = cut_prepared(
+            prepared, at=None, loss="from-model", output="total",
             client_target=target, server_target=target,
         )  # fmt: skip
         found = run_step(bundle, data)
@@ -68,9 +76,9 @@ def hold_gradients(
             if name in dynamic:  # d/d scale = sum of x * d/dx along the axis: take all of x's part
                 _hold_scale(gradient, wide[name], dynamic[name], measure, f"{target}: {name}")
                 continue
-            numeric = list(differentiate_numerically(measure, wide[name], entries=entries))
-            scale = max(float(np.abs(gradient).max()), *(abs(slope) for _, slope in numeric))
-            for index, slope in numeric:
+            slopes = numeric[name]
+            scale = max(float(np.abs(gradient).max()), *(abs(slope) for _, slope in slopes))
+            for index, slope in slopes:
                 off = abs(float(gradient[index]) - slope)
                 assert off <= max(RTOL * scale, FLOOR), f"{target}: {name}{index}"
 
