@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from onnx.reference import ReferenceEvaluator
 
 from splitonnx.names import TRAIN
 from splitonnx.partitioner.merges import merge
+from tests.conftest import build_once
 from tests.support import trials
 from tests.support.recordings import RecordingTransport, check_explained, record_connections
-from tests.support.trials import TARGETS, SmallSubject, compare, train, train_stock, try_places
+from tests.support.trials import TARGETS, KeptSubject, compare, train, train_stock, try_places
 
 FOLDER = Path(__file__).parents[1] / "exports"
 EXPORTS = sorted(path.stem for path in FOLDER.glob("*.onnx"))
@@ -50,11 +52,25 @@ def draw_data(name: str, model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return data | {"labels": random.integers(0, classes, shape)}
 
 
-@cache
-def read_subject(name: str) -> SmallSubject:
-    model = load(name)
-    loss = "mse" if name == "sklearn-regressor" else "cross-entropy"
-    return SmallSubject(model=model, data=draw_data(name, model), batch=BATCH, loss=loss)
+ReadSubject = Callable[[str], KeptSubject]
+
+
+@pytest.fixture(scope="module")
+def read_subject(tmp_path_factory: pytest.TempPathFactory) -> ReadSubject:
+    """Read an export, of which pytest's processes make each bundle once together."""
+    shared = build_once(tmp_path_factory, "exported-bundles", lambda folder: folder)
+
+    @cache
+    def read(name: str) -> KeptSubject:
+        model = load(name)
+        loss = "mse" if name == "sklearn-regressor" else "cross-entropy"
+        folder = shared / name
+        folder.mkdir(exist_ok=True)
+        return KeptSubject(
+            model=model, data=draw_data(name, model), batch=BATCH, loss=loss, folder=folder
+        )
+
+    return read
 
 
 @pytest.fixture
@@ -65,7 +81,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[RecordingTransport]:
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_an_exported_model_trains_split_as_unsplit_and_sends_what_is_explained(
-    name: str, recordings: list[RecordingTransport]
+    name: str, recordings: list[RecordingTransport], read_subject: ReadSubject
 ) -> None:
     subject = read_subject(name)
     for trial in try_places(subject, subject.places):
@@ -77,7 +93,7 @@ def test_an_exported_model_trains_split_as_unsplit_and_sends_what_is_explained(
 
 
 def test_every_exported_model_trains_on_stock_onnxruntime(
-    portable_python: Path, tmp_path: Path
+    portable_python: Path, tmp_path: Path, read_subject: ReadSubject
 ) -> None:
     subjects = {tmp_path / name: read_subject(name) for name in EXPORTS}
     bundles = {
@@ -91,7 +107,7 @@ def test_every_exported_model_trains_on_stock_onnxruntime(
 
 
 @pytest.mark.parametrize("name", [n for n in EXPORTS if n not in TRAINING])
-def test_a_merged_model_predicts_as_the_exported_one(name: str) -> None:
+def test_a_merged_model_predicts_as_the_exported_one(name: str, read_subject: ReadSubject) -> None:
     subject = read_subject(name)
     data = {key: array for key, array in subject.data.items() if key != "labels"}
     names, expected = run_original(name, data)

@@ -6,15 +6,18 @@ slow to train it anew for each place, as ``verify`` does.
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import subprocess
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
+from filelock import FileLock
 
 from splitonnx.bundles import Bundle
 from splitonnx.manifests import Role
@@ -31,6 +34,7 @@ from splitonnx.runtime.memory import connect_in_memory
 from tests.support import portable_training
 
 Arrays = Mapping[str, np.ndarray]
+Kept = TypeVar("Kept")
 Place = tuple[str, str | None]
 """Where the head ends, and where the tail begins if the cut is U-shaped."""
 
@@ -77,27 +81,43 @@ class Subject:
 
     @cached_property
     def places(self) -> list[Place]:
-        """A cut behind the first trained layer, one in the middle and a U-shaped one."""
-        found = list_cuts(self.prepared, None)
-        names = [cut.tensor for cut in found if cut.client_parameters and cut.server_parameters]
-        first, middle, last = names[0], names[len(names) // 2], names[-1]
-        return [(first, None), (middle, None), (first, last)]
+        """The places that are found in the model."""
+        return list_places(self.prepared)
+
+
+def list_places(prepared: PreparedModel) -> list[Place]:
+    """List a cut behind the first trained layer, one in the middle and a U-shaped one."""
+    found = list_cuts(prepared, None)
+    names = [cut.tensor for cut in found if cut.client_parameters and cut.server_parameters]
+    first, middle, last = names[0], names[len(names) // 2], names[-1]
+    return [(first, None), (middle, None), (first, last)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmallSubject(Subject):
-    """A subject whose bundles are kept, since several tests ask for the same; it is a small one."""
+class KeptSubject(Subject):
+    """A subject whose places and bundles are kept in a folder, which several processes may share.
 
-    bundles: dict[tuple[str | None, str | None, Target], Bundle] = field(
-        init=False, repr=False, default_factory=dict
-    )
+    Several tests ask for the same; the model is a small one.
+    """
+
+    folder: Path
 
     def cut(self, at: str | None, tail: str | None, target: Target) -> Bundle:
-        """Cut the model for one target, or give the bundle that was cut before."""
-        key = (at, tail, target)
-        if key not in self.bundles:
-            self.bundles[key] = super().cut(at, tail, target)
-        return self.bundles[key]
+        """Cut the model for one target, or return the bundle that was cut before."""
+        return self._keep(f"{at} {tail} {target}", partial(super().cut, at, tail, target))
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """The places of any subject, searched once."""
+        return self._keep("places", lambda: list_places(self.prepared))
+
+    def _keep(self, key: str, make: Callable[[], Kept]) -> Kept:
+        file = self.folder / hashlib.sha256(key.encode()).hexdigest()
+        with FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                file.write_bytes(pickle.dumps(make()))
+            kept: Kept = pickle.loads(file.read_bytes())
+        return kept
 
 
 @dataclass(frozen=True, kw_only=True)
