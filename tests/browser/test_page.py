@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.request import urlopen
 
-import msgspec
 import numpy as np
-import onnx
 import pytest
 
 from splitonnx import Client, Server
-from splitonnx.bundles import PartyBundle
 from splitonnx.runtime.edge.tokens import Tokens, add_token
 from tests.support.browsers import DIST, Relay, Screen, read_digits
 from tests.support.page_trainings import (
@@ -161,32 +156,6 @@ def test_what_is_drawn_is_recognised_and_trained_on(own: Path, browser: Browser)
         assert screen.read_storage() == {}
         assert "3 drawings of yours" in screen.page.inner_text("#drawn")
         assert screen.problems == []
-
-
-def test_a_hostile_server_s_graph_is_refused_and_nothing_is_stored(
-    own: Path, browser: Browser
-) -> None:
-    part = PartyBundle.load(own / "client")
-    name = "head.forward.onnx"
-    model = onnx.load_from_string(part.graphs[name])
-    model.graph.node[0].domain = "com.evil"
-    model.opset_import.append(onnx.helper.make_opsetid("com.evil", 1))
-    graph = model.SerializeToString()
-    files = {**part.manifest.files, name: hashlib.sha256(graph).hexdigest()}
-    manifest = msgspec.structs.replace(part.manifest, files=files)
-    hostile = replace(part, graphs={**part.graphs, name: graph}, manifest=manifest)
-    with (
-        Server(own / "server", port=0, client=hostile, web=DIST) as server,
-        browser.new_context() as context,
-    ):
-        screen = Screen(context.new_page(), server.url)
-        screen.wait_for_status("Ready")
-        screen.start(passes=1)
-        screen.wait_for_status("Stopped")
-        assert "refuses to run" in screen.page.inner_text("#error-title")
-        assert "com.evil" in screen.page.inner_text("#error-text")
-        assert screen.read_storage() == {}
-        assert screen.losses() == {}
 
 
 def test_the_token_stands_in_the_page_s_address(
