@@ -20,7 +20,8 @@ from splitonnx.partitioner.cutting.passes.passes import PASSES
 from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
-from splitonnx.partitioner.graphs.traversals import is_float
+from splitonnx.partitioner.graphs.traversals import find_movers, is_float, map_values, walk_back
+from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.partitioner.normalization.parameters import find_input_scalings
 
 
@@ -163,3 +164,37 @@ def choose_output(prepared: PreparedModel, output: str | None) -> str:
             )
         raise UsageError(f"the model has no output '{output}'; it has {', '.join(known)}")
     return output or next((v.name or "" for v in outputs if is_float(v)), known[0])
+
+
+@attribute_errors_to_pass("searched for what the loss trains")
+def find_roles(prepared: PreparedModel, output: str) -> dict[str, Role]:
+    """Return the role of each weight if the loss is computed from ``output``.
+
+    These are the roles in a bundle: parameters that get no gradient from the output, and running
+    statistics that the output does not depend on, are frozen.
+    """
+    values = map_values(prepared.training.graph)
+    end = values[output]
+    reached = {value.name for value in find_movers([end])}
+    needed, _ = walk_back([end])
+
+    def changes(name: str, role: Role) -> bool:
+        if role is Role.BUFFER:
+            return trace_statistic(values.get(prepared.next_buffers[name]), needed) is not None
+        return role is not Role.PARAMETER or name in reached
+
+    return {
+        name: role if changes(name, role) else Role.FROZEN for name, role in prepared.roles.items()
+    }
+
+
+def count_trained(prepared: PreparedModel, output: str) -> dict[str, int]:
+    """Map each parameter to the number of its elements that a loss of ``output`` trains.
+
+    This is 0 for a parameter that gets no gradient from the output.
+    """
+    roles = find_roles(prepared, output)
+    return {
+        name: prepared.weights[name].size if roles[name] is Role.PARAMETER else 0
+        for name in prepared.trainable
+    }

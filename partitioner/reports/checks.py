@@ -25,14 +25,20 @@ from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.joints import build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
 from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fixing_node
-from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
+from splitonnx.partitioner.cutting.preparations import (
+    PreparedModel,
+    choose_output,
+    find_roles,
+    prepare,
+)
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.losses import fit_loss, list_losses
+from splitonnx.partitioner.differentiation.untrained import explain_untrained
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
-from splitonnx.partitioner.graphs.traversals import find_moving
+from splitonnx.partitioner.graphs.traversals import find_moving, map_values, trace_gradients
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.weights import list_returned
 from splitonnx.partitioner.reports.batches import remark_on_batches
@@ -41,7 +47,7 @@ from splitonnx.partitioner.reports.diagnoses import diagnose
 from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
 from splitonnx.partitioner.reports.layers import Layer, list_layers
 from splitonnx.partitioner.reports.loss_readings import remark_on_loss
-from splitonnx.partitioner.reports.remarks import Kind, Remark
+from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names
 from splitonnx.partitioner.reports.running_statistics import remark_on_statistics
 from splitonnx.partitioner.reports.suspects import (
     find_computed,
@@ -89,9 +95,11 @@ class Check:
 
     These fields count the elements of weights:
 
-    - ``parameters``: trained parameters;
-    - ``frozen``: parameters that are not trained;
-    - ``statistics``: running statistics;
+    - ``parameters``: trained parameters, that is, those that get a gradient from ``output``;
+    - ``frozen``: weights that are not trained;
+    - ``untrained``: those of the frozen weights that only get no gradient from ``output``, or are
+      running statistics that it does not depend on; a remark names them, with the reason;
+    - ``statistics``: running statistics that training updates;
     - ``conditional``: weights that cannot be trained because they are in branches or loops that
       depend on data.
     """
@@ -105,6 +113,7 @@ class Check:
     operators: tuple[OperatorUse, ...]
     parameters: int
     frozen: int
+    untrained: int
     statistics: int
     conditional: int
     layers: tuple[Layer, ...]
@@ -155,19 +164,28 @@ def check(
     doubts, noticed = _list_remarks(prepared, losses, output, producer, trials)
     mixed, unmixed = _compare_samples(trials, prepared)
     cuts, unlisted = _list_cuts(prepared, output)
+    roles = find_roles(prepared, output)
+    untrained = [name for name, role in roles.items() if role is not prepared.roles[name]]
     return Check(
         opset=opset,
         producer=producer,
         output=output,
         losses=losses,
         obstacles=(*map(str, faults), *obstacles, *mixed),
-        remarks=(*exported, *noticed, *unmixed, *unlisted),
+        remarks=(
+            *exported,
+            *noticed,
+            *_note_untrained(prepared, output, untrained),
+            *unmixed,
+            *unlisted,
+        ),
         operators=_list_uses(prepared, {fault.node for fault in faults}),
-        parameters=_count(prepared, Role.PARAMETER),
-        frozen=_count(prepared, Role.FROZEN),
-        statistics=_count(prepared, Role.BUFFER),
+        parameters=_count(prepared, roles, Role.PARAMETER),
+        frozen=_count(prepared, roles, Role.FROZEN),
+        untrained=sum(prepared.weights[name].size for name in untrained),
+        statistics=_count(prepared, roles, Role.BUFFER),
         conditional=_count_conditional(prepared),
-        layers=list_layers(prepared, doubts),
+        layers=list_layers(prepared, doubts, roles),
         cuts=cuts,
     )
 
@@ -214,6 +232,25 @@ def _note_batch(
     if fixing and all(remark.kind is not Kind.FIXED_BATCH for remark in noticed):
         remarks.append(Remark(kind=Kind.FIXED_BATCH, sentence=fixing))
     return remarks
+
+
+@attribute_errors_to_pass("searched for what gets no gradient")
+def _note_untrained(prepared: PreparedModel, output: str, names: Sequence[str]) -> Iterator[Remark]:
+    """Yield a remark for each reason why weights stay as they are in training."""
+    if not names:
+        return
+    traced = trace_gradients([map_values(prepared.training.graph)[output]])
+    graph = prepared.skeleton.graph
+    reached = {value.name or "" for value in traced}
+    reasons = explain_untrained(graph, map_values(graph)[output], names, reached)
+    for reason in dict.fromkeys(reasons.values()):
+        found = tuple(name for name in names if reasons.get(name) == reason)
+        yield Remark(
+            kind=Kind.WITHOUT_GRADIENT,
+            sentence=f"{list_names(found)} {'stays' if len(found) == 1 else 'stay'} as given, "
+            f"though not frozen: {reason} {'it' if len(found) == 1 else 'them'}",
+            names=found,
+        )
 
 
 @attribute_errors_to_pass("searched for cuts")
@@ -298,5 +335,5 @@ def _count_conditional(prepared: PreparedModel) -> int:
 
 
 @attribute_errors_to_pass("searched for its weights")
-def _count(prepared: PreparedModel, role: Role) -> int:
-    return sum(prepared.weights[name].size for name, own in prepared.roles.items() if own is role)
+def _count(prepared: PreparedModel, roles: Mapping[str, Role], role: Role) -> int:
+    return sum(prepared.weights[name].size for name, own in roles.items() if own is role)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -12,12 +12,21 @@ from splitonnx.errors import SplitonnxError, UsageError, quote
 from splitonnx.partitioner.cutting.candidates.bisections import Bisection, find_bisections
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import declare
-from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
+from splitonnx.partitioner.cutting.preparations import (
+    PreparedModel,
+    choose_output,
+    count_trained,
+    prepare,
+)
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
-from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.graphs.traversals import (
+    find_moving,
+    map_values,
+    trace_gradients,
+)
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.partitions import refuse_untrainable
@@ -33,8 +42,9 @@ class CutCandidate:
     bytes sent to the server in one training step, for the tensor and the inputs in ``sent``.
     ``bytes_down`` is the number of bytes sent back for the gradient; it is 0 if the tensor does not
     depend on a trained parameter.  A number of bytes is ``None`` if it is not known.
-    ``client_parameters`` and ``server_parameters`` count elements of trained parameters.  ``sent``
-    names the raw inputs that must be sent together with the tensor.
+    ``client_parameters`` and ``server_parameters`` count elements of trained parameters, that is,
+    of those that get a gradient from the output with the loss.  ``sent`` names the raw inputs that
+    must be sent together with the tensor.
     """
 
     tensor: str
@@ -100,12 +110,13 @@ def list_cuts(
     if batch is not None:
         _fix_batch(form, prepared, batch)
     open_inputs = resolve_sent(form.graph, sent, prepared)
-    elements = {name: prepared.weights[name].size for name in prepared.trainable}
+    elements = count_trained(prepared, output)
     found = find_bisections(form.graph, state=prepared.state, trainable=elements, sent=open_inputs)
     trained = _list_trained(prepared, elements, sent, output)
+    passed = _list_passed(prepared, elements, output)
     makers = map_values(prepared.skeleton.graph)
     return [
-        _describe(each, makers)
+        _describe(each, makers, passed)
         for each in found
         if each.at[0].name in trained
         and not _loses_gradient(each)
@@ -155,6 +166,13 @@ def _list_trained(
     }
 
 
+def _list_passed(prepared: PreparedModel, elements: Mapping[str, int], output: str) -> set[str]:
+    """Return the names of the tensors through which gradients of ``output`` reach parameters."""
+    graph = prepared.training.graph
+    moving = find_moving(graph, [value for value in graph.inputs if elements.get(value.name or "")])
+    return {value.name or "" for value in moving & trace_gradients([map_values(graph)[output]])}
+
+
 def can_travel(value: ir.Value, graph: ir.Graph) -> bool:
     """Return whether a tensor can be sent.
 
@@ -193,10 +211,13 @@ def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
     note_shapes(model.graph)
 
 
-def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandidate:
+def _describe(
+    bisection: Bisection, makers: Mapping[str, ir.Value], passed: Collection[str]
+) -> CutCandidate:
     """Describe a cut.
 
     ``makers`` maps names to values of the original model, whose operators the user knows.
+    ``passed`` names the tensors whose gradients are sent back.
     """
     value, *sent = bisection.at
     producer = value.producer()
@@ -209,7 +230,7 @@ def _describe(bisection: Bisection, makers: Mapping[str, ir.Value]) -> CutCandid
         op=made.op_type if made is not None else producer.op_type,
         shape=declare_shape(value)[0],
         bytes_up=None if None in sizes else sum(size or 0 for size in sizes),
-        bytes_down=size if bisection.trained else 0,
+        bytes_down=size if value.name in passed else 0,
         client_parameters=bisection.client,
         server_parameters=bisection.server,
         sent=tuple(other.name or "" for other in sent),

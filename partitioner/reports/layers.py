@@ -53,10 +53,13 @@ class Layer:
 
 
 @attribute_errors_to_pass("searched for its layers")
-def list_layers(prepared: PreparedModel, doubts: Mapping[str, str]) -> tuple[Layer, ...]:
+def list_layers(
+    prepared: PreparedModel, doubts: Mapping[str, str], roles: Mapping[str, Role]
+) -> tuple[Layer, ...]:
     """List the layers of a prepared model, in the order in which their weights are used.
 
-    ``doubts`` maps the name of a weight to the reason why its role may be wrong.
+    ``doubts`` maps the name of a weight to the reason why its role may be wrong, and ``roles`` maps
+    each name to the role.
     """
     places = {node: index for index, node in enumerate(prepared.skeleton.graph)}
     found: dict[str, list[tuple[int, str, ir.Node | None]]] = {}
@@ -70,7 +73,9 @@ def list_layers(prepared: PreparedModel, doubts: Mapping[str, str]) -> tuple[Lay
         Layer(
             name=name,
             operators=tuple(dict.fromkeys(u.op_type for _, _, u in weights if u is not None)),
-            weights=tuple(_describe(prepared, own, doubts.get(own)) for _, own, _ in weights),
+            weights=tuple(
+                _describe(prepared, own, roles[own], doubts.get(own)) for _, own, _ in weights
+            ),
         )
         for name, weights in ordered
     )
@@ -100,12 +105,12 @@ def _find_user(value: ir.Value) -> ir.Node | None:
     return None
 
 
-def _describe(prepared: PreparedModel, name: str, doubt: str | None) -> LayerWeight:
+def _describe(prepared: PreparedModel, name: str, role: Role, doubt: str | None) -> LayerWeight:
     tensor = prepared.weights[name]
     return LayerWeight(
         name=name,
         shape=tuple(int(dim) for dim in tensor.shape.numpy()),
         elements=tensor.size,
-        role=prepared.roles[name],
+        role=role,
         doubt=doubt,
     )

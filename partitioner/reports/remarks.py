@@ -41,6 +41,7 @@ class Kind(StrEnum):
     LOST_DROPOUT = "lost dropout"
     EXPORT_CALL = "export call"
     CONDITIONAL_WEIGHTS = "conditional weights"
+    WITHOUT_GRADIENT = "without gradient"
 
 
 @dataclass(frozen=True, kw_only=True)

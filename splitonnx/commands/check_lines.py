@@ -84,8 +84,9 @@ def format_check(check: Check, path: Path, width: int | None) -> Iterator[str]:
     producer = f", by {check.producer}" if check.producer else ""
     yield f"{path}: opset {check.opset}{producer}"
     inner = f"{check.conditional:,} in branches or loops, which stay"
+    without = f" ({check.untrained:,} of them get no gradient)" if check.untrained else ""
     yield (
-        f"parameters: {check.parameters:,} to train, {check.frozen:,} frozen, "
+        f"parameters: {check.parameters:,} to train, {check.frozen:,} frozen{without}, "
         f"{check.statistics:,} running statistics{f', {inner}' if check.conditional else ''}"
     )
     if not any(remark.kind is Kind.CUTS_NOT_LISTED for remark in check.remarks):

@@ -16,7 +16,12 @@ from splitonnx.partitioner.cutting.cuts import find_lost
 from splitonnx.partitioner.cutting.divisions import find_needed, keep_reached
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import declare
-from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
+from splitonnx.partitioner.cutting.preparations import (
+    PreparedModel,
+    choose_output,
+    count_trained,
+    prepare,
+)
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.builders import DETACHED
@@ -164,7 +169,7 @@ class _TrainingForm:
     def __init__(self, prepared: PreparedModel) -> None:
         self._graph = prepared.training.graph
         self._trainable = prepared.trainable
-        self._elements = {name: prepared.weights[name].size for name in prepared.trainable}
+        self._elements = count_trained(prepared, self._graph.outputs[0].name or "")
         self._search = PairSearch(self._graph, state=prepared.state, trainable=self._trainable)
         readers = {node for node in self._graph if reads_size(node)}
         self._total = self._count(walk_back(self._graph.outputs, ends=readers)[0])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import onnx
 import pytest
+from onnx import helper
 
 from splitonnx.errors import NotAModel, NotDifferentiable, UsageError
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import Handling, check
 from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.partitioner.reports.remarks import Kind
 from tests.end_to_end.test_bad_input import build_conditional
 from tests.support.zoo import FLOAT, ZOO, Net
+
+UNTRAINED = Kind.WITHOUT_GRADIENT
 
 
 def build_with(kind: str, **attributes: object) -> onnx.ModelProto:
@@ -38,6 +42,61 @@ def test_parameters_are_counted_as_they_would_be_cut() -> None:
         if spec.role in sizes:
             sizes[spec.role] += client.weights[spec.tensor.name].size
     assert (found.parameters, found.frozen, found.statistics) == tuple(sizes.values())
+
+
+def build_two_heads() -> onnx.ModelProto:
+    """Build a shared layer and two outputs, each behind a normalization and a layer of its own."""
+    net = Net()
+    shared = net.op("Tanh", net.op("MatMul", "x", net.weight("w", 6, 8), out="mixed"), out="shared")
+    for name, width in (("a", 3), ("b", 2)):
+        norm = net.batchnorm(shared, 8, out=f"{name}_n", training=True)
+        net.op("MatMul", norm, net.weight(f"{name}.w", 8, width), out=name)
+    model = net.finish({"x": (FLOAT, ["N", 6])}, "a", 3)
+    model.graph.output.append(helper.make_tensor_value_info("b", FLOAT, ["N", 2]))
+    return model
+
+
+def build_untrained() -> dict[str, tuple[onnx.ModelProto, str, set[str]]]:
+    """Build models with an output, and the weights that a loss of this output does not change."""
+    chosen = Net()
+    chosen.op("MatMul", "x", chosen.weight("w", 6, 8), out="mixed")
+    place = chosen.op("ArgMax", "mixed", axis=1, keepdims=0, out="place")
+    chosen.op("Gather", chosen.weight("rows", 8, 3), place, out="y")
+    other = {f"b_n.bn.{part}" for part in ("scale", "bias", "mean", "var")} | {"b.w"}
+    return {
+        "step": (build_with("Floor"), "scores", {"w1"}),
+        "choice": (chosen.finish({"x": (FLOAT, ["N", 6])}, "y", 3), "y", {"w"}),
+        "head": (build_two_heads(), "a", other),
+        "second head": (build_two_heads(), "b", {name.replace("b", "a", 1) for name in other}),
+    }
+
+
+@pytest.mark.parametrize("name", build_untrained())
+def test_what_gets_no_gradient_is_counted_as_frozen_as_in_a_cut(name: str) -> None:
+    model, output, _ = build_untrained()[name]
+    found = check(model, output=output)
+    client = cut(model, at=None, output=output, loss="mse").client
+    sizes = dict.fromkeys(("parameter", "frozen", "buffer"), 0)
+    for spec in client.manifest.state:
+        if spec.role in sizes:
+            sizes[spec.role] += client.weights[spec.tensor.name].size
+    assert (found.parameters, found.frozen, found.statistics) == tuple(sizes.values())
+    assert found.untrained == found.frozen > 0
+
+
+@pytest.mark.parametrize("name", build_untrained())
+def test_what_gets_no_gradient_is_named_with_the_reason(name: str) -> None:
+    model, output, untrained = build_untrained()[name]
+    remarks = [each for each in check(model, output=output).remarks if each.kind == UNTRAINED]
+    assert {weight for remark in remarks for weight in remark.names} == untrained
+    reason = {"step": "(Floor)", "choice": "(ArgMax)"}.get(name, f"'{output}' does not depend on")
+    assert all(reason in remark.sentence for remark in remarks)
+
+
+def test_nothing_is_said_where_every_parameter_gets_a_gradient() -> None:
+    found = check(build_with("Tanh"))
+    assert found.untrained == 0
+    assert all(remark.kind != UNTRAINED for remark in found.remarks)
 
 
 def test_operators_are_told_apart_by_what_becomes_of_them() -> None:

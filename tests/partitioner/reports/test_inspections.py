@@ -236,3 +236,34 @@ def test_a_batch_that_contradicts_a_fixed_one_is_refused() -> None:
     with pytest.raises(UsageError, match="--batch 3: the batch of 'x' is fixed at 4"):
         inspect(model, batch=3, dims={"N": 4})
     assert inspect(model, batch=4, dims={"N": 4})
+
+
+def build_step_and_heads() -> ModelProto:
+    """Build a layer before a step function, a shared layer, and two outputs."""
+    net = Net()
+    step = net.op("Floor", net.op("MatMul", "x", net.weight("w1", 6, 8), out="m"), out="step")
+    shared = net.op("Tanh", net.op("MatMul", step, net.weight("w2", 8, 4), out="n"), out="shared")
+    net.op("MatMul", shared, net.weight("v", 4, 2), out="z")
+    model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("MatMul", shared, net.weight("u", 4, 3),
+                       out="y"), 3)  # fmt: skip
+    model.graph.output.append(helper.make_tensor_value_info("z", FLOAT, ["N", 2]))
+    return model
+
+
+@pytest.mark.parametrize("output", ["y", "z"])
+def test_only_parameters_with_a_gradient_from_the_output_are_counted(output: str) -> None:
+    model = build_step_and_heads()
+    found = inspect(model, output=output, batch=2)
+    assert {each.tensor for each in found} == {"m", "step", "n", "shared"}
+    for each in found:
+        bundle = cut(model, at=each.tensor, output=output, loss="mse")
+        counts = [
+            sum(
+                party.weights[spec.tensor.name].size
+                for spec in party.manifest.state
+                if spec.role == "parameter"
+            )
+            for party in (bundle.client, bundle.server)
+        ]
+        assert [each.client_parameters, each.server_parameters] == counts
+        assert (each.bytes_down == 0) == (each.tensor in {"m", "step"})

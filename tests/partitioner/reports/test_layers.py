@@ -20,7 +20,7 @@ def test_weights_are_grouped_by_name_and_ordered_by_use() -> None:
     name = net.constant("seq/head/MatMul/ReadVariableOp:0", np.ones((5, 3), np.float32) * 0.3)
     value = net.op("MatMul", value, name, out="y")
     prepared = prepare(open_model(net.finish({"x": (FLOAT, ["N", 4])}, value, 3)))
-    layers = list_layers(prepared, {"net.0.bias": "it is odd"})
+    layers = list_layers(prepared, {"net.0.bias": "it is odd"}, prepared.roles)
     assert [layer.name for layer in layers] == ["net.0", "n.bn", "m_node", "seq/head"]
     assert [layer.operators for layer in layers] == [
         ("Gemm",), ("BatchNormalization",), ("MatMul",), ("MatMul",)
@@ -36,5 +36,7 @@ def test_a_weight_behind_a_transpose_belongs_to_the_node_that_uses_it() -> None:
     net = Net()
     turned = net.op("Transpose", net.weight("w", 3, 4), out="t", perm=[1, 0])
     model = net.finish({"x": (FLOAT, ["N", 4])}, net.op("MatMul", "x", turned, out="y"), 3)
-    (layer,) = list_layers(prepare(open_model(model)), {})
+    prepared = prepare(open_model(model))
+    (layer,) = list_layers(prepared, {}, {"w": Role.FROZEN})
     assert (layer.name, layer.operators) == ("y_node", ("MatMul",))
+    assert (layer.count(Role.PARAMETER), layer.count(Role.FROZEN)) == (0, 12)

@@ -154,3 +154,12 @@ def test_names_that_cannot_be_meant_are_refused() -> None:
         inspect_pairs(model, sent=["act1"])
     with pytest.raises(UsageError, match="no output 'other'"):
         inspect_pairs(model, output="other")
+
+
+def test_parameters_without_a_gradient_are_not_counted() -> None:
+    net = Net()
+    step = net.op("Floor", net.op("MatMul", "x", net.weight("w1", 6, 8), out="m"), out="step")
+    hidden = net.op("Tanh", net.op("MatMul", step, net.weight("w2", 8, 4), out="n"), out="h")
+    net.op("MatMul", hidden, net.weight("w3", 4, 3), out="y")
+    pair = find(inspect_pairs(net.finish({"x": (FLOAT, ["N", 6])}, "y", 3)), "m", "h")
+    assert (pair.head_parameters, pair.server_parameters, pair.tail_parameters) == (0, 32, 12)
