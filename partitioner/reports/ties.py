@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.partitioner.cutting.passes.ties import find_difference
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.reports.layers import name_layer
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
@@ -46,14 +47,54 @@ def remark_on_ties(prepared: PreparedModel, computed: Collection[str]) -> Iterat
             f"'{other}'{' (transposed)' if way == 'transposed' else ''}"
             for other, way in zip(others, ways, strict=True)
         ]
+        pairs, difference = _pair(prepared, group)
         yield Remark(
             kind=Kind.LOST_TIE,
             sentence=f"'{first}' and {', '.join(again)} hold the same numbers but are trained "
-            "apart: tie them if the model had one parameter here",
+            f"apart: {_advise(difference, has_pairs=bool(pairs))}",
             names=tuple(group),
-            options=tuple(make_option("--tie", f"{first}={other}") for other in others),
+            options=tuple(make_option("--tie", f"{one}={other}") for one, other in pairs),
         )
     yield from _remark_on_blocks(prepared, computed)
+
+
+def _pair(prepared: PreparedModel, group: Sequence[str]) -> tuple[list[tuple[str, str]], str]:
+    """Return the pairs of parameters that ``cut`` can tie, and why it cannot tie the others."""
+    given = {value.name: value.dtype for value in prepared.skeleton.graph.inputs}
+    kept: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    difference = ""
+    for name in group:
+        for one in kept:
+            reason = find_difference(
+                *(_restore(prepared.weights[each], given[each]) for each in (one, name))
+            )
+            if not reason:
+                pairs.append((one, name))
+                break
+            difference = difference or f"of '{one}' and '{name}', {reason}"
+        else:
+            kept.append(name)
+    return pairs, difference if len(kept) > 1 else ""
+
+
+def _restore(tensor: ir.TensorProtocol, dtype: ir.DataType | None) -> np.ndarray:
+    """Return a parameter in the element type of the model given, as ``cut`` reads it for a tie."""
+    array: np.ndarray = tensor.numpy()
+    return array if dtype is None else array.astype(dtype.numpy())
+
+
+def _advise(difference: str, *, has_pairs: bool) -> str:
+    if not difference:
+        return "tie them if the model had one parameter here"
+    if has_pairs:
+        return (
+            f"tie them if the model had one parameter here, but not all can be tied: {difference}"
+        )
+    return (
+        f"if the model had one parameter here, export it with one, because cut cannot tie them: "
+        f"{difference}"
+    )
 
 
 def _group(prepared: PreparedModel, computed: Collection[str]) -> Iterator[list[str]]:

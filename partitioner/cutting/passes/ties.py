@@ -38,8 +38,9 @@ def tie_weights(
         values = map_values(graph)
         source, value = values[first], values[second]
         if not _is_equal(kept, dropped):
-            if kept.ndim != 2 or not _is_equal(kept.T, dropped):
-                raise UsageError(_tell(first, kept, second, dropped))
+            difference = find_difference(kept, dropped)
+            if difference:
+                raise UsageError(f"--tie {first}={second}: the two are not equal; {difference}")
             node = ir.node("Transpose", [source], {"perm": [1, 0]}, name=f"{second}/tied")
             graph.insert_before(graph[0], node)
             source = node.outputs[0]
@@ -61,14 +62,22 @@ def _read(
     return array
 
 
-def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
-    return first.dtype == second.dtype and np.array_equal(first, second)
+def find_difference(kept: np.ndarray, dropped: np.ndarray) -> str:
+    """Return why two parameters cannot be tied, or an empty string if they can.
 
-
-def _tell(first: str, kept: np.ndarray, second: str, dropped: np.ndarray) -> str:
-    start = f"--tie {first}={second}: the two are not equal"
-    if kept.shape not in (dropped.shape, dropped.shape[::-1]):
-        return f"{start}; their shapes are {list(kept.shape)} and {list(dropped.shape)}"
+    They can if they are equal, or if they are matrices of which one is the transpose of the other.
+    """
+    if kept.dtype != dropped.dtype:
+        return f"their types are {kept.dtype} and {dropped.dtype}"
+    if _is_equal(kept, dropped) or (kept.ndim == 2 and _is_equal(kept.T, dropped)):
+        return ""
+    is_turned = kept.ndim == 2 and kept.shape == dropped.shape[::-1]
+    if kept.shape != dropped.shape and not is_turned:
+        return f"their shapes are {list(kept.shape)} and {list(dropped.shape)}"
     other = dropped if kept.shape == dropped.shape else dropped.T
     difference = np.abs(np.subtract(kept, other, dtype=np.float64)).max()
-    return f"{start}; their numbers differ by up to {difference:.1e}"
+    return f"their numbers differ by up to {difference:.1e}"
+
+
+def _is_equal(first: np.ndarray, second: np.ndarray) -> bool:
+    return first.dtype == second.dtype and np.array_equal(first, second)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 import numpy as np
 import onnx
 import pytest
 
+from splitonnx.errors import UsageError
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.remarks import Remark
 from splitonnx.partitioner.reports.ties import remark_on_ties
 from tests.support.nets import FLOAT, Net
@@ -117,3 +120,38 @@ def test_weights_that_begin_with_zeros_are_no_blocks() -> None:
     assert (
         list_ties(build_decoder(np.zeros((9, 5), np.float32), np.zeros((5, 7), np.float32))) == []
     )
+
+
+def build_twins(*, half: bool) -> onnx.ModelProto:
+    """Read one table as a matrix, its twin in another shape or type, and its transpose twice."""
+    net, table = Net(), draw(1)
+    value = net.op("MatMul", "x", net.constant("table", table), out="a")
+    if half:
+        twin = net.op("Cast", net.constant("twin", table.astype(np.float16)), to=FLOAT, out="wide")
+    else:
+        twin = net.op("Squeeze", net.constant("twin", table[..., None]),
+                      net.constant("axis", np.array([2])), out="flat")  # fmt: skip
+    value = net.op("MatMul", value, twin, out="b")
+    value = net.op("MatMul", value, net.constant("turned", table.T.copy()), out="c")
+    return net.finish({"x": (FLOAT, ["N", 4])}, value, 4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_only_a_tie_that_cut_takes_is_advised(half: bool) -> None:
+    model = build_twins(half=half)
+    if half:
+        rounded = draw(1).astype(np.float16).astype(np.float32)
+        for tensor in model.graph.initializer:
+            if tensor.name in ("table", "turned"):
+                array = rounded if tensor.name == "table" else rounded.T
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array.copy(), tensor.name))
+    (remark,) = list_ties(model)
+    assert set(remark.names) == {"table", "twin", "turned"}
+    assert [shlex.split(option) for option in remark.options] == [["--tie", "table=turned"]]
+    told = (
+        "their types are float32 and float16" if half else "their shapes are [4, 4] and [4, 4, 1]"
+    )
+    assert f"of 'table' and 'twin', {told}" in remark.sentence
+    cut(model, at=None, loss="mse", ties=[("table", "turned")])
+    with pytest.raises(UsageError, match=re.escape(told)):
+        cut(model, at=None, loss="mse", ties=[("table", "twin")])
