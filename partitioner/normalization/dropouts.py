@@ -6,6 +6,8 @@ number is less than ``(1 - ratio) * 2**32``.
 
 from __future__ import annotations
 
+import shlex
+
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError, quote
@@ -60,7 +62,14 @@ def _read_ratio(node: ir.Node) -> float:
         return 0.5
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is None:
-        raise UnsupportedModel(f"node '{node.name}' (Dropout)", "its ratio is not a constant")
+        name = value.name or ""
+        raise UnsupportedModel(
+            f"node '{node.name}' (Dropout)",
+            "its ratio is not a constant",
+            f"give its value with --bind {shlex.quote(f'{name}=RATIO')}"
+            if value.is_graph_input()
+            else "export it with a constant ratio",
+        )
     ratio = float(tensor.numpy().item())
     if not 0.0 <= ratio < 1.0:
         raise UnsupportedModel(

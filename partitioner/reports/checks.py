@@ -21,6 +21,7 @@ from splitonnx.errors import (
     UsageError,
 )
 from splitonnx.manifests import Role
+from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.joints import build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
@@ -133,6 +134,7 @@ def check(
     output: str | None = None,
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    dropout: DropoutMode | None = None,
 ) -> Check:
     """Check whether and how a model can be trained.
 
@@ -141,6 +143,7 @@ def check(
         loss: the loss to try; by default the first loss that fits the output.
         output: the output from which the loss is computed; by default the first float output.
         dims, bind: sizes and values of inputs, as for ``cut``.
+        dropout: whether Dropout nodes are on, as for ``cut``.
 
     Raises:
         NotAModel, ForbiddenExternalData: the model cannot be read.
@@ -153,8 +156,8 @@ def check(
     opened = open_model(model, adjustments)
     opset = opened.graph.opset_imports.get("", 0)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
-    exported = diagnose(opened)
-    prepared = prepare(opened, adjustments=adjustments)
+    exported = [one for one in diagnose(opened) if not (dropout and one.kind is Kind.DROPOUT_OFF)]
+    prepared = prepare(opened, dropout=dropout, adjustments=adjustments)
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
     faults: list[NotDifferentiable] = []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import SplitonnxError, UsageError, quote
+from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.bisections import Bisection, find_bisections
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import declare
@@ -66,6 +67,7 @@ def inspect(
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
     output: str | None = None,
+    dropout: DropoutMode | None = None,
 ) -> list[CutCandidate]:
     """List each tensor that is a valid cut of a model on its own, in the order of the graph.
 
@@ -76,6 +78,7 @@ def inspect(
         sent: raw inputs, such as an attention mask, that may be sent together with a tensor.
         dims, bind: sizes and values of inputs, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
+        dropout: whether Dropout nodes are on, as for ``cut``.
 
     Raises:
         ModelError: the model cannot be read, prepared or differentiated, so no cut is valid.
@@ -83,7 +86,7 @@ def inspect(
             not one of its outputs, or nothing can be trained.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
-    prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
+    prepared = prepare(open_model(model, adjustments), dropout=dropout, adjustments=adjustments)
     return list_cuts(prepared, batch, sent, output)
 
 

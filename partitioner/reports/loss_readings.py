@@ -8,7 +8,7 @@ them on the last axis.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -18,9 +18,10 @@ from splitonnx.partitioner.differentiation.losses import find_class_axis
 from splitonnx.partitioner.differentiation.spelled_activations import find_spelled
 from splitonnx.partitioner.differentiation.squashings import (
     SQUASHING,
+    Squashing,
     find_repeated_activation,
 )
-from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.graphs.traversals import map_values, walk_back
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 
 _CHANNELS_FIRST = frozenset(
@@ -42,7 +43,7 @@ def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) 
     if loss in CONTAINED:
         unclear = loss == "cross-entropy" and _fits_either_axis(value)  # then it is refused
         axis = 1 if unclear else find_class_axis(prepared.training.graph, loss, output)
-        yield from _remark_on_activation(value, loss, losses, axis)
+        yield from _remark_on_activation(value, loss, losses, axis, prepared.given)
     if loss == "cross-entropy" or _fits_either_axis(value):
         yield from _remark_on_axis(value)
 
@@ -54,7 +55,7 @@ def _fits_either_axis(value: ir.Value) -> bool:
 
 
 def _remark_on_activation(
-    value: ir.Value, loss: str, losses: Sequence[str], axis: int
+    value: ir.Value, loss: str, losses: Sequence[str], axis: int, given: Collection[str]
 ) -> Iterator[Remark]:
     name = value.name or ""
     found = find_activation(value, loss, axis)
@@ -70,11 +71,10 @@ def _remark_on_activation(
     if repeated is None:
         return
     others = [own for own in losses if own != loss and find_activation(value, own) is not None]
-    source = f"'{repeated.source.name}'" if repeated.source is not None else "the scores before it"
     remedy = (
         f"choose {others[0]}, which skips it, if the labels allow"
         if others
-        else f"export the model with {source} as its output"
+        else _advise_export(value, repeated, axis, given)
     )
     yield Remark(
         kind=Kind.ACTIVATION_TWICE,
@@ -83,6 +83,33 @@ def _remark_on_activation(
         names=(name, repeated.node.name or ""),
         options=tuple(make_option("--loss", own) for own in others[:1]),
     )
+
+
+def _advise_export(output: ir.Value, repeated: Squashing, axis: int, given: Collection[str]) -> str:
+    """Advise to export an activation's input, if the model given has it and it holds the scores.
+
+    A Softmax over another axis than that of the classes is a part of the model itself.  Behind a
+    Concat the input of one activation holds only some of the scores.
+    """
+    source, made = repeated.source, repeated.node.outputs[0]
+    behind, _ = walk_back([output], stop=repeated.node.outputs)
+    is_joined = any(node.op_type == "Concat" for node in behind)
+    is_part = repeated.kind == "Softmax" and axis not in _list_axes(made, axis)
+    if is_joined or is_part or (source is not None and source.name not in given):
+        return "choose another loss, or a model whose output is the raw scores"
+    scores = "the scores before it" if source is None else f"'{source.name}'"
+    return f"export the model with {scores} as its output"
+
+
+def _list_axes(value: ir.Value, unknown: int) -> tuple[int, ...]:
+    """Return the axes of the Softmax that makes a value, or ``unknown`` if its nodes hide them."""
+    node = value.producer()
+    rank = len(value.shape) if value.shape is not None else 0
+    if node is not None and node.op_type == "Softmax":
+        over = node.attributes.get_int("axis", -1)
+        return (over, over + rank) if over < 0 else (over,)
+    spelled = find_spelled(value)
+    return (spelled.axes if spelled is not None else ()) or (unknown,)
 
 
 def _remark_on_axis(value: ir.Value) -> Iterator[Remark]:

@@ -62,6 +62,7 @@ def check(
     output: OutputOption = None,
     dim: DimOption = None,
     bind: BindOption = None,
+    dropout: DropoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check whether a model can be trained; list the rewritten operators and any obstacles.
@@ -70,7 +71,12 @@ def check(
     """
     pause_to_the_end()
     found = splitonnx.check(
-        model, loss=loss, output=output, dims=read_dims(dim), bind=read_bindings(bind)
+        model,
+        loss=loss,
+        output=output,
+        dims=read_dims(dim),
+        bind=read_bindings(bind),
+        dropout=None if dropout is None else dropout.value,
     )
     if as_json:
         printing.print_json(found)
@@ -116,6 +122,7 @@ def inspect(
     dim: DimOption = None,
     bind: BindOption = None,
     output: OutputOption = None,
+    dropout: DropoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the tensors at which a model can be cut, and how much data each cut sends per step.
@@ -136,6 +143,7 @@ def inspect(
             dims=read_dims(dim),
             bind=read_bindings(bind),
             output=output,
+            dropout=None if dropout is None else dropout.value,
         )
         if as_json:
             printing.print_json(pairs)
@@ -150,6 +158,7 @@ def inspect(
         dims=read_dims(dim),
         bind=read_bindings(bind),
         output=output,
+        dropout=None if dropout is None else dropout.value,
     )
     if as_json:
         printing.print_json(cuts)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from splitonnx.disclosures import count_bytes_per_sample
 from splitonnx.expressions import is_name
+from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Tensors
 from splitonnx.partitioner.cutting.cuts import find_lost
 from splitonnx.partitioner.cutting.divisions import find_needed, keep_reached
@@ -79,6 +80,7 @@ def inspect_pairs(
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
     output: str | None = None,
+    dropout: DropoutMode | None = None,
 ) -> list[PairCandidate]:
     """List the pairs of tensors at which ``cut`` can cut a model in a U-shape.
 
@@ -90,6 +92,7 @@ def inspect_pairs(
         sent: raw inputs, such as an attention mask, that may be sent together with a tensor.
         dims, bind: sizes and values of inputs, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
+        dropout: whether Dropout nodes are on, as for ``cut``.
 
     Returns:
         The pairs, ordered by the first tensor and then by the last, as in the graph.
@@ -101,7 +104,7 @@ def inspect_pairs(
             model, or ``output`` is not one of its outputs.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
-    prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
+    prepared = prepare(open_model(model, adjustments), dropout=dropout, adjustments=adjustments)
     return list_pairs(prepared, at=at, tail_at=tail_at, sent=sent, output=output)
 
 

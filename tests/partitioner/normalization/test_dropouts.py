@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -11,6 +12,9 @@ from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.manifests import KEY
 from splitonnx.partitioner.normalization.dropouts import remove_dropouts, seed_dropouts
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
+from splitonnx.partitioner.reports.inspections import inspect
+from splitonnx.partitioner.reports.u_shapes.pairs import inspect_pairs
 from tests.support.keyed import draw_words
 from tests.support.zoo import FLOAT, ZOO, Net
 
@@ -106,3 +110,31 @@ def test_keeping_what_is_not_there_is_refused_and_leaving_it_off_is_not() -> Non
            net.constant("ratio", np.array(0, np.float32)), out="y")  # fmt: skip
     with pytest.raises(UsageError, match="the ratio of 'y_node' is 0"):
         cut(net.finish({"x": (FLOAT, ["N", 6])}, "y", 3), at=None, loss="mse", dropout="keep")
+
+
+def build_open(kind: str) -> onnx.ModelProto:
+    """Build a Dropout whose ratio or mode is an input of the model."""
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w", 6, 5), out="hidden")
+    ratio = "rate" if kind == "ratio" else net.constant("half", np.array(0.5, np.float32))
+    mode = "mode" if kind == "mode" else net.constant("on", np.array(True))
+    value = net.op("Dropout", hidden, ratio, mode, out="dropped")
+    net.op("MatMul", value, net.weight("v", 5, 3), out="y")
+    name, dtype = ("rate", FLOAT) if kind == "ratio" else ("mode", onnx.TensorProto.BOOL)
+    return net.finish({"x": (FLOAT, ["N", 6]), name: (dtype, [])}, "y", 3)
+
+
+def test_a_mode_that_is_an_input_is_chosen_with_the_option_that_is_named() -> None:
+    model = build_open("mode")
+    for call in (check, inspect, inspect_pairs):
+        with pytest.raises(UnsupportedModel, match=r"choose with --dropout keep\|off"):
+            call(model)
+        assert call(model, dropout="off")
+        assert call(model, dropout="keep")
+
+
+def test_a_ratio_that_is_an_input_is_given_with_the_option_that_is_named() -> None:
+    model = build_open("ratio")
+    with pytest.raises(UnsupportedModel, match="give its value with --bind rate=RATIO"):
+        check(model)
+    assert check(model, bind={"rate": 0.3}).trainable

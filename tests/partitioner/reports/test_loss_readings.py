@@ -49,6 +49,22 @@ def test_an_activation_that_cannot_be_skipped_would_squash_twice() -> None:
         assert remark.options == ()
 
 
+def test_only_scores_of_the_model_given_are_advised_as_its_output() -> None:
+    (over_samples,) = list_remarks([("Softmax", [], {"axis": 0})], "cross-entropy")
+    earlier = Net(opset=11)
+    scores = earlier.op("MatMul", "x", earlier.weight("w", 4, 4), out="scores")
+    earlier.op("Softmax", scores, out="y", axis=1)
+    model = earlier.finish({"x": (FLOAT, ["N", 3, 4])}, "y", 3, 4)  # over all but the first axis
+    prepared = prepare(open_model(model))
+    others = list(remark_on_loss(prepared, ["cross-entropy"], "y"))
+    twice = [each for each in (over_samples, *others) if each.kind is Kind.ACTIVATION_TWICE]
+    assert len(twice) == 2
+    for remark in twice:
+        assert remark.sentence.endswith(
+            "choose another loss, or a model whose output is the raw scores"
+        )
+
+
 def test_the_loss_that_skips_the_activation_is_offered() -> None:
     (remark,) = list_remarks([("Sigmoid", [], {})], "cross-entropy", "mse", "bce-with-logits")
     assert remark.kind is Kind.ACTIVATION_TWICE
