@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.server.servers import Server
 from tests.support import tiny
 from tests.support.endless import endless_bundle
+from tests.support.waits import skip_to, wait_for
 
 BATCH = tiny.batch(0)
 LARGE = tiny.batch(0, size=3000)
@@ -42,7 +42,7 @@ def serve(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
 
 def count_bytes_up(url: str) -> float:
     """Ask a server how many bytes of messages it has begun to act on."""
-    with urllib.request.urlopen(url.replace("ws", "http", 1) + "/metrics") as response:
+    with urllib.request.urlopen(url.replace("ws", "http", 1) + "/metrics", timeout=60) as response:
         text = response.read().decode()
     name = 'splitonnx_bytes_total{direction="up"}'
     return sum(float(row.split()[-1]) for row in text.splitlines() if row.startswith(name))
@@ -90,11 +90,9 @@ def test_a_second_signal_ends_a_step_that_does_not_end(
         assert process.stderr is not None
         thread = threading.Thread(target=train, args=(url,))
         thread.start()
-        while count_bytes_up(url) < LARGE["x"].nbytes:
-            time.sleep(0.01)
+        wait_for(lambda: count_bytes_up(url) >= LARGE["x"].nbytes)
         process.send_signal(number)
-        while "stopping: " not in process.stderr.readline():
-            pass
+        skip_to(process.stderr, "stopping: ")
         process.send_signal(number)
         rest = process.stderr.read()
         code = process.wait(timeout=60)
@@ -116,11 +114,10 @@ def test_ctrl_c_ends_training_whose_own_stage_does_not_end(tmp_path: Path) -> No
         command += ["--server", url, "--data", str(tmp_path / "data.npz"), "--batch-size", "6"]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             try:
-                while not count_bytes_up(url):  # its greeting: the first stage comes next
-                    time.sleep(0.01)
+                wait_for(lambda: count_bytes_up(url))  # its greeting: the first stage comes next
                 begun = read_ticks(process.pid)
-                while read_ticks(process.pid) < begun + 20:  # it is in its loop, and computes
-                    time.sleep(0.01)
+                # it is in its loop, and computes
+                wait_for(lambda: read_ticks(process.pid) >= begun + 20)
                 process.send_signal(signal.SIGINT)
                 assert process.wait(timeout=60) == 130
             finally:

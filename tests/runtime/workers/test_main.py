@@ -8,7 +8,6 @@ import select
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +47,7 @@ from tests.end_to_end.test_stopping import LARGE, count_bytes_up, serve
 from tests.support import tiny
 from tests.support.clinics import DATA, needs_linux, open_clinic
 from tests.support.endless import endless_bundle
+from tests.support.waits import SECONDS, skip_to, wait_for
 from tests.support.zoo import ZOO
 
 
@@ -103,14 +103,14 @@ def test_a_worker_ends_with_its_server_even_within_a_stage(tmp_path: Path) -> No
     with serve(tmp_path / "bundle" / "server", "--isolate") as (process, url):
         thread = threading.Thread(target=train, args=(url,))
         thread.start()
-        while not (children := _find_children(process.pid)):
-            time.sleep(0.01)
+        children = wait_for(lambda: _find_children(process.pid))
         watched = [os.pidfd_open(child) for child in children]
         process.kill()
         process.wait()
         thread.join()
     for descriptor in watched:
-        select.select([descriptor], [], [])  # returns once the process has ended
+        ended, _, _ = select.select([descriptor], [], [], SECONDS)  # once the process has ended
+        assert ended
         os.close(descriptor)
 
 
@@ -132,11 +132,9 @@ def test_a_second_signal_ends_a_step_in_a_worker(tmp_path: Path) -> None:
         assert process.stderr is not None
         thread = threading.Thread(target=train, args=(url,))
         thread.start()
-        while count_bytes_up(url) < LARGE["x"].nbytes:
-            time.sleep(0.01)
+        wait_for(lambda: count_bytes_up(url) >= LARGE["x"].nbytes)
         process.send_signal(signal.SIGTERM)
-        while "stopping: " not in process.stderr.readline():
-            pass
+        skip_to(process.stderr, "stopping: ")
         process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
         assert process.wait(timeout=60) == 130
