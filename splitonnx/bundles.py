@@ -291,6 +291,12 @@ def _read(folder: Path, name: str, most: int) -> bytes:
     try:
         return read_regular(_inside(folder, name), most)
     except OSError as error:
+        if folder.is_file():
+            raise BundleError(
+                str(folder),
+                "it is a file, but a bundle is a folder, as `splitonnx cut MODEL -o FOLDER` writes "
+                "it; name such a folder, or cut the model first",
+            ) from error
         raise BundleError(str(folder), f"'{name}' cannot be read: {error.strerror}") from error
 
 

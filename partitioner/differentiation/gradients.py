@@ -19,7 +19,7 @@ from splitonnx.errors import (
     UnsupportedModel,
     WrongRuntime,
 )
-from splitonnx.extras import miss
+from splitonnx.extras import has_training_wheel, miss
 from splitonnx.partitioner.differentiation.opaques import (
     Opaques,
     put_back_opaques,
@@ -357,6 +357,8 @@ def _find_shape(node: ir.Node) -> ir.Shape | None:
 
 def _translate(error: Refused) -> SplitonnxError:
     if error.kind in ("ImportError", "ModuleNotFoundError"):
+        return miss("onnxruntime-training", "cpu", "differentiating a model")
+    if error.kind == natives.StockRuntime.__name__ and not has_training_wheel():
         return miss("onnxruntime-training", "cpu", "differentiating a model")
     if error.kind == natives.StockRuntime.__name__:
         return WrongRuntime(

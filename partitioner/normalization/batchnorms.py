@@ -152,7 +152,7 @@ def _refuse_idle(modes: BatchNormModes, names: Sequence[Sequence[str]]) -> None:
             compiled = re.compile(pattern)
         except re.error as error:
             raise UsageError(
-                f"--batchnorm '{pattern}' is no regular expression: {error}"
+                f"--batchnorm '{pattern}' is not a regular expression: {error}"
             ) from error
         if not any(compiled.search(name) for known in names for name in known):
             offer = quote([known[0] for known in names if known][:8]) or "none"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from splitonnx.errors import quote
+from splitonnx.errors import count_some
 
 _FEW = 4
 """The largest number of names that are all listed in a sentence."""
@@ -66,6 +66,4 @@ def make_option(name: str, value: str) -> str:
 
 def list_names(names: Sequence[str]) -> str:
     """Format names for a sentence; of many names, list only some and the number of the others."""
-    if len(names) <= _FEW:
-        return quote(names)
-    return f"{quote(names[: _FEW - 1])} and {len(names) - _FEW + 1} more"
+    return count_some(names, _FEW)

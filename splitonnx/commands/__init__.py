@@ -102,7 +102,8 @@ def main() -> None:
             sys.exit(2)
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "splitonnx"
-        _fail(f"{describe().rstrip('.')} (see {command} --help)")
+        sentence = describe().replace("Value error, ", "")  # which pydantic puts before the reason
+        _fail(f"{sentence.rstrip('.')} (see {command} --help)")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from inspect import Parameter
 from typing import Annotated, Any
 
 import typer
 
 from splitonnx.commands.groups import Group, make_parameter
+from splitonnx.errors import UsageError
 from splitonnx.runtime.limits import LimitHelp, Limits, list_limits
 
 PREFIX = "max_"
@@ -25,8 +27,26 @@ def _make_option(limit: LimitHelp) -> Parameter:
 
 
 def make_limits(**given: Any) -> Limits:
-    """Build a server's limits from the values of the options."""
-    return Limits(**{name.removeprefix(PREFIX): value for name, value in given.items()})
+    """Build a server's limits from the values of the options.
+
+    Raises:
+        UsageError: a value is out of range, or two contradict each other; the error names the
+            options.
+    """
+    try:
+        return Limits(**{name.removeprefix(PREFIX): value for name, value in given.items()})
+    except UsageError as error:
+        raise UsageError(_name_options(str(error))) from error
+
+
+def _name_options(sentence: str) -> str:
+    """Write the options of ``serve`` in place of the names of limits."""
+    names = "|".join(limit.name for limit in list_limits())
+    return re.sub(
+        rf"\b(?:limit )?({names})\b",
+        lambda found: f"--{PREFIX}{found[1]}".replace("_", "-"),
+        sentence,
+    )
 
 
 LIMITS = Group(parameters=[_make_option(limit) for limit in list_limits()], make=make_limits)

@@ -234,6 +234,11 @@ def cut(
 ) -> None:
     """Cut a model into a client part and a server part that can be trained together."""
     refuse_both("--json", "--quiet", as_json, quiet)
+    optimizing = make_optimizer(
+        optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm
+    )
+    batchnorm, ties = means.read_batchnorm(), means.read_ties()
+    dims, bindings = read_dims(means.dim), read_bindings(means.bind)
     refuse_existing(bundle, force=force, is_folder=True)
     pause_to_the_end()
     made = splitonnx.cut(
@@ -242,16 +247,14 @@ def cut(
         tail_at=tail_at or (),
         loss=loss or "cross-entropy",
         output=output,
-        optimizer=make_optimizer(
-            optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm
-        ),
-        batchnorm=means.read_batchnorm(),
+        optimizer=optimizing,
+        batchnorm=batchnorm,
         dropout=None if dropout is None else dropout.value,
         train=train or (),
         freeze=freeze or (),
-        dims=read_dims(means.dim),
-        bind=read_bindings(means.bind),
-        ties=means.read_ties(),
+        dims=dims,
+        bind=bindings,
+        ties=ties,
         stop_gradients=means.stop_gradient or (),
         class_axis=means.class_axis,
         labels=means.labels,

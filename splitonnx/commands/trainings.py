@@ -133,6 +133,15 @@ class LocalOptions(ModelOptions):
         """
         if self.force and self.merged is None:
             raise UsageError("--force needs an output to overwrite; name it with -o")
+        optimizer = make_optimizer(
+            self.optimizer,
+            lr=lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+        )
+        batchnorm, ties = self.read_batchnorm(), self.read_ties()
+        dims, bindings = read_dims(self.dim), read_bindings(self.bind)
         if self.merged is not None:
             refuse_existing(self.merged, force=self.force)
         return splitonnx.cut(
@@ -140,20 +149,14 @@ class LocalOptions(ModelOptions):
             at=None,
             loss=self.loss or "cross-entropy",
             output=self.output,
-            optimizer=make_optimizer(
-                self.optimizer,
-                lr=lr,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-                clip_norm=self.clip_norm,
-            ),
-            batchnorm=self.read_batchnorm(),
+            optimizer=optimizer,
+            batchnorm=batchnorm,
             dropout=None if self.dropout is None else self.dropout.value,
             train=self.train or (),
             freeze=self.freeze or (),
-            dims=read_dims(self.dim),
-            bind=read_bindings(self.bind),
-            ties=self.read_ties(),
+            dims=dims,
+            bind=bindings,
+            ties=ties,
             stop_gradients=self.stop_gradient or (),
             class_axis=self.class_axis,
             labels=self.labels,

@@ -89,6 +89,7 @@ from splitonnx.errors.models import (
 )
 from splitonnx.errors.roots import (
     SplitonnxError,
+    count_some,
     flatten,
     list_some,
     quote,
@@ -166,6 +167,7 @@ __all__ = [
     "WorkerLost",
     "WrongExport",
     "WrongRuntime",
+    "count_some",
     "flatten",
     "list_some",
     "quote",

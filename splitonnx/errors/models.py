@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitonnx.errors.roots import SplitonnxError, quote
+from splitonnx.errors.roots import SplitonnxError, count_some, quote
 
 
 class ModelError(SplitonnxError):
@@ -226,7 +226,7 @@ class NotACut(CutError):
     def __str__(self) -> str:
         named = list(dict.fromkeys(self.tensors))
         verb = "does" if len(named) == 1 else "do"
-        return f"{quote(named)} {verb} not divide the model: {self._describe()}"
+        return f"{count_some(named)} {verb} not divide the model: {self._describe()}"
 
     def _describe(self) -> str:
         others = " or ".join(f"'{name}'" for name in self.others)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def quote(names: Iterable[str]) -> str:
@@ -14,6 +14,13 @@ def list_some(names: Iterable[str], most: int = 8) -> str:
     """Quote the first names for an error message, as in ``'a', 'b', ...``, or return ``none``."""
     held = list(names)
     return (quote(held[:most]) or "none") + (", ..." if len(held) > most else "")
+
+
+def count_some(names: Sequence[str], most: int = 4) -> str:
+    """Quote names for a sentence; of more than ``most``, quote fewer and count the others."""
+    if len(names) <= most:
+        return quote(names)
+    return f"{quote(names[: most - 1])} and {len(names) - most + 1} more"
 
 
 def flatten(text: str, most: int = 300) -> str:

@@ -30,16 +30,16 @@ def test_an_option_s_help_says_what_holds_where_there_is_no_default() -> None:
 @pytest.mark.parametrize(
     ("option", "limit"),
     [
-        ("--max-strangers", "unauthenticated"),
-        ("--max-unauthenticated", "unauthenticated"),
-        ("--max-stranger-bytes", "unauthenticated_bytes"),
-        ("--max-unauthenticated-bytes", "unauthenticated_bytes"),
+        ("--max-strangers", "--max-unauthenticated"),
+        ("--max-unauthenticated", "--max-unauthenticated"),
+        ("--max-stranger-bytes", "--max-unauthenticated-bytes"),
+        ("--max-unauthenticated-bytes", "--max-unauthenticated-bytes"),
     ],
 )
 def test_the_earlier_name_of_an_option_still_works(
     option: str, limit: str, command: Command, tmp_path: Path
 ) -> None:
-    assert f"limit {limit} must be positive" in command.fail("serve", tmp_path, option, 0)
+    assert f"splitonnx: {limit} must be positive" in command.fail("serve", tmp_path, option, 0)
 
 
 def test_the_values_of_the_options_become_the_limits() -> None:
@@ -49,8 +49,14 @@ def test_the_values_of_the_options_become_the_limits() -> None:
 
 
 def test_a_value_out_of_range_is_refused() -> None:
-    with pytest.raises(UsageError, match="limit batch must be positive"):
+    with pytest.raises(UsageError, match=r"^--max-batch must be positive"):
         make_limits(max_batch=0)
+
+
+def test_limits_that_contradict_each_other_are_named_as_options() -> None:
+    with pytest.raises(UsageError) as caught:
+        make_limits(max_message_seconds=20.0, max_idle_seconds=10.0)
+    assert str(caught.value) == "--max-message-seconds (20) is larger than --max-idle-seconds (10)"
 
 
 def test_the_help_of_serve_shows_every_limit(command: Command) -> None:

@@ -167,3 +167,28 @@ def test_verify_exits_with_1_where_split_and_unsplit_differ(
     assert code == 1
     assert "not equal" in out
     assert command(*arguments, 1e-4)[0] == 0
+
+
+def test_a_wrong_option_is_told_before_an_output_that_exists(
+    command: Command, tmp_path: Path
+) -> None:
+    line = ("cut", MODEL, "--at", AT, "--send-labels", "-o", tmp_path)
+    assert "there is no optimizer 'sdg'" in command.fail(*line, "--optimizer", "sdg")
+    assert "write it as" in command.fail(*line, "--dim", "T")
+    assert "it exists already" in command.fail(*line)
+
+
+def test_a_model_in_place_of_a_bundle_is_told_apart(command: Command, tmp_path: Path) -> None:
+    reason = command.fail("merge", MODEL, "-o", tmp_path / "merged.onnx")
+    assert "it is a file, but a bundle is a folder" in reason
+    assert "splitonnx cut" in reason
+
+
+def test_a_value_that_is_not_a_choice_is_told_plainly(command: Command, tmp_path: Path) -> None:
+    reason = command.fail("export", tmp_path, "--for", "desktop")
+    assert "Invalid value for '--for': 'desktop' is not one of 'mobile'" in reason
+
+
+def test_check_and_inspect_take_the_mode_of_dropout(command: Command) -> None:
+    assert "can be trained" in command.succeed("check", MODEL, "--dropout", "off")
+    assert AT in command.succeed("inspect", MODEL, "--dropout", "keep")

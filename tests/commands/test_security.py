@@ -114,8 +114,8 @@ def test_with_tls_both_sides_know_each_other(
         (["--tls-cert", "missing.pem", "--tls-key", "missing.pem"], "missing.pem"),
         (["--token-file", "missing"], "missing"),
         (["--origin", "lab.example"], "not an origin"),
-        (["--max-clients", "0"], "clients must be positive"),
-        (["--max-idle-seconds", "1"], "message_seconds"),
+        (["--max-clients", "0"], "--max-clients must be positive"),
+        (["--max-idle-seconds", "1"], "--max-message-seconds"),
         (["--quiet", "--log-level", "debug"], "exclude each other"),
     ],
 )

@@ -40,6 +40,7 @@ from tests.support.sentences import check_sentence
         (InputsNotPermitted(("a",), ("x", "y z")), ("'a'", "--send-input x --send-input 'y z' (")),
         (InputsNotPermitted(("x",), ("x",), labels=True), ("'x'", "input x --send-labels (")),
         (LabelsNotPermitted(), ("--send-labels", "send_labels=True", "--tail-at")),
+        (NotACut(tuple("abcdefgh"), reason="it is odd"), ("'a', 'b', 'c' and 5 more", "odd")),
         (NotACut(("a",), reason="it is an input"), ("'a'", "it is an input")),
         (IntegerCut("t", "I64", ("w",)), ("'t'", "I64", "'w'")),
         (

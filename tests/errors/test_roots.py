@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import splitonnx.errors
-from splitonnx.errors.roots import SplitonnxError, flatten, list_some, quote
+from splitonnx.errors.roots import SplitonnxError, count_some, flatten, list_some, quote
 
 KINDS = [
     kind
@@ -17,6 +17,11 @@ KINDS = [
 def test_names_stand_in_quotes_between_commas() -> None:
     assert quote(["a", "b"]) == "'a', 'b'"
     assert quote([]) == ""
+
+
+def test_of_many_names_a_few_are_quoted_and_the_others_counted() -> None:
+    assert count_some(["a", "b", "c", "d"]) == "'a', 'b', 'c', 'd'"
+    assert count_some(["a", "b", "c", "d", "e"]) == "'a', 'b', 'c' and 2 more"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from splitonnx import extras
 from splitonnx.errors import MissingExtra, NativeCrash, ProcessFailed, WrongRuntime
 from splitonnx.partitioner.differentiation import gradients
 from splitonnx.partitioner.gate.gates import open_model
@@ -156,6 +157,20 @@ def test_a_runtime_that_cannot_differentiate_is_told(
 
     monkeypatch.setattr(gradients, "call", refuse)
     with pytest.raises(error, match=r"splitonnx\[cpu\]"):
+        cut(ZOO["chain"].build(), at="act1", loss="mse")
+
+
+@pytest.mark.parametrize("kind", ["ModuleNotFoundError", "StockRuntime"])
+def test_no_extra_is_advised_where_it_brings_no_gradients(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise Refused(kind, "")
+
+    monkeypatch.setattr(gradients, "call", refuse)
+    for module in (gradients, extras):
+        monkeypatch.setattr(module, "has_training_wheel", lambda: False)
+    with pytest.raises(MissingExtra, match="cut the model on such a machine"):
         cut(ZOO["chain"].build(), at="act1", loss="mse")
 
 
