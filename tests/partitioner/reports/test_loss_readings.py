@@ -65,6 +65,17 @@ def test_only_scores_of_the_model_given_are_advised_as_its_output() -> None:
         )
 
 
+def test_the_scores_of_one_of_several_activations_are_not_advised() -> None:
+    net = Net()
+    for part in ("a", "b"):
+        net.op("MatMul", "x", net.weight(f"{part}.w", 4, 2), out=f"{part}.scores")
+        net.op("Softmax", f"{part}.scores", out=part, axis=1)
+    model = net.finish({"x": (FLOAT, ["N", 4])}, net.op("Concat", "a", "b", out="y", axis=1), 4)
+    (remark,) = remark_on_loss(prepare(open_model(model)), ["cross-entropy"], "y")
+    assert remark.kind is Kind.ACTIVATION_TWICE
+    assert "scores' as its output" not in remark.sentence
+
+
 def test_the_loss_that_skips_the_activation_is_offered() -> None:
     (remark,) = list_remarks([("Sigmoid", [], {})], "cross-entropy", "mse", "bce-with-logits")
     assert remark.kind is Kind.ACTIVATION_TWICE
