@@ -65,7 +65,8 @@ def check_modes(network: str, model: onnx.ModelProto, layout: Layout, seen: Obse
     """Check the mode and momentum of each BatchNormalization, and that no dropout is missing.
 
     Raises:
-        WrongExport: a mode or a momentum differs, or there are fewer dropouts than in the network.
+        WrongExport: a mode or a momentum differs, there are fewer dropouts than in the network, or
+            it is random without any.
     """
     nodes = list(model.graph.node)
     modes = {
@@ -83,9 +84,24 @@ def check_modes(network: str, model: onnx.ModelProto, layout: Layout, seen: Obse
                 raise WrongExport(network, f"BatchNormalization '{module}'", expected, what)
     _check_momenta(network, nodes, layout, seen)
     drops = sum(node.op_type in _RANDOM and is_on(node) for node in nodes)
-    if drops < max(seen.dropouts, seen.is_random):
-        expected = f"{max(seen.dropouts, int(seen.is_random))} or more nodes"
-        raise WrongExport(network, "its dropout", expected, f"{drops}")
+    if drops < seen.dropouts:
+        count = f"{seen.dropouts} or more Dropout nodes"
+        raise WrongExport(network, "its dropout", count, f"{drops}")
+    if seen.is_random and not drops:
+        _refuse_random(network, model)
+
+
+def _refuse_random(network: str, model: onnx.ModelProto) -> None:
+    """Refuse a network whose results are random for another reason than a Dropout."""
+    node = find_random(model)
+    raise WrongExport(
+        network,
+        "what is random in training",
+        "a dropout",
+        f"drawn in node '{node}'" if node is not None else "gone from the file",
+        "draw the random numbers outside of the network and pass them to forward as an input, or "
+        "use nn.Dropout or F.dropout",
+    )
 
 
 def _check_momenta(

@@ -100,8 +100,22 @@ def test_a_dropout_that_is_gone_or_off_is_refused(dropouts: int, is_random: bool
     on = helper.make_node("Dropout", ["h", "ratio", "on"], ["y"])
     seen = see(dropouts=dropouts, is_random=is_random)
     check_modes("Net", build({}, norm, on), LAYOUT, seen)
-    with pytest.raises(WrongExport, match="its dropout: it should be 1 or more nodes, but is 0"):
+    words = (
+        "its dropout: it should be 1 or more Dropout nodes, but is 0"
+        if dropouts
+        else "what is random in training: it should be a dropout, but is gone from the file"
+    )
+    with pytest.raises(WrongExport, match=words):
         check_modes("Net", build({}, norm, off), LAYOUT, seen)
+
+
+def test_noise_without_dropout_is_refused_with_the_node_that_draws_it() -> None:
+    norm = helper.make_node(
+        "BatchNormalization", ["x", "s", "b", "n.running_mean", "v"], ["h"], training_mode=1
+    )
+    noise = helper.make_node("RandomNormalLike", ["h"], ["y"], "noise")
+    with pytest.raises(WrongExport, match="drawn in node 'noise'; draw the random numbers outside"):
+        check_modes("Net", build({}, norm, noise), LAYOUT, see(is_random=True))
 
 
 @pytest.mark.parametrize(("momentum", "expected"), [(0.3, "0.7"), (None, "a growing one")])
