@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -19,6 +20,7 @@ import onnx
 from splitonnx.errors import NotExported, TorchNeeded
 from splitonnx.torch.environment import has_onnxscript
 from splitonnx.torch.examples import Example
+from splitonnx.torch.gradients.detachments import replace_detachments, writing_detachments
 
 OPSET = 18
 """An opset that both exporters write and that needs no conversion for training."""
@@ -30,6 +32,18 @@ _REFUSALS = (
 _MOST = 4096
 
 
+@dataclass(frozen=True, kw_only=True)
+class Called:
+    """What an exporter returned: the model, and the tensors that it wrote for each ``detach``.
+
+    ``exporter`` is ``legacy`` or ``dynamo``.
+    """
+
+    model: onnx.ModelProto
+    exporter: str
+    detached: tuple[str, ...]
+
+
 def call_exporter(
     torch: Any,
     model: Any,
@@ -38,15 +52,12 @@ def call_exporter(
     varying: Sequence[str],
     *,
     recurrent_dropout: bool,
-) -> tuple[onnx.ModelProto, str]:
+) -> Called:
     """Export a network in the modes its modules are in.
 
     ``outputs`` names all outputs; ``varying`` names those with the batch as their first axis.
     If ``recurrent_dropout`` is true, the legacy exporter is not tried, because it refuses dropout
     between recurrent layers.
-
-    Returns:
-        The model, and the name of the exporter: ``legacy`` or ``dynamo``.
 
     Raises:
         NotExported: neither exporter can export the network.
@@ -68,7 +79,8 @@ def call_exporter(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 warnings.simplefilter("ignore", FutureWarning)
-                return call(torch, model, example, outputs, varying), name
+                made = call(torch, model, example, outputs, varying)
+            return Called(model=made, exporter=name, detached=replace_detachments(made))
         except _REFUSALS as error:
             reasons[name] = _explain(error)
     raise NotExported(type(model).__name__, reasons)
@@ -83,6 +95,18 @@ def _explain(error: Exception) -> str:
 
 
 def _call_legacy(
+    torch: Any, model: Any, example: Example, outputs: Sequence[str], varying: Sequence[str]
+) -> onnx.ModelProto:
+    with writing_detachments(torch, OPSET) as written:
+        try:
+            return _trace(torch, model, example, outputs, varying)
+        except _REFUSALS:
+            if not written:
+                raise
+    return _trace(torch, model, example, outputs, varying)  # it has to read a detached tensor
+
+
+def _trace(
     torch: Any, model: Any, example: Example, outputs: Sequence[str], varying: Sequence[str]
 ) -> onnx.ModelProto:
     written = io.BytesIO()

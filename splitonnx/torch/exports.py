@@ -20,6 +20,8 @@ from splitonnx.torch.calls import call_exporter
 from splitonnx.torch.comparisons import check_modes, check_tensors, compare_results
 from splitonnx.torch.environment import import_torch
 from splitonnx.torch.examples import Example, read_example
+from splitonnx.torch.gradients.agreements import Training, compare_gradients
+from splitonnx.torch.gradients.detachments import find_paddings, stop_paddings
 from splitonnx.torch.networks import (
     Layout,
     keeping_state,
@@ -48,10 +50,12 @@ class Export:
     ``model`` is the model's bytes, which ``cut`` accepts, and ``path`` is the file, if one was
     written.  ``exporter`` is ``legacy`` or ``dynamo``.  ``parameters`` are the names of the stored
     parameters, ``unused`` those that the network does not use.  ``difference`` is the largest
-    relative difference between results of the model and of the network.
+    relative difference between results of the model and of the network, and
+    ``gradient_difference`` that between gradients, or ``None`` if gradients were not compared.
 
-    Pass ``freeze`` and ``train`` to ``cut`` as the arguments of the same names.  Without them,
-    ``cut`` would train tensors that the network does not train, or the other way round.
+    Pass ``freeze``, ``train`` and ``stop_gradients`` to ``cut`` as the arguments of the same names.
+    Without them, ``cut`` would train tensors that the network does not train, or the other way
+    round, or pass gradients through a ``detach`` or to the padding of an Embedding.
     """
 
     model: bytes = field(repr=False)
@@ -63,7 +67,9 @@ class Export:
     unused: tuple[str, ...]
     freeze: tuple[str, ...]
     train: tuple[str, ...]
+    stop_gradients: tuple[str, ...]
     difference: float
+    gradient_difference: float | None
 
 
 def export(
@@ -79,7 +85,8 @@ def export(
     BatchNormalization and Dropout stay in training mode, nothing is folded, the first axis of every
     input is a batch of any size, and parameters keep their names.  The result is compared with the
     network: names and values of its tensors, modes, and results in eval and in training mode, for
-    two batch sizes.  The network itself is not changed.
+    two batch sizes.  Its gradients, as ``cut`` computes them, are compared with those of the
+    network, without dropout.  The network itself is not changed.
 
     A network in eval mode is exported as if it were in training mode.  In a network in training
     mode, modules that you put into eval mode stay frozen.
@@ -118,7 +125,7 @@ def export(
         seen = observe(torch, model, inputs)
     with keeping_state(torch, model):
         start_training(model)
-        proto, exporter = call_exporter(
+        called = call_exporter(
             torch,
             model,
             inputs,
@@ -126,10 +133,12 @@ def export(
             varying,
             recurrent_dropout=seen.recurrent_dropout,
         )
+    proto = called.model
     restore_buffers(proto, {n: array for n, array in arrays.items() if n in layout.buffers})
     means = {other for mean in seen.training for other in layout.groups[mean]}
     train_batchnorms(proto, means)
     turn_on_dropouts(proto)
+    padded = stop_paddings(proto, find_paddings(torch, model, layout))
     mark_checked(proto)
     check_tensors(name, proto, layout, arrays, seen)
     check_modes(name, proto, layout, seen)
@@ -137,6 +146,13 @@ def export(
         start_training(model)
         difference = compare_results(torch, model, proto, inputs, outputs, seen)
     freeze, train = _find_trained(proto, layout, seen.unused)
+    training = Training(model=proto, freeze=freeze, train=train)
+    with keeping_state(torch, model):
+        start_training(model)
+        agreement = compare_gradients(
+            torch, model, training, inputs, outputs, layout, (*called.detached, *padded)
+        )
+    _say_stops(agreement.stop_gradients)
     content: bytes = proto.SerializeToString()
     if target is not None:
         _write(target, content)
@@ -144,14 +160,16 @@ def export(
     return Export(
         model=content,
         path=target,
-        exporter=exporter,
+        exporter=called.exporter,
         inputs=tuple(value.name for value in proto.graph.input),
         outputs=tuple(outputs),
         parameters=tuple(sorted(stored & layout.parameters)),
         unused=tuple(sorted(seen.unused)),
         freeze=freeze,
         train=train,
+        stop_gradients=agreement.stop_gradients,
         difference=difference,
+        gradient_difference=agreement.difference,
     )
 
 
@@ -211,6 +229,19 @@ def _find_trained(
                 pattern[0],
             )
     return freeze, train
+
+
+def _say_stops(names: Sequence[str]) -> None:
+    """Log the tensors at which ``cut`` has to stop gradients."""
+    if names:
+        options = " ".join(f"--stop-gradient '{name}'" for name in names)
+        _log.warning(
+            "the network passes no gradient through %s: cut the model with stop_gradients=%r, "
+            "which Export.stop_gradients has too (%s)",
+            ", ".join(names),
+            list(names),
+            options,
+        )
 
 
 def _check_types(model: Any, example: Example) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,3 +96,44 @@ class Channelwise(nn.Module):
     def forward(self, rows: Any) -> Any:
         """(N, 4, 3) to (N, 4, 2)."""
         return self.linear(self.dropout(rows))
+
+
+class Gated(nn.Module):
+    """A layer that is read by two paths; the gate reads what ``stop`` makes of it."""
+
+    def __init__(self, stop: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.enc, self.gate, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.stop = stop
+
+    def forward(self, rows: Any) -> Any:
+        """(N, 4) to (N, 3)."""
+        hidden = torch.tanh(self.enc(rows))
+        return self.out(torch.sigmoid(self.gate(self.stop(hidden))) * hidden)
+
+
+class Rounding(torch.autograd.Function):
+    """Round to thirds, with the gradient of the identity (straight through)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any) -> Any:
+        """Round."""
+        return torch.round(3 * hidden) / 3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        """Pass the gradient on."""
+        return gradient
+
+
+class Padded(nn.Module):
+    """An embedding with a row for padding, which PyTorch does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6, padding_idx=2)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, tokens: Any) -> Any:
+        """(N, 5) integers below 7 to (N, 3)."""
+        return self.last(torch.tanh(self.embedding(tokens)).mean(1))

@@ -22,10 +22,9 @@ def refuse(*_: object, **__: object) -> None:
 def test_names_dynamic_batch_and_training_mode_are_kept() -> None:
     network = Tied()
     example = read_example(torch, network, torch.randint(0, 12, (4, 5)))
-    model, exporter = call_exporter(
-        torch, network, example, ["scores"], ["scores"], recurrent_dropout=False
-    )
-    assert exporter == "legacy"
+    called = call_exporter(torch, network, example, ["scores"], ["scores"], recurrent_dropout=False)
+    model = called.model
+    assert (called.exporter, called.detached) == ("legacy", ())
     batches = [v.type.tensor_type.shape.dim[0].dim_param for v in (model.graph.input[0],)]
     assert batches == ["N"]
     assert [value.name for value in model.graph.output] == ["scores"]

@@ -1,0 +1,111 @@
+"""Keep what exporters leave out because it only changes gradients: ``detach`` and padding.
+
+While the legacy exporter runs, each ``detach`` is written as a node of its own.  Afterwards, this
+node becomes an Identity, whose result can be named in ``cut``'s ``stop_gradients``.  The dynamo
+exporter writes an Identity by itself.
+
+The row of an Embedding for ``padding_idx`` gets no gradient from its lookups.  Both exporters leave
+this out, and it is written in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from splitonnx.partitioner.gate.walks import list_nodes
+from splitonnx.torch.networks import Layout
+
+_DOMAIN, _OPERATOR = "splitonnx.torch", "Detach"
+_SYMBOL = "aten::detach"
+_DYNAMO = re.compile(r"detach(_\d+)?")
+"""The names that the dynamo exporter gives to the results of ``detach``."""
+
+
+@contextmanager
+def writing_detachments(torch: Any, opset: int) -> Iterator[list[str]]:
+    """Have the legacy exporter write each ``detach`` as a node in a ``with`` block.
+
+    The list given to the block has an entry for each node that was written.
+    """
+    written: list[str] = []
+
+    def write(graph: Any, value: Any) -> Any:
+        if value.node().kind().endswith("::Constant"):  # which the exporter may have to read
+            return value
+        written.append(value.debugName())
+        return graph.op(f"{_DOMAIN}::{_OPERATOR}", value).setType(value.type())
+
+    torch.onnx.register_custom_op_symbolic(_SYMBOL, write, opset)
+    try:
+        yield written
+    finally:
+        torch.onnx.unregister_custom_op_symbolic(_SYMBOL, opset)
+
+
+def replace_detachments(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Replace the nodes for ``detach`` by Identity nodes in place, and name the latter's results.
+
+    Only results in the model's own graph are named, in the order of the graph.
+    """
+    for node in list_nodes(model.graph.node):
+        if (node.domain, node.op_type) == (_DOMAIN, _OPERATOR):
+            node.domain, node.op_type = "", "Identity"
+            node.doc_string = _SYMBOL
+    for imported in list(model.opset_import):
+        if imported.domain == _DOMAIN:
+            model.opset_import.remove(imported)
+    return tuple(node.output[0] for node in model.graph.node if _is_detachment(node))
+
+
+def _is_detachment(node: onnx.NodeProto) -> bool:
+    if node.op_type != "Identity" or node.domain:
+        return False
+    return node.doc_string == _SYMBOL or bool(_DYNAMO.fullmatch(node.output[0]))
+
+
+def find_paddings(torch: Any, network: Any, layout: Layout) -> dict[str, int]:
+    """Map each name of the weight of an Embedding with a ``padding_idx`` to this index."""
+    own = {
+        f"{name}.weight" if name else "weight": int(module.padding_idx)
+        for name, module in network.named_modules(remove_duplicate=False)
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+    }
+    return {other: at for name, at in own.items() for other in layout.groups.get(name, (name,))}
+
+
+def stop_paddings(model: onnx.ModelProto, paddings: Mapping[str, int]) -> tuple[str, ...]:
+    """Write, for each lookup in an Embedding with padding, what is found for padding on its own.
+
+    Name the tensors at which gradients must be stopped.  The model is changed in place, but what it
+    computes is not: ``y`` becomes ``Where(indices == padding, Identity(y), y)``.
+    """
+    graph = model.graph
+    stops = []
+    for node in [n for n in graph.node if n.op_type == "Gather" and n.input[0] in paddings]:
+        if any(attribute.name == "axis" and attribute.i for attribute in node.attribute):
+            continue
+        (name,) = node.output
+        rows, stop, index = f"{name}.rows", f"{name}.padding", f"{name}.padding_index"
+        node.output[0] = rows
+        padding = numpy_helper.from_array(np.array(paddings[node.input[0]], np.int64), index)
+        last = numpy_helper.from_array(np.array([-1], np.int64), f"{name}.last_axis")
+        graph.initializer.extend([padding, last])
+        added = [
+            helper.make_node("Identity", [rows], [stop]),
+            helper.make_node("Cast", [node.input[1]], [f"{name}.indices"], to=padding.data_type),
+            helper.make_node("Equal", [f"{name}.indices", index], [f"{name}.is_padding"]),
+            helper.make_node("Unsqueeze", [f"{name}.is_padding", last.name], [f"{name}.mask"]),
+            helper.make_node("Where", [f"{name}.mask", stop, rows], [name]),
+        ]
+        at = list(graph.node).index(node) + 1
+        for offset, one in enumerate(added):
+            graph.node.insert(at + offset, one)
+        stops.append(stop)
+    return tuple(stops)
