@@ -6,7 +6,8 @@ that would send raw inputs or labels without the user's permission.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -29,7 +30,9 @@ from splitonnx.partitioner.differentiation.losses import LABELS
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
-from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size
+from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, reads_size
+
+_log = logging.getLogger(__name__)
 
 _LAYERS = frozenset(
     {"Conv", "ConvTranspose", "DeformConv", "Einsum", "FusedMatMul", "GRU", "Gather", "Gemm",
@@ -64,7 +67,7 @@ class Permission:
         raw = _list_raw(prepared)
         sent = {name for inputs in leaving.values() for name in inputs}
         self._check_named(sent, raw - prepared.state)
-        self._check_labels(sends_labels(training, raw))
+        self._check_labels(sends_labels(training, raw), find_labels_in_gradients(training, raw))
 
     @attribute_errors_to_pass("searched for what leaves the client")
     def check_forward(self, prepared: PreparedModel, training: JointGraph) -> None:
@@ -100,8 +103,10 @@ class Permission:
         missing = sorted({name for inputs in unnamed.values() for name in inputs})
         if missing:
             tensors = [tensor for tensor, inputs in unnamed.items() if inputs]
-            needs_labels = sends_labels(training, raw)
-            raise InputsNotPermitted(tensors, missing, labels=needs_labels and not self.labels)
+            needs_labels = sends_labels(training, raw) or find_labels_in_gradients(training, raw)
+            raise InputsNotPermitted(
+                tensors, missing, labels=bool(needs_labels) and not self.labels
+            )
         return leaving
 
     def _check_named(self, leaving: set[str], raw: set[str]) -> None:
@@ -117,11 +122,18 @@ class Permission:
                 "name the input with --at too"
             )
 
-    def _check_labels(self, are_sent: bool) -> None:
-        if are_sent and not self.labels:
-            raise LabelsNotPermitted
-        if self.labels and not are_sent:
+    def _check_labels(self, are_sent: bool, telling: Sequence[str]) -> None:
+        """Check the labels, and those in the gradients of the tensors named in ``telling``."""
+        if (are_sent or telling) and not self.labels:
+            raise LabelsNotPermitted(gradients=telling)
+        if self.labels and not are_sent and not telling:
             raise UsageError("--send-labels: this cut does not send the labels; leave it out")
+        if telling:
+            _log.warning(
+                "the server can compute the labels from the gradient of %s, as --send-labels "
+                "permits: the client has no layer of weights between it and the loss",
+                quote(telling),
+            )
 
 
 def _list_raw(prepared: PreparedModel) -> set[str]:
@@ -173,6 +185,63 @@ def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
     labels = {name for name in joint.data if name not in inputs}
     sent = [wire for wire in joint.wires if wire.kind is WireKind.INPUT]
     return any(wire.tensor.name.rpartition("@")[0] in labels for wire in sent)
+
+
+def find_labels_in_gradients(joint: JointGraph, inputs: set[str]) -> list[str]:
+    """List the tensors whose gradient, sent by the client, tells the server the labels.
+
+    Such a gradient is computed from the labels along a path without a layer of weights that only
+    the client has: the server, which computed the tensor itself, can then compute the labels.
+    ``inputs`` names the inputs of the model; the labels are the data that are not among them.
+    """
+    labels = {name for name in joint.data if name not in inputs}
+    reached = {value for value in joint.graph.inputs if value.name in labels}
+    layers = _find_layers(joint.graph, {n for n, own in joint.owners.items() if own == {CLIENT}})
+    for node in joint.graph:
+        if node not in layers and not reads_size(node) and reached.intersection(list_inputs(node)):
+            reached.update(node.outputs)
+    return [
+        wire.tensor.name.removesuffix(f"@{CLIENT}_grad")
+        for wire in joint.wires
+        if wire.kind is WireKind.GRADIENT
+        and wire.crossing.sender == CLIENT
+        and wire.crossing.value in reached
+    ]
+
+
+def find_bare_ends(graph: ir.Graph, weights: Collection[str]) -> set[ir.Value]:
+    """Find the values from which a path without a layer of weights leads to an output.
+
+    A cut that sends such a value back, and its gradient to the server, tells the server the labels.
+    ``weights`` names the graph inputs that are weights.
+    """
+    layers = _find_layers(graph, weights)
+    found = set(graph.outputs)
+    for node in reversed(graph):
+        if node not in layers and not reads_size(node) and found.intersection(node.outputs):
+            found.update(list_inputs(node))
+    return found
+
+
+def _find_layers(graph: ir.Graph, weights: Collection[str]) -> set[ir.Node]:
+    """Find the nodes that mix numbers by some weights, or by values computed from these alone."""
+    secret = {value for value in graph.inputs if value.name in weights}
+    layers = set()
+    for node in graph:
+        read = list_inputs(node)
+        if not secret.intersection(read):
+            continue
+        if _is_layer(node):
+            layers.add(node)
+        if all(v in secret or ir.convenience.get_const_tensor(v) is not None for v in read):
+            secret.update(node.outputs)
+    return layers
+
+
+def _is_layer(node: ir.Node) -> bool:
+    """Return whether a node, or a node in its bodies, mixes numbers by weights."""
+    kinds = (inner.op_type.removesuffix("Grad") for inner in (node, *list_inner(node)))
+    return any(kind in _LAYERS for kind in kinds)
 
 
 def cut(
@@ -246,7 +315,8 @@ def cut(
             raw if it is in ``at``, or if a tensor in ``at`` is computed from it without a layer of
             weights.
         send_labels: whether the labels may leave the client.  A cut without ``tail_at`` requires
-            this, because the server then computes the loss.
+            this, because the server then computes the loss.  So does a cut whose tail has no layer
+            of weights, because the server could then compute the labels from the gradient.
         check: whether to compare the cut model with the original on random inputs.  The expected
             results come from onnx's reference evaluator and from ONNX Runtime without
             optimizations.  Small differences, and whatever cannot be compared, are logged as

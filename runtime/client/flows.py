@@ -54,6 +54,11 @@ class Dependence:
     is_bare: bool
     layers: tuple[Layer, ...]
 
+    @property
+    def tells_values(self) -> bool:
+        """Return whether the array's elements reach the tensor without a node with weights."""
+        return self.is_bare and self.extent is Extent.VALUES
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:

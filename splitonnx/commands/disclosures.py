@@ -12,6 +12,7 @@ import splitonnx
 from splitonnx.commands import printing
 from splitonnx.commands.logs import escape
 from splitonnx.commands.options import JsonOption
+from splitonnx.disclosures import LABELS
 from splitonnx.names import EVALUATE, PREDICT, TRAIN
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def list_lines(explanation: Explanation) -> Iterator[str]:
 def _list_sentences(array: ArrayExplanation) -> Iterator[tuple[str, str]]:
     subject = f"{array.kind} '{array.name}' {array.declared}"
     for way in array.ways:
-        yield subject, str(way)
+        tells = array.kind == LABELS and not way.is_itself and way.dependence.tells_values
+        yield subject, f"{way}{', so the server can compute the labels from it' if tells else ''}"
     if not array.ways:
         yield subject, "stays here: no path leads from it to anything that leaves"
     if array.updates:

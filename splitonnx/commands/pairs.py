@@ -16,6 +16,9 @@ NAMES = ("at", "tail at")
 SIZES = ("up / sample", "down / sample", "client params", "server params")
 """The headings of the table; the columns of ``SIZES`` are right-aligned."""
 
+LABELS_MARK = " (tells labels)"
+"""The mark of a pair that ``cut`` takes only with ``--send-labels``."""
+
 
 def print_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> None:
     """Print a table of pairs at which the model can be cut in a U-shape.
@@ -28,6 +31,11 @@ def print_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> None:
     sentence = describe_choice(pairs, is_end_named=is_end_named)
     if sentence is not None:
         print(escape(sentence))
+    if any(pair.tells_labels for pair in shown):
+        print(
+            f"{LABELS_MARK.strip()}: the client has no layer of weights behind this tail, so the "
+            "server could compute the labels from its gradient; cut asks for --send-labels"
+        )
 
 
 def choose_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> Sequence[PairCandidate]:
@@ -44,7 +52,7 @@ def list_pair_cells(pair: PairCandidate) -> Sequence[str]:
     client = pair.head_parameters + pair.tail_parameters
     return (
         " + ".join(pair.at),
-        " + ".join(pair.tail_at),
+        " + ".join(pair.tail_at) + (LABELS_MARK if pair.tells_labels else ""),
         format_bytes(pair.bytes_up),
         format_bytes(pair.bytes_down),
         f"{client:,} ({pair.client_share:.0%})",

@@ -202,7 +202,8 @@ def cut(
         bool,
         typer.Option(
             "--send-labels",
-            help="Let the labels leave the client, as a cut without --tail-at needs.",
+            help="Let the labels leave the client, as a cut without --tail-at needs, or one "
+            "whose tail has no layer of weights.",
         ),
     ] = False,
     loss: LossOption = None,

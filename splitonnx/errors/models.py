@@ -274,9 +274,24 @@ class InputsNotPermitted(CutError):
 
 @dataclass(eq=False)
 class LabelsNotPermitted(CutError):
-    """A cut would send the labels to the server without the user's permission."""
+    """A cut would send the labels to the server without the user's permission.
+
+    ``gradients`` names tensors whose gradients tell the server the labels; it is empty if the
+    labels themselves would be sent.
+    """
+
+    gradients: Sequence[str] = ()
 
     def __str__(self) -> str:
+        if self.gradients:
+            return (
+                "the client has no layer of weights between the loss and "
+                f"{quote(self.gradients)}, so the server could compute the labels from the "
+                "gradient that this cut sends; cut further forward with --tail-at NAME "
+                "(tail_at=), before the last layer of weights, so that the client has this layer; "
+                "or, to let the labels leave the client, add --send-labels (in Python: "
+                "send_labels=True)"
+            )
         return (
             "the server would compute the loss, so this cut would send the labels; to let them "
             "leave the client, add --send-labels (in Python: send_labels=True), or keep them there "

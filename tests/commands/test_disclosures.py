@@ -10,8 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import splitonnx
 from splitonnx.bundles import Bundle
 from tests.support.commands import AT, MODEL, TAIL_AT, Command, start
+from tests.support.zoo import ZOO
 
 HEAD = f"activation '{AT}' F32"
 TAIL = f"gradient of '{TAIL_AT}' F32"
@@ -136,3 +138,13 @@ def test_serve_logs_what_its_clients_send(bundle: Path) -> None:
         f"leaves the client per step: {HEAD}[N, 24, 8, 8] ({UP:,} bytes a sample), "
         f"{TAIL}[N, 48, 2, 2] ({DOWN:,} bytes a sample)"
     )
+
+
+def test_explain_says_that_a_gradient_tells_the_labels(command: Command, tmp_path: Path) -> None:
+    bare = splitonnx.cut(ZOO["chain"].build(), at="act1", tail_at="linear4", send_labels=True)
+    bare.save(tmp_path / "bare")
+    sentence = "so the server can compute the labels from it"
+    assert sentence in command.succeed("explain", tmp_path / "bare/client")
+    mixed = splitonnx.cut(ZOO["chain"].build(), at="act1", tail_at="act3")
+    mixed.save(tmp_path / "mixed")
+    assert sentence not in command.succeed("explain", tmp_path / "mixed/client")

@@ -33,6 +33,15 @@ def test_a_pair_is_written_with_bytes_and_shares() -> None:
     )  # fmt: skip
 
 
+def test_a_pair_that_tells_the_labels_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [make_pair(tells_labels=True), make_pair()]
+    assert [list_pair_cells(pair)[1] for pair in pairs] == ["t (tells labels)", "t"]
+    print_pairs(pairs, is_end_named=True)
+    assert "cut asks for --send-labels" in capsys.readouterr().out
+    print_pairs(pairs[1:], is_end_named=True)
+    assert "labels" not in capsys.readouterr().out
+
+
 def test_the_recommended_pairs_are_shown_unless_an_end_is_named() -> None:
     assert choose_pairs(PAIRS, is_end_named=False) == [PAIRS[1]]
     assert choose_pairs(PAIRS, is_end_named=True) == PAIRS

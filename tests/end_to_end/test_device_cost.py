@@ -151,7 +151,7 @@ def test_the_table_and_the_plot_show_every_network(benchmark: ModuleType) -> Non
 def test_clients_measure_their_steps_in_turn_on_what_a_server_once_said(
     benchmark: ModuleType, tmp_path: Path
 ) -> None:
-    bundle = cut(build_small(benchmark.SIDE), at="stem", tail_at="logits")
+    bundle = cut(build_small(benchmark.SIDE), at="stem", tail_at="logits", send_labels=True)
     bundle.save(tmp_path / "bundle")
     client = tmp_path / "bundle/client"
     with (

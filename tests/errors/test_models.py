@@ -41,6 +41,10 @@ from tests.support.sentences import check_sentence
         (InputsNotPermitted(("x",), ("x",), labels=True), ("'x'", "input x --send-labels (")),
         (LabelsNotPermitted(), ("--send-labels", "send_labels=True", "--tail-at")),
         (NotACut(tuple("abcdefgh"), reason="it is odd"), ("'a', 'b', 'c' and 5 more", "odd")),
+        (
+            LabelsNotPermitted(gradients=["y"]),
+            ("layer of weights between", "'y'", "--send-labels", "--tail-at", "before the last"),
+        ),
         (NotACut(("a",), reason="it is an input"), ("'a'", "it is an input")),
         (IntegerCut("t", "I64", ("w",)), ("'t'", "I64", "'w'")),
         (

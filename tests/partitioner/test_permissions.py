@@ -15,9 +15,12 @@ from onnx import helper
 import splitonnx
 from splitonnx.errors import InputsNotPermitted, LabelsNotPermitted, NotACut, UsageError
 from splitonnx.manifests import WireKind
-from splitonnx.names import CLIENT, TRAIN
+from splitonnx.names import CLIENT, TRAIN, Target
 from splitonnx.partitioner import partitions, permissions
 from splitonnx.partitioner.cutting import joints
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from tests.support.recordings import RecordingTransport
 from tests.support.zoo import FLOAT, ZOO, Net
 
 
@@ -55,6 +58,63 @@ def test_labels_stay_unless_they_are_named() -> None:
         splitonnx.cut(model, at="act1")
     assert list_data_sent(splitonnx.cut(model, at="act1", send_labels=True)) == {"labels@server"}
     assert list_data_sent(splitonnx.cut(model, at="act1", tail_at="act3")) == set()
+
+
+def build_tails() -> onnx.ModelProto:
+    """Build layers that end in what has no weights, a scale alone, or a product of two of them."""
+    net = Net()
+    image = net.op("Conv", "x", net.weight("k1", 4, 2, 3, 3), out="c1")
+    image = net.op("Conv", net.op("Relu", image, out="r1"), net.weight("k2", 3, 4, 3, 3), out="c2")
+    mixed = net.op("Conv", net.op("Relu", image, out="r2"), net.weight("k3", 3, 3, 1, 1), out="c3")
+    scaled = net.op("Mul", mixed, net.weight("scale", 3, 1, 1), out="s")
+    output = net.op("Flatten", net.op("GlobalAveragePool", scaled, out="pool"), out="scores")
+    return net.finish({"x": (FLOAT, ["N", 2, 6, 6])}, output, 3)
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+@pytest.mark.parametrize("loss", ["cross-entropy", "mse", "l1", "bce-with-logits"])
+def test_a_gradient_that_no_layer_of_the_tail_mixes_tells_the_labels(
+    loss: str, target: Target
+) -> None:
+    model = build_tails()
+    options: dict[str, Any] = {"loss": loss, "client_target": target, "check": False}
+    for tail in ("scores", "pool", "s", "c3"):
+        with pytest.raises(LabelsNotPermitted, match=f"between the loss and '{tail}'.*-labels"):
+            splitonnx.cut(model, at="r1", tail_at=tail, **options)
+        cut = splitonnx.cut(model, at="r1", tail_at=tail, send_labels=True, **options)
+        assert list_data_sent(cut) == set()
+    for tail in ("c2", "r2"):
+        assert splitonnx.cut(model, at="r1", tail_at=tail, **options).server
+        with pytest.raises(UsageError, match="does not send the labels"):
+            splitonnx.cut(model, at="r1", tail_at=tail, send_labels=True, **options)
+
+
+def test_the_labels_can_be_read_from_a_gradient_that_needs_the_permission(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bundle = splitonnx.cut(build_tails(), at="r1", tail_at="scores", send_labels=True)
+    assert "the server can compute the labels from the gradient of 'scores'" in caplog.text
+    random = np.random.default_rng(0)
+    x, labels = random.standard_normal((32, 2, 6, 6)).astype(np.float32), random.integers(0, 3, 32)
+    assert bundle.server is not None
+    server = RecordingTransport(Executor(bundle.server, Engine(threads=1)))
+    with splitonnx.Client(bundle.client, server, threads=1) as client:
+        client.step({"x": x, "labels": labels})
+    sent = [tensors for step in server.sent[TRAIN].values() for tensors in step.items()]
+    (gradient,) = (value for name, value in sent if name == "scores@client_grad")
+    np.testing.assert_array_equal(gradient.argmin(axis=1), labels)
+
+
+def test_what_the_server_computed_is_no_layer_of_the_tail() -> None:
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w1", 4, 4), out="h")
+    left = net.op("MatMul", hidden, net.weight("w2", 4, 4), out="left")
+    right = net.op("MatMul", hidden, net.weight("w3", 4, 3), out="right")
+    left, right = net.op("Tanh", left, out="t"), net.op("Exp", right, out="e")
+    output = net.op("MatMul", left, right, out="scores")
+    model = net.finish({"x": (FLOAT, [4, 4])}, output, 3)
+    with pytest.raises(LabelsNotPermitted, match="'left', 'right'"):
+        splitonnx.cut(model, at="h", tail_at=["left", "right"], check=False)
 
 
 @pytest.mark.parametrize("tail", [None, "act3"])
@@ -161,9 +221,12 @@ def test_a_gradient_that_holds_an_input_is_raw() -> None:
     hidden = net.op("MatMul", "x", net.weight("w1", 4, 4), out="h")
     tail = net.op("MatMul", net.op("Relu", hidden, out="r"), net.weight("w2", 4, 4), out="t")
     model = net.finish({"x": (FLOAT, ["N", 4])}, net.op("Mul", tail, "x", out="y"), 4)
-    with pytest.raises(InputsNotPermitted, match="'x'"):
+    with pytest.raises(InputsNotPermitted, match="'x', and the labels"):
         splitonnx.cut(model, at="h", tail_at="t", loss="mse")
-    assert splitonnx.cut(model, at="h", tail_at="t", loss="mse", send_inputs=["x"]).server
+    with pytest.raises(LabelsNotPermitted):
+        splitonnx.cut(model, at="h", tail_at="t", loss="mse", send_inputs=["x"])
+    permitted = {"send_inputs": ["x"], "send_labels": True}
+    assert splitonnx.cut(model, at="h", tail_at="t", loss="mse", **permitted).server  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

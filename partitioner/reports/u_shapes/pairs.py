@@ -38,6 +38,7 @@ from splitonnx.partitioner.graphs.traversals import (
     walk_back,
 )
 from splitonnx.partitioner.partitions import refuse_untrainable
+from splitonnx.partitioner.permissions import find_bare_ends
 from splitonnx.partitioner.reports.inspections import can_travel, resolve_sent
 from splitonnx.partitioner.reports.u_shapes.recommendations import find_recommended
 from splitonnx.tensors import DTYPES, TensorSpec
@@ -54,6 +55,8 @@ class PairCandidate:
     ``tail_parameters`` count the elements of trained parameters that the client uses before and
     after the server's part, and ``server_parameters`` those that the server uses.
     ``client_share`` is the fraction of all trained elements that are at the client, from 0 to 1.
+    ``tells_labels`` is true if the client has no layer of weights between ``tail_at`` and the loss:
+    the server can then compute the labels from the gradient, and ``cut`` requires ``send_labels``.
     ``recommended`` is true if the pair is worth considering; see :mod:`recommendations`.
     """
 
@@ -67,6 +70,7 @@ class PairCandidate:
     tail_parameters: int
     server_parameters: int
     client_share: float
+    tells_labels: bool = False
     recommended: bool = False
 
 
@@ -182,6 +186,7 @@ class _TrainingForm:
             self._graph, [v for v in self._graph.inputs if v.name in self._elements]
         )
         self._reached = trace_gradients(self._graph.outputs)
+        self._bare = find_bare_ends(self._graph, prepared.weights)
 
     def divide(self, pair: Pair) -> Pair | None:
         """Divide the training form at a pair of the inference form, if this is legal.
@@ -225,6 +230,7 @@ class _TrainingForm:
             tail_parameters=client - head,
             server_parameters=server,
             client_share=client / ((client + server) or 1),
+            tells_labels=any(v.name in back and v in self._bare for v in trained.tail_at),
         )
 
     def _declare(self, end: Tensors) -> dict[str, TensorSpec]:

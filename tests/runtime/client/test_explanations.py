@@ -81,7 +81,7 @@ def test_labels_shape_the_gradient_that_a_tail_sends() -> None:
     (way,) = labels.ways
     assert way.tensor.name == "gradient of 'act3'"
     assert way.dependence.layers
-    bare = cut(ZOO["chain"].build(), at="act1", tail_at="linear4")
+    bare = cut(ZOO["chain"].build(), at="act1", tail_at="linear4", send_labels=True)
     (way,) = find_array(explain(bare.client), TRAIN, "labels").ways
     assert str(way) == ("gradient of 'linear4' depends on it without any weight between them")
 

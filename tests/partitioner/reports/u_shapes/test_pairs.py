@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
-from splitonnx.errors import CutError, UnknownTensor, UsageError
+from splitonnx.errors import CutError, LabelsNotPermitted, UnknownTensor, UsageError
+from splitonnx.partitioner import permissions
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.u_shapes.pairs import PairCandidate, inspect_pairs
 from tests.support.zoo import FLOAT, INT64, ZOO, Net
@@ -163,3 +164,16 @@ def test_parameters_without_a_gradient_are_not_counted() -> None:
     net.op("MatMul", hidden, net.weight("w3", 4, 3), out="y")
     pair = find(inspect_pairs(net.finish({"x": (FLOAT, ["N", 6])}, "y", 3)), "m", "h")
     assert (pair.head_parameters, pair.server_parameters, pair.tail_parameters) == (0, 32, 12)
+
+
+@pytest.mark.parametrize("name", ["chain", "batchnorm_trained", "pools", "shape_paths"])
+def test_pairs_that_tell_the_labels_are_those_that_cut_asks_to_permit(name: str) -> None:
+    model = ZOO[name].build()
+    last = {pair.tail_at: pair for pair in inspect_pairs(model)}
+    assert any(pair.tells_labels for pair in last.values())
+    for tail_at, pair in last.items():
+        if pair.tells_labels:
+            with pytest.raises(LabelsNotPermitted):
+                permissions.cut(model, at=pair.at, tail_at=tail_at, check=False)
+        else:
+            assert permissions.cut(model, at=pair.at, tail_at=tail_at, check=False).server
