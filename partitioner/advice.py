@@ -20,6 +20,7 @@ from splitonnx.partitioner.cutting.ports import declare, insert_ports
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
+from splitonnx.partitioner.inference.undecided_sizes import is_setting
 
 _MOST_ROUNDS = 4
 """Limit on how often further tensors are added to a cut before giving up."""
@@ -47,12 +48,19 @@ def add_advice(
     for is_back in (False, True) if tail_at else (False,):
         added = _complete(error, prepared, (at, tail_at), output, is_back)
         if added is not None:
-            return replace(added, tensors=error.tensors, others=others)
+            settings = _list_settings(prepared, added.raw)
+            return replace(added, tensors=error.tensors, others=others, settings=settings)
     own = [name for name in error.missing if name in prepared.given]
     crossing = quote(own) or "other tensors"
     source = f" (of the raw input {quote(error.raw)}, which stays home)" if error.raw else ""
     reason = f"{crossing} would cross too{source}"
     return NotACut(error.tensors, reason=reason, others=others)
+
+
+def _list_settings(prepared: PreparedModel, raw: Sequence[str]) -> list[str]:
+    """List the raw inputs that may be settings, which do not cross if they are bound to a value."""
+    inputs = {value.name: value for value in prepared.inference.graph.inputs}
+    return [name for name in raw if name in inputs and is_setting(inputs[name])]
 
 
 def _complete(

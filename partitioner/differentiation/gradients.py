@@ -163,7 +163,8 @@ def list_undifferentiable(
             continue
         if any(v in moving and is_float(v) for v in list_inputs(node)):
             reason = node.metadata_props.get(KEPT)
-            advice = f"{reason}: {_ADVICE}" if reason else _ADVICE
+            link = "; otherwise " if "--" in (reason or "") else ": "  # an option settles it
+            advice = f"{reason}{link}{_ADVICE}" if reason else _ADVICE
             yield NotDifferentiable(node.name or "", node.op_type, advice)
 
 

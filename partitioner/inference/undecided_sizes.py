@@ -1,13 +1,16 @@
 """Explain why the value that a control-flow node needs is not known in advance.
 
-The value depends on the data, or only on sizes of the model's inputs that are not fixed.  In the
-second case, the user can fix these sizes with ``--dim``.
+The value depends on the data, or only on sizes of the model's inputs that are not fixed, or only on
+inputs that are settings, such as a sampling rate.  The user can fix sizes with ``--dim`` and
+settings with ``--bind``.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -16,6 +19,9 @@ from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size
 from splitonnx.partitioner.inference.dimensions import Dim, name_unknown
 from splitonnx.partitioner.inference.inferences import Inference
 
+_MOST_ELEMENTS = 8
+"""The most integers that an input may have to count as a setting; a sample's data have more."""
+
 
 def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -> str:
     """Return the words ``depends on`` followed by the data or sizes that a value depends on.
@@ -23,9 +29,54 @@ def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -
     ``graph`` is the model's graph, and ``known`` holds what was inferred about it.
     """
     sizes = None if value is None else list_open_sizes(value, graph, known)
-    if not sizes:
-        return "depends on the data"
-    return f"depends on {name_sizes(sizes)}"
+    if sizes:
+        return f"depends on {name_sizes(sizes)}"
+    settings = None if value is None else list_settings(value, graph.inputs)
+    if settings:
+        return f"depends on {name_settings(settings)}"
+    return "depends on the data"
+
+
+def name_settings(inputs: Sequence[str]) -> str:
+    """Return a phrase that names inputs that are settings, and the options that fix them."""
+    options = " ".join(f"--bind {shlex.quote(name)}=VALUE" for name in inputs)
+    noun, fix = ("the input", "fixes") if len(inputs) == 1 else ("the inputs", "fix")
+    return f"{noun} {quote(inputs)}, which {options} {fix}"
+
+
+def list_settings(value: ir.Value, inputs: Collection[ir.Value]) -> list[str]:
+    """List the inputs of the model that a value depends on, if all of them may be settings.
+
+    An input may be a setting if it is a scalar, or has a few integers or Booleans.  Paths on which
+    only a tensor's size matters are ignored.  The list is empty if the value also depends on
+    another input, or on none.  ``inputs`` are the inputs of the model.
+    """
+    found: dict[str, None] = {}
+    pending, seen = [value], {value}
+    while pending:
+        each = pending.pop()
+        node = each.producer()
+        if ir.convenience.get_const_tensor(each) is not None or (node and reads_size(node)):
+            continue
+        if node is None:
+            if each not in inputs or not is_setting(each):
+                return []
+            found[each.name or ""] = None
+        else:
+            fresh = [source for source in list_inputs(node) if source not in seen]
+            seen.update(fresh)
+            pending += fresh
+    return sorted(found)
+
+
+def is_setting(value: ir.Value) -> bool:
+    """Return whether an input is a scalar, or has a few integers or Booleans."""
+    dims = None if value.shape is None else list(value.shape)
+    if dims is None or value.dtype is None or not all(isinstance(dim, int) for dim in dims):
+        return False
+    if not dims:
+        return True
+    return not value.dtype.is_floating_point() and math.prod(map(int, dims)) <= _MOST_ELEMENTS
 
 
 def name_sizes(sizes: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims, known_rank
+from splitonnx.partitioner.inference.undecided_sizes import list_settings, name_settings
 
 Extent = int | ir.Value
 """A number, or an int64 vector of one element that the graph computes."""
@@ -58,8 +59,20 @@ def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
     """
     array = known_array(node.inputs[index])
     if array is None:
-        raise refuse(node, f"its {what} are computed in the graph", f"export it with fixed {what}")
+        raise refuse(
+            node,
+            f"its {what} are computed in the graph",
+            f"{_advise_binding(node, index)}export it with fixed {what}",
+        )
     return array
+
+
+def _advise_binding(node: ir.Node, index: int) -> str:
+    """Return advice to bind the inputs that decide a node's input, if they may be settings."""
+    value = node.inputs[index]
+    inputs = node.graph.inputs if node.graph is not None else ()
+    settings = [] if value is None else list_settings(value, inputs)
+    return f"they depend on {name_settings(settings)}; otherwise " if settings else ""
 
 
 def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:

@@ -213,7 +213,8 @@ class NotACut(CutError):
     inputs of the model (such as an attention mask), or are computed only from inputs of the model,
     ``raw`` lists these inputs.  ``is_back`` means that the missing tensors would come back from the
     server.  ``others`` lists tensors that divide the model: each could replace the tensors that
-    the client would send.
+    the client would send.  ``settings`` lists those inputs in ``raw`` that may have one value only,
+    such as a sampling rate.
     """
 
     tensors: Sequence[str]
@@ -222,6 +223,7 @@ class NotACut(CutError):
     raw: Sequence[str] = ()
     is_back: bool = False
     others: Sequence[str] = ()
+    settings: Sequence[str] = ()
 
     def __str__(self) -> str:
         named = list(dict.fromkeys(self.tensors))
@@ -240,7 +242,14 @@ class NotACut(CutError):
         return (
             f"{quote(self.missing)} would cross too{source}; to let this cross, name it with "
             f"{place} as well{named}, or cut at {others or 'another tensor'} instead {lists}"
+            f"{self._describe_binding()}"
         )
+
+    def _describe_binding(self) -> str:
+        if not self.settings:
+            return ""
+        options = " ".join(f"--bind {shlex.quote(name)}=VALUE" for name in self.settings)
+        return f"; or fix it with {options}, if it always has the same value"
 
 
 @dataclass(eq=False)

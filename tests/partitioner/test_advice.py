@@ -11,7 +11,7 @@ from splitonnx.partitioner.cutting.passes.given_names import list_names
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut_prepared
-from tests.support.zoo import FLOAT, Net
+from tests.support.zoo import FLOAT, INT64, Net
 
 
 def build_skip() -> onnx.ModelProto:
@@ -98,3 +98,15 @@ def test_the_names_given_are_those_of_the_file() -> None:
     assert prepared.given == tensors | {node.name for node in model.graph.node}
     assert list_names(prepared.training.graph) - prepared.given
     assert np.array_equal(prepared.weights["w3"].numpy().shape, (5, 3))
+
+
+def test_an_input_with_one_value_is_advised_to_be_bound() -> None:
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w1", 4, 6), out="h")
+    start, axis = net.constant("start", np.array([0])), net.constant("axis", np.array([1]))
+    part = net.op("Slice", hidden, start, "end", axis, out="part")
+    net.op("ReduceSum", net.op("Tanh", part, out="t"), axis, out="y", keepdims=1)
+    model = net.finish({"x": (FLOAT, ["N", 4]), "end": (INT64, [1])}, "y", 1)
+    error = refuse(prepare(open_model(model)), ("h",))
+    assert (error.raw, error.settings) == (["end"], ["end"])
+    assert "or fix it with --bind end=VALUE" in str(error)

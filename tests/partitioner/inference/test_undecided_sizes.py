@@ -12,11 +12,14 @@ from splitonnx.partitioner.inference.undecided_sizes import (
     explain_unknown,
     list_open_sizes,
     list_options,
+    list_settings,
+    name_settings,
     name_sizes,
 )
 
 TEXT = """<ir_version: 8, opset_import: ["" : 18]>
-g (float[N,T,4] x, float[N,M] z, float[?,2] u) => (bool a, bool b, bool c, bool d, bool e) {
+g (float[N,T,4] x, float[N,M] z, float[?,2] u, int64[2] s, float t0, int64[N] r, int64[9] w)
+=> (bool a, bool b, bool c, bool d, bool e, bool f, bool g, bool h, bool i, bool j) {
     one = Constant <value = int64 {1}> ()
     three = Constant <value = int64 {3}> ()
     sizes = Shape (x)
@@ -31,6 +34,14 @@ g (float[N,T,4] x, float[N,M] z, float[?,2] u) => (bool a, bool b, bool c, bool 
     length = Shape <end = 1> (u)
     d = Greater (length, three)
     e = Constant <value_int = 1> ()
+    rate = Gather (s, one)
+    f = Greater (rate, three)
+    moved = Mul (t0, limit)
+    g = Greater (moved, limit)
+    rates = CastLike (rate, t0)
+    h = Greater (rates, t0)
+    i = Greater (r, three)
+    j = Greater (w, rate)
 }
 """
 
@@ -74,3 +85,25 @@ def test_a_size_within_a_quotient_counts(found: tuple[ir.Graph, Inference]) -> N
 
 def test_several_sizes_are_fixed_by_an_option_each() -> None:
     assert name_sizes(["H", "W"]) == "the sizes 'H', 'W', which --dim H=SIZE --dim W=SIZE fix"
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("f", ["s"]), ("g", ["t0"]), ("h", ["s", "t0"]), ("i", []), ("j", []), ("c", []),
+        ("a", []), ("e", []), ("s", ["s"]),
+    ],
+)  # fmt: skip
+def test_scalars_and_few_integers_may_be_settings(
+    found: tuple[ir.Graph, Inference], name: str, inputs: list[str]
+) -> None:
+    graph, _ = found
+    assert list_settings(map_values(graph)[name], graph.inputs) == inputs
+
+
+def test_the_option_that_fixes_a_setting_is_named(found: tuple[ir.Graph, Inference]) -> None:
+    graph, known = found
+    told = explain_unknown(map_values(graph)["f"], graph, known)
+    assert told == "depends on the input 's', which --bind s=VALUE fixes"
+    told = name_settings(["a b", "c"])
+    assert told == "the inputs 'a b', 'c', which --bind 'a b'=VALUE --bind c=VALUE fix"
