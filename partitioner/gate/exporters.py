@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import quote
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
-from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.graphs.traversals import list_nodes, walk_back
 
 CHECKED = "splitonnx.torch"
 """The key of the metadata with which :mod:`splitonnx.torch` marks a model that it compared."""
@@ -176,6 +176,7 @@ def _find_frozen(graph: ir.Graph) -> Iterator[Omission]:
         if node.op_type == "BatchNormalization"
         and not node.domain
         and not node.attributes.get_int("training_mode", 0)
+        and not computes_statistics(node)
     )
     if frozen:
         yield Omission(
@@ -184,6 +185,16 @@ def _find_frozen(graph: ir.Graph) -> Iterator[Omission]:
             f"({_name(frozen)}), which --batchnorm train corrects as well",
             names=frozen,
         )
+
+
+def computes_statistics(node: ir.Node) -> bool:
+    """Return whether the statistics of a BatchNormalization are computed from the batch.
+
+    The dynamo exporter writes so what has no running statistics (``track_running_stats=False``).
+    The node then normalizes by the batch, although it is in inference mode.
+    """
+    _, sources = walk_back([value for value in node.inputs[3:5] if value is not None])
+    return any(value.is_graph_input() and not value.is_initializer() for value in sources)
 
 
 def _find_computed(graph: ir.Graph) -> Iterator[Omission]:

@@ -15,6 +15,7 @@ from splitonnx.partitioner.gate import fused_operators
 from splitonnx.partitioner.gate.exporters import (
     CALL,
     Omission,
+    computes_statistics,
     describe_call,
     is_from_torch,
     list_omissions,
@@ -100,7 +101,11 @@ def _miss_batchnorms(model: ir.Model) -> Iterator[Remark]:
 
 
 def _find_frozen(model: ir.Model) -> Iterator[Remark]:
-    frozen = [node for node in list_batchnorms(model.graph) if not is_training(node)]
+    frozen = [
+        node
+        for node in list_batchnorms(model.graph)
+        if not is_training(node) and not computes_statistics(node)
+    ]
     if frozen:
         yield Remark(
             kind=Kind.FROZEN_BATCHNORM,

@@ -30,6 +30,10 @@ _CHANNELS_FIRST = frozenset(
 )  # fmt: skip
 _CHANNELS_LAST = frozenset({"Gemm", "MatMul"})
 
+_NEEDS_AXIS = (
+    "; cross-entropy fits as well, but only with --class-axis, since these labels fit both"
+)
+
 
 def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) -> Iterator[Remark]:
     """Yield remarks on how the first loss in ``losses`` reads ``output``.
@@ -116,16 +120,19 @@ def _remark_on_axis(value: ir.Value) -> Iterator[Remark]:
     dims = [d if isinstance(d, int) else d.value for d in value.shape or ()]
     if len(dims) < 3 or not isinstance(dims[1], int) or not isinstance(dims[-1], int):
         return
-    made = _find_maker(value)
-    if made in _CHANNELS_FIRST or (made not in _CHANNELS_LAST and dims[1] != dims[-1]):
+    made, is_unclear = _find_maker(value), _fits_either_axis(value)
+    sure = made in _CHANNELS_FIRST or (made not in _CHANNELS_LAST and dims[1] != dims[-1])
+    if sure and not is_unclear:
         return
     first, last = [dims[0], *dims[2:]], dims[:-1]
     name = value.name or ""
+    usual = f"as {made} makes them" if made in _CHANNELS_FIRST else "as cross-entropy takes them"
     yield Remark(
         kind=Kind.CLASS_AXIS,
         sentence=f"'{name}' is {_show(dims)}, and its classes may be on axis 1 ({dims[1]} classes, "
-        f"labels {_show(first)}, as cross-entropy takes them) or on the last axis ({dims[-1]} "
-        f"classes, labels {_show(last)}, as language models have them)",
+        f"labels {_show(first)}, {usual}) or on the last axis ({dims[-1]} "
+        f"classes, labels {_show(last)}, as language models have them)"
+        f"{_NEEDS_AXIS if is_unclear else ''}",
         names=(name,),
         options=(make_option("--class-axis", "1"), make_option("--class-axis", "-1")),
     )

@@ -275,7 +275,7 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
         try:
             check_array(array, spec, sizes)
         except ArrayMismatch as error:
-            raise _explain_rows(error, array, spec) from error
+            raise _explain_classes(_explain_rows(error, array, spec), array, spec) from error
 
 
 def _explain_rows(error: ArrayMismatch, array: np.ndarray, spec: TensorSpec) -> ArrayMismatch:
@@ -294,6 +294,17 @@ def _explain_rows(error: ArrayMismatch, array: np.ndarray, spec: TensorSpec) -> 
     except DataError:
         return error
     advice = "the model fixes its number of rows; `splitonnx check` says where"
+    return ArrayMismatch(error.name, error.expected, f"{error.actual}; {advice}")
+
+
+def _explain_classes(error: ArrayMismatch, array: np.ndarray, spec: TensorSpec) -> ArrayMismatch:
+    """Advise on the axis of the classes, if labels have another shape beside their rows."""
+    is_beside = spec.bounds is not None and len(spec.shape) > 1  # only class labels have bounds
+    if not is_beside or not array.ndim or array.shape[1:] == spec.shape[1:]:
+        return error
+    advice = (
+        "if the classes of the model's scores are on another axis, cut it with --class-axis AXIS"
+    )
     return ArrayMismatch(error.name, error.expected, f"{error.actual}; {advice}")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 
+from splitonnx.partitioner.gate.exporters import list_omissions
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.diagnoses import diagnose
 from splitonnx.partitioner.reports.remarks import Kind
 from tests.end_to_end.test_exports import FOLDER
@@ -50,6 +53,25 @@ def test_batchnorm_in_inference_mode_is_said() -> None:
     (remark,) = diagnose(open_model(ZOO["batchnorm_frozen"].build()))
     assert remark.kind is Kind.FROZEN_BATCHNORM
     assert "--batchnorm train" in remark.sentence
+
+
+def test_batchnorm_by_the_statistics_of_the_batch_calls_for_no_remark() -> None:
+    """The dynamo exporter writes so what has no running statistics."""
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w", 4, 6), out="h")
+    axis = net.constant("axis", np.array([0]))
+    mean = net.op("ReduceMean", hidden, axis, out="mean", keepdims=0)
+    distance = net.op("Sub", hidden, mean, out="distance")
+    square = net.op("Mul", distance, distance, out="square")
+    variance = net.op("ReduceMean", square, axis, out="variance", keepdims=0)
+    scale, bias = net.weight("scale", 6), net.weight("bias", 6)
+    net.op("BatchNormalization", hidden, scale, bias, mean, variance, out="y")
+    model = net.finish({"x": (onnx.TensorProto.FLOAT, ["N", 4])}, "y", 6)
+    model.producer_name = "pytorch"
+    opened = open_model(model)
+    assert diagnose(opened) == []
+    assert list_omissions(opened) == []
+    assert [remark for remark in check(model).remarks if "batchnorm" in remark.kind] == []
 
 
 @pytest.mark.parametrize("on", [None, False])

@@ -10,6 +10,7 @@ import pytest
 
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.loss_readings import remark_on_loss
 from splitonnx.partitioner.reports.remarks import Kind, Remark
 from tests.support.nets import FLOAT, Net
@@ -111,7 +112,7 @@ def test_classes_on_the_last_axis_are_told_with_both_readings() -> None:
 
 
 def test_channels_of_a_convolution_are_the_classes() -> None:
-    assert list_axes("Conv", ["N", 4, 6], 6, 6) == []
+    assert list_axes("Conv", ["N", 4, 6], 7, 6) == []
     assert list_axes("MatMul", ["N", "T", 4], "T", 5) == []  # type: ignore[arg-type]
 
 
@@ -135,3 +136,21 @@ def test_the_axis_of_classes_is_told_before_a_softmax_of_several_nodes() -> None
     model = net.finish({"x": (FLOAT, ["N", 6, 4])}, "y", 6, 5)
     remarks = list(remark_on_loss(prepare(open_model(model)), ["cross-entropy"], "y"))
     assert [remark.kind for remark in remarks][-1] is Kind.CLASS_AXIS
+
+
+@pytest.mark.parametrize(("operator", "shape"), [("Conv", ["N", 4, 6]), ("MatMul", ["N", 6, 4])])
+def test_scores_that_fit_both_axes_are_told_to_need_the_option(
+    operator: str, shape: list[int | str]
+) -> None:
+    (remark,) = list_axes(operator, shape, 6, 6)
+    assert "cross-entropy fits as well, but only with --class-axis" in remark.sentence
+    assert ("as Conv makes them" in remark.sentence) is (operator == "Conv")
+
+
+def test_check_says_why_a_segmentation_has_no_cross_entropy() -> None:
+    net = Net()
+    net.op("Conv", "x", net.weight("w", 4, 3, 1, 1), out="y")
+    found = check(net.finish({"x": (FLOAT, ["N", 3, 4, 4])}, "y", 4, 4, 4))
+    assert "cross-entropy" not in found.losses
+    (remark,) = (remark for remark in found.remarks if remark.kind is Kind.CLASS_AXIS)
+    assert remark.options == ("--class-axis 1", "--class-axis -1")

@@ -271,3 +271,12 @@ def test_no_more_than_one_file_is_in_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 28 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_labels_of_another_shape_are_refused_with_a_word_on_the_axis_of_the_classes() -> None:
+    spec = TensorSpec(name="labels", dtype="I64", shape=("N", 5), bounds=(0, 7))
+    with pytest.raises(ArrayMismatch, match=r"I64\[16, 7\]; if the classes .* --class-axis AXIS"):
+        check_batch({"labels": np.zeros((16, 7), np.int64)}, [spec])
+    image = TensorSpec(name="x", dtype="F32", shape=("N", 5))
+    with pytest.raises(ArrayMismatch, match=r"\[16, 7\]$"):
+        check_batch({"x": np.zeros((16, 7), np.float32)}, [image])
