@@ -149,8 +149,7 @@ def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
     without a layer of weights, even if other paths have one.  Gradients that the client sends are
     included.  Tensors that hold only sizes are not.
     """
-    readers = {node for node in joint.graph if reads_size(node)}
-    bare = _trace_bare(joint, raw, readers)
+    bare = trace_raw_inputs(joint.graph, raw, joint.owners)
     found: dict[str, list[str]] = {}
     for wire in joint.wires:
         if wire.crossing.sender == CLIENT and bare.get(wire.crossing.value):
@@ -159,14 +158,17 @@ def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
     return found
 
 
-def _trace_bare(
-    joint: JointGraph, raw: set[str], readers: set[ir.Node]
+def trace_raw_inputs(
+    graph: ir.Graph, raw: Collection[str], names: Collection[str]
 ) -> dict[ir.Value, frozenset[str]]:
-    """Map each value to the raw inputs that reach it along a path without a layer of weights."""
-    weights = {value for value in joint.graph.inputs if value.name in joint.owners}
-    bare = {v: frozenset({v.name or ""}) for v in joint.graph.inputs if v.name in raw}
-    for node in joint.graph:
-        if node in readers:
+    """Map each value to the raw inputs that reach it along a path without a layer of weights.
+
+    ``raw`` names the raw inputs among the graph's inputs, and ``names`` the weights.
+    """
+    weights = {value for value in graph.inputs if value.name in names}
+    bare = {v: frozenset({v.name or ""}) for v in graph.inputs if v.name in raw}
+    for node in graph:
+        if reads_size(node):
             continue
         read = list_inputs(node)
         reached = frozenset().union(*(bare.get(value, frozenset()) for value in read))

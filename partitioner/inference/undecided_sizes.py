@@ -71,12 +71,12 @@ def list_settings(value: ir.Value, inputs: Collection[ir.Value]) -> list[str]:
 
 def is_setting(value: ir.Value) -> bool:
     """Return whether an input is a scalar, or has a few integers or Booleans."""
-    dims = None if value.shape is None else list(value.shape)
-    if dims is None or value.dtype is None or not all(isinstance(dim, int) for dim in dims):
+    if value.shape is None or value.dtype is None:
         return False
-    if not dims:
-        return True
-    return not value.dtype.is_floating_point() and math.prod(map(int, dims)) <= _MOST_ELEMENTS
+    sizes = [dim for dim in value.shape if isinstance(dim, int)]
+    if len(sizes) < len(value.shape):
+        return False
+    return not sizes or (not value.dtype.is_floating_point() and math.prod(sizes) <= _MOST_ELEMENTS)
 
 
 def name_sizes(sizes: Sequence[str]) -> str:

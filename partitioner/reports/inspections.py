@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.errors import SplitonnxError, UsageError, quote
+from splitonnx.errors import SplitonnxError, TooManyTries, UsageError, quote
 from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.bisections import Bisection, find_bisections
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
@@ -31,6 +32,7 @@ from splitonnx.partitioner.graphs.traversals import (
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.partitions import refuse_untrainable
+from splitonnx.partitioner.permissions import trace_raw_inputs
 from splitonnx.tensors import DTYPES
 
 
@@ -45,7 +47,9 @@ class CutCandidate:
     depend on a trained parameter.  A number of bytes is ``None`` if it is not known.
     ``client_parameters`` and ``server_parameters`` count elements of trained parameters, that is,
     of those that get a gradient from the output with the loss.  ``sent`` names the raw inputs that
-    must be sent together with the tensor.
+    must be sent together with the tensor.  ``raw`` names those that ``cut`` sends only with
+    ``send_inputs``: the inputs in ``sent``, and those from which the tensor is computed without a
+    layer of weights.
     """
 
     tensor: str
@@ -56,6 +60,7 @@ class CutCandidate:
     client_parameters: int
     server_parameters: int
     sent: tuple[str, ...] = ()
+    raw: tuple[str, ...] = ()
 
 
 @pause_collection()
@@ -118,13 +123,50 @@ def list_cuts(
     trained = _list_trained(prepared, elements, sent, output)
     passed = _list_passed(prepared, elements, output)
     makers = map_values(prepared.skeleton.graph)
+    raw = _trace_raw(prepared)
     return [
-        _describe(each, makers, passed)
+        _describe(each, makers, passed, raw)
         for each in found
         if each.at[0].name in trained
         and not _loses_gradient(each)
         and all(can_travel(value, form.graph) for value in each.at)
     ]
+
+
+def _trace_raw(prepared: PreparedModel) -> dict[str, frozenset[str]]:
+    """Map the names of tensors to the raw inputs that they hold, in training or in prediction."""
+    found: dict[str, frozenset[str]] = {}
+    for form in (prepared.training, prepared.inference):
+        inputs = {value.name or "" for value in form.graph.inputs} - prepared.state
+        traced = trace_raw_inputs(form.graph, inputs, prepared.weights)
+        for value, names in traced.items():
+            found[value.name or ""] = found.get(value.name or "", frozenset()) | names
+    return found
+
+
+@pause_collection()
+def advise_sent(
+    model: ModelSource,
+    *,
+    dims: Mapping[str, int | str] | None = None,
+    bind: Mapping[str, Binding] | None = None,
+    output: str | None = None,
+) -> list[tuple[str, ...]]:
+    """List the raw inputs with which a model without single-tensor cuts has some.
+
+    The arguments are those of :func:`inspect`.  Each entry is an alternative.  If no input suffices
+    alone, the only entry has all inputs, if they suffice together.
+    """
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
+    inputs = [v.name or "" for v in prepared.inference.graph.inputs]
+    raw = [name for name in inputs if name not in prepared.state]
+    with suppress(TooManyTries):
+        found: list[tuple[str, ...]] = [
+            (name,) for name in raw if list_cuts(prepared, None, [name], output)
+        ]
+        return found or ([tuple(raw)] if list_cuts(prepared, None, raw, output) else [])
+    return []
 
 
 def resolve_sent(
@@ -215,12 +257,16 @@ def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:
 
 
 def _describe(
-    bisection: Bisection, makers: Mapping[str, ir.Value], passed: Collection[str]
+    bisection: Bisection,
+    makers: Mapping[str, ir.Value],
+    passed: Collection[str],
+    raw: Mapping[str, frozenset[str]],
 ) -> CutCandidate:
     """Describe a cut.
 
     ``makers`` maps names to values of the original model, whose operators the user knows.
-    ``passed`` names the tensors whose gradients are sent back.
+    ``passed`` names the tensors whose gradients are sent back.  ``raw`` maps names of tensors to
+    the raw inputs that they hold.
     """
     value, *sent = bisection.at
     producer = value.producer()
@@ -237,6 +283,7 @@ def _describe(
         client_parameters=bisection.client,
         server_parameters=bisection.server,
         sent=tuple(other.name or "" for other in sent),
+        raw=tuple(sorted(set().union(*(raw.get(v.name or "", ()) for v in bisection.at)))),
     )
 
 

@@ -12,6 +12,7 @@ import splitonnx
 from splitonnx.commands import disclosures, printing
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.groups import spread
+from splitonnx.commands.logs import escape
 from splitonnx.commands.model_options import (
     BindOption,
     DimOption,
@@ -46,6 +47,7 @@ from splitonnx.commands.options import (
     refuse_both,
 )
 from splitonnx.commands.pairs import print_pairs
+from splitonnx.commands.rows import describe_no_cuts
 from splitonnx.errors import UsageError
 from splitonnx.partitioner.graphs.pauses import pause_to_the_end
 
@@ -162,8 +164,16 @@ def inspect(
     )
     if as_json:
         printing.print_json(cuts)
-    else:
+        return
+    if cuts:
         printing.print_cuts(cuts)
+        return
+    from splitonnx.partitioner.reports.inspections import advise_sent
+
+    advised: list[tuple[str, ...]] = []
+    if not sent:
+        advised = advise_sent(model, dims=read_dims(dim), bind=read_bindings(bind), output=output)
+    print(escape(describe_no_cuts(advised)))
 
 
 @spread

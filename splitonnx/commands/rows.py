@@ -6,6 +6,7 @@ row.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def format_rows(
 def list_cells(cut: CutCandidate) -> Sequence[str]:
     """Return the table cells for one cut."""
     return (
-        " + ".join((cut.tensor, *cut.sent)),
+        " + ".join((cut.tensor, *cut.sent)) + _mark_raw(cut),
         cut.op,
         " x ".join("?" if dim is None else str(dim) for dim in cut.shape),
         format_bytes(cut.bytes_up),
@@ -50,6 +51,24 @@ def list_cells(cut: CutCandidate) -> Sequence[str]:
         f"{cut.client_parameters:,}",
         f"{cut.server_parameters:,}",
     )
+
+
+def _mark_raw(cut: CutCandidate) -> str:
+    """Return the options without which ``cut`` refuses this cut, in parentheses."""
+    options = " ".join(f"--send-input {shlex.quote(name)}" for name in cut.raw)
+    return f" ({options})" if options else ""
+
+
+def describe_no_cuts(advised: Sequence[Sequence[str]]) -> str:
+    """Return a sentence for a model that no tensor divides alone, with the raw inputs that help.
+
+    ``advised`` lists the alternatives; the inputs of each of them are sent together.
+    """
+    options = " or ".join(
+        " ".join(f"--with {shlex.quote(name)}" for name in names) for names in advised
+    )
+    hint = f"; {options} lists cuts where this raw input crosses as well" if options else ""
+    return f"no single tensor divides the model{hint}; --u-shape lists pairs of tensors"
 
 
 def format_bytes(size: int | None) -> str:

@@ -45,6 +45,7 @@ def test_inspect_lists_cuts_as_a_table_and_as_json(command: Command) -> None:
         "client_parameters": 264,
         "server_parameters": 22858,
         "sent": [],
+        "raw": [],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from splitonnx.commands.rows import format_bytes, format_rows, list_cells
+from splitonnx.commands.rows import describe_no_cuts, format_bytes, format_rows, list_cells
 from splitonnx.partitioner.reports.inspections import CutCandidate
 
 
@@ -60,3 +60,14 @@ def test_what_crosses_beside_a_tensor_stands_beside_it() -> None:
 )
 def test_bytes_are_written_as_people_read_them(size: int | None, text: str) -> None:
     assert format_bytes(size) == text
+
+
+def test_a_cut_that_sends_raw_inputs_is_marked_with_the_options_it_needs() -> None:
+    cell = list_cells(make_cut(sent=("mask",), raw=("mask", "x y")))[0]
+    assert cell == "h + mask (--send-input mask --send-input 'x y')"
+
+
+def test_where_nothing_divides_a_model_the_inputs_that_help_are_named() -> None:
+    assert "--with" not in describe_no_cuts([])
+    assert "; --with x or --with 'y z' lists cuts" in describe_no_cuts([("x",), ("y z",)])
+    assert "; --with x --with y lists cuts" in describe_no_cuts([("x", "y")])

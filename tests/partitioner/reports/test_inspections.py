@@ -12,11 +12,19 @@ from onnx import ModelProto, TensorProto, helper
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.disclosures import list_sent
-from splitonnx.errors import NotAModel, NotDifferentiable, UnknownTensor, UsageError
+from splitonnx.errors import (
+    InputsNotPermitted,
+    NotAModel,
+    NotDifferentiable,
+    UnknownTensor,
+    UsageError,
+)
 from splitonnx.names import TRAIN
+from splitonnx.partitioner import permissions
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
-from splitonnx.partitioner.reports.inspections import CutCandidate, inspect
+from splitonnx.partitioner.reports.inspections import CutCandidate, advise_sent, inspect
+from tests.support.small_models import load_model
 from tests.support.zoo import FLOAT, INT64, ZOO, Net
 
 
@@ -267,3 +275,38 @@ def test_only_parameters_with_a_gradient_from_the_output_are_counted(output: str
         counts = [count_trained(party) for party in (bundle.client, bundle.server)]
         assert [each.client_parameters, each.server_parameters] == counts
         assert (each.bytes_down == 0) == (each.tensor in {"m", "step"})
+
+
+def build_own_loss() -> onnx.ModelProto:
+    """Two layers and the loss, which reads the labels as an input of the model."""
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w1", 4, 6), out="h")
+    scores = net.op("MatMul", hidden, net.weight("w2", 6, 3), out="scores")
+    net.op("SoftmaxCrossEntropyLoss", scores, "target", out="own")
+    model = net.finish({"x": (FLOAT, ["N", 4]), "target": (INT64, ["N"])}, scores, 3)
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("own", FLOAT, []))
+    return model
+
+
+def test_inputs_that_would_give_a_model_cuts_are_advised() -> None:
+    model = build_own_loss()
+    assert inspect(model) == []
+    assert advise_sent(model) == [("target",)]
+    cuts = inspect(model, sent=["target"])
+    assert [(each.tensor, each.raw) for each in cuts][:1] == [("h", ("target",))]
+    assert advise_sent(load_model("34_passed_through")) != []
+
+
+def test_a_cut_names_the_raw_inputs_that_cut_asks_to_permit() -> None:
+    net = Net()
+    scaled = net.op("Transpose", "x", out="turned", perm=[0, 2, 1])
+    hidden = net.op("MatMul", scaled, net.weight("w1", 4, 6), out="h")
+    net.op("MatMul", hidden, net.weight("w2", 6, 3), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 4, 5])}, "y", 5, 3)
+    raw = {each.tensor: each.raw for each in inspect(model)}
+    assert raw == {"turned": ("x",), "h": ()}
+    options = {"send_labels": True, "check": False, "loss": "mse"}
+    for tensor, names in raw.items():
+        assert permissions.cut(model, at=tensor, send_inputs=names, **options).server  # type: ignore[arg-type]
+    with pytest.raises(InputsNotPermitted):
+        permissions.cut(model, at="turned", **options)  # type: ignore[arg-type]
