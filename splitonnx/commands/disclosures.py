@@ -12,7 +12,6 @@ import splitonnx
 from splitonnx.commands import printing
 from splitonnx.commands.logs import escape
 from splitonnx.commands.options import JsonOption
-from splitonnx.disclosures import LABELS
 from splitonnx.names import EVALUATE, PREDICT, TRAIN
 
 if TYPE_CHECKING:
@@ -100,6 +99,8 @@ def list_lines(explanation: Explanation) -> Iterator[str]:
 
 
 def _list_sentences(array: ArrayExplanation) -> Iterator[tuple[str, str]]:
+    from splitonnx.disclosures import LABELS
+
     subject = f"{array.kind} '{array.name}' {array.declared}"
     for way in array.ways:
         tells = array.kind == LABELS and not way.is_itself and way.dependence.tells_values
