@@ -36,7 +36,7 @@ class SpelledActivation:
 
 
 def find_spelled(value: ir.Value) -> SpelledActivation | None:
-    """Return the activation that the nodes before ``value`` spell out, or ``None``."""
+    """Return the activation that the nodes before ``value`` compute together, or ``None``."""
     for match in _MATCHES:
         found = match(value)
         if found is None:

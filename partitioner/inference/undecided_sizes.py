@@ -24,7 +24,7 @@ _MOST_ELEMENTS = 8
 
 
 def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -> str:
-    """Return the words ``depends on`` followed by the data or sizes that a value depends on.
+    """Return a phrase that begins with ``depends on`` and names the data or sizes.
 
     ``graph`` is the model's graph, and ``known`` holds what was inferred about it.
     """

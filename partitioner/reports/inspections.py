@@ -152,7 +152,7 @@ def advise_sent(
     bind: Mapping[str, Binding] | None = None,
     output: str | None = None,
 ) -> list[tuple[str, ...]]:
-    """List the raw inputs with which a model without single-tensor cuts has some.
+    """List the raw inputs that give cuts to a model that no single tensor divides.
 
     The arguments are those of :func:`inspect`.  Each entry is an alternative.  If no input suffices
     alone, the only entry has all inputs, if they suffice together.

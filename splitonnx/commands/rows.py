@@ -60,7 +60,7 @@ def _mark_raw(cut: CutCandidate) -> str:
 
 
 def describe_no_cuts(advised: Sequence[Sequence[str]]) -> str:
-    """Return a sentence for a model that no tensor divides alone, with the raw inputs that help.
+    """Return a sentence for a model that no single tensor divides; it names raw inputs that help.
 
     ``advised`` lists the alternatives; the inputs of each of them are sent together.
     """

@@ -17,7 +17,7 @@ def list_some(names: Iterable[str], most: int = 8) -> str:
 
 
 def count_some(names: Sequence[str], most: int = 4) -> str:
-    """Quote names for a sentence; of more than ``most``, quote fewer and count the others."""
+    """Quote names for a sentence; if there are over ``most``, quote some and count the rest."""
     if len(names) <= most:
         return quote(names)
     return f"{quote(names[: most - 1])} and {len(names) - most + 1} more"

@@ -87,8 +87,8 @@ def separate_statistics(graph: ir.Graph) -> list[Separation]:
     a statistic of the other kind, or the same statistic of another module.  One module that is
     called several times keeps one statistic.  Without the exporter's notes, nodes with the same
     four tensors belong to one module, and a statistic that nodes with different scales share is
-    separated only if all its numbers are equal: others were hardly joined by chance.  An Identity
-    before a statistic is removed.
+    separated only if all its numbers are equal, because others are not joined by chance.  An
+    Identity before a statistic is removed.
     """
     holders = [graph, *(body for node in list_nodes(graph) for body in list_bodies(node))]
     data = find_data(graph, list(graph.inputs))

@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """The gradients agree if no gradient passes through the tensors in ``stop_gradients``.
+    """The result of a comparison: gradients agree if none passes through ``stop_gradients``.
 
     ``difference`` is the largest relative difference, or ``None`` if they were not compared.
     """

@@ -50,9 +50,9 @@ def writing_detachments(torch: Any, opset: int) -> Iterator[list[str]]:
 
 
 def replace_detachments(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Replace the nodes for ``detach`` by Identity nodes in place, and name the latter's results.
+    """Replace the nodes for ``detach`` by Identity nodes, and return the names of their outputs.
 
-    Only results in the model's own graph are named, in the order of the graph.
+    The model is changed in place.  Only outputs in its main graph are named, in the graph's order.
     """
     for node in list_nodes(model.graph.node):
         if (node.domain, node.op_type) == (_DOMAIN, _OPERATOR):
@@ -71,7 +71,7 @@ def _is_detachment(node: onnx.NodeProto) -> bool:
 
 
 def find_paddings(torch: Any, network: Any, layout: Layout) -> dict[str, int]:
-    """Map each name of the weight of an Embedding with a ``padding_idx`` to this index."""
+    """Map the name of the weight of each Embedding that has a ``padding_idx`` to this index."""
     own = {
         f"{name}.weight" if name else "weight": int(module.padding_idx)
         for name, module in network.named_modules(remove_duplicate=False)
@@ -81,10 +81,10 @@ def find_paddings(torch: Any, network: Any, layout: Layout) -> dict[str, int]:
 
 
 def stop_paddings(model: onnx.ModelProto, paddings: Mapping[str, int]) -> tuple[str, ...]:
-    """Write, for each lookup in an Embedding with padding, what is found for padding on its own.
+    """Separate the rows that lookups in an Embedding find for padding from the other rows.
 
-    Name the tensors at which gradients must be stopped.  The model is changed in place, but what it
-    computes is not: ``y`` becomes ``Where(indices == padding, Identity(y), y)``.
+    Return the names of the tensors at which gradients must be stopped.  The model is changed in
+    place, but it computes the same: ``y`` becomes ``Where(indices == padding, Identity(y), y)``.
     """
     graph = model.graph
     stops = []

@@ -25,7 +25,7 @@ class Trial:
 
     ``inputs`` and ``values`` are the inputs and the parameters at this point.  ``directions`` maps
     each output that has a gradient to the numbers by which it is multiplied.  ``noise`` is the
-    largest change of each gradient if the inputs are rounded and in another order.
+    largest change of each gradient when the inputs are rounded and reordered.
     ``is_training`` is true if the network was in the modes in which it is trained.
     """
 
@@ -40,7 +40,7 @@ class Trial:
 def list_trials(torch: Any, network: Any, example: Example, outputs: Sequence[str]) -> list[Trial]:
     """Compute gradients at two points near the given parameters, without dropout.
 
-    The network is in the modes it is in, or in eval mode if its results are random nevertheless.
+    The network is in the modes it is in, or in eval mode if its results are still random.
     Points at which the network fails, or a gradient is not finite, are left out; the given
     parameters and example are then a point instead.  ``outputs`` names the network's outputs.
     """
