@@ -17,10 +17,13 @@ from splitonnx.partitioner.graphs.builders import known_array
 
 SQUASHING = frozenset({"HardSigmoid", "Sigmoid", "Softmax"})
 _BEHIND = frozenset(
-    {"Add", "Cast", "Clip", "Div", "Flatten", "Identity", "Mul", "Reshape", "Slice", "Squeeze",
-     "Sub", "Transpose", "Unsqueeze"}
+    {"Add", "Cast", "Clip", "Concat", "Div", "Expand", "Flatten", "Greater", "GreaterOrEqual",
+     "Identity", "Less", "LessOrEqual", "Max", "Min", "Mul", "ReduceMax", "ReduceMean", "ReduceSum",
+     "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
 )  # fmt: skip
-"""Operators that may follow an activation, if all their other inputs are constants."""
+"""Operators that may follow activations, if all their other inputs are constants."""
+_MOST_VALUES = 256
+"""Limit on the number of values after which the search for activations ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,26 +42,34 @@ def find_repeated_activation(output: ir.Value, loss: str, class_axis: int = 1) -
     """Return the final activation of ``output``, if ``loss`` would apply another one after it.
 
     Return ``None`` if there is no such activation, or if the loss skips it.  Only nodes that move
-    or convert elements, and arithmetic with constants, may follow the activation.  If a Concat
-    follows, each of its inputs must come from an activation.  ``class_axis`` is the axis of
-    ``output`` that holds the classes.
+    or convert elements, and arithmetic, may follow the activation.  Each of their inputs must be a
+    constant or come from an activation.  ``class_axis`` is the axis of ``output`` that holds the
+    classes.
     """
     if loss not in CONTAINED or find_activation(output, loss, class_axis) is not None:
         return None
-    return _find_squashing(output)
+    return _find_squashing(output, {})
 
 
-def _find_squashing(value: ir.Value) -> Squashing | None:
+def _find_squashing(value: ir.Value, known: dict[ir.Value, Squashing | None]) -> Squashing | None:
+    """Return an activation from which a value comes; ``known`` holds what was found for others."""
+    if value not in known:
+        known[value] = None  # until it is found
+        known[value] = _search(value, known) if len(known) <= _MOST_VALUES else None
+    return known[value]
+
+
+def _search(value: ir.Value, known: dict[ir.Value, Squashing | None]) -> Squashing | None:
     while (node := value.producer()) is not None and not node.domain:
         if node.op_type in SQUASHING:
             return Squashing(kind=node.op_type, node=node, source=node.inputs[0])
         if (spelled := find_spelled(value)) is not None:
             return Squashing(kind=spelled.kind, node=node, source=spelled.source)
         open_inputs = [v for v in node.inputs if v is not None and known_array(v) is None]
-        if node.op_type == "Concat":
-            found = [_find_squashing(own) for own in open_inputs]
-            return found[0] if found and all(found) else None
-        if node.op_type not in _BEHIND or len(open_inputs) != 1:
+        if node.op_type not in _BEHIND or not open_inputs:
             return None
+        if len(open_inputs) > 1:
+            found = [_find_squashing(own, known) for own in open_inputs]
+            return found[0] if all(found) else None
         value = open_inputs[0]
     return None

@@ -94,6 +94,22 @@ def list_spellings() -> dict[str, tuple[str, list[Node]]]:
             "cross-entropy",
             [("Sigmoid", ["scores"]), ("Sub", ["one", "t0"]), ("Concat", ["t1", "t0"])],
         ),
+        "softmax kept from zero": (
+            "cross-entropy",
+            [("Softmax", ["scores"]), ("Max", ["t0", "tiny"])],
+        ),
+        "softmax between two bounds": (
+            "cross-entropy",
+            [("Softmax", ["scores"]), ("Max", ["t0", "tiny"]), ("Min", ["t1", "one"])],
+        ),
+        "softmax scaled to a sum of 1 again": (
+            "cross-entropy",
+            [("Softmax", ["scores"]), ("ReduceSum", ["t0", "axis"]), ("Div", ["t0", "t1"])],
+        ),
+        "softmax without small numbers": (
+            "cross-entropy",
+            [("Softmax", ["scores"]), ("Less", ["t0", "tiny"]), ("Where", ["t1", "tiny", "t0"])],
+        ),
         "guarded softmax": (
             "cross-entropy",
             [("Exp", ["scores"]), ("ReduceSum", ["t0", "axis"]), ("Add", ["t1", "tiny"]),
@@ -112,3 +128,15 @@ def test_an_activation_of_several_nodes_that_cannot_be_skipped_is_found(name: st
 def test_a_concat_of_which_one_part_is_not_squashed_is_none() -> None:
     nodes: list[Node] = [("Sigmoid", ["scores"]), ("Concat", ["t0", "scores"])]
     assert find_spelled_out(nodes, "bce-with-logits") is None
+
+
+def test_a_gate_times_what_is_not_squashed_is_none() -> None:
+    nodes: list[Node] = [("Sigmoid", ["scores"]), ("Mul", ["t0", "scores"])]
+    assert find_spelled_out(nodes, "bce-with-logits") is None
+
+
+def test_many_joins_of_one_value_are_searched_once_each() -> None:
+    nodes: list[Node] = [("Softmax", ["scores"])]
+    for index in range(60):
+        nodes.append(("Mul", [f"t{index}"] * 2))
+    assert find_spelled_out(nodes, "cross-entropy") == "Softmax"
