@@ -1,7 +1,7 @@
 """A connection between a client and a server in the same process and thread, without a network.
 
-It is meant for tests and for verifying a bundle.  Messages are encoded and decoded as on any other
-connection.  Everything happens in a fixed order, so a run can be repeated exactly.
+The connection is meant for tests and for verifying a bundle.  Messages are encoded and decoded as
+on any other connection.  Everything happens in a fixed order, so a run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class MemoryTransport:
         return content
 
     def drain(self) -> None:
-        """Run the server until its work is done, and keep the replies for :meth:`receive`."""
+        """Run the server until its work is done, and keep its replies for :meth:`receive`."""
         while (content := self._next_reply()) is not None:
             self._waiting.append(content)
 

@@ -2,8 +2,9 @@
 
 A task reserves its memory before it begins, and waits if there is not enough.  Owners take turns
 (start-time fair queuing): among the waiting owners, the owner that was granted memory the fewest
-times comes first, and nobody may overtake it.  A new owner, or an owner that returns after a pause,
-starts level with the others.  While others wait, an owner gets at most half of the memory.
+times comes first.  If there is not enough memory for its task, the tasks behind it wait too.  A new
+owner, or an owner that returns after a pause, starts level with the others.  While others wait, an
+owner gets at most half of the memory.
 
 Besides the shared memory there is a *reserve*, an eighth of its size.  It is only for owners that
 have no memory yet, so that small tasks need not wait for an owner that has all the shared memory.
@@ -68,8 +69,9 @@ class Budget:
 
     ``total`` is the size of the memory in bytes.  ``workers`` is the number of users that may have
     tasks at the same time, or ``None`` for no limit.  A user is an owner, or a session without an
-    owner.  ``is_there`` returns whether a user still has a session.  ``clock`` is a monotonic clock
-    in seconds.
+    owner.  Methods take an owner as a string; any other object means that the session has no owner.
+    ``is_there`` returns whether a user still has a session.  ``clock`` is a monotonic clock in
+    seconds.
     """
 
     def __init__(
@@ -149,9 +151,9 @@ class Budget:
         """Record, without waiting, that an open task continues and now needs ``size`` bytes.
 
         A task is refused if it needs more memory than is left, or more than its owner's share while
-        others wait.  It does not wait, because two open tasks that wait for more memory could block
-        each other forever.  The client may then begin the task again, with ``size`` bytes from the
-        start.
+        others wait.  The task does not wait, because two open tasks that wait for more memory could
+        block each other forever.  The client may then begin the task again, which requests ``size``
+        bytes from the start.
 
         Raises:
             TaskTooLarge: ``size`` is over the limit.
@@ -191,7 +193,8 @@ class Budget:
         """List the idle tasks that may be aborted to free memory, the longest idle first.
 
         The list is empty if no task waits for memory.  ``is_sending`` returns whether the first
-        part of a task's next message has already arrived.
+        part of a task's next message has already arrived.  If so, the task is listed only once it
+        has been idle for ``UPLOAD_SECONDS``, not for ``IDLE_SECONDS``.
         """
         self._give()  # a user's tenure may be over by now
         if not self._waiting:

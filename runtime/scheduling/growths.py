@@ -3,8 +3,8 @@
 Some sizes are known only from a task's later messages, so the memory that the task needs is not
 known when the task begins.  However, the tasks of one client are usually similar, so the next task
 reserves as much memory as earlier tasks needed in the end.  Otherwise, a task could be interrupted
-because other tasks hold the remaining memory.  The task would begin again with as little memory as
-before, and be interrupted again.
+because it grows while other tasks hold the remaining memory.  The task would begin again with as
+little memory as before, and be interrupted again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ The remembered size shrinks by the difference, divided by this number.
 class TaskKind(NamedTuple):
     """A kind of task; tasks of the same kind probably need similar amounts of memory.
 
-    ``first`` is the number of bytes that a task needs according to its first message.
+    ``first`` is the number of bytes that a task of this kind needs according to its first message.
     """
 
     user: Hashable
@@ -51,8 +51,8 @@ class Growths:
     def foresee(self, kind: TaskKind) -> int:
         """Return how many bytes a task of this kind will probably need.
 
-        This is the size remembered from earlier tasks.  If no size is remembered, it is the size
-        that the first message needs.
+        This is the size remembered from earlier tasks.  If no size is remembered, it is
+        ``kind.first``.
         """
         kinds = self._most.get(kind.user)
         if kinds is None or kind not in kinds:

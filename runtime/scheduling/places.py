@@ -1,9 +1,9 @@
 """The sharing of a limited number of places, such as worker processes, among users.
 
 A user (such as a token's owner) keeps its place until another user waits for a place and
-``TENURE_SECONDS`` have passed.  Then the user that has had its place longest must leave as soon as
-it is not working.  This module only keeps records: the caller defines what a place is, and which
-users are working.
+``TENURE_SECONDS`` have passed.  Then the user that has had its place longest must give it up
+as soon as this user is not working.  This module only keeps records: the caller defines what a
+place is, and which users are working.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Places:
     ) -> Hashable:
         """Return the user that must soon give up its place, or ``None`` if no user must.
 
-        This is the user that :meth:`take` would evict next; it must not begin new work.
-        ``waiting`` are the users that wait for a place, and ``at_work`` are the users that are
-        working.
+        This is the user that :meth:`take` would evict next; the user must not begin new work.
+        ``waiting`` contains the users that wait for a place, and ``at_work`` contains the users
+        that are working.
         """
         if all(user in self._since for user in waiting) or self._find_room(at_work):
             return None
@@ -56,8 +56,8 @@ class Places:
     def take(self, user: Hashable, at_work: Collection[Hashable]) -> bool:
         """Assign a place to a user, and return whether the user has a place now.
 
-        If no place is free, another user is evicted if possible.  ``at_work`` are the users that
-        are working and so cannot be evicted.
+        If no place is free, another user is evicted if possible.  ``at_work`` contains the users
+        that are working and therefore cannot be evicted.
         """
         if user in self._since:
             return True

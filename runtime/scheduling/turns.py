@@ -6,9 +6,9 @@ This is start-time fair queuing (Goyal, Vin and Cheng, 1996).  How long a piece 
 when it is done.  An owner that returns after a pause starts level with the others and gets no
 credit for the pause.
 
-The number of pieces that run at the same time is limited.  Running pieces are not interrupted.
-Therefore, one more piece may run if its owner's pieces are short, so that other owners' long pieces
-cannot block it.
+The number of pieces that run at the same time is limited, and running pieces are not interrupted.
+One more piece may run if its owner's pieces are short, so that the long pieces of other owners
+cannot block that owner.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Line(Generic[_Piece]):
 
 
 class FairQueue(Generic[_Piece]):
-    """The order in which waiting pieces of work run; it uses no threads and no clock.
+    """A queue that puts waiting pieces of work in order; it uses no threads and no clock.
 
     ``places`` is the number of pieces that may run at the same time, at most one per owner.  One
     more piece may run if all recent pieces of its owner were short.
@@ -147,8 +147,8 @@ class Turns:
     """A scheduler that runs pieces of work in threads, in the order of a :class:`FairQueue`.
 
     A waiting piece does not occupy a thread.  Use a scheduler from one event loop only.  ``places``
-    is the number of pieces that may run at the same time, by default the number of CPUs.  ``clock``
-    is a monotonic clock in seconds.
+    is the number of pieces that may run at the same time, by default the number of CPUs.  ``name``
+    begins the names of the threads.  ``clock`` is a monotonic clock in seconds.
     """
 
     def __init__(
