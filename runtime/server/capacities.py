@@ -50,13 +50,13 @@ class Capacity:
     ) -> Occupant | None:
         """Choose which session to unload so that ``owner`` can open another session.
 
-        ``occupants`` are the sessions in memory, and ``opening`` lists the owners of sessions that
-        are being opened.  ``tried`` contains the names of the sessions that were already chosen to
-        make room for the new session; they are not chosen again.
+        ``occupants`` lists the sessions in memory, and ``opening`` lists the owners of sessions
+        that are being opened.  ``tried`` contains the names of the sessions that were already
+        chosen to make room for the new session; they are not chosen again.
 
         Returns:
             The session to unload, or ``None`` if there is room.  If the session is already being
-            unloaded, the caller only waits for it.
+            unloaded, the caller only has to wait until that is done.
 
         Raises:
             ServerBusy: no session can be unloaded.

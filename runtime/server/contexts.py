@@ -28,7 +28,10 @@ class Holder(Protocol):
         """Return whether a message, or part of one, has arrived but has not been handled yet."""
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection without waiting; send the reason if the client is reading."""
+        """Close the connection without waiting; send the reason if the client is reading.
+
+        ``code`` is the websocket close code.
+        """
 
 
 @dataclass(kw_only=True, eq=False)
@@ -40,7 +43,8 @@ class ServerContext:
     threads that use the disk, so that greetings and saving do not wait for steps.  ``locks``
     contains the lock of each session, and ``holders`` contains the newest connection of each
     session.  ``waiting`` contains the names of sessions whose lock is held by a handler that is
-    only waiting for memory, or for the client to read a reply.
+    only waiting for memory, or for the client to read a reply.  ``norm``, ``batch`` and
+    ``estimates`` are passed to each connection's :class:`~dispatchers.Dispatcher`.
     """
 
     registry: Registry

@@ -69,7 +69,7 @@ class Dispatcher:
     ``roles`` are the client's permissions.  ``norm`` is the largest L2 norm allowed for a received
     gradient, and ``batch`` is the largest number of rows allowed for a tensor; ``None`` means no
     limit.  ``estimates`` computes how much memory a task needs, and ``task_bytes`` is the largest
-    amount allowed.  Without ``estimates``, memory is not checked.
+    amount allowed.  If ``estimates`` is ``None``, memory is not checked.
 
     ``session`` is ``None`` until the client has sent its greeting, and ``refused`` is ``None``
     until an error ends the connection.  :meth:`read` may be called at any time.  While any other
@@ -192,8 +192,8 @@ class Dispatcher:
     def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
         """End the connection because of an error, and yield a message that reports the error.
 
-        If the session can be resumed (:attr:`is_interrupted`), no message is yielded, and the
-        client reconnects.
+        Unfinished tasks of the session are aborted.  If the session can be resumed
+        (:attr:`is_interrupted`), no message is yielded, and the client reconnects.
         """
         self.refused = error
         if self._held is not None:

@@ -1,7 +1,7 @@
 """The connection handler, which passes messages between a client's connection and its dispatcher.
 
-One handler serves one connection on the event loop.  Slow work runs in threads, and only one thread
-at a time works on a session.  A fair queue (see :mod:`turns`) decides which client's work runs
+One handler serves one connection on the event loop.  Slow work runs in threads; at most one of
+them works on a session at a time.  A fair queue (see :mod:`turns`) decides which client's work runs
 next.  If a reply can no longer be sent, any remaining work is still done.
 """
 
@@ -105,7 +105,10 @@ class ConnectionHandler:
         return self._has_message or self._peer.is_sending
 
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection without waiting; send the reason if the client is reading."""
+        """Close the connection without waiting; send the reason if the client is reading.
+
+        ``code`` is the websocket close code.
+        """
         self._peer.dismiss(code, reason)
 
     def _release(self, dispatcher: Dispatcher) -> None:

@@ -69,10 +69,11 @@ class Ledger:
     def suits(self, step: int, *, is_open: bool, can_repeat: bool = False) -> bool:
         """Return whether a client that is at ``step`` can continue without going back.
 
-        ``is_open`` means that the client is in the middle of ``step`` and will send the step's
-        messages again.  In that case, the server may be one step ahead, if it still has the replies
-        that were lost.  ``can_repeat`` means that the client can also send the messages of the
-        previous step again.  In that case, the server may be one step behind.
+        In general, client and server must be at the same step, with two exceptions.  ``is_open``
+        means that the client is in the middle of ``step`` and will send the step's messages again:
+        then the server may be one step ahead, if it still has its replies to that step.
+        ``can_repeat`` means that the client can also send the messages of the step before ``step``
+        again: then the server may be one step behind.
         """
         if step == self.step - 1:
             return is_open and bool(self._made)

@@ -92,11 +92,11 @@ class Metrics:
         self._steps[phase].inc()
 
     def observe(self, part: Part, seconds: float) -> None:
-        """Record how long a part of a step took."""
+        """Record how long a part of a step took; ``part`` is one of ``PARTS``."""
         self._seconds[part].observe(seconds)
 
     def count_bytes(self, direction: Direction, size: int) -> None:
-        """Count the bytes of a message."""
+        """Count the bytes of a message; ``"up"`` means from a client to the server."""
         self._bytes[direction].inc(size)
 
     def count_reconnect(self) -> None:
@@ -108,7 +108,7 @@ class Metrics:
         self._worker_deaths.inc()
 
     def count_refusal(self, reason: str) -> None:
-        """Count a refusal; ``reason`` is the name of an error class, or a ``Refusal``."""
+        """Count a refused request; ``reason`` is an error class's name or an HTTP ``Refusal``."""
         if reason not in self._reasons:
             if len(self._reasons) >= MAX_REASONS:
                 reason = "other"

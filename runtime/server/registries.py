@@ -58,7 +58,7 @@ class Registry:
         disk_per_owner: the largest number of bytes that an owner's checkpoints and outcomes may
             use; ``None`` for no limit.
         keep_seconds: how long the files of unused sessions are kept; ``None`` to keep them forever.
-        clock: a function that returns the time in seconds, which must never decrease.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(
@@ -130,9 +130,10 @@ class Registry:
     def seek(self, hello: Hello, owner: str, tried: set[str]) -> Session | Future[None]:
         """Find a session as :meth:`find` does, but return a future if that requires waiting.
 
-        The future is done when another thread has opened a session or written one to disk.  After
-        that, call this method again with the same set ``tried``, in which this method records the
-        sessions that it chose to unload.  In this way, a slow disk does not delay other clients.
+        The future is done when another thread has opened a session or written one to disk.  Then
+        call this method again.  In this way, a slow disk does not delay other clients.  Pass an
+        empty set as ``tried`` at first, and the same set each time after that: this method adds the
+        sessions that it chose to unload.
 
         Raises:
             SplitonnxError: see :meth:`find`.

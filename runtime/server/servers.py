@@ -93,20 +93,20 @@ class Server:
         tokens: the accepted tokens; without them, every client is admitted.
         tls: the TLS context, from :func:`~splitonnx.runtime.wire.tls.make_server_tls`.
         origins: web origins that may connect, such as ``https://example.org``.
-        insecure: allow listening on the network although nothing keeps unknown clients out.
+        insecure: listen on the network even if neither tokens nor certificates are required.
         client: the client's folder or loaded part, which browsers may download.
         web: a folder of web pages to serve, with ``index.html`` at the path ``/``.  These pages may
             connect to the server at any of its addresses.
         isolate: run the stages of each owner's sessions in a separate process; on by default if
-            clients show tokens or certificates, or can connect over the network.
+            clients must show tokens or certificates, or can connect over the network.
         keep_sessions: days after which the checkpoints and outcomes of unused sessions are deleted,
             except for the newest outcome; ``None`` to keep them forever.
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
         FolderInUse: another server is using the folder.
-        UsageError: ``bundle`` is not a server's part, ``client`` does not belong to it, nothing
-            keeps unknown clients out, or another argument is invalid.
+        UsageError: ``bundle`` is not a server's part, ``client`` does not belong to it, unknown
+            clients could connect over the network, or another argument is invalid.
         WrongRuntime, StageFailed: a stage cannot be loaded.
     """
 
@@ -242,7 +242,7 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Stop serving and abort unfinished tasks; may be called twice."""
+        """Finish the running steps, abort other tasks and stop; may be called twice."""
         if self._thread is not None and self._loop is not None and self._stop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()

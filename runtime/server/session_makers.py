@@ -59,11 +59,11 @@ class SessionMaker:
         )
 
     def make(self, hello: Hello, owner: str) -> Session:
-        """Create a new session for a client that has no checkpoints of the session.
+        """Create a new session, which starts from the state that the greeting names.
 
         Raises:
-            SessionLost: the client has checkpoints of the session, but the server has lost the
-                session.
+            SessionLost: the client already has checkpoints of this session, so the server must have
+                lost it.
             BundleMismatch, ForeignSession: the state to start from is missing, or belongs to
                 another owner.
             ServerBusy: no worker is available.

@@ -125,11 +125,11 @@ class Session:
         fingerprint: Fingerprint,
         encode: Encoder,
     ) -> Iterator[Reply]:
-        """Handle a message with tensors of a task, and yield each reply as soon as it is ready.
+        """Handle a message with a task's tensors, and yield each reply as soon as it is ready.
 
         ``fingerprint`` is the hash of the message's bytes.  ``encode`` converts a reply and its
-        tensors to chunks.  A repeated message of a training step gets the same replies as the first
-        time.  After an error, call :meth:`abandon`.
+        tensors to chunks.  If a message of a training step arrives again, the replies are the same
+        as the first time.  After an error, call :meth:`abandon`.
 
         Raises:
             RemoteProtocolError, StepConflict: the message is not allowed now.

@@ -42,13 +42,14 @@ class TaskMemory:
     async def reserve(
         self, session: Session, owner: Hashable, message: Tensors, needed: int
     ) -> None:
-        """Reserve ``needed`` bytes for a message's task, and wait until they are available.
+        """Reserve ``needed`` bytes for a message's task.
 
-        The wait ends early if the connection ends or the server stops.
+        The first message of a task waits until the memory is available, the connection ends or the
+        server stops.  Later messages do not wait.
 
         Raises:
             ConnectionLost: the connection ended or the server is stopping; the message is dropped.
-            ServerBusy: an open task needs more memory than is left.
+            ServerBusy: the task needs more memory for a later message than is left.
             TaskTooLarge: the task needs more memory than the limit allows.
         """
         budget, task = self._context.budget, (session.id, message.phase)
@@ -92,11 +93,11 @@ class TaskMemory:
 
     @contextmanager
     def letting_go(self, session: Session | None) -> Iterator[None]:
-        """Allow a session's open tasks to be aborted while the context is open.
+        """Allow a session's open tasks to be aborted within a ``with`` block.
 
         Use this while the connection's handler holds the session's lock, but is only waiting for
-        memory or for the client to read a reply.  The tasks may then be aborted even though the
-        lock is held.
+        memory or for the client to read a reply.  Without this, the lock protects the tasks from
+        being aborted.
         """
         if session is None:
             yield
