@@ -1,9 +1,10 @@
 """A server's archive of its sessions on disk: checkpoints, outcomes, owners and disk usage.
 
-A session belongs to its owner even after it is finished or abandoned.  Nobody else may resume it,
-start it again, or start training from its result.  Each owner has a quota of bytes, and the files
-of unused sessions are deleted after some time.  This module handles files; the registry knows which
-sessions are in memory.
+An *outcome* is a state that a session published as the result of its training.  A session belongs
+to its owner even after it is finished or abandoned.  Nobody else may resume it, start it again, or
+start training from its result.  Each owner has a quota of bytes, and the files of unused sessions
+are deleted after some time.  This module handles files; the registry knows which sessions are in
+memory.
 """
 
 from __future__ import annotations
@@ -99,10 +100,10 @@ class Archive:
     def saving(
         self, store: CheckpointStore, owner: str, *, publish: bool = False
     ) -> Iterator[None]:
-        """Reserve space in the owner's quota while a ``with`` block writes to disk.
+        """Reserve space in the owner's quota while a ``with`` block writes a checkpoint to disk.
 
-        First check that the folder was not replaced after it was loaded.  The reserved space is for
-        a checkpoint and, with ``publish``, for an outcome too.
+        First check that the folder was not replaced after it was loaded.  ``publish`` means
+        that the block writes an outcome, not only a checkpoint.
 
         Raises:
             NotSaved: the folder was deleted or replaced.
