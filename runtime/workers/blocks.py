@@ -4,8 +4,7 @@ Each worker has two blocks of shared memory, one per direction.  The server crea
 blocks; the worker maps the block that the server names.  On Linux, a block is an anonymous file
 that the worker inherits.  The file is sealed so that neither process can shrink it while the other
 is using it.  On other systems, a block is named shared memory; when it has to grow, it is replaced
-by a larger one with another name.  This module handles arrays and bytes, and knows nothing about
-processes.
+by a larger one with another name.  This module does not start processes.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MAX_RANK = STAGE.rank
 
 
 class Place(msgspec.Struct, frozen=True):
-    """The name by which the other process finds a block, and the block's size in bytes."""
+    """The name with which the other process opens a block, and the block's size in bytes."""
 
     name: str
     size: int
@@ -55,14 +54,14 @@ class Block(Protocol):
 
     @property
     def place(self) -> Place:
-        """Return the name by which the other process finds the block, and the block's size."""
+        """Return the name with which the other process opens the block, and the block's size."""
 
     @property
     def view(self) -> memoryview:
         """Return a view of all bytes of the block."""
 
     def reserve(self, size: int) -> None:
-        """Enlarge the block to at least ``size`` bytes and discard its content.
+        """Enlarge the block to at least ``size`` bytes; its content may be lost.
 
         Only the owner may call this method.
         """
@@ -102,7 +101,7 @@ class FileBlock:
 
     @property
     def place(self) -> Place:
-        """Return the file descriptor that the other process inherits, and the block's size."""
+        """Return a name with the inherited file's descriptor, and the block's size."""
         return Place(f"file:{self.number}", self._size)
 
     @property
@@ -158,7 +157,7 @@ class NamedBlock:
 
     @property
     def place(self) -> Place:
-        """Return the name by which the other process finds the block, and the block's size."""
+        """Return the name with which the other process opens the block, and the block's size."""
         return Place(f"name:{self._memory.name}", self._memory.size)
 
     @property
@@ -202,7 +201,7 @@ class SharedTensors:
 
     @classmethod
     def make(cls, tensors: Mapping[str, np.ndarray]) -> SharedTensors | None:
-        """Copy tensors to a new shared file.
+        """Copy tensors to a new file that child processes can inherit, and make it unchangeable.
 
         Return ``None`` if the platform does not support such files.
         """

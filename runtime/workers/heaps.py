@@ -1,9 +1,9 @@
 """Tuning of this process's heap and garbage collector.
 
 ONNX Runtime's arenas never shrink below the size of their largest task, so workers run without
-arenas.  Instead they use the heap of the C library.  It keeps freed memory, so that the next task
-causes fewer page faults, and returns that memory to the system on demand.  This requires glibc;
-other C libraries return memory by themselves.
+arenas.  Instead they use the heap of the C library, which keeps freed memory, so that the next task
+causes fewer page faults.  This module makes the heap return that memory to the system when there is
+too much of it.  That requires glibc; other C libraries return memory by themselves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Heap:
             self._keep_freed()
 
     def tidy(self, most: int) -> None:
-        """Return freed memory to the system if more than ``most`` bytes of it could be held."""
+        """Return freed memory to the system if the heap may hold more than ``most`` bytes of it."""
         if self._library is None:
             return
         if self._needed is None or measure_private() - self._needed > most:

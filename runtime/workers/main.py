@@ -1,8 +1,8 @@
 """The main program of a worker: a process that runs the stages of one owner's sessions.
 
 The server starts the worker through :mod:`processes`.  The worker reads requests from stdin, writes
-answers to its original stdout, and exits when the server exits.  It has the party's bundle and its
-owner's sessions, but no tokens, keys or sockets.
+answers to its original stdout, and exits when the server exits.  The worker has the party's
+bundle and the sessions of one owner, but no tokens, keys or sockets.
 """
 
 from __future__ import annotations

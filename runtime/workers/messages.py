@@ -1,7 +1,7 @@
 """The messages between a server and its workers: requests, answers and errors, as bytes.
 
 Each message is a msgspec struct, encoded as MessagePack with a length prefix.  Tensors are passed
-separately, in shared memory.  Nothing is unpickled.  A worker may have been compromised by the data
+separately, in shared memory.  Pickle is not used.  A worker may have been compromised by the data
 that it processed, so its answers are validated as strictly as messages from an unknown client.
 """
 
@@ -52,7 +52,9 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """An action that loads the party whose stages the worker runs.
 
     ``file`` is the descriptor of an inherited file with the weights; if it is ``None``, the weights
-    are in the shared memory block.  ``memory_bytes`` limits the memory of the process.
+    are in the shared memory block.  ``weights`` lists their positions.  ``threads`` is the number
+    of threads per operator.  ``stage_seconds`` limits the time of each stage, and ``memory_bytes``
+    limits the memory of the process.
     """
 
     manifest: bytes
@@ -68,7 +70,8 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """An action that begins or restores a session.
 
     ``state`` lists the positions of the state's tensors in the shared memory block.  If it is
-    ``None``, the session begins with the initial weights.
+    ``None``, the session begins with the initial weights.  ``session`` is a number by which later
+    actions name the session.
     """
 
     session: int
@@ -116,10 +119,9 @@ class Fetch(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Tidy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """An action that does nothing itself.
+    """An action that only frees memory.
 
-    The worker only drops the tasks and sessions named in the :class:`Request`, and frees their
-    memory.
+    The worker drops the tasks and sessions named in the :class:`Request`, and frees their memory.
     """
 
 
@@ -130,7 +132,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A request to the worker, with one action.
 
     The worker first drops the tasks in ``abandoned`` and the sessions in ``closed``, and then
-    performs ``action``.  After a task, the worker may keep ``kept_bytes`` of freed memory.
+    performs ``action``.  ``inbox`` is the shared memory block with the action's tensors, and
+    ``outbox`` is the block for the answer's tensors.  After a task, the worker may keep
+    ``kept_bytes`` of freed memory.
     """
 
     inbox: Place
@@ -142,13 +146,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Grown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The server's reply to :class:`Need`: the shared memory block is now large enough."""
+    """The server's reply to :class:`Need`: the outbox is now large enough."""
 
     outbox: Place
 
 
 class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A worker's request to enlarge the shared memory block to ``size`` bytes for an answer."""
+    """A worker's request to enlarge its outbox to ``size`` bytes, so that an answer fits."""
 
     size: int
 

@@ -1,8 +1,8 @@
 """The pool of a server's workers: which owner has a worker, who gets one, and when it is stopped.
 
 A worker serves only one owner.  To serve another owner, it is stopped and a new worker is started.
-Therefore, neither a crash nor an out-of-bounds read can affect another owner.  If a client has no
-owner, each of its sessions has its own worker.
+Therefore, a crash does not affect another owner, and an out-of-bounds read does not reveal another
+owner's data.  If a client has no owner, each of its sessions has its own worker.
 
 An owner gets a worker at its first task, and keeps it until the pool is full and another owner
 needs a worker.  Before the worker is stopped, the states of the owner's sessions are fetched.  Each
@@ -161,7 +161,7 @@ class WorkerPool:
                     self._leases.pop(name).end()
 
     def note_death(self, key: TaskKey | None, session: str, how: str) -> WorkerLost:
-        """Log that a worker ended, and return the error to raise.
+        """Log and count the end of a worker, and return the error to raise.
 
         ``key`` is the task that made the worker end, or ``None`` if no task did.  ``how`` describes
         how the worker ended.
@@ -171,15 +171,15 @@ class WorkerPool:
         return error
 
     def note_success(self, key: TaskKey) -> None:
-        """Forget that a task has crashed workers, because it has now succeeded."""
+        """Forget how many workers a task has crashed, because the task has now succeeded."""
         if self._deaths:
             with self._lock:
                 self._deaths.pop(key, None)
 
     def note_failed_start(self, key: TaskKey | None, session: str, why: str) -> WorkerLost:
-        """Log why no worker can be started, and return the error to raise.
+        """Log and count that no worker can be started, and return the error to raise.
 
-        The text of the error does not contain the reason.
+        The text of the error does not contain the reason ``why``; only the log does.
         """
         _logger.error("no worker can be started: %s", why, extra={"session": session})
         is_repeated = self._count_death(key)

@@ -91,8 +91,7 @@ _answers = msgspec.msgpack.Decoder(FromWorker)
 class WorkerEnded(Exception):
     """Raised if the worker process ended or had to be killed; ``how`` describes what happened.
 
-    ``is_before`` is true if the process had already ended when the request was made.  The error
-    does not name the session; the caller adds its name.
+    ``is_before`` is true if the process had already ended when the request was made.
     """
 
     def __init__(self, how: str, *, is_before: bool = False) -> None:
@@ -105,10 +104,10 @@ class WorkerEnded(Exception):
 class WorkerOptions:
     """The options that all workers of a server share.
 
-    ``party`` is the party that the workers run.  ``weights`` are the party's weights in a shared
-    file, or ``None`` if each worker gets its own copy.  After their tasks, all workers together may
-    keep ``kept_bytes`` of freed private memory, and the same number of bytes of the memory that
-    they share with the server.
+    ``party`` is the party that the workers run.  ``weights`` are its weights in a shared file, or
+    ``None`` if each worker gets its own copy.  ``memory_bytes`` limits each worker's memory.  After
+    their tasks, all workers together may keep ``kept_bytes`` of freed private memory, and as much
+    of the memory that they share with the server.
     """
 
     party: PartyBundle

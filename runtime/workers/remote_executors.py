@@ -1,6 +1,6 @@
 """An executor whose state and tasks are in a worker process.
 
-Data are sent to the worker only when they are needed.  A session is opened in the worker at its
+The state is sent to the worker only when it is needed: a session is opened in the worker at its
 first task, so creating or restoring a session does not make other clients wait.  Between two tasks,
 the state can be fetched, so that the worker can be stopped to make room for a worker of another
 owner.  The next task then passes the state to a new worker.
@@ -82,8 +82,9 @@ class _Task:
 class RemoteExecutor:
     """A session's executor in a worker, with the same methods as :class:`~executors.Executor`.
 
-    ``user`` names the owner or session that the worker serves.  Only :meth:`unload` may be called
-    while another thread is using the executor.
+    ``user`` names the owner or session that the worker serves.  ``tensors`` is the state to begin
+    with, or ``None`` for the untrained state, and ``step`` is the number of steps that led to it.
+    Only :meth:`unload` may be called while another thread is using the executor.
     """
 
     _numbers = iter(range(1 << 62))
@@ -207,8 +208,10 @@ class RemoteExecutor:
     def unload(self, *, waits: bool) -> bool:
         """Fetch the state, so that the worker is not needed until the next task.
 
-        With ``waits``, also wait for another thread that is fetching the state.  Return ``False``
-        if a task is open, or if the state cannot be fetched.
+        Return whether the worker is not needed now, which is also true if it has ended and the
+        state is lost.  Return ``False`` if a task is open, or if the state cannot be fetched.
+        ``waits`` means to wait if another thread is using the worker for this session; otherwise,
+        ``False`` is returned at once.
         """
         if self._tasks or not self._lock.acquire(blocking=waits):
             return False
