@@ -1,10 +1,10 @@
-"""Call ``torch.onnx.export`` so that everything that is trained is kept.
+"""Call ``torch.onnx.export`` so that the exported model can be trained.
 
-The legacy exporter is tried first: it alone keeps BatchNormalization in training mode, it writes
-one operator per layer, it takes a tenth of the time, and it needs no other package.  It refuses
-dropout in recurrent layers and newer operators.  The dynamo exporter accepts both, but leaves
-BatchNormalization in inference mode, which is corrected afterwards (:mod:`repairs`).  Both
-exporters keep the names of parameters only if they do not fold constants.
+The legacy exporter is tried first.  Only this exporter keeps BatchNormalization in training mode.
+It also writes one operator per layer, takes a tenth of the time, and needs no other package.  It
+refuses dropout in recurrent layers, and newer operators.  The dynamo exporter accepts both, but
+writes BatchNormalization in inference mode; :mod:`repairs` corrects this afterwards.  Constants are
+not folded, because otherwise both exporters lose the names of parameters.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ _MOST = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Called:
-    """What an exporter returned: the model, and the tensors that it wrote for each ``detach``.
+    """An exported model.
 
-    ``exporter`` is ``legacy`` or ``dynamo``.
+    ``exporter`` is the exporter that wrote the model: ``legacy`` or ``dynamo``.  ``detached`` are
+    the names of the results of ``detach`` in the model's main graph.
     """
 
     model: onnx.ModelProto
@@ -53,16 +54,15 @@ def call_exporter(
     *,
     recurrent_dropout: bool,
 ) -> Called:
-    """Export a network in the modes its modules are in.
+    """Export a network without changing the modes of its modules.
 
-    ``outputs`` names all outputs; ``varying`` names those with the batch as their first axis.
-    If ``recurrent_dropout`` is true, the legacy exporter is not tried, because it refuses dropout
-    between recurrent layers.
+    ``outputs`` are the names for all outputs, and ``varying`` are the names of the outputs that
+    have the batch as their first axis.  ``recurrent_dropout`` means that the network applies
+    dropout between recurrent layers; the legacy exporter refuses this, so it is not tried.
 
     Raises:
-        NotExported: neither exporter can export the network.
-        TorchNeeded: the legacy exporter cannot export the network, and the dynamo exporter needs
-            onnxscript.
+        NotExported: no exporter that was tried can export the network.
+        TorchNeeded: the dynamo exporter is needed, but onnxscript is missing.
     """
     reasons: dict[str, str] = {}
     tried: tuple[Callable[..., onnx.ModelProto], ...] = (_call_legacy, _call_dynamo)

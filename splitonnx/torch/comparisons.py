@@ -1,4 +1,4 @@
-"""Compare an exported model with the network: names, values, modes and results."""
+"""Compare an exported model with the network: tensors, modes of layers, and results."""
 
 from __future__ import annotations
 
@@ -36,10 +36,14 @@ def check_tensors(
     arrays: Mapping[str, np.ndarray],
     seen: Observation,
 ) -> None:
-    """Check that the model stores each tensor of the network once, with its name and values.
+    """Check that the model stores the network's tensors under their names, with the same values.
+
+    ``arrays`` maps the names of the network's parameters and buffers to their values, and ``seen``
+    describes which of them the network uses.  Tensors that are used must be stored once if they
+    require a gradient or are running statistics.
 
     Raises:
-        WrongExport: a tensor is missing, stored twice, or has a different shape or other values.
+        WrongExport: a tensor is missing or stored twice, or has the wrong shape or values.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     used = {mean.rpartition(".")[0] for mean in (*seen.training, *seen.frozen)}
@@ -62,11 +66,14 @@ def check_tensors(
 
 
 def check_modes(network: str, model: onnx.ModelProto, layout: Layout, seen: Observation) -> None:
-    """Check the mode and momentum of each BatchNormalization, and that no dropout is missing.
+    """Check that BatchNormalization and dropout are the same in the model as in the network.
+
+    ``seen`` describes what the network does in training mode.
 
     Raises:
-        WrongExport: a mode or a momentum differs, there are fewer dropouts than in the network, or
-            it is random without any.
+        WrongExport: the mode or momentum of a BatchNormalization differs, the model has fewer
+            dropouts than the network, or the network's results are random but the model has no
+            dropout.
     """
     nodes = list(model.graph.node)
     modes = {
@@ -135,14 +142,17 @@ def compare_results(
 ) -> float:
     """Compare the results of the model and of the network, and return the largest difference.
 
-    In eval mode, the example and a batch with one more sample are compared.  If the network has a
-    BatchNormalization in training mode, the example is also compared in training mode: dropout is
-    turned off, and nothing is compared if the results are random even so.  ``outputs`` names the
-    outputs of the model.  Pass the network in the modes in which it is trained; this function
-    changes its modes and its running statistics.
+    The results in eval mode are compared for the example and for a batch with one more sample.  If
+    the network has a BatchNormalization in training mode, the results in training mode are also
+    compared, for the example and without dropout.  The second comparison is skipped if the results
+    are random even without dropout.  ``outputs`` are the names of the model's outputs.
+
+    Pass the network in the modes in which it is trained.  This function changes its modes and its
+    running statistics.
 
     Raises:
-        WrongExport: an output differs.
+        WrongExport: an output differs, the model draws random numbers in eval mode, or it cannot
+            be run.
     """
     original = copy_original(model)
     set_inference_modes(original)

@@ -14,7 +14,9 @@ NEEDED = f">={OLDEST[0]}.{OLDEST[1]}"
 
 
 def import_torch(purpose: str) -> Any:
-    """Import and return ``torch``.  ``purpose`` names the function that needs it.
+    """Import and return ``torch``.
+
+    ``purpose`` is the name of the function that needs PyTorch; it is used in the error message.
 
     Raises:
         TorchNeeded: PyTorch is missing or too old.

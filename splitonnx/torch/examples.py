@@ -12,9 +12,10 @@ from splitonnx.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """The inputs of one call of a network, by the names of the parameters of ``forward``.
+    """The inputs of one call of a network.
 
-    They are passed by keyword if ``is_named`` is true, otherwise by position.
+    ``tensors`` maps the names of the parameters of ``forward`` to the inputs.  The inputs are
+    passed by keyword if ``is_named`` is true, and by position otherwise.
     """
 
     tensors: Mapping[str, Any]
@@ -36,16 +37,21 @@ class Example:
         return dict(self.tensors) if self.is_named else {}
 
     def resize(self, batch: int) -> Example:
-        """Return an example of ``batch`` samples: these samples in reverse order, repeated."""
+        """Return an example with ``batch`` samples.
+
+        The samples of this example are used in reverse order, and repeated if there are too few.
+        """
         order = [(self.batch - 1 - at) % self.batch for at in range(batch)]
         tensors = {name: tensor[order] for name, tensor in self.tensors.items()}
         return Example(tensors=tensors, is_named=self.is_named)
 
 
 def read_example(torch: Any, model: Any, example: Any) -> Example:
-    """Read the user's example: a tensor, a tuple of tensors, or a dictionary of named tensors.
+    """Convert the example that the user gave to an :class:`Example`.
 
-    An example of one sample is repeated, because exporters write sizes of 1 into the model.
+    ``example`` is a tensor, a tuple of tensors, or a dictionary from the names of the parameters of
+    ``forward`` to tensors.  A single sample is repeated, because exporters write sizes of 1 into
+    the model as constants.
 
     Raises:
         UsageError: the example does not consist of tensors with the same number of samples.

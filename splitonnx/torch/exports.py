@@ -47,15 +47,17 @@ _log = logging.getLogger(__name__)
 class Export:
     """An exported model that computes what the network computes.
 
-    ``model`` is the model's bytes, which ``cut`` accepts, and ``path`` is the file, if one was
-    written.  ``exporter`` is ``legacy`` or ``dynamo``.  ``parameters`` are the names of the stored
-    parameters, ``unused`` those that the network does not use.  ``difference`` is the largest
-    relative difference between results of the model and of the network, and
-    ``gradient_difference`` that between gradients, or ``None`` if gradients were not compared.
+    ``model`` contains the model as bytes, in a form that ``cut`` accepts.  ``path`` is the file, or
+    ``None`` if no file was written.  ``exporter`` is ``legacy`` or ``dynamo``.  ``parameters`` are
+    the names of the parameters that are stored in the model.  ``unused`` are the names of the
+    parameters that get no gradient from the network's outputs.  ``difference`` is the largest
+    relative difference between the results of the model and the results of the network.
+    ``gradient_difference`` is the largest relative difference between their gradients, or ``None``
+    if gradients were not compared.
 
     Pass ``freeze``, ``train`` and ``stop_gradients`` to ``cut`` as the arguments of the same names.
-    Without them, ``cut`` would train tensors that the network does not train, or the other way
-    round, or pass gradients through a ``detach`` or to the padding of an Embedding.
+    Without them, ``cut`` might train other tensors than PyTorch does, or pass gradients through a
+    ``detach`` or to the padding row of an Embedding.
     """
 
     model: bytes = field(repr=False)
@@ -82,27 +84,33 @@ def export(
 ) -> Export:
     """Export a PyTorch network for training.
 
-    BatchNormalization and Dropout stay in training mode, nothing is folded, the first axis of every
-    input is a batch of any size, and parameters keep their names.  The result is compared with the
-    network: names and values of its tensors, modes, and results in eval and in training mode, for
-    two batch sizes.  Its gradients, as ``cut`` computes them, are compared with those of the
-    network, without dropout.  The network itself is not changed.
+    BatchNormalization and Dropout are written in training mode, and parameters keep their names.
+    Constants are not folded.  The first axis of every input is a batch of any size.  The network
+    itself is not changed.
 
-    A network in eval mode is exported as if it were in training mode.  In a network in training
-    mode, modules that you put into eval mode stay frozen.
+    The export is then compared with the network: the names and values of its tensors, the modes of
+    its layers, and its results in eval mode for two batch sizes.  If the network has
+    BatchNormalization, the results in training mode are compared too.  The gradients that ``cut``
+    would compute are compared with PyTorch's, without dropout; if this is not possible, a warning
+    is logged.
+
+    A network in eval mode is exported as if it were in training mode.  If the network is in
+    training mode, modules that you have put into eval mode are exported in eval mode.
 
     Args:
         model: a ``torch.nn.Module`` that takes and returns tensors.
-        example: the inputs of one call: a tensor, a tuple of tensors, or a dictionary by the names
-            of the parameters of ``forward``.  The first axis of each is the batch.
+        example: the inputs of one call: a tensor, a tuple of tensors, or a dictionary from the
+            names of the parameters of ``forward`` to tensors.  The first axis of each tensor is the
+            batch.
         path: the file to write; without it, the model is only returned.
-        output_names: the names of the outputs; by default ``output``, or the keys of the dictionary
-            that the network returns, or ``output_0`` and so on.
+        output_names: the names of the outputs.  By default, these are the keys of the dictionary
+            that the network returns, ``output`` for a single tensor, or ``output_0`` and so on.
         overwrite: whether ``path`` may exist already.
 
     Raises:
         TorchNeeded: PyTorch or onnxscript is missing or too old.
-        UsageError: the example or the names do not fit the network.
+        UsageError: the example or the names do not fit the network, or the network's weights are
+            too large for one ONNX file or have the type bfloat16.
         NotExported: PyTorch's exporters refuse the network.
         WrongExport: the exported model differs from the network.
         ModelError: splitonnx does not support the exported model.

@@ -21,11 +21,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What :func:`load` did.
+    """The result of :func:`load`.
 
     ``step`` is the number of steps for which the weights were trained, or ``None`` for a merged
-    model, which does not record it.  ``loaded`` names the network's tensors that were replaced, and
-    ``kept`` the tensors that keep their values, such as ``num_batches_tracked``.
+    model, which does not contain this number.  ``loaded`` are the names of the network's tensors
+    that were replaced.  ``kept`` are the names of the tensors that keep their values, such as
+    ``num_batches_tracked``.
     """
 
     step: int | None
@@ -37,19 +38,21 @@ def load(source: Bundle | str | Path | bytes, model: Any, *, strict: bool = True
     """Load the trained weights of all parties into a PyTorch network.
 
     Parameters and the running statistics of BatchNormalization are replaced.  Other buffers, such
-    as ``num_batches_tracked``, keep their values, and so do the optimizers of PyTorch.  A tied
-    weight stays tied.  Everything is checked before the first tensor is replaced.
+    as ``num_batches_tracked``, keep their values.  Tied weights stay tied.  PyTorch's optimizers
+    are not changed.  Everything is checked before the first tensor is replaced.
 
     Args:
-        source: a bundle, or its folder with both trained parties; or a merged model as a path
-            ending in ``.onnx`` or as bytes.
+        source: a bundle; or the path of its folder, with both trained parties; or a merged model,
+            as a path that ends in ``.onnx`` or as bytes.
         model: the network that was exported, or another one of the same class.
-        strict: whether every parameter that requires a gradient must be in ``source``.  An
-            export does not contain parameters that the network does not use.
+        strict: whether ``source`` must contain every running statistic and every parameter that
+            requires a gradient.  An export does not contain parameters that the network does not
+            use.
 
     Raises:
         TorchNeeded: PyTorch is missing or too old.
         BundleError, FormatError, ModelError: ``source`` cannot be read.
+        UsageError: ``source`` is a model that splitonnx did not merge.
         BundleMismatch: the parties are at different steps.
         WeightsMismatch: names or shapes do not fit; nothing was loaded.
     """

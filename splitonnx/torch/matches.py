@@ -18,9 +18,10 @@ from splitonnx.torch.networks import Layout
 class Weights:
     """Trained weights by name.
 
-    ``trained`` names the weights that training changes.  ``ties`` has an entry for each parameter
-    that ``--tie`` removed: the name of the parameter that replaced it, and whether the removed
-    parameter is the transpose of the other.
+    ``source`` describes where the weights come from, for error messages.  ``trained`` are the names
+    of the weights that training changes.  ``ties`` has an entry for each parameter that ``--tie``
+    removed: the name of the parameter that replaced it, and whether the removed parameter is the
+    transpose of the other.
     """
 
     source: str
@@ -32,15 +33,15 @@ class Weights:
 def match(
     weights: Weights, layout: Layout, shapes: Mapping[str, tuple[int, ...]], *, strict: bool
 ) -> dict[str, np.ndarray]:
-    """Return the arrays to load, by the names of the network.
+    """Return the trained arrays to load into a network, by the names of the network's tensors.
 
-    A tied weight is returned under all of its names.  ``shapes`` maps the names of the network's
-    tensors to their shapes.  If ``strict`` is false, parameters without a trained tensor are left
-    out.
+    ``shapes`` maps these names to the shapes that the network has.  A tied weight is returned under
+    all of its names.  If ``strict`` is false, parameters and statistics without a trained tensor
+    are omitted.
 
     Raises:
         WeightsMismatch: a parameter or statistic is missing, a trained tensor is not in the
-            network, or a shape or a tie does not fit.
+            network, a shape differs, or weights that are tied in the network have different values.
     """
     arrays = _untie(weights, shapes)
     unexpected = sorted(weights.trained - shapes.keys())

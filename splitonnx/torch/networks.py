@@ -12,12 +12,12 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The tensors of a network, by name.
+    """The names of a network's tensors, by purpose.
 
-    ``groups`` maps each name to all names of the same tensor, such as those of a tied weight.
-    ``parameters`` holds the names of the parameters, and ``learnt`` those of the parameters that
-    require a gradient.  ``buffers`` holds the names of the buffers, and ``statistics`` those of the
-    running means and variances of BatchNormalization.
+    ``groups`` maps each name to all names of the same tensor; a tied weight has several.
+    ``parameters`` are the names of the parameters, and ``learnt`` are the names of the parameters
+    that require a gradient.  ``buffers`` are the names of the buffers, and ``statistics`` are the
+    names of the running means and variances of BatchNormalization.
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -65,7 +65,8 @@ def list_outputs(result: Any) -> list[tuple[str, Any]]:
     """List the tensors that a network returns, with their names.
 
     The names are the keys of the dictionary that the network returns, or ``output_0``, ``output_1``
-    and so on for a sequence.  A single tensor is named ``output``.
+    and so on for a sequence.  A single tensor is named ``output``.  If an entry consists of several
+    tensors, a number is added to the name of each, as in ``output_0_1``.
     """
     if hasattr(result, "shape"):
         return [("output", result)]
@@ -82,9 +83,10 @@ def list_outputs(result: Any) -> list[tuple[str, Any]]:
 
 @contextmanager
 def keeping_state(torch: Any, model: Any) -> Iterator[None]:
-    """Restore a network's modes and buffers, and PyTorch's random state, after the ``with`` block.
+    """Restore a network's modes and buffers, and PyTorch's random state, after a ``with`` block.
 
-    Calls in training mode, including those that exporters make, update running statistics.
+    Buffers must be restored because each call in training mode updates the running statistics.
+    Exporters also call the network.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -108,7 +110,7 @@ def keeping_state(torch: Any, model: Any) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(torch: Any, model: Any) -> Iterator[None]:
-    """Turn off the dropout of PyTorch's own modules in a ``with`` block, but keep their modes."""
+    """Turn off dropout in PyTorch's own modules during a ``with`` block, but keep their modes."""
     changed: list[tuple[Any, str, Any]] = []
     for module in model.modules():
         is_dropout = isinstance(module, torch.nn.modules.dropout._DropoutNd)
@@ -124,10 +126,10 @@ def without_dropout(torch: Any, model: Any) -> Iterator[None]:
 
 
 def start_training(model: Any) -> None:
-    """Switch a network in eval mode to training mode.
+    """Switch a network to training mode if it is in eval mode.
 
-    If the network is in training mode already, nothing changes: modules that the user put into eval
-    mode keep their mode.
+    If the network is in training mode already, nothing changes; modules that the user has put into
+    eval mode stay in eval mode.
     """
     if not model.training:
         model.train()

@@ -1,4 +1,4 @@
-"""Call a network, and observe what it returns, which modules it uses and whether it is random."""
+"""Call a network, and observe which parameters and layers it uses and whether it is random."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from splitonnx.torch.networks import list_outputs, to_array
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What was observed in a call of a network in training mode.
+    """What was observed while a network ran in training mode.
 
-    ``unused`` names the parameters that get no gradient from the outputs.  ``training`` maps the
-    name of the running mean of each BatchNormalization in training mode to the module's momentum,
-    and ``frozen`` names the running means of those in inference mode.  ``dropouts`` counts how
-    often PyTorch's own modules apply dropout.  ``recurrent_dropout`` is true if a recurrent layer
-    applies it, and ``is_random`` is true if two calls return different results.
+    ``unused`` are the names of the parameters that get no gradient from the outputs.  ``training``
+    maps the name of the running mean of each BatchNormalization in training mode to its momentum.
+    ``frozen`` are the names of the running means of BatchNormalizations in eval mode.  ``dropouts``
+    is the number of times that PyTorch's own modules apply dropout.  ``recurrent_dropout`` means
+    that a recurrent module applies dropout between its layers.  ``is_random`` means that two calls
+    return different results.
     """
 
     unused: frozenset[str]
@@ -32,14 +33,14 @@ class Observation:
 
 
 def call(torch: Any, model: Any, example: Example) -> dict[str, np.ndarray]:
-    """Call a network in the modes its modules are in, and return its outputs by name."""
+    """Call a network without changing the modes of its modules, and return its outputs by name."""
     with torch.no_grad():
         result = model(*example.arguments, **example.keywords)
     return {name: to_array(tensor) for name, tensor in list_outputs(result)}
 
 
 def observe(torch: Any, model: Any, example: Example) -> Observation:
-    """Call a network in the modes its modules are in, and return what it uses."""
+    """Call a network several times, without changing its modes, and return what was observed."""
     norms: dict[bool, dict[str, float | None]] = {True: {}, False: {}}
     dropouts: list[int] = []
     handles = []

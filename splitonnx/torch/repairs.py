@@ -1,4 +1,4 @@
-"""Undo what an exporter changes: modes of BatchNormalization, dropout in attention, statistics."""
+"""Correct what exporters change: modes of BatchNormalization, dropout and running statistics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ _TRAINING = "training_mode"
 
 
 def restore_buffers(model: onnx.ModelProto, buffers: Mapping[str, np.ndarray]) -> None:
-    """Set the model's buffers to the values they had before the export, in place.
+    """Set the buffers in a model to the values that they had before the export.
 
-    The legacy exporter calls the network in training mode, which updates running statistics.
+    ``buffers`` maps their names to these values.  The model is changed in place.  This is needed
+    because the legacy exporter calls the network in training mode, which updates running
+    statistics.
     """
     for tensor in model.graph.initializer:
         array = buffers.get(tensor.name)
@@ -25,9 +27,10 @@ def restore_buffers(model: onnx.ModelProto, buffers: Mapping[str, np.ndarray]) -
 
 
 def train_batchnorms(model: onnx.ModelProto, training: Collection[str]) -> None:
-    """Switch each BatchNormalization whose running mean is in ``training`` to training mode.
+    """Switch BatchNormalizations in a model to training mode.
 
-    The dynamo exporter leaves all of them in inference mode.
+    ``training`` contains the names of their running means.  The model is changed in place.  This is
+    needed because the dynamo exporter writes every BatchNormalization in inference mode.
     """
     for at, node in enumerate(model.graph.node):
         is_norm = node.op_type == "BatchNormalization" and node.input[3] in training
@@ -42,10 +45,10 @@ def train_batchnorms(model: onnx.ModelProto, training: Collection[str]) -> None:
 
 
 def turn_on_dropouts(model: onnx.ModelProto) -> None:
-    """Turn on each Dropout without a ``training_mode`` input, in place.
+    """Turn on each Dropout that has no ``training_mode`` input.
 
     The legacy exporter omits this input for the dropout of ``scaled_dot_product_attention``.  It
-    does not write a dropout that is off in the network.
+    does not write any Dropout that is off in the network.  The model is changed in place.
     """
     idle = [n for n in model.graph.node if n.op_type == "Dropout" and not is_on(n)]
     if not idle:
@@ -59,14 +62,14 @@ def turn_on_dropouts(model: onnx.ModelProto) -> None:
 
 
 def is_on(node: onnx.NodeProto) -> bool:
-    """Return whether a node draws random numbers: a Dropout does if it has a third input."""
+    """Return whether a random operator draws numbers; a Dropout does only with a third input."""
     return node.op_type != "Dropout" or (len(node.input) > 2 and bool(node.input[2]))
 
 
 def mark_checked(model: onnx.ModelProto) -> None:
-    """Record in the model that it was compared with the network.
+    """Mark a model as compared with the network; any other metadata are deleted.
 
-    ``check`` then does not look for anything that the exporter left out.
+    ``check`` does not look for omissions of PyTorch's exporter in a model that has this mark.
     """
     del model.metadata_props[:]
     model.metadata_props.add(key=CHECKED, value="1")

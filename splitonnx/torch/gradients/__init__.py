@@ -1,5 +1,6 @@
-"""Keep the gradients of a network in its export, and compare them with the network's.
+"""Give an exported model the same gradients as the network, and compare the gradients.
 
-What stops gradients is written into the model, so that ``cut`` can be told of it.  This package
-does not compare results, and uses the partitioner to differentiate.
+If the network stops gradients at a tensor, the exported model contains this tensor under a name
+that can be passed to ``cut``.  This package uses the partitioner to differentiate the model.  It
+does not compare results.
 """

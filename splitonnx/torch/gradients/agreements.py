@@ -1,10 +1,10 @@
-"""Compare the gradients with which an exported model is trained with those of the network.
+"""Compare the gradients that are used to train an exported model with the network's gradients.
 
-A ``detach``, a ``torch.no_grad`` block and the ``backward`` of a custom function change gradients,
-but no result, and exporters leave them out.  So all results can agree while parameters would be
-trained otherwise.
+A ``detach``, a ``torch.no_grad`` block and the ``backward`` of a custom function change gradients
+but not results, and exporters do not write them.  Therefore an exported model may compute the same
+results as the network, and yet be trained differently.
 
-What is differentiated is the sum of all outputs, each multiplied by random numbers.
+The gradients are those of one number: the sum of all outputs, each multiplied by random numbers.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """The result of a comparison: gradients agree if none passes through ``stop_gradients``.
+    """The result of comparing gradients.
 
-    ``difference`` is the largest relative difference, or ``None`` if they were not compared.
+    ``stop_gradients`` are the names of the tensors at which ``cut`` must stop gradients.
+    ``difference`` is the largest relative difference that remains between the gradients, or
+    ``None`` if they were not compared.
     """
 
     stop_gradients: tuple[str, ...] = ()
@@ -64,14 +66,18 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How ``cut`` will train an exported model, apart from ``stop_gradients``."""
+    """An exported model, and the patterns of the parameters that ``cut`` freezes or trains."""
 
     model: onnx.ModelProto
     freeze: tuple[str, ...]
     train: tuple[str, ...]
 
     def prepare(self, stops: Sequence[str], *, is_training: bool) -> PreparedModel:
-        """Prepare the model without dropout, in the modes of training or of evaluation."""
+        """Prepare the model for differentiation, with dropout turned off.
+
+        ``stops`` are the names of the tensors at which gradients are stopped.  If ``is_training`` is
+        false, every BatchNormalization uses its running statistics, as it does in evaluation.
+        """
         return prepare(
             open_model(self.model),
             batchnorm=None if is_training else "frozen",
@@ -93,12 +99,15 @@ def compare_gradients(
 ) -> Agreement:
     """Compare the gradients of all parameters, and find the tensors at which to stop gradients.
 
-    ``outputs`` names the outputs of the model, and ``detached`` the tensors through which the
-    network passes no gradient (:mod:`detachments`).  Pass the network in the modes in which it is
-    trained; this function changes its modes and its running statistics, but not its parameters.
+    ``outputs`` are the names of the model's outputs.  ``detached`` are the names of the tensors
+    through which the network passes no gradient (see :mod:`detachments`).  If the gradients cannot
+    be compared, a warning is logged.
 
-    The gradients are compared without dropout, at parameters and inputs that differ a little from
-    the given ones, so that they are not at a kink, such as a ReLU of zero.
+    Pass the network in the modes in which it is trained.  This function changes its modes and its
+    running statistics, but not its parameters.
+
+    The gradients are compared without dropout.  The parameters and inputs differ slightly from the
+    given ones, because these may be at a point without a derivative, such as zero for ReLU.
 
     Raises:
         WrongExport: a gradient differs, although gradients are stopped at the detached tensors.

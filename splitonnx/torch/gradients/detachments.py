@@ -1,11 +1,14 @@
-"""Keep what exporters leave out because it only changes gradients: ``detach`` and padding.
+"""Make ``cut`` stop the same gradients as ``detach`` and the padding of Embeddings in PyTorch.
 
-While the legacy exporter runs, each ``detach`` is written as a node of its own.  Afterwards, this
-node becomes an Identity, whose result can be named in ``cut``'s ``stop_gradients``.  The dynamo
-exporter writes an Identity by itself.
+Both change only gradients, not results, so exporters do not write them as needed.
 
-The row of an Embedding for ``padding_idx`` gets no gradient from its lookups.  Both exporters leave
-this out, and it is written in the same way.
+While the legacy exporter runs, each ``detach`` is written as a custom node.  Afterwards, an
+Identity replaces this node.  The name of the Identity's output can be passed to ``cut`` in
+``stop_gradients``.  The dynamo exporter writes such an Identity without help.
+
+The row of an Embedding for ``padding_idx`` gets no gradient from lookups.  Neither exporter writes
+this.  Therefore nodes are added to the model after the export, among them an Identity at which
+gradients can be stopped.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ _DYNAMO = re.compile(r"detach(_\d+)?")
 
 @contextmanager
 def writing_detachments(torch: Any, opset: int) -> Iterator[list[str]]:
-    """Have the legacy exporter write each ``detach`` as a node in a ``with`` block.
+    """Within a ``with`` block, make the legacy exporter write each ``detach`` as a node.
 
-    The list given to the block has an entry for each node that was written.
+    The block receives a list, which has one entry for each node that has been written.  No node is
+    written for a ``detach`` of a constant.
     """
     written: list[str] = []
 
@@ -52,7 +56,8 @@ def writing_detachments(torch: Any, opset: int) -> Iterator[list[str]]:
 def replace_detachments(model: onnx.ModelProto) -> tuple[str, ...]:
     """Replace the nodes for ``detach`` by Identity nodes, and return the names of their outputs.
 
-    The model is changed in place.  Only outputs in its main graph are named, in the graph's order.
+    The model is changed in place.  Nodes in the bodies of control flow are also replaced, but only
+    names from the main graph are returned, in the graph's order.
     """
     for node in list_nodes(model.graph.node):
         if (node.domain, node.op_type) == (_DOMAIN, _OPERATOR):
@@ -71,7 +76,10 @@ def _is_detachment(node: onnx.NodeProto) -> bool:
 
 
 def find_paddings(torch: Any, network: Any, layout: Layout) -> dict[str, int]:
-    """Map the name of the weight of each Embedding that has a ``padding_idx`` to this index."""
+    """Return the ``padding_idx`` of each Embedding that has one, by the name of its weight.
+
+    A tied weight is listed under all of its names.
+    """
     own = {
         f"{name}.weight" if name else "weight": int(module.padding_idx)
         for name, module in network.named_modules(remove_duplicate=False)
@@ -81,10 +89,12 @@ def find_paddings(torch: Any, network: Any, layout: Layout) -> dict[str, int]:
 
 
 def stop_paddings(model: onnx.ModelProto, paddings: Mapping[str, int]) -> tuple[str, ...]:
-    """Separate the rows that lookups in an Embedding find for padding from the other rows.
+    """Add nodes to the model so that gradients can be stopped at the padding of Embeddings.
 
-    Return the names of the tensors at which gradients must be stopped.  The model is changed in
-    place, but it computes the same: ``y`` becomes ``Where(indices == padding, Identity(y), y)``.
+    ``paddings`` maps the name of an Embedding's weight to its ``padding_idx``.  Return the names of
+    the tensors at which gradients must be stopped.  The model is changed in place, but its results
+    stay the same: the output ``y`` of a lookup becomes
+    ``Where(indices == padding_idx, Identity(y), y)``.
     """
     graph = model.graph
     stops = []

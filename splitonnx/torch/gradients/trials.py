@@ -1,4 +1,7 @@
-"""Compute a network's gradients near its parameters and its example, for a comparison."""
+"""Compute a network's gradients at points near its parameters and its example.
+
+:mod:`agreements` compares these gradients with those of the exported model.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,13 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """The gradients of a network at one point, by the names of its parameters.
+    """The gradients of a network at one point.
 
-    ``inputs`` and ``values`` are the inputs and the parameters at this point.  ``directions`` maps
-    each output that has a gradient to the numbers by which it is multiplied.  ``noise`` is the
-    largest change of each gradient when the inputs are rounded and reordered.
-    ``is_training`` is true if the network was in the modes in which it is trained.
+    ``inputs`` and ``values`` are the inputs and the parameters at this point.  ``gradients`` maps
+    the name of each parameter to its gradient.  The gradients are those of the sum of all outputs
+    times ``directions``, which holds random numbers for each output.  ``noise`` is the largest
+    change of each gradient if the samples are reversed and the inputs change by about a rounding
+    error.  ``is_training`` means that the network was in the modes in which it is trained.
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -38,11 +42,13 @@ class Trial:
 
 
 def list_trials(torch: Any, network: Any, example: Example, outputs: Sequence[str]) -> list[Trial]:
-    """Compute gradients at two points near the given parameters, without dropout.
+    """Compute a network's gradients, without dropout, at two points near the given one.
 
-    The network is in the modes it is in, or in eval mode if its results are still random.
-    Points at which the network fails, or a gradient is not finite, are left out; the given
-    parameters and example are then a point instead.  ``outputs`` names the network's outputs.
+    The given point consists of the network's parameters and the example.  A point is omitted if the
+    network fails there or if a gradient is not finite.  If both points are omitted, the given point
+    is used instead.  If the results are random even without dropout, the network is first switched
+    to eval mode; otherwise its modes are not changed.  ``outputs`` are the names of the network's
+    outputs.
     """
     with without_dropout(torch, network):
         first, second = (call(torch, network, example) for _ in range(2))
