@@ -164,8 +164,8 @@ def write_folder(target: Path, write: Callable[[Path], None], marker: str) -> No
     """Create or replace the folder ``target`` atomically.
 
     ``write`` is called with the path of a temporary folder and must create the content there.
-    If ``target`` exists, it and its direct subfolders are locked during the replacement, provided
-    that they contain a file named ``marker``.
+    If ``target`` exists, it and its direct subfolders are locked during the replacement.  Folders
+    without a file named ``marker`` are not locked.
 
     Raises:
         FolderInUse: one of the folders to lock is being served or trained.
@@ -197,8 +197,8 @@ def read_steadily(folder: Path, read: Callable[[], _Found], *errors: type[Except
     """Read files from a folder; if the folder is replaced in the meantime, read them again.
 
     ``read`` reads the files and returns the result.  ``errors`` are the exceptions that ``read``
-    may raise if it finds a mixture of old and new files.  If the folder was replaced, such an
-    exception also leads to another attempt.
+    may raise if it finds a mixture of old and new files.  If ``read`` raises one of them and the
+    folder was replaced, the files are also read again.
     """
     for _ in range(_MOST_READS):
         recover(folder)

@@ -77,8 +77,8 @@ class PartyBundle:
     def load(cls, path: str | Path, *, session: str = "", is_held: bool = False) -> PartyBundle:
         """Read a party's folder.
 
-        The weights are memory-mapped; with ``is_held``, they are read into memory instead.  If
-        another program truncates a mapped file, a process that reads it is killed by SIGBUS.
+        ``is_held`` means that the weights are read into memory; otherwise they are memory-mapped.
+        If another program truncates a mapped file, a process that reads it is killed by SIGBUS.
 
         ``session`` is the ID of a training session.  If the folder contains the state produced by
         that session, this state is read; otherwise the newest state is read.

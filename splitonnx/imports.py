@@ -40,7 +40,7 @@ def leaving_out(name: str) -> Iterator[None]:
 
     ``name`` is the full name of the submodule.  The package must catch the ``ImportError``.  After
     the block, the submodule can be imported as usual.  If the package has been imported before,
-    this does nothing.
+    this function does nothing.
     """
     package = name.rpartition(".")[0]
     if package in sys.modules or name in sys.modules:

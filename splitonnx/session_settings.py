@@ -5,7 +5,8 @@ unless a session's settings forbid it.  On x86 processors without VNNI, such a k
 products of 8-bit numbers in 16 bits.  If the sum needs more bits, the result is too small by up to
 half, without an error.  Other such kernels round differently: Softmax and AveragePool by several
 percent of the largest value.  A MatMul by 4-bit weights is computed with 8-bit activations.
-ONNX Runtime also merges two consecutive pairs into one, which rounds once instead of twice.
+Without these settings, ONNX Runtime also merges two consecutive pairs of QuantizeLinear and
+DequantizeLinear into one pair, which rounds once instead of twice.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ def read_state(
     The newest outcome is read if ``session`` is empty or is the ID of a session without an outcome
     in the folder.  Return ``None`` if the folder contains no outcome to read.
 
-    The tensors are memory-mapped; with ``is_held``, they are read into memory instead.  In both
-    cases, the checksum of the file is verified.
+    ``is_held`` means that the tensors are read into memory; otherwise they are memory-mapped.  The
+    file's checksum is verified in both cases; files of earlier versions may have none.
 
     Raises:
         BundleError, FormatError: the outcome cannot be read, or does not match the manifest.

@@ -145,8 +145,8 @@ def compare_steps(
 def leave_whole(bundle: Bundle) -> Bundle:
     """Build an uncut bundle with the model, loss, optimizer and initial weights of ``bundle``.
 
-    Tied parameters and stopped gradients are not set again, because the bundle's model already
-    includes them.
+    The recipe's ties and stopped gradients are not applied again, because the bundle's model
+    already includes them.
     """
     recipe = bundle.manifest.recipe
     specs = [spec for party in bundle.parties.values() for spec in party.manifest.state]

@@ -1,4 +1,4 @@
-"""The ``explain`` command, and the output of ``cut`` and ``train`` on what leaves the client."""
+"""The ``explain`` command, and what ``cut`` and ``train`` print about the tensors that are sent."""
 
 from __future__ import annotations
 

@@ -46,10 +46,10 @@ def open_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Create or replace a folder that holds nothing but files that ``write`` creates.
+    """Create or replace a folder atomically.
 
-    ``write`` is called with the path of a temporary folder.  If it raises an exception, ``path`` is
-    unchanged.
+    ``write`` is called with the path of a temporary folder and must create the content there.  If
+    it raises an exception, ``path`` is unchanged.
 
     Raises:
         UnwritableFile: the folder cannot be written.

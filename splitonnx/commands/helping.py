@@ -43,20 +43,23 @@ class Command(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the command line, and refuse words in it that would be ignored."""
+        """Parse the command line, and refuse repeated options and empty values."""
         refuse_ignored(self, ctx, args)
         return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the parameters, including ``--help``."""
+        """Return the parameters, including ``--help``, and hide the value type of switches."""
         return _hide_types(super().get_params(ctx))
 
 
 class Group(TyperGroup):
-    """The group of all commands; its ``--help`` also omits the value type of switches."""
+    """The group of all commands.
+
+    As in :class:`Command`, ``--help`` omits the value type of switches (options without a value).
+    """
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the parameters, including ``--help``."""
+        """Return the parameters, including ``--help``, and hide the value type of switches."""
         return _hide_types(super().get_params(ctx))
 
 

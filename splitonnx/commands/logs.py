@@ -120,10 +120,11 @@ def escape(text: str) -> str:
 
 @contextmanager
 def silencing(*names: str) -> Iterator[None]:
-    """Keep the named loggers from stderr during a ``with`` block.
+    """Prevent the named loggers from writing to stderr during a ``with`` block.
 
-    Importing onnxruntime-training adds a handler to the root logger, which would print a bug's
-    traceback before the line that reports the bug.  :func:`logging_to_stderr` logs nevertheless.
+    Importing onnxruntime-training adds a handler to the root logger.  This handler would print a
+    bug's traceback before the line that reports the bug.  :func:`logging_to_stderr` can still be
+    used within the block.
     """
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.propagate for logger in loggers]

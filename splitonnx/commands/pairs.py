@@ -1,4 +1,8 @@
-"""Print the pairs of tensors that ``inspect`` lists for a U-shape, and explain which are shown."""
+"""Print the pairs of tensors that ``inspect`` lists for a U-shape, and explain why these are shown.
+
+A pair consists of the tensors at which the client's head ends, and the tensors at which its tail
+begins.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,8 @@ LABELS_MARK = " (tells labels)"
 def print_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> None:
     """Print a table of pairs at which the model can be cut in a U-shape.
 
-    If the user named neither end, only the recommended pairs are printed.
+    ``is_end_named`` means that the user named tensors with ``--at`` or ``--tail-at``.  Otherwise,
+    only recommended pairs are printed, if there are any.
     """
     shown = choose_pairs(pairs, is_end_named=is_end_named)
     if shown:
@@ -41,7 +46,8 @@ def print_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> None:
 def choose_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> Sequence[PairCandidate]:
     """Return the pairs to show in a table.
 
-    Only recommended pairs are shown, unless the user named an end or no pair is recommended.
+    Only recommended pairs are shown, unless no pair is recommended or the user named tensors with
+    ``--at`` or ``--tail-at``.
     """
     recommended = [pair for pair in pairs if pair.recommended]
     return pairs if is_end_named or not recommended else recommended
@@ -63,7 +69,8 @@ def list_pair_cells(pair: PairCandidate) -> Sequence[str]:
 def describe_choice(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> str | None:
     """Explain in one sentence why the table shows these pairs, or no pairs.
 
-    Return ``None`` if the table shows all pairs because the user named an end.
+    Return ``None`` if the table shows all pairs for the tensors that the user named with ``--at``
+    or ``--tail-at``.
     """
     if not pairs:
         other = " with the end that is named" if is_end_named else ""

@@ -229,7 +229,10 @@ class TrainingDisplay(ABC):
 
     @contextmanager
     def showing(self, steps: int | None) -> Iterator[None]:
-        """Show progress during a ``with`` block; ``steps`` is the expected number, if known."""
+        """Show progress during a ``with`` block.
+
+        ``steps`` is the expected number of steps, or ``None`` if it is unknown.
+        """
         yield
 
     @abstractmethod

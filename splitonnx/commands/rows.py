@@ -60,9 +60,11 @@ def _mark_raw(cut: CutCandidate) -> str:
 
 
 def describe_no_cuts(advised: Sequence[Sequence[str]]) -> str:
-    """Return a sentence for a model that no single tensor divides; it names raw inputs that help.
+    """Return a sentence for a model that cannot be cut at any single tensor.
 
-    ``advised`` lists the alternatives; the inputs of each of them are sent together.
+    ``advised`` lists alternatives.  Each is a list of raw inputs: if the client also sends these
+    inputs, the model can be cut.  The sentence names the options of ``inspect`` that list these
+    cuts.
     """
     options = " or ".join(
         " ".join(f"--with {shlex.quote(name)}" for name in names) for names in advised

@@ -16,10 +16,10 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def replace_closed_streams() -> None:
-    """Replace each standard stream that is closed.
+    """Open the null device in place of each closed standard stream.
 
-    Writing to the replacement for stdout raises an error, as if the disk were full.  Output to the
-    replacement for stderr is discarded.
+    Therefore no other file gets the stream's descriptor.  Writing to stdout then raises
+    :class:`OSError`, and output to stderr is discarded.  ``sys.stdin`` stays ``None``.
     """
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return

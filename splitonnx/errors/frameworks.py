@@ -49,9 +49,9 @@ class WrongExport(SplitonnxError):
 class WeightsMismatch(SplitonnxError):
     """Trained weights do not fit a network; nothing was loaded.
 
-    ``missing`` lists the network's parameters for which there is no trained tensor, ``unexpected``
-    the trained tensors that the network does not have.  ``different`` contains a clause for each
-    tensor that has the wrong shape or value.
+    ``missing`` lists the network's tensors that have no trained tensor.  ``unexpected`` lists the
+    trained tensors that the network does not have.  ``different`` contains a clause for each tensor
+    with the wrong shape or value.
     """
 
     source: str

@@ -92,9 +92,9 @@ class MixedSamples(ModelError):
     """The samples of a batch influence each other, because the export fixed their number.
 
     ``subject`` describes the model.  ``options`` are the user's options, which changed the number
-    of samples from ``rows``.  ``node`` is the first node with a wrong output, and ``operator`` its
-    operator.  This output, ``tensor``, differs from the results for each sample alone, and so does
-    ``output``, an output of the model.
+    of samples from ``rows``.  ``node`` is the name of the first node with a wrong output, and
+    ``operator`` is the node's operator.  ``tensor`` is this output, and ``output`` is an output of
+    the model.  Both differ from the results that are computed for each sample alone.
     """
 
     subject: str
@@ -213,8 +213,8 @@ class NotACut(CutError):
     inputs of the model (such as an attention mask), or are computed only from inputs of the model,
     ``raw`` lists these inputs.  ``is_back`` means that the missing tensors would come back from the
     server.  ``others`` lists tensors that divide the model: each could replace the tensors that
-    the client would send.  ``settings`` lists those inputs in ``raw`` that may have one value only,
-    such as a sampling rate.
+    the client would send.  ``settings`` lists the inputs in ``raw`` that are probably the same for
+    every batch, such as a sampling rate; ``--bind`` can fix them.
     """
 
     tensors: Sequence[str]

@@ -11,7 +11,10 @@ def quote(names: Iterable[str]) -> str:
 
 
 def list_some(names: Iterable[str], most: int = 8) -> str:
-    """Quote the first names for an error message, as in ``'a', 'b', ...``, or return ``none``."""
+    """Quote at most ``most`` names for an error message, as in ``'a', 'b', ...``.
+
+    Return ``none`` if there are no names.
+    """
     held = list(names)
     return (quote(held[:most]) or "none") + (", ..." if len(held) > most else "")
 

@@ -109,8 +109,8 @@ def export(
 
     Raises:
         TorchNeeded: PyTorch or onnxscript is missing or too old.
-        UsageError: the example or the names do not fit the network, or the network's weights are
-            too large for one ONNX file or have the type bfloat16.
+        UsageError: the example or the names do not fit the network, the weights are too large for
+            one ONNX file, or a tensor has the type bfloat16.
         NotExported: PyTorch's exporters refuse the network.
         WrongExport: the exported model differs from the network.
         ModelError: splitonnx does not support the exported model.

@@ -75,8 +75,8 @@ class Training:
     def prepare(self, stops: Sequence[str], *, is_training: bool) -> PreparedModel:
         """Prepare the model for differentiation, with dropout turned off.
 
-        ``stops`` are the names of the tensors at which gradients are stopped.  If ``is_training`` is
-        false, every BatchNormalization uses its running statistics, as it does in evaluation.
+        ``stops`` are the names of the tensors at which gradients are stopped.  If ``is_training``
+        is false, each BatchNormalization uses its running statistics, as it does in evaluation.
         """
         return prepare(
             open_model(self.model),
