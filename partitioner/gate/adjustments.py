@@ -38,7 +38,7 @@ NONE = Adjustments()
 
 
 def adjust(model: onnx.ModelProto, adjustments: Adjustments) -> None:
-    """Change the sizes of a model's inputs in place, and then bind inputs to values.
+    """Change the sizes of a model's inputs, and then replace bound inputs with constants, in place.
 
     Raises:
         UsageError: a name is unknown, a size is neither a positive number nor a symbol, or a value

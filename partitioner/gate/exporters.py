@@ -190,8 +190,9 @@ def _find_frozen(graph: ir.Graph) -> Iterator[Omission]:
 def computes_statistics(node: ir.Node) -> bool:
     """Return whether the statistics of a BatchNormalization are computed from the batch.
 
-    The dynamo exporter writes so what has no running statistics (``track_running_stats=False``).
-    The node then normalizes by the batch, although it is in inference mode.
+    The dynamo exporter writes this for a layer without running statistics
+    (``track_running_stats=False``).  The node is then in inference mode, but reads the mean and the
+    variance that other nodes compute from the batch.
     """
     _, sources = walk_back([value for value in node.inputs[3:5] if value is not None])
     return any(value.is_graph_input() and not value.is_initializer() for value in sources)

@@ -3,7 +3,8 @@
 A fused operator of the domain ``com.microsoft`` replaces several nodes of a model.  The optimizers
 put layer normalization into ONNX's own domain, even for opsets without this operator.  The
 operators in :data:`FUSED` are later replaced by standard operators
-(:mod:`splitonnx.partitioner.normalization.fused`).  All others are refused here.
+(:mod:`splitonnx.partitioner.normalization.fused`).  The gate refuses all other operators that only
+ONNX Runtime has.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def is_fused(node: NodeProto) -> bool:
 
 
 def refuse_domain(node: NodeProto) -> UnsupportedModel:
-    """Return the error to raise for a node whose domain is not one of ONNX's own."""
+    """Return the error to raise for a node if its domain is not one of ONNX's own."""
     if node.domain.split(".")[:2] == DOMAIN.split("."):
         return UnsupportedModel(
             label_node(node),

@@ -46,7 +46,7 @@ ModelSource = str | Path | bytes | onnx.ModelProto
 
 
 def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model:
-    """Read a model, change its inputs as ``adjustments`` describes, and check it.
+    """Read a model, change its inputs as ``adjustments`` describes, check it, and return it.
 
     ``source`` is a path, the bytes of a model, or a loaded model, and is not changed.  External
     data is memory-mapped from files in the model's folder.  Models that are given as bytes or as an
@@ -86,8 +86,8 @@ def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model
 def read_original(source: ModelSource, adjustments: Adjustments = NONE) -> onnx.ModelProto:
     """Read a model that :func:`open_model` has accepted, and load its external data.
 
-    The inputs are changed as ``adjustments`` describes, and nothing else.  Do not change the
-    returned model, because it can be ``source`` itself.
+    The inputs are changed as ``adjustments`` describes; the rest of the model stays as it is in
+    ``source``.  Do not change the returned model, because it can be ``source`` itself.
 
     Raises:
         NotAModel: the model can no longer be read.
@@ -102,7 +102,10 @@ def read_original(source: ModelSource, adjustments: Adjustments = NONE) -> onnx.
 
 
 def read_inputs(source: ModelSource) -> Sequence[onnx.ValueInfoProto]:
-    """Read the inputs that a model declares, as they are in the model.  Do not modify them."""
+    """Read and return the inputs that a model declares.
+
+    Do not change the returned messages, because they can be part of ``source`` itself.
+    """
     inputs: Sequence[onnx.ValueInfoProto] = _read(source)[0].graph.input
     return inputs
 
