@@ -19,7 +19,7 @@ _FLAT_UNTIL = 12
 
 
 class BatchNormalization(OpRun):
-    """BatchNormalization, which uses the running statistics in inference.
+    """Compute BatchNormalization with the running statistics in inference mode.
 
     Up to opset 13, onnx's own class uses the statistics of the batch instead.
     """
@@ -51,13 +51,13 @@ class BatchNormalization(OpRun):
 
 
 class DequantizeLinear(DequantizeLinear_25):
-    """DequantizeLinear, which onnx's evaluator lacks for opsets before 19."""
+    """Compute DequantizeLinear, which onnx's evaluator lacks for opsets before 19."""
 
     op_domain = ""
 
 
 class LRN(OpRun):
-    """LRN (local response normalization), which covers every channel.
+    """Compute LRN (local response normalization) for every channel.
 
     onnx's own class leaves out channels if there are more channels than samples.
     """
@@ -77,7 +77,7 @@ class LRN(OpRun):
 
 
 class LpNormalization(OpRun):
-    """LpNormalization, which divides by the p-norm of the absolute values.
+    """Compute LpNormalization by dividing by the p-norm of the absolute values.
 
     onnx's own class uses the values with their signs, which is wrong for p = 1.
     """
@@ -91,7 +91,7 @@ class LpNormalization(OpRun):
 
 
 class ConvTranspose(OpRun):
-    """ConvTranspose, which applies the weights and biases of each group to that group alone.
+    """Compute ConvTranspose; apply the weights and biases of each group to that group alone.
 
     onnx's own class confuses the weights and biases of different groups.
     """
@@ -135,7 +135,7 @@ class ConvTranspose(OpRun):
 
 
 class Softmax(OpRun):
-    """Softmax, which normalizes over ``axis`` and, up to opset 12, over all later axes too.
+    """Compute Softmax over ``axis`` and, up to opset 12, over all later axes too.
 
     onnx's own class normalizes over a single axis in every opset.
     """
@@ -149,7 +149,7 @@ class Softmax(OpRun):
 
 
 class LogSoftmax(OpRun):
-    """LogSoftmax, the logarithm of :class:`Softmax`, over the same axes."""
+    """Compute LogSoftmax, the logarithm of :class:`Softmax`, over the same axes."""
 
     op_domain = ""
 
@@ -160,7 +160,7 @@ class LogSoftmax(OpRun):
 
 
 class Hardmax(OpRun):
-    """Hardmax, over the same axes as :class:`Softmax`: 1 at the first maximum, 0 elsewhere."""
+    """Compute Hardmax over the axes of :class:`Softmax`: 1 at the first maximum, 0 elsewhere."""
 
     op_domain = ""
 

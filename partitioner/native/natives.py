@@ -68,9 +68,10 @@ def check_form(content: bytes) -> None:
 
 
 def infer_shapes(content: bytes, check_type: bool) -> bytes:
-    """Return the model with the types and shapes that onnx infers, without data propagation.
+    """Return the model with the types and shapes that onnx infers.
 
-    With ``check_type``, onnx raises an exception if types contradict each other.
+    Contents of tensors that nodes compute are not used (onnx's ``data_prop`` is off).
+    ``check_type`` means that onnx raises an exception if types contradict each other.
     """
     inferred = onnx.shape_inference.infer_shapes(content, check_type=check_type)
     made: bytes = inferred.SerializeToString()
@@ -82,8 +83,8 @@ def infer_node(
 ) -> dict[str, bytes]:
     """Infer the types of a node's outputs with onnx, and return them by output name.
 
-    ``types`` maps the name of each input to its type, and ``data`` maps the name of each input with
-    known content to that content.  ``opset`` is the opset of the node.
+    ``types`` contains the types of the inputs by name, and ``data`` contains the values of those
+    inputs that are known.  ``opset`` is the opset of the node.
     """
     proto = onnx.NodeProto.FromString(node)
     made = onnx.shape_inference.infer_node_outputs(
@@ -134,9 +135,9 @@ def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> byt
 
 
 def list_types(content: bytes) -> dict[str, str]:
-    """Return the types of a model's outputs by name, in ONNX Runtime's notation.
+    """Return the type of each output of a model by name, such as ``tensor(float)``.
 
-    An example of this notation is ``tensor(float)``.
+    The types are written as ONNX Runtime writes them.
     """
     session = _import_onnxruntime().InferenceSession(
         content, _make_options(), providers=["CPUExecutionProvider"]
@@ -176,7 +177,7 @@ def run_session(
 def run_reference(
     content: bytes, batches: Sequence[Mapping[str, bytes]], seconds: float
 ) -> list[dict[str, bytes]]:
-    """Run a serialized model with onnx's reference evaluator, and return its outputs.
+    """Run a serialized model with onnx's reference evaluator; return its outputs for each batch.
 
     Inputs and outputs have the same form as those of :func:`run_session`.
 
