@@ -6,9 +6,10 @@ operators that only onnxruntime-training has, such as AveragePoolGrad, the gradi
 and returns replacements for the node's outputs.  The formulas are the textbook derivatives of the
 forward operators, which are defined at onnx.ai/onnx/operators.
 
-``fusions.py`` also belongs here: it keeps ONNX Runtime's optimizer from wrongly merging Pad nodes
-into pooling nodes; ``centred_normalizations.py`` keeps its kernels from losing precision.  Modules
-in this package may import :mod:`graphs` and :mod:`inference`.
+The package also works around faults of ONNX Runtime.  :mod:`fusions` and the modules that it uses
+keep the optimizer from merging nodes wrongly, and :mod:`centred_normalizations` keeps normalization
+kernels from losing precision.  Modules in this package may import :mod:`graphs` and
+:mod:`inference`.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
 
 
 def is_defective(node: ir.Node) -> bool:
-    """Return whether the kernel of a node fails in onnxruntime-training 1.19.2.
+    """Return whether the kernel of a node may fail in onnxruntime-training 1.19.2.
 
     AveragePoolGrad fails if the batch size is dynamic.  ConvGrad with groups writes outside its
     output unless there are two spatial dimensions, because the kernel passes the size of all groups
@@ -148,7 +149,7 @@ def is_defective(node: ir.Node) -> bool:
 
 
 def is_standard(node: ir.Node, opset: int) -> bool:
-    """Return whether every build of ONNX Runtime, even a mobile one, can run a node.
+    """Return whether every build of ONNX Runtime, including mobile builds, can run a node.
 
     ``opset`` is the opset of the node.
     """

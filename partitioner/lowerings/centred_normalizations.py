@@ -1,15 +1,15 @@
 """Subtract the mean before normalizations whose kernels lose precision by cancellation.
 
-ONNX Runtime 1.19.2 computes the variance of a LayerNormalization in float32 as the mean of the
-squares minus the square of the mean, and that of a GroupNormalization as well.  If the mean is much
-larger than the standard deviation, the difference has few correct digits: for rows of mean 300 and
-standard deviation 0.5, results are wrong by 0.1, and for larger means they are not numbers.
+For LayerNormalization and GroupNormalization, ONNX Runtime 1.19.2 computes the variance in float32
+as the mean of the squares minus the square of the mean.  If the mean is much larger than the
+standard deviation, this difference has few correct digits.  For rows of mean 300 and standard
+deviation 0.5, results are wrong by 0.1; for larger means, they are NaN.
 
-A normalization does not change if a number is added to all its elements, so the results stay the
-same if the mean is subtracted first.  The kernel then reads elements whose mean is about 0, and the
-difference is exact enough.  The gradient does not change either: the gradient of a normalization
-sums to 0 already, so the mean's own gradient adds nothing to it.  For this reason the mean is
-subtracted after differentiation, which makes no further nodes in the backward pass.
+Adding the same number to all elements does not change the result of a normalization, so the mean
+can be subtracted first.  The kernel then reads elements with a mean of about 0, and the variance is
+exact enough.  The gradient does not change either, because the gradient of a normalization sums to
+0, and therefore the gradient of the mean is 0.  For this reason the mean is subtracted after
+differentiation; the backward pass needs no additional nodes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _TRANSPARENT = ("Cast", "Identity")
 def centre_normalizations(graph: ir.Graph) -> None:
     """Subtract, in place, the mean before each normalization whose kernel loses precision.
 
-    This includes formulas that ONNX Runtime replaces by a LayerNormalization, and the subgraph
-    bodies of control-flow nodes.  Elements of type double are left unchanged.  The graph must
-    already have its gradients.
+    Formulas that ONNX Runtime replaces with a LayerNormalization are changed as well, and so are
+    the nodes in subgraph bodies.  Normalizations of float64 are left unchanged.  Call this function
+    after differentiation, when the graph already has its gradients.
     """
     for node in list(graph):
         for body in list_bodies(node):

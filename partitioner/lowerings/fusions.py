@@ -36,7 +36,8 @@ from splitonnx.partitioner.lowerings.product_fusions import separate_products
 def prevent_wrong_fusions(graph: ir.Graph, *, is_valid: bool = False) -> None:
     """Rewrite, in place, all nodes that ONNX Runtime would merge or compute wrongly.
 
-    ``is_valid`` means that all nodes are known to be valid for their operators.
+    ``is_valid`` means that all nodes are known to be valid for their operators.  If an operator is
+    then handled wrongly, the error reports a bug in splitonnx, not an invalid model.
     """
     separate_pads(graph, is_valid=is_valid)
     replace_null_transposes(graph)

@@ -3,8 +3,8 @@
 On x86 processors without VNNI, ONNX Runtime multiplies unsigned by signed 8-bit numbers and adds
 two products in 16 bits.  If the sum needs more bits, it becomes the largest 16-bit number, and the
 results are too small by up to half, without an error.  Products of unsigned numbers are added in 32
-bits.  An operator that computes with integers therefore gets unsigned operands here: all elements
-and the zero point are raised by 128, which changes no result.
+bits.  Therefore, signed operands are converted to unsigned numbers: 128 is added to all elements
+and to the zero point, which does not change the results.
 
 A MatMul, Gemm or Conv between a DequantizeLinear and a QuantizeLinear computes with floats, but
 ONNX Runtime's optimizer replaces it with an integer operator.  splitonnx's own sessions turn this
@@ -60,7 +60,8 @@ _MOVING = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 def use_unsigned_integers(graph: ir.Graph) -> None:
     """Convert the signed operands of integer products to unsigned numbers, in place.
 
-    An operator that has only small weights is left unchanged.  Nodes in the subgraph bodies of
+    A node is left unchanged if its second operand, usually the weights, contains only unsigned
+    numbers or no number with an absolute value above :data:`SAFE`.  Nodes in the subgraph bodies of
     control-flow nodes are converted as well.
     """
     for node in list(graph):

@@ -4,10 +4,10 @@ The rules LayerNormFusion and SimplifiedLayerNormFusion replace the formula of a
 with one operator.  ONNX Runtime 1.19.2 also replaces formulas that only look similar, and silently
 computes wrong results.  It does not check:
 
-- the exponent of the Pow, and which of its inputs is the exponent;
-- which operand the Sub and the Div have first;
+- whether the exponent of the Pow is 2, and is its second input;
+- the order of the operands of the Sub and the Div;
 - whether the added epsilon is a single number;
-- whether the gain has as many elements as the axis, or a single one for all of them.
+- whether the scale has one element for each element of the axis.
 
 The rule SkipLayerNormFusion merges an Add with the LayerNormalization after it, even if the
 normalization is over several axes.  The merged operator then refuses to run.

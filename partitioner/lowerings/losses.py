@@ -17,9 +17,9 @@ Values = Sequence[ir.Value | None]
 def lower_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace SoftmaxCrossEntropyLoss, for which mobile builds of ONNX Runtime have no kernel.
 
-    The loss is -w[label] * log_softmax(scores)[label], where w contains the class weights.  It is
-    then reduced as the node's attribute ``reduction`` requires.  The second output is
-    log_softmax(scores).
+    For each label, the loss is -w[label] * log_softmax(scores)[label], where w contains the class
+    weights.  The losses are then reduced as the node's attribute ``reduction`` requires.  The
+    second output is log_softmax(scores).
     """
     scores, labels = node.inputs[:2]
     assert scores is not None

@@ -1,4 +1,4 @@
-"""Replace batch, layer and RMS normalization in training mode, and their gradients.
+"""Replace batch and RMS normalization, and the gradients of batch, layer and RMS normalization.
 
 The replacements use only standard ONNX operators.  In the formulas, ``x`` is the input of the
 normalization, and ``dy`` the gradient of its output.

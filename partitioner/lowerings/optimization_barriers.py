@@ -1,6 +1,8 @@
-"""Insert nodes that compute nothing and that ONNX Runtime's optimizer does not merge or remove.
+"""Insert barriers into a graph, and find the nodes between which one is needed.
 
-The optimizer removes Identity nodes, so the functions here skip them.
+A barrier is a node that returns its input unchanged and that ONNX Runtime's optimizer neither
+merges nor removes.  The optimizer removes Identity nodes, so the functions that find nodes skip
+them.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 
 def insert_barrier(node: ir.Node, index: int) -> None:
-    """Insert a Sum of a single tensor before the input of ``node`` at ``index``.
+    """Insert a barrier, a Sum with one operand, before the input of ``node`` at ``index``.
 
-    Such a Sum returns its input unchanged.  The optimizer removes an Identity, but not a Sum, so it
-    cannot merge ``node`` with the node before it.
+    A Sum with one operand returns it unchanged.  The optimizer does not remove this Sum, so it
+    cannot merge ``node`` with the node before the barrier.
     """
     graph, value = node.graph, node.inputs[index]
     assert graph is not None
@@ -32,7 +34,7 @@ def insert_barrier(node: ir.Node, index: int) -> None:
 
 
 def skip(value: ir.Value | None, kinds: Collection[str] = ("Identity",)) -> ir.Value | None:
-    """Follow ``value`` back through nodes of types in ``kinds``; return the value before them."""
+    """Follow ``value`` back through nodes with types in ``kinds``; return the value before them."""
     node = None if value is None else value.producer()
     while node is not None and node.op_type in kinds and not node.domain:
         value = node.inputs[0]
@@ -43,9 +45,9 @@ def skip(value: ir.Value | None, kinds: Collection[str] = ("Identity",)) -> ir.V
 def find_producer(
     value: ir.Value | None, kind: str, kinds: Collection[str] = ("Identity",)
 ) -> ir.Node | None:
-    """Return the node that computes ``value`` if it has the type ``kind``, or ``None``.
+    """Return the node that computes ``value``, or ``None`` if it does not have the type ``kind``.
 
-    Nodes of the types ``kinds`` between this node and ``value`` are skipped.
+    Nodes with a type in ``kinds`` between that node and ``value`` are skipped.
     """
     source = skip(value, kinds)
     node = None if source is None else source.producer()

@@ -1,9 +1,9 @@
-"""Prevent ONNX Runtime's optimizer from changing the rank of products of matrices.
+"""Prevent ONNX Runtime's optimizer from wrongly merging nodes into matrix products.
 
 The rule MatMulScaleFusion merges a MatMul with a Mul or Div by a constant that has one element.  If
 this constant has more axes than the tensor that it scales, the result has too few axes.  The rule
 MatmulTransposeFusion merges a Transpose into a MatMul even if the other operand is a vector, and
-the result is then wrong.  ONNX Runtime 1.19.2 reports neither error.
+the result is then wrong.  ONNX Runtime 1.19.2 reports no error in either case.
 """
 
 from __future__ import annotations
