@@ -1,4 +1,4 @@
-"""Replace operators without a gradient in onnxruntime-training with operators that have one.
+"""Replace operators that onnxruntime-training cannot differentiate, or differentiates wrongly.
 
 Rewriting happens before differentiation.  It changes only nodes with an input that depends on a
 trained parameter.  :data:`REWRITES` lists all supported operators.  Each entry is a small function
@@ -155,7 +155,7 @@ _ADVICE = "freeze the parameters before it with --freeze"
 
 
 def rewrite(model: ir.Model, trained: Collection[str]) -> None:
-    """Rewrite, in place, all operators that have no gradient but depend on a trained parameter.
+    """Rewrite, in place, all operators in :data:`REWRITES` that depend on a trained parameter.
 
     ``trained`` contains the names of the graph inputs that are trained parameters.  The outputs of
     rewritten nodes keep their names.  A rewrite may use operators that need a rewrite themselves,
@@ -163,7 +163,8 @@ def rewrite(model: ir.Model, trained: Collection[str]) -> None:
     round.
 
     Raises:
-        UnsupportedModel: a rewrite needs a shape or a constant that is unknown.
+        UnsupportedModel: a node cannot be rewritten, for example because its rewrite needs a shape
+            or a constant that is unknown.
     """
     with count_constants():
         for index in range(_MOST_ROUNDS):

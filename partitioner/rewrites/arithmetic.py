@@ -69,9 +69,9 @@ def rewrite_pow(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Attach derivatives to Pow, x ** y, if those of onnxruntime-training are missing or wrong.
 
     If the exponent y is a single constant number other than 0, onnxruntime-training's gradient is
-    used.  Otherwise, the attached derivatives are y * x ** (y - 1) with respect to the base x, and
-    x ** y * log(x) with respect to y.  The derivative with respect to y is 0 if x is not positive,
-    because the logarithm of x does not exist then.
+    used.  Otherwise, the derivative with respect to the base x is y * x ** (y - 1).  Unless y is a
+    constant or an integer, the derivative with respect to y is x ** y * log(x), or 0 if x is not
+    positive, because the logarithm of x does not exist then.
 
     The gradient builder of onnxruntime-training 1.19.2 accepts only floating-point exponents that
     are not parameters.  If the base is broadcast to the shape of the exponent, the builder does not

@@ -1,4 +1,4 @@
-"""The cells of LSTM, GRU and RNN: one time step, written with operators that have a gradient.
+"""Compute one time step of LSTM, GRU and RNN with operators that have a gradient.
 
 The formulas are those of LSTM-14, GRU-14 and RNN-14 at onnx.ai/onnx/operators.  Where these
 definitions leave details open, the cells behave like ONNX Runtime's kernels: ``clip`` limits the

@@ -1,8 +1,8 @@
-"""Interpolation along one axis: which input elements each output element reads, and their weights.
+"""Compute positions and weights for interpolation along one axis.
 
-The formulas are those of Resize-19 at onnx.ai/onnx/operators; antialiasing works as in the
-reference implementation of the onnx package.  This module only does arithmetic on sizes
-and scales; it does not build graphs.
+They define which input elements each output element reads.  The formulas are those of Resize-19 at
+onnx.ai/onnx/operators; antialiasing works as in the reference implementation of the onnx package.
+This module only does arithmetic on sizes and scales; it does not build graphs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Kernel:
 
 
 def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) -> np.ndarray:
-    """For each output element, return its position in the coordinates of the input."""
+    """Return the position of each output element in the coordinates of the input."""
     y: np.ndarray = np.arange(sampling.after).astype(dtype)
     n, scale, half = dtype(sampling.before), dtype(sampling.scale), dtype(0.5)
     x: np.ndarray = (y + half) / scale - half
@@ -73,7 +73,7 @@ def find_coordinates(sampling: Sampling, dtype: type[np.floating] = np.float64) 
 
 
 def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
-    """For each output element, return the index of the input element that it copies.
+    """Return the index of the input element that each output element copies.
 
     ``mode`` is the node's ``nearest_mode``, which defines how positions are rounded.  The positions
     are computed in float32, as in ONNX Runtime, because rounding can decide which of two neighbours
@@ -96,7 +96,8 @@ def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
 def find_outside(sampling: Sampling) -> np.ndarray:
     """Return a boolean mask that marks the output elements whose positions are outside the input.
 
-    The marked elements get the extrapolation value.
+    The marked elements get the extrapolation value.  Only the mode ``tf_crop_and_resize`` can have
+    such positions; in other modes, no element is marked.
     """
     if sampling.coordinates != "tf_crop_and_resize":
         return np.zeros(sampling.after, bool)

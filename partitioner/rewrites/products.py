@@ -19,7 +19,7 @@ _LARGEST_DETERMINANT = 24
 def rewrite_gemm(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Remove the bias from a Gemm if its ``beta`` is 0; leave other nodes unchanged.
 
-    Such a bias has no effect, but onnxruntime-training has no gradient for it.
+    A bias multiplied by 0 has no effect, but onnxruntime-training has no gradient for it.
     """
     if node.attributes.get_float("beta", 1.0) != 0 or len(node.inputs) < 3:
         return None

@@ -67,8 +67,8 @@ def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
     """Unroll a GRU in time; onnxruntime-training cannot train it in any other form.
 
-    With ``linear_before_reset``, the reset gate also applies to the recurrent bias, and therefore
-    this bias is kept separate from the bias of the input.
+    If the attribute ``linear_before_reset`` is set, the reset gate also applies to the recurrent
+    bias, and therefore this bias is kept separate from the bias of the input.
     """
     layer = _read_layer(node, states=1)
     functions = ["Sigmoid", "Tanh"]
@@ -88,8 +88,8 @@ def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
     """Unroll an LSTM in time; onnxruntime-training cannot train it in any other form.
 
-    With ``input_forget``, the forget gate is computed from the input gate, and its own weights are
-    removed.
+    If the attribute ``input_forget`` is set, the forget gate is computed from the input gate, and
+    the weights of the forget gate are removed.
     """
     layer = _read_layer(node, states=2)
     coupled = bool(node.attributes.get_int("input_forget", 0))

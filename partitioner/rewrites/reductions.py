@@ -106,8 +106,8 @@ def rewrite_sum_square(builder: NodeBuilder, node: ir.Node) -> Values:
 def rewrite_smooth(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite ReduceL2 and ReduceLogSumExp if they reduce a tensor to a scalar.
 
-    If such a node has no axes, the gradient builder of onnxruntime-training 1.19.2 cannot infer the
-    type of its gradient.  If a ReduceL2 lists all axes, its gradient has one dimension too many.
+    If the node has no axes, the gradient builder of onnxruntime-training 1.19.2 cannot infer the
+    type of the gradient.  If a ReduceL2 lists all axes, the gradient has one dimension too many.
     Therefore, the rewritten reduction keeps its dimensions, and a Reshape removes them afterwards.
     Other nodes are left unchanged.
     """

@@ -2,8 +2,8 @@
 
 Both operators divide each region into bins, read several pixels for each bin, and compute the
 average or the maximum of these pixels.  The pixels are gathered as rows that contain all channels.
-The regions get no gradient.  Bins may need different numbers of pixels, so each bin gathers as many
-pixels as the largest bin needs, and its surplus pixels are ignored.  The formulas are those of
+The regions get no gradient.  Bins may need different numbers of pixels.  Each bin therefore gathers
+as many pixels as the largest bin needs, and surplus pixels are ignored.  The formulas are those of
 RoiAlign-16 and MaxRoiPool-1 at onnx.ai/onnx/operators.
 """
 

@@ -180,8 +180,9 @@ class ImageAxis:
 def rewrite_grid_sample(builder: NodeBuilder, node: ir.Node) -> Values:
     """Rewrite GridSample as the weighted sum of the pixels around each position of the grid.
 
-    On the last axis of the grid, x comes before y.  onnxruntime-training has no gradient for
-    GridSample.
+    The last axis of the grid contains the coordinates of a position in the order x, y (and z for
+    volumes), the reverse of the order of the image's axes.  onnxruntime-training has no gradient
+    for GridSample.
     """
     x, grid = node.inputs[:2]
     assert x is not None
@@ -253,9 +254,9 @@ def weigh_taps(
     """Return the weighted sum of the pixels around each position.
 
     ``rows`` contains the pixels of ``batch`` images, from :func:`to_rows`.  ``image`` contains the
-    sizes of an image, and ``taps`` the pixels to read along each axis.  The weight of a pixel is
-    the product of its weights along all axes.  The result has the shape (N, P, C) for N images, P
-    positions per image, and C channels.
+    sizes of an image.  ``taps`` contains, for each axis, the pixels to read and their weights.  The
+    weight of a pixel is the product of its weights along all axes.  The result has the shape (N, P,
+    C) for N images, P positions per image, and C channels.
     """
     rank = len(taps)
     size = to_vector(builder, multiply(builder, image))

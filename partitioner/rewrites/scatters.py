@@ -1,6 +1,6 @@
 """Rewrite ScatterElements and ScatterND nodes that have a reduction.
 
-onnxruntime-training builds wrong gradients for them, because it treats every reduction like "none".
+onnxruntime-training builds wrong gradients for these nodes, because it ignores the reduction.
 The rewrites give each reduction its own gradient.  For max and min, all elements that equal the
 result share the gradient evenly, as in Max and Min.  For mul, the derivative with respect to each
 factor is the product of the other factors, even if one of them is zero.  Indices may occur several

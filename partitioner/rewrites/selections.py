@@ -154,9 +154,10 @@ def rewrite_one_hot(builder: NodeBuilder, node: ir.Node) -> Values:
 
 
 def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """If a Transpose has no attribute ``perm``, set it to all axes in reverse order.
+    """Set the attribute ``perm`` of a Transpose that lacks it to all axes in reverse order.
 
-    This is the default, but onnxruntime-training's gradient of Transpose requires the attribute.
+    This is the default of the attribute, but onnxruntime-training's gradient of Transpose requires
+    it to be set.  Other nodes are left unchanged.
     """
     if "perm" in node.attributes:
         return None
@@ -168,9 +169,9 @@ def rewrite_transpose(builder: NodeBuilder, node: ir.Node) -> Values | None:
 def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite a Concat with repeated inputs so that all its inputs are distinct.
 
-    Otherwise, onnxruntime-training would create two gradients with the same name for a repeated
-    input.  Each repetition is replaced with an Identity of the input.  Other nodes are left
-    unchanged.
+    Without this rewrite, onnxruntime-training would create two gradients with the same name for a
+    repeated input.  Each repetition is replaced with an Identity of the input.  Other nodes are
+    left unchanged.
     """
     values = [value for value in node.inputs if value is not None]
     if len(set(values)) == len(values):
@@ -187,11 +188,11 @@ def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Remove ``allowzero`` from a Reshape; leave nodes without this attribute unchanged.
 
     onnxruntime-training builds the gradient of Reshape as another Reshape, but without this
-    attribute.  If the input has no elements, the attribute is kept, because a tensor without
-    elements gets no gradient.
+    attribute.  If the input is known to have no elements, the attribute is kept, because a tensor
+    without elements gets no gradient.
 
     Raises:
-        UnsupportedModel: the shape is not a constant.
+        UnsupportedModel: the shape is not a constant, and the input may have elements.
     """
     if not node.attributes.get_int("allowzero", 0):
         return None
@@ -210,13 +211,14 @@ def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:
-    """Replace each Split that has unused outputs with Slice nodes, in place.
+    """Replace the needed outputs of each Split with Slice nodes if not all outputs are needed.
 
-    Return whether any Split was replaced.  An output is unused if it is not in ``needed``, the
-    values that get a gradient.  In onnxruntime-training 1.19.2, the gradient of Split is the Concat
-    of the gradients of its outputs, and the result has a wrong shape if one of these gradients is
-    missing.  This function must be called after ``get_optimized_model``, which merges adjacent
-    Slices into one Split.
+    ``needed`` contains the values that get a gradient.  The graph is changed in place.  Return
+    whether any Split was changed.
+
+    In onnxruntime-training 1.19.2, the gradient of Split is the Concat of the gradients of its
+    outputs, and the result has a wrong shape if one of these gradients is missing.  Call this
+    function after ``get_optimized_model``, which merges adjacent Slices into one Split.
     """
     changed = False
     for node in [node for node in graph if node.op_type == "Split" and not node.domain]:

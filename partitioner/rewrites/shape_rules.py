@@ -1,7 +1,7 @@
-"""Extents: the sizes of a tensor's dimensions, as numbers or as values computed in the graph.
+"""Compute with extents, the sizes of a tensor's dimensions.
 
-An extent is a number if the size is known, and a value of the graph otherwise.  Rewrites that use
-extents keep every dynamic dimension of the model dynamic.  This module contains
+An extent is a number if the size is known.  Otherwise, it is a value that the graph computes.
+Rewrites that use extents keep every dynamic dimension of the model dynamic.  This module contains
 only arithmetic on shapes; nothing in it is specific to one operator.
 """
 
@@ -50,9 +50,9 @@ def require_sizes(node: ir.Node, value: ir.Value, start: int = 0) -> list[int]:
 
 
 def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
-    """Return the value of a node's input as an array; the input at ``index`` must be a constant.
+    """Return the constant that a node reads as its input at ``index``.
 
-    ``what`` describes the value in the error message.
+    ``what`` describes the numbers of the constant in the error message, such as "axes".
 
     Raises:
         UnsupportedModel: the input is computed in the graph.
@@ -78,7 +78,8 @@ def _advise_binding(node: ir.Node, index: int) -> str:
 def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:
     """Return the error for a node that cannot be rewritten.
 
-    ``reason`` states what prevents the rewrite, and ``advice`` how the user can avoid the error.
+    ``reason`` states what prevents the rewrite.  ``advice`` states how the user can avoid the
+    error.
     """
     return UnsupportedModel(f"node '{node.name}' ({node.op_type})", reason, advice)
 

@@ -1,7 +1,7 @@
-"""Interpolation along an axis whose size is known only at run time.
+"""Interpolate along an axis if its size is known only at run time.
 
-The weights are computed in the graph with the formulas of :mod:`interpolations`, and in float32, as
-ONNX Runtime does.
+The weights are computed in the graph with the formulas of :mod:`interpolations`.  They are computed
+in float32, as in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Stretch:
     coordinates: str
 
     def find_coordinates(self) -> ir.Value:
-        """For each output element, return its position in the coordinates of the input.
+        """Return the position of each output element in the coordinates of the input.
 
         The result has the shape (after,).
         """
@@ -59,7 +59,7 @@ class Stretch:
         return builder.op("Where", several, x, builder.number(0.0, _FLOAT))
 
     def find_nearest(self, mode: str) -> ir.Value:
-        """For each output element, return the index of the input element that it copies.
+        """Return the index of the input element that each output element copies.
 
         The indices are an int64 vector.  ``mode`` is the node's ``nearest_mode``, which defines how
         positions are rounded.

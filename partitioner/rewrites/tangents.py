@@ -1,11 +1,11 @@
 """Attach explicit derivatives to the results of operators that have no gradient.
 
 The expression ``value + slope * (x - detach(x))`` equals ``value``, but its derivative is
-``slope``, because no gradient passes through ``detach(x)``.  This is used for operators that cannot
-be expressed well with other operators.  The forward pass costs three elementwise operators and the
-backward pass one, and there are no unused branches that could overflow.  The only limitation is
-that the result is NaN if ``x`` is infinite.  This module does not depend on any particular
-operator.
+``slope``, because no gradient passes through ``detach(x)``.  Rewrites use this expression for
+operators that cannot be expressed well with other operators.  The forward pass costs three
+elementwise operators and the backward pass one, and there are no unused branches that could
+overflow.  The only limitation is that the result is NaN if ``x`` is infinite.  This module does not
+depend on any particular operator.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Pooling windows: their positions, sums and numbers of elements.
+"""Read the windows of pooling nodes, sum their elements, and count them.
 
-This module also handles padding that is known only at run time.
+This module also adds padding if its width is known only at run time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from splitonnx.partitioner.rewrites.shape_rules import refuse, require_rank
 class Windows:
     """The windows of a pooling node; each field has one entry per spatial dimension of the image.
 
-    ``before`` is the width of the padding at the start of a dimension, and ``after`` is how far the
-    windows extend beyond its end.  ``counted`` is the width of the padding at the end that the
-    model declares; it differs from ``after`` if the node has ``ceil_mode``.  ``sizes`` contains the
-    sizes of the image, with ``None`` for each unknown size.
+    ``before`` is the width of the padding at the start of a dimension.  ``after`` is the number of
+    elements by which the windows extend beyond its end.  ``counted`` is the width of the padding at
+    the end in the model; it may differ from ``after`` if the node has ``ceil_mode``.  ``sizes``
+    contains the sizes of the image, with ``None`` for each unknown size.
     """
 
     kernel: tuple[int, ...]
@@ -201,9 +201,10 @@ def pads_by_size(node: ir.Node) -> bool:
 
 
 def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
-    """Pad the input of a node with ``number``, as the node's ``auto_pad`` attribute requires.
+    """Pad the input of a node with ``number`` as its ``auto_pad`` requires; return the result.
 
-    The graph computes the widths of the padding from the image size.
+    ``auto_pad`` is an attribute of the node.  The graph computes the widths of the padding from the
+    image size.
 
     Raises:
         UnsupportedModel: the size of the windows is unknown.
