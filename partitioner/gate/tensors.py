@@ -69,7 +69,7 @@ class DataFiles:
             self._refuse_size(subject, size, f"{_count_values(tensor)} elements")
 
     def read(self, tensor: ir.ExternalTensor) -> ir.TensorProtocol:
-        """Return an external tensor whose data is memory-mapped.
+        """Return an external tensor with memory-mapped data.
 
         The tensor must have passed :meth:`check`.
         """

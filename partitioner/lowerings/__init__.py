@@ -83,9 +83,10 @@ _WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
 def lower(graph: ir.Graph, *, defective: bool = False) -> None:
     """Replace, in place, all operators that standard ONNX Runtime or its mobile builds lack.
 
-    If ``defective`` is true, replace only those operators whose kernel in onnxruntime-training
-    1.19.2 fails.  The outputs of replaced nodes keep their names.  A dynamic batch size stays
-    dynamic; other sizes are taken from the graph's declared shapes if these are known.
+    If ``defective`` is true, replace only the operators that :func:`is_defective` finds, because
+    their kernels in onnxruntime-training 1.19.2 may fail.  The outputs of replaced nodes keep their
+    names.  A dynamic batch size remains dynamic; other sizes are taken from the shapes that the
+    graph declares, if it does.
 
     Raises:
         UnsupportedModel: an operator has no lowering, or its lowering needs an unknown shape.

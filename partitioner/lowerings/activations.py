@@ -1,7 +1,7 @@
 """Replace activation functions and their gradients with standard ONNX operators.
 
-In the formulas, ``x`` is the input of the activation function, ``y`` its output, and ``dy`` the
-gradient of the output.
+In the formulas, ``x`` is the input of the activation function, ``y`` is its output, and ``dy`` is
+the gradient of the output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Subtract the mean before normalizations whose kernels lose precision by cancellation.
+"""Subtract the mean before normalizations that would lose precision by cancellation.
 
 For LayerNormalization and GroupNormalization, ONNX Runtime 1.19.2 computes the variance in float32
 as the mean of the squares minus the square of the mean.  If the mean is much larger than the
@@ -29,7 +29,7 @@ _TRANSPARENT = ("Cast", "Identity")
 
 
 def centre_normalizations(graph: ir.Graph) -> None:
-    """Subtract, in place, the mean before each normalization whose kernel loses precision.
+    """Subtract the mean before each normalization that would lose precision; change ``graph``.
 
     Formulas that ONNX Runtime replaces with a LayerNormalization are changed as well, and so are
     the nodes in subgraph bodies.  Normalizations of float64 are left unchanged.  Call this function

@@ -11,8 +11,8 @@ A Pad that lists its axes explicitly computes the same values, but PadFusion doe
 
 The rules that merge a Transpose into a MatMul or Gemm assume that a Transpose of a matrix swaps its
 two axes.  If a Transpose leaves the axes in their order, ONNX Runtime 1.19.2 computes wrong results
-at the optimization level BASIC and above.  An Identity computes the same values as such a
-Transpose, and the optimizer removes it correctly.
+at the optimization level BASIC and above.  An Identity computes the same values as this Transpose,
+and the optimizer removes an Identity correctly.
 
 This module handles these two rules.  :mod:`layer_norm_fusions`, :mod:`product_fusions` and
 :mod:`integer_kernels` handle others.

@@ -1,7 +1,7 @@
 """Replace batch and RMS normalization, and the gradients of batch, layer and RMS normalization.
 
 The replacements use only standard ONNX operators.  In the formulas, ``x`` is the input of the
-normalization, and ``dy`` the gradient of its output.
+normalization, and ``dy`` is the gradient of its output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Insert barriers into a graph, and find the nodes between which one is needed.
+"""Insert barriers into a graph, and find the nodes that they separate.
 
 A barrier is a node that returns its input unchanged and that ONNX Runtime's optimizer neither
 merges nor removes.  The optimizer removes Identity nodes, so the functions that find nodes skip

@@ -1,4 +1,4 @@
-"""Replace operators that move, select or scale elements, and the gradients of such operators.
+"""Replace operators that move, select or scale elements, and the gradients of these operators.
 
 The replacements use only standard ONNX operators.
 """

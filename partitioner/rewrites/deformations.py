@@ -2,7 +2,7 @@
 
 The pixels are sampled as in GridSample, with zeros outside the image, and then multiplied by the
 weights in a single matrix product.  The formula is that of DeformConv-19 at onnx.ai/onnx/operators
-(arXiv 1811.11168).  ONNX Runtime 1.19.2 has no kernel for DeformConv, so it can train a rewritten
+(arXiv 1811.11168).  ONNX Runtime 1.19.2 has no kernel for DeformConv: it can train the rewritten
 model, but it cannot run the original model for prediction.
 """
 

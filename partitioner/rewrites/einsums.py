@@ -1,8 +1,8 @@
 """Rewrite Einsum as a sequence of diagonals, sums, products and transpositions.
 
 The operands are contracted from left to right.  Each axis is identified by its label.  The axes
-that an ellipsis stands for get their own labels; the label of the last one is ``...0``.  The
-formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
+that an ellipsis stands for get the labels ``...0``, ``...1`` and so on, from the last axis to the
+first.  The formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
 """
 
 from __future__ import annotations

@@ -94,10 +94,10 @@ def find_nearest(sampling: Sampling, mode: str) -> np.ndarray:
 
 
 def find_outside(sampling: Sampling) -> np.ndarray:
-    """Return a boolean mask that marks the output elements whose positions are outside the input.
+    """Return a boolean mask that marks the output elements with positions outside the input.
 
-    The marked elements get the extrapolation value.  Only the mode ``tf_crop_and_resize`` can have
-    such positions; in other modes, no element is marked.
+    The marked elements get the extrapolation value.  Elements are marked only in the mode
+    ``tf_crop_and_resize``.
     """
     if sampling.coordinates != "tf_crop_and_resize":
         return np.zeros(sampling.after, bool)

@@ -27,8 +27,8 @@ def rewrite_cross_entropy(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite SoftmaxCrossEntropyLoss if its second output, the log-probabilities, is used.
 
     The node is replaced with a LogSoftmax and a negative log-likelihood, because
-    onnxruntime-training's gradient of SoftmaxCrossEntropyLoss covers only the first output.  A node
-    whose second output is unused is left unchanged.
+    onnxruntime-training's gradient of SoftmaxCrossEntropyLoss covers only the first output.  If the
+    second output of a node is unused, the node is left unchanged.
     """
     scores, labels = node.inputs[:2]
     assert scores is not None

@@ -121,7 +121,7 @@ def _widen(builder: NodeBuilder, node: ir.Node, x: ir.Value, widths: ir.Value) -
 
 
 def rewrite_center_crop_pad(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite CenterCropPad as a Pad whose widths are negative where elements are removed.
+    """Rewrite CenterCropPad as a Pad, with negative widths where elements are removed.
 
     If the number of elements to add or remove is odd, the extra element is at the end of the axis.
     onnxruntime-training has no gradient for CenterCropPad.

@@ -1,4 +1,4 @@
-"""Rewrite pooling nodes whose gradient is missing or wrong in onnxruntime-training 1.19.2.
+"""Rewrite pooling nodes that onnxruntime-training 1.19.2 differentiates wrongly or not at all.
 
 The gradient operators MaxPoolGrad and AveragePoolGrad need a fixed image size.  In addition,
 MaxPoolGrad needs row-major indices, and AveragePoolGrad ignores dilations.  The formulas are those

@@ -49,7 +49,7 @@ def _reduce(
 
 
 def rewrite_extreme(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Rewrite ReduceMax and ReduceMin so that several equal extremes share the gradient evenly.
+    """Rewrite ReduceMax and ReduceMin so that all elements equal to the extreme share the gradient.
 
     The result is computed as the mean of all elements that equal the extreme.  onnxruntime-training
     has no gradient for these operators.

@@ -101,7 +101,7 @@ def _find_surplus(
 def sum_windows(builder: NodeBuilder, node: ir.Node, x: ir.Value, windows: Windows) -> ir.Value:
     """Sum the elements of each window, separately for each channel.
 
-    The sums are computed by a depthwise convolution whose weights are all ones.
+    The sums are computed by a depthwise convolution with weights that are all 1.
 
     Raises:
         UnsupportedModel: the number of channels is unknown.
