@@ -5,9 +5,10 @@ even if the node should be frozen.  Therefore a frozen BatchNormalization is rep
 formula.
 
 Exporters write two other normalizations as a BatchNormalization in training mode: weight
-standardization, whose input is a weight, and instance normalization, whose samples were moved into
-the channels.  Neither has running statistics; both normalize with their own values in inference,
-too.  They are replaced by their formula as well, so that no mode applies to them.
+standardization, which has a weight as its input, and instance normalization, for which each channel
+of each sample becomes a separate channel.  Neither has running statistics: both use the mean and
+variance of their input, even in inference.  They are replaced by their formulas as well, so that no
+mode applies to them.
 """
 
 from __future__ import annotations
@@ -52,13 +53,14 @@ def train_batchnorms(
     statistics.  They update the statistics in graph order: each node starts from the values that
     the node before it computed.
 
-    With ``has_others``, the model had more BatchNormalizations, which always use their own
-    statistics and were replaced by formulas.
+    ``has_others`` means that earlier passes replaced other BatchNormalizations, which always use
+    statistics of their own input, by formulas.  In this case, ``mode="train"`` is accepted even if
+    no BatchNormalization is left.
 
     Raises:
         UnsupportedModel: a pattern in ``mode`` matches no BatchNormalization.
-        UsageError: a pattern in ``mode`` is not a regular expression, or ``mode`` is ``"train"``
-            and the model had no BatchNormalization.
+        UsageError: a pattern in ``mode`` is not a regular expression, or ``mode`` is ``"train"``,
+            the graph has no BatchNormalization, and ``has_others`` is false.
     """
     successors: dict[str, ir.Value] = {}
     nodes = list_batchnorms(graph)
@@ -166,7 +168,8 @@ def freeze_batchnorms(graph: ir.Graph) -> set[str]:
     """Replace each BatchNormalization in inference mode with its formula.
 
     This is necessary because onnxruntime-training would set the node to training mode.  Return the
-    names of the running statistics that the replaced nodes used, also after a cast or a reshape.
+    names of the running statistics that the replaced nodes used, either directly or after a cast or
+    a reshape.
     """
     statistics: set[str] = set()
     for node in list_batchnorms(graph):

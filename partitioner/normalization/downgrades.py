@@ -3,7 +3,7 @@
 :data:`DOWNGRADES` maps an operator to a function that takes a node and returns replacements for its
 outputs, or ``None`` if the node can stay unchanged.  Some newer operators are not listed, because
 onnx defines them as functions of other operators, and :mod:`opsets` replaces them with these
-definitions.  The source is onnx.defs.
+definitions.  The formulas follow onnx.defs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Make padding explicit before any other pass uses it.
 
-onnxruntime-training's ConvGrad ignores ``auto_pad`` and silently computes wrong gradients.  With
-``ceil_mode``, ONNX Runtime 1.19.2 has two errors: MaxPool computes one window too many if the last
-window would start after the end of the image, and AveragePool, contrary to the standard, counts
-elements outside the padding.  With explicit ``pads``, all results are correct.  The formulas are
-those of Conv-11, MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
+onnxruntime-training's ConvGrad ignores ``auto_pad`` and silently computes wrong gradients.  If
+``ceil_mode`` is set, ONNX Runtime 1.19.2 makes two errors.  MaxPool computes one window too many if
+the last window would start after the end of the image.  AveragePool, contrary to the standard,
+counts elements beyond the padding.  If ``pads`` is explicit, all results are correct.  The formulas
+are those of Conv-11, MaxPool-12 and AveragePool-19 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ _MOST_CORRECTIONS = 32
 
 
 def make_all_paddings_explicit(model: ir.Model) -> None:
-    """Make paddings explicit; if this reveals wrong shapes, infer shapes again and repeat.
+    """Set explicit ``pads`` on all convolutions and pooling nodes of a model, in place.
+
+    If this shows that onnx inferred a wrong shape, infer the shapes again and repeat.
 
     Raises:
-        UnsupportedModel: more than ``_MOST_CORRECTIONS`` paddings depend on one another, or ONNX
-            Runtime does not support the padding of a pooling node.
+        UnsupportedModel: wrong shapes are still found after ``_MOST_CORRECTIONS`` repetitions, or
+            ONNX Runtime does not support the padding of a pooling node.
     """
     for _ in range(_MOST_CORRECTIONS):
         if not make_paddings_explicit(model.graph):
@@ -143,11 +145,11 @@ def read_kernel(node: ir.Node) -> list[int] | None:
 
 
 def count_windows(size: int, reach: int, stride: int, before: int, after: int) -> int:
-    """Count the windows along an axis of ``size`` elements if the node has ``ceil_mode``.
+    """Count the windows of a pooling node with ``ceil_mode`` along an axis of ``size`` elements.
 
-    ``reach`` is the number of elements that a window spans, and ``before`` and ``after`` are the
-    widths of the padding at the start and the end.  A window that would start in the padding at the
-    end is not counted.
+    ``reach`` is the number of elements that a window spans, ``stride`` the distance between the
+    starts of two windows, and ``before`` and ``after`` are the widths of the padding at both ends.
+    A window that would start in the padding at the end is not counted.
     """
     count = -(-(size + before + after - reach) // stride) + 1
     return count - 1 if (count - 1) * stride >= size + before else count

@@ -1,9 +1,10 @@
-"""Make the axes of operators explicit before any other pass reads them.
+"""Replace reductions over no axes by elementwise operators, and scalar axes by vectors.
 
 If a reduction has no axes but ``noop_with_empty_axes`` is set, it still applies its function to
 each element: ReduceL1 computes absolute values and ReduceLogSum computes logarithms (see
 ReduceSum-13 and related operators at onnx.ai/onnx/operators).  However, onnxruntime 1.19.2 only
-copies the input, or fails if the ``axes`` input is missing.
+copies the input, or fails if the ``axes`` input is missing.  Such a reduction is therefore replaced
+by the operator that computes its function, for example Abs for ReduceL1.
 
 Inputs that list axes must be vectors, but some exporters write a single axis as a scalar.  ONNX
 Runtime accepts such a scalar for some operators but not for others, possibly including operators of
@@ -44,9 +45,10 @@ _AXES = {
 
 
 def make_axes_vectors(graph: ir.Graph) -> bool:
-    """Convert scalar inputs that should hold one number per axis to vectors with one element.
+    """Convert scalars to vectors with one element, where an operator takes one number per axis.
 
-    Nodes in subgraph bodies are changed as well.  Return whether any input was converted.
+    Such inputs are, for example, the axes of a Squeeze and the starts of a Slice.  Nodes in
+    subgraph bodies are changed as well.  Return whether any input was converted.
     """
     found = False
     for node in list(graph):
@@ -72,8 +74,8 @@ def _is_scalar(value: ir.Value) -> bool:
 def make_reductions_explicit(graph: ir.Graph) -> None:
     """Replace each reduction over no axes with an elementwise operator, such as Abs for ReduceL1.
 
-    Such a reduction has no axes, and ``noop_with_empty_axes`` is set.  Other reductions are left
-    unchanged.
+    A reduction is replaced if it has no axes and ``noop_with_empty_axes`` is set.  Other reductions
+    are left unchanged.
     """
     for node in list(graph):
         kind = None if node.domain else _REMAINDERS.get(node.op_type)

@@ -199,12 +199,16 @@ def _is_table(tensor: ir.TensorProtocol) -> bool:
 
 
 def is_weight_input(node: ir.Node, index: int) -> bool:
-    """Return whether a node takes weights at this input."""
+    """Return whether the input of a node at ``index`` is one that usually holds weights."""
     return not node.domain and index in _PLACES.get(node.op_type, ())
 
 
 def list_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Yield the nodes and inputs that use a value, directly or after a cast or shape change."""
+    """Yield each use of a value, as a node and the index of the input that reads the value.
+
+    If the value is cast to a float type, reshaped or transposed, the uses of the result are yielded
+    instead.  Casts to other types are ignored.
+    """
     for use in value.uses():
         node, index = use.node, use.idx
         if node.op_type in _PASSING and index == 0 and not node.domain:
@@ -215,7 +219,10 @@ def list_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
 
 
 def find_stored(value: ir.Value) -> ir.Value:
-    """Return the value from which casts and shape changes make this one, or the value itself."""
+    """Return the value from which ``value`` is computed by casts and shape changes alone.
+
+    Return ``value`` itself if no cast or shape change computes it.
+    """
     while (node := value.producer()) is not None and node.op_type in _PASSING and not node.domain:
         source = node.inputs[0]
         if source is None:
@@ -232,14 +239,13 @@ def _read_type(node: ir.Node) -> int:
 
 
 def find_input_scalings(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol]) -> list[str]:
-    """Find the weights that only normalize a raw input, such as an image's mean, and return them.
+    """Return the names of the weights that only normalize a raw input, such as an image's mean.
 
     Such a weight is added to a raw input, subtracted from it, multiplied by it, or used to divide
     it.  It is applied before all other weights, and at least one other weight is applied
     afterwards.  An addend or a factor must be a vector, such as one number for each channel, but a
     subtrahend or a divisor may have any shape.  An addend of zeros and a factor of ones are not
-    included, because a learned bias or scale begins with these values.  The weights are returned by
-    name.
+    included, because a learned bias or scale begins with these values.
 
     ``weights`` maps the names of the graph inputs that are weights to their tensors.
     """

@@ -50,10 +50,10 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
 
     A weight may be stored in an initializer or a Constant node; models from Paddle's exporter use
     only Constant nodes.  Weights in the subgraph bodies of If, Loop and Scan are included;
-    :func:`return_weights` can restore them.
+    :func:`return_weights` can convert them back to constants.
 
-    ``train`` contains regular expressions.  Each selects the parameters that it matches.  If it
-    matches no parameter, the constants that it matches become parameters.
+    ``train`` contains regular expressions for names.  If one of them matches constants but no
+    parameter, these constants become parameters.
 
     Raises:
         UnsupportedModel: a pattern matches no tensor, or only tensors that cannot be trained.
@@ -191,7 +191,7 @@ def pin_names(names: Collection[str]) -> tuple[str, ...]:
 
 
 def make_pattern(names: Sequence[str]) -> str:
-    """Return a regular expression that matches these names and no others."""
+    """Return a regular expression that matches the given names and no others."""
     escaped = [re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", name) for name in names]
     return f"^{escaped[0]}$" if len(escaped) == 1 else f"^({'|'.join(escaped)})$"
 

@@ -39,7 +39,7 @@ def write_simplified(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
 
 
 def write_skip(builder: NodeBuilder, node: ir.Node) -> list[ir.Value | None]:
-    """Apply layer normalization to ``input + skip + bias``; the last output is this sum."""
+    """Apply layer normalization to ``input + skip + bias``; the node's last output is the sum."""
     refuse_outputs(node, 0, 3)
     x, skip, scale = take_inputs(node, 3)
     total = _add(builder, x, skip, take_optional(node, 4))
@@ -50,7 +50,9 @@ def write_skip(builder: NodeBuilder, node: ir.Node) -> list[ir.Value | None]:
 
 
 def write_skip_simplified(builder: NodeBuilder, node: ir.Node) -> list[ir.Value | None]:
-    """Divide ``input + skip`` by its root mean square, and scale it; the last output is the sum.
+    """Divide ``input + skip`` by its root mean square, and multiply the result by the scale.
+
+    The node's last output is the sum ``input + skip``.
 
     A node with a bias is refused.  The CPU kernel of ONNX Runtime 1.19 ignores the bias, so the
     result of such a node depends on where the model runs.

@@ -12,7 +12,7 @@ MOST_STEPS = 1000
 
 
 class NotYet(Exception):
-    """Raised if a formula needs a type or shape that is not inferred yet; the message names it."""
+    """Raised if a formula needs a type or shape that is not known yet; the message names it."""
 
 
 def take_optional(node: ir.Node, index: int) -> ir.Value | None:
@@ -66,7 +66,10 @@ def find_size(value: ir.Value, axis: int) -> int:
 
 
 def refuse(node: ir.Node, reason: str) -> UnsupportedModel:
-    """Return the error that says why a fused node cannot be written in standard operators."""
+    """Return an error for a fused node that cannot be written in standard operators.
+
+    ``reason`` states what prevents this.
+    """
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type})",
         f"{reason}; it is an operator of ONNX Runtime, so this is an optimized model",

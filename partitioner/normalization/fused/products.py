@@ -1,6 +1,6 @@
-"""Formulas for matrix products and convolutions that were fused with operations around them.
+"""Formulas for matrix products and convolutions that were fused with other operations.
 
-Such an operation is a transpose, a factor, a sum or an activation.
+These operations are transposes, multiplications by a factor, additions and activations.
 """
 
 from __future__ import annotations
