@@ -20,7 +20,7 @@ class Line:
     """The axis of a tensor along which to accumulate, and the direction.
 
     ``rank`` is the tensor's number of dimensions, and ``length`` the number of elements along the
-    axis.  With ``reverse``, accumulation begins at the end of the axis.
+    axis.  ``reverse`` means that the accumulation begins at the end of the axis.
     """
 
     axis: int
@@ -34,7 +34,8 @@ def accumulate(
 ) -> ir.Value:
     """Build the running sum (``kind`` "Add") or product ("Mul") of ``x`` along an axis.
 
-    With ``exclusive``, each result leaves out the element at its own position.
+    ``line`` contains the axis and the direction.  ``exclusive`` means that each result includes
+    only the elements before its position in this direction, not the element at its position.
     """
     dtype = x.dtype
     neutral = builder.number(0.0 if kind == "Add" else 1.0, dtype)

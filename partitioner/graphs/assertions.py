@@ -19,7 +19,8 @@ I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
     """Build a node that fails if any element of the boolean tensor ``bad`` is true.
 
-    Otherwise, its output is the int64 scalar 0, which the caller must pass to :func:`pass_if`.
+    Return the node's output, which is the int64 scalar 0 if the node does not fail.  The caller
+    must pass this output to :func:`pass_if`.
     """
     numbers = builder.cast(note(bad, BOOL), I64)
     count = builder.op("ReduceSum", numbers, keepdims=0)  # ReduceMax would refuse an empty tensor
@@ -39,7 +40,8 @@ def pass_if(builder: NodeBuilder, value: ir.Value, zero: ir.Value) -> ir.Value:
 def reshape(builder: NodeBuilder, value: ir.Value, shape: ir.Value) -> ir.Value:
     """Build a Reshape that fails unless ``value`` has as many elements as ``shape`` describes.
 
-    The Reshape must not change the shape, because the result gets the declared shape of ``value``.
+    If the node does not fail, ``shape`` must be equal to the shape of ``value``, because the result
+    gets the declared shape of ``value``.
     """
     return note(builder.op("Reshape", value, shape), value.dtype, value.shape)
 

@@ -196,14 +196,14 @@ def require_rank(node: ir.Node, value: ir.Value) -> int:
 
 
 def take_input(node: ir.Node, index: int = 0) -> ir.Value:
-    """Return a node's input at ``index``; the operator must require this input."""
+    """Return a node's input at ``index``, which must be one that the operator requires."""
     value = node.inputs[index]
     assert value is not None
     return value
 
 
 def take_inputs(node: ir.Node, count: int) -> list[ir.Value]:
-    """Return a node's first ``count`` inputs; the operator must require all of them."""
+    """Return a node's first ``count`` inputs, which must be ones that the operator requires."""
     return [take_input(node, index) for index in range(count)]
 
 

@@ -66,11 +66,11 @@ def attribute_errors_to_bytes(refuse: Callable[[str], SplitonnxError]) -> Iterat
 
 
 def is_ours(error: BaseException) -> bool:
-    """Return whether an exception was raised by this package's own code and not by a library.
+    """Return whether an exception was caused by this package's own code and not by a library.
 
-    numpy and protobuf are written in C and do not appear in tracebacks.  An exception from numpy
-    counts as this package's own, because the package passed wrong arguments.  Exceptions from
-    protobuf, about text that is not UTF-8, and about a lack of memory do not count.
+    An exception that numpy raises counts as this package's own if the package called numpy, because
+    it then passed wrong arguments.  Three kinds of exceptions never count as this package's own:
+    exceptions from protobuf, exceptions about text that is not UTF-8, and a lack of memory.
     """
     cause = find_cause(error)
     if isinstance(cause, DecodeError | EncodeError | MemoryError | UnicodeError):
@@ -94,7 +94,7 @@ def _find_node(error: BaseException) -> ir.Node | None:
 
 
 def describe_node(node: ir.Node) -> str:
-    """Return a node's name and operator in the form used in error messages."""
+    """Return a text for error messages with a node's name and operator."""
     return f"node '{node.name}' ({node.op_type})"
 
 

@@ -6,8 +6,8 @@ integer operators from its input ``splitonnx.key``, so that every runtime can re
 
 Element ``i`` of a random tensor is ``mix(i, key, node)``, where ``mix`` is the 32-bit finaliser
 "lowbias32" of C. Wellons (public domain, nullprogram.com/blog/2018/07/31).  ONNX Runtime cannot
-multiply uint32, so multiplications are done in 64 bits and truncated.  One half of the key is used
-before the mixing and the other half within it.
+multiply uint32, so products are computed in 64 bits and truncated to 32
+bits.  One half of the key is used before the mixing and the other half within it.
 
 Only the random operators of the training form are replaced; the inference form is not changed.
 """

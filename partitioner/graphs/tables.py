@@ -26,7 +26,7 @@ _SPENT: ContextVar[list[float]] = ContextVar("elements spent on the model at han
 
 @contextmanager
 def count_constants() -> Iterator[None]:
-    """Keep a separate total of constants in the ``with`` block; :func:`limit` checks this total."""
+    """Begin a new total of constants for a ``with`` block; :func:`limit` adds to it."""
     token = _SPENT.set([0.0])
     try:
         yield

@@ -46,7 +46,10 @@ def replace_graph(model: ir.Model, graph: ir.Graph) -> ir.Model:
 
 
 def write_graph(graph: _Graph, ir_version: int, producer: str) -> onnx.ModelProto:
-    """Convert a graph, or a view of some of its nodes, to the protobuf message of a model."""
+    """Convert a graph, or a view of some of its nodes, to the protobuf message of a model.
+
+    ``producer`` is the name that the message gives as the model's producer.
+    """
     head = ir.Model(_copy_head(graph), ir_version=ir_version, producer_name=producer)
     return _write(head, graph)
 

@@ -59,9 +59,11 @@ def walk_back(
 
 
 class ResumedWalk:
-    """A backward walk from several targets, one after the other, that visits each node only once.
+    """A backward walk that can be continued from further targets, without repeating known nodes.
 
-    ``nodes`` holds the known nodes.  The caller must add the nodes that :meth:`explore` finds.
+    ``nodes`` holds the known nodes, at which :meth:`explore` stops.  The caller must add the new
+    nodes that :meth:`explore` returns.  Nodes in ``ends`` are returned, but the walk does not
+    continue to their inputs.
     """
 
     def __init__(self, ends: Collection[ir.Node] = frozenset()) -> None:
@@ -74,7 +76,8 @@ class ResumedWalk:
         """Walk back from ``targets`` until a known node or a source value is reached.
 
         Return the new nodes, the source values, and the known nodes that were reached.  Source
-        values are graph inputs, initializers, and each ``value`` with ``stops[value] <= most``.
+        values are graph inputs, initializers, and the values that ``stops`` maps to a number up to
+        ``most``.
         """
         new, reached, met = dict[ir.Node, None](), list[ir.Value](), set[ir.Node]()
         pending = list(targets)
