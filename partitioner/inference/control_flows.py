@@ -39,10 +39,10 @@ class Unresolved(Exception):
 def resolve_control_flow(node: ir.Node, known: Inference, spent: int) -> Sequence[ir.Node]:
     """Replace an If, Loop or Scan with the nodes that it would run.
 
-    Return these nodes in order.
+    Return these nodes in order.  The names of the node's outputs do not change.
 
-    Outputs keep their names.  ``spent`` is the number of nodes that earlier calls created for this
-    model; it counts towards :data:`MOST_NODES`.
+    ``known`` holds the shapes and contents inferred so far.  ``spent`` is the number of nodes that
+    earlier calls created for this model; it counts towards :data:`MOST_NODES`.
 
     Raises:
         Unresolved: the node cannot be replaced, and is not changed.

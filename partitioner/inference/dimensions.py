@@ -286,7 +286,10 @@ def _solve_atom(atom: str, known: Mapping[Place, Amount]) -> tuple[Place, int, i
 
 
 def name_unknown(value: str, axis: int) -> Dim:
-    """Return a symbol for the unknown size of one axis of a value, named after both."""
+    """Return a symbol for the unknown size of one axis of a value.
+
+    The symbol contains the name of the value and the number of the axis.
+    """
     plain = re.sub(r"[\s*+()%]", lambda found: f"%{ord(found[0]):x}", value)
     return make_atom(f"{UNKNOWN}{plain}:{axis}")
 

@@ -3,8 +3,8 @@
 Code that handles a node assumes that the node's inputs and attributes are valid for its operator:
 ranks match, a divisor is not 0, a mode exists.  Checkers do not cover all of these assumptions.  If
 a node violates an assumption, Python raises an exception such as :class:`ValueError`; but a bug in
-this package can raise the same exception.  So ONNX Runtime is asked to run the node alone, on
-zeros or ones.  If it refuses the node, the error is in the model, otherwise in this package.
+this package can raise the same exception.  So ONNX Runtime is asked to run only this node, on zeros
+or ones.  If ONNX Runtime refuses the node, the error is in the model, otherwise in this package.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def attribute_errors_to(
     ``work`` describes the block in error messages: it completes the phrase "while it was ...".
     ``lost`` and ``advice`` are used in the message if an output of the node was not replaced.
     ``is_valid`` means that the node is known to be valid for its operator, because earlier passes
-    handled it or this package made it; then only its size can be the model's fault.
+    handled it or this package made it.  The model is then at fault only if it is too large.
 
     Raises:
         UnsupportedModel: the node's inputs or attributes are not valid for its operator.

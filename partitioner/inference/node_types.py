@@ -32,7 +32,7 @@ _BODIES = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 
 
 def list_types(model: ir.Model) -> Mapping[str, str]:
-    """Map names of values to their types, in ONNX Runtime's notation.
+    """Return the types of values by name, in ONNX Runtime's notation.
 
     The result contains at least all values whose type is not declared.
 

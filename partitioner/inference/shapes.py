@@ -65,13 +65,16 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
 
 
 def drop_declared_shapes(model: ir.Model) -> None:
-    """Replace the declared shapes of values by what onnx infers from the inputs alone, in place.
+    """Replace the declared shapes of values with shapes inferred from the model's inputs, in place.
 
-    Some exporters declare shapes of another layout, and tools that change an input's batch size
-    leave the shapes behind it as they were; onnx's inference would believe them.  A declaration
-    remains if nothing is inferred, not even the number of dimensions.  The outputs of the model
-    also keep declared numbers after the first axis, where nothing else is known: a loss needs the
-    number of classes.  Only the model's main graph is changed.
+    Declared shapes may be wrong: some exporters declare shapes in another layout, and tools that
+    change the batch size of an input do not change the shapes of later values.  onnx's inference
+    would trust these shapes.
+
+    A declared shape is kept if onnx infers nothing for the value, not even its number of
+    dimensions.  In the shapes of the model's outputs, declared sizes after the first axis replace
+    sizes that onnx cannot infer, because a loss needs the number of classes.  Subgraph bodies are
+    not changed.
     """
     values = [value for node in model.graph for value in node.outputs]
     if all(value.shape is None for value in values):

@@ -1,8 +1,8 @@
-"""Explain why the value that a control-flow node needs is not known in advance.
+"""Explain why a value that a control-flow node needs, such as its condition, is not known.
 
-The value depends on the data, or only on sizes of the model's inputs that are not fixed, or only on
-inputs that are settings, such as a sampling rate.  The user can fix sizes with ``--dim`` and
-settings with ``--bind``.
+There are three reasons.  The value may depend only on sizes of the model's inputs that are not
+fixed, which the user can fix with ``--dim``.  It may depend only on inputs that are settings, such
+as a sampling rate, which the user can fix with ``--bind``.  Otherwise, it depends on the data.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _MOST_ELEMENTS = 8
 
 
 def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -> str:
-    """Return a phrase that begins with ``depends on`` and names the data or sizes.
+    """Return a phrase, beginning with ``depends on``, that explains why ``value`` is not known.
 
-    ``graph`` is the model's graph, and ``known`` holds what was inferred about it.
+    The phrase names sizes or settings and the options that fix them, or only ``the data``.
+    ``graph`` is the model's graph, and ``known`` holds the shapes and contents inferred for it.
     """
     sizes = None if value is None else list_open_sizes(value, graph, known)
     if sizes:
@@ -38,7 +39,7 @@ def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -
 
 
 def name_settings(inputs: Sequence[str]) -> str:
-    """Return a phrase that names inputs that are settings, and the options that fix them."""
+    """Return a phrase with the names of inputs, and the ``--bind`` options that fix them."""
     options = " ".join(f"--bind {shlex.quote(name)}=VALUE" for name in inputs)
     noun, fix = ("the input", "fixes") if len(inputs) == 1 else ("the inputs", "fix")
     return f"{noun} {quote(inputs)}, which {options} {fix}"
@@ -47,9 +48,9 @@ def name_settings(inputs: Sequence[str]) -> str:
 def list_settings(value: ir.Value, inputs: Collection[ir.Value]) -> list[str]:
     """List the inputs of the model that a value depends on, if all of them may be settings.
 
-    An input may be a setting if it is a scalar, or has a few integers or Booleans.  Paths on which
-    only a tensor's size matters are ignored.  The list is empty if the value also depends on
-    another input, or on none.  ``inputs`` are the inputs of the model.
+    :func:`is_setting` decides which inputs may be settings.  Inputs that matter only by their size
+    are ignored.  The list is empty if the value depends on any input that cannot be a setting, or
+    on no input at all.  ``inputs`` are the inputs of the model.
     """
     found: dict[str, None] = {}
     pending, seen = [value], {value}
@@ -70,7 +71,7 @@ def list_settings(value: ir.Value, inputs: Collection[ir.Value]) -> list[str]:
 
 
 def is_setting(value: ir.Value) -> bool:
-    """Return whether an input is a scalar, or has a few integers or Booleans."""
+    """Return whether an input may be a setting: a scalar, or a few integers or Booleans."""
     if value.shape is None or value.dtype is None:
         return False
     sizes = [dim for dim in value.shape if isinstance(dim, int)]
@@ -80,17 +81,17 @@ def is_setting(value: ir.Value) -> bool:
 
 
 def name_sizes(sizes: Sequence[str]) -> str:
-    """Return a phrase that names sizes that are not fixed, and the options that fix them."""
+    """Return a phrase with the names of sizes, and the ``--dim`` options that fix them."""
     options = " ".join(f"--dim {size}=SIZE" for size in sizes)
     noun, fix = ("the size", "fixes") if len(sizes) == 1 else ("the sizes", "fix")
     return f"{noun} {quote(sizes)}, which {options} {fix}"
 
 
 def list_open_sizes(value: ir.Value, graph: ir.Graph, known: Inference) -> list[str]:
-    """List the input sizes that are not fixed and that a value depends on.
+    """List the sizes of inputs that a value depends on and that are not fixed.
 
     The sizes are named as in ``--dim``.  The list is empty if the value also depends on anything
-    else, such as the data.
+    else, such as the data.  ``known`` holds the shapes and contents inferred for ``graph``.
     """
     atoms = _find_atoms(value, known)
     return [] if atoms is None else list_options(atoms, graph)
