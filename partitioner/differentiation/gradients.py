@@ -1,6 +1,7 @@
 """Differentiate a model with onnxruntime-training, which is called through :mod:`natives`.
 
-This module does not depend on cuts: it treats a port like any other Identity node.
+This module does not depend on cuts.  Ports, the Identity nodes that mark where the parties exchange
+tensors, are treated like any other Identity node.
 """
 
 from __future__ import annotations

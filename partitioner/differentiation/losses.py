@@ -63,6 +63,8 @@ def attach_loss(
 ) -> AttachedLoss:
     """Add graph outputs that hold ``loss`` and its metric, computed from ``output``.
 
+    Return a description of the labels, and the names of the outputs.  The losses are:
+
     - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes; the labels (N, ...)
       are int64 in [0, C); the metric is accuracy.  If the classes are on an axis other than 1,
       the labels have the output's shape without that axis.

@@ -54,7 +54,7 @@ def is_opaque(node: ir.Node) -> bool:
 
 
 def take_out_opaques(graph: ir.Graph) -> Opaques:
-    """Remove every opaque node from a graph.
+    """Remove every opaque node from a graph, and return what is needed to insert them again.
 
     No gradient may pass through an opaque node.
     """
@@ -87,7 +87,7 @@ def take_out_opaques(graph: ir.Graph) -> Opaques:
 
 
 def put_back_opaques(graph: onnx.GraphProto, taken: Opaques) -> None:
-    """Insert the removed nodes into the differentiated graph again.
+    """Insert the nodes that :func:`take_out_opaques` removed into the differentiated graph.
 
     The nodes are appended, so the caller must sort the graph.
     """

@@ -1,8 +1,8 @@
-"""Find an activation at the end of a model after which a loss would apply another one.
+"""Find an activation at the end of a model to which a loss would apply a second activation.
 
 :func:`final_activations.find_activation` finds activations that the loss skips.  This module finds
-the others.  The loss cannot skip an activation if later nodes change its result, or if the loss
-contains a different activation.
+activations that the loss cannot skip, either because later nodes change the activation's result, or
+because the loss contains a different activation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MOST_VALUES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Squashing:
-    """An activation before a loss: its operator, the node with its result, and its input.
+    """An activation before a loss: its operator, the node that computes its result, and its input.
 
     ``source`` is ``None`` if no tensor holds the input.
     """
@@ -39,12 +39,12 @@ class Squashing:
 
 
 def find_repeated_activation(output: ir.Value, loss: str, class_axis: int = 1) -> Squashing | None:
-    """Return the final activation of ``output``, if ``loss`` would apply another one after it.
+    """Return the final activation of ``output``, if ``loss`` would apply a second one after it.
 
-    Return ``None`` if there is no such activation, or if the loss skips it.  Only nodes that move
-    or convert elements, and arithmetic, may follow the activation.  Each of their inputs must be a
-    constant or come from an activation.  ``class_axis`` is the axis of ``output`` that holds the
-    classes.
+    Return ``None`` if ``output`` has no final activation, or if the loss skips the activation.
+    Only nodes that move or convert elements, and arithmetic, may follow the activation.  Each of
+    their inputs must be a constant or come from an activation.  ``class_axis`` is the axis of
+    ``output`` that holds the classes.
     """
     if loss not in CONTAINED or find_activation(output, loss, class_axis) is not None:
         return None

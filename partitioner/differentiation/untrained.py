@@ -12,11 +12,12 @@ from splitonnx.partitioner.graphs.traversals import is_float, list_inputs, walk_
 def explain_untrained(
     graph: ir.Graph, output: ir.Value, names: Collection[str], reached: Collection[str]
 ) -> dict[str, str]:
-    """Map each parameter in ``names`` to the reason why it gets no gradient from ``output``.
+    """Return the reason why each parameter in ``names`` gets no gradient from ``output``.
 
-    ``graph`` is the model as the user knows it, before rewrites.  ``reached`` names the values to
-    which a gradient flows after rewrites.  The reason names the node at which the gradient ends: a
-    step function, or a node that makes integers.
+    The result maps the name of each parameter to its reason.  A reason may name the node at which
+    the gradient ends: a step function, or a node that computes integers.  ``graph`` is the model
+    as the user knows it, before rewrites.  ``reached`` names the values to which a gradient flows
+    after rewrites.
     """
     causes = _find_causes(graph, output, reached)
     return {

@@ -51,7 +51,8 @@ class Norms:
 class Update:
     """An update graph and its optimizer state.
 
-    ``commits`` maps each parameter and state to the output that replaces it.
+    ``state`` lists the tensors of the optimizer state.  ``commits`` maps the name of each parameter
+    and each of these tensors to the graph output that holds its new value.
     """
 
     graph: ir.Graph
@@ -64,8 +65,8 @@ def build_norms(
 ) -> ir.Graph:
     """Build a graph that computes the squared gradient norm of each parameter.
 
-    The norms form one float32 vector, in the order of ``parameters``; ``output`` is its name in the
-    graph.
+    ``gradients`` maps each parameter to the name of its gradient.  The graph's only output is a
+    float32 vector of the norms in the order of ``parameters``; ``output`` is its name.
     """
     builder = _Graph("norms")
     squares = []
