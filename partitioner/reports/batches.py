@@ -24,8 +24,8 @@ def remark_on_batches(
     """Yield remarks on a batch size that is fixed by the inputs or by constants in the graph.
 
     ``output`` is the output from which the loss is computed.  ``producer`` is the name and version
-    of the exporter; the advice on how to export the model again depends on it.  ``trials`` tries
-    whether a batch that the inputs fix can be freed.
+    of the exporter; the advice on how to export the model again depends on it.  ``trials`` tests
+    whether the model still works if a batch size fixed by the inputs is made variable.
     """
     graph = prepared.skeleton.graph
     raw = [v for v in graph.inputs if v.name not in prepared.state and v.shape is not None]

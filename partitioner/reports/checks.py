@@ -66,7 +66,8 @@ class Handling(StrEnum):
     - ``rewritten``: it is replaced by other operators first.
     - ``forward only``: it needs no gradient, because it comes before all trained parameters or
       computes integers.
-    - ``in the way``: it needs a gradient but has none, which prevents training.
+    - ``in the way``: it would need a gradient, but no gradient is defined for it.  This prevents
+      training.
     """
 
     NATIVE = "native"
@@ -77,7 +78,7 @@ class Handling(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class OperatorUse:
-    """The number of nodes that have the same operator and are handled in the same way."""
+    """An operator, how it is handled, and the number of its nodes that are handled in this way."""
 
     operator: str
     handling: Handling
@@ -98,8 +99,9 @@ class Check:
 
     - ``parameters``: trained parameters, that is, those that get a gradient from ``output``;
     - ``frozen``: weights that are not trained;
-    - ``untrained``: those of the frozen weights that only get no gradient from ``output``, or are
-      running statistics that it does not depend on; a remark names them, with the reason;
+    - ``untrained``: the weights in ``frozen`` that are frozen only because training from ``output``
+      cannot change them: parameters that get no gradient from ``output``, and running statistics on
+      which ``output`` does not depend; a remark names them, with the reason;
     - ``statistics``: running statistics that training updates;
     - ``conditional``: weights that cannot be trained because they are in branches or loops that
       depend on data.

@@ -1,4 +1,4 @@
-"""List each tensor that is a valid cut of a model on its own."""
+"""List the single tensors at which a model can be cut, alone or together with given raw inputs."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ from splitonnx.tensors import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class CutCandidate:
-    """A tensor that is a valid cut of a model on its own, or together with raw inputs.
+    """A tensor at which a model can be cut, alone or together with raw inputs.
 
     ``op`` is the operator that computes the tensor.  ``shape`` holds a number for each known
     dimension, and a symbol or ``None`` for each unknown dimension.  ``bytes_up`` is the number of
     bytes sent to the server in one training step, for the tensor and the inputs in ``sent``.
     ``bytes_down`` is the number of bytes sent back for the gradient; it is 0 if the tensor does not
     depend on a trained parameter.  A number of bytes is ``None`` if it is not known.
-    ``client_parameters`` and ``server_parameters`` count elements of trained parameters, that is,
-    of those that get a gradient from the output with the loss.  ``sent`` names the raw inputs that
-    must be sent together with the tensor.  ``raw`` names those that ``cut`` sends only with
-    ``send_inputs``: the inputs in ``sent``, and those from which the tensor is computed without a
-    layer of weights.
+    ``client_parameters`` and ``server_parameters`` are the numbers of elements of the trained
+    parameters at the client and at the server.  Only parameters that get a gradient from the output
+    with the loss count as trained.  ``sent`` names the raw inputs that must be sent together with
+    the tensor.  ``raw`` names the raw inputs that this cut reveals to the server: the inputs in
+    ``sent``, and those from which the tensor is computed without a layer of weights.  If there
+    are any, ``cut`` requires ``send_inputs``.
     """
 
     tensor: str
@@ -74,13 +75,13 @@ def inspect(
     output: str | None = None,
     dropout: DropoutMode | None = None,
 ) -> list[CutCandidate]:
-    """List each tensor that is a valid cut of a model on its own, in the order of the graph.
+    """List the single tensors at which a model can be cut, in the order of the graph.
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded model.
         batch: the batch size (the first dimension of the model's inputs), for models that do not
             fix it. Sizes in bytes cannot be computed if the batch size is not known.
-        sent: raw inputs, such as an attention mask, that may be sent together with a tensor.
+        sent: raw inputs, such as an attention mask, that may be sent together with each tensor.
         dims, bind: sizes and values of inputs, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
         dropout: whether Dropout nodes are on, as for ``cut``.
@@ -102,11 +103,11 @@ def list_cuts(
     sent: Sequence[str] = (),
     output: str | None = None,
 ) -> list[CutCandidate]:
-    """List each tensor that is a valid cut of a prepared model on its own.
+    """List the single tensors at which a prepared model can be cut.
 
     If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
-    size.  The raw inputs in ``sent`` may be sent together with a tensor.  The loss is computed from
-    ``output``, by default the first float output.
+    size.  The raw inputs in ``sent`` may be sent together with each tensor.  The loss is computed
+    from ``output``, by default the first float output.
 
     Raises:
         NotDifferentiable: a node without a gradient is between a trained parameter and the loss.
@@ -152,10 +153,12 @@ def advise_sent(
     bind: Mapping[str, Binding] | None = None,
     output: str | None = None,
 ) -> list[tuple[str, ...]]:
-    """List the raw inputs that give cuts to a model that no single tensor divides.
+    """List the raw inputs that could be sent together with a tensor to make a cut possible.
 
-    The arguments are those of :func:`inspect`.  Each entry is an alternative.  If no input suffices
-    alone, the only entry has all inputs, if they suffice together.
+    Use this for a model that cannot be cut at any single tensor.  Each entry of the result contains
+    one input that makes a cut possible.  If there is no such input, but a cut is possible if all
+    inputs may be sent, the only entry contains all inputs.  Otherwise, or if the search would take
+    too long, the list is empty.  The arguments have the same meaning as in :func:`inspect`.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
     prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
@@ -172,7 +175,7 @@ def advise_sent(
 def resolve_sent(
     graph: ir.Graph, sent: Sequence[str], prepared: PreparedModel
 ) -> tuple[ir.Value, ...]:
-    """Find the raw inputs that ``sent`` names.
+    """Return the graph's values for the raw inputs that ``sent`` names.
 
     Raises:
         UnknownTensor, UsageError: a name is not an input of the model.
@@ -290,7 +293,7 @@ def _describe(
 def declare_shape(value: ir.Value) -> tuple[tuple[int | str | None, ...], int]:
     """Return a value's shape as the manifest would declare it, and its number of bytes per element.
 
-    Return ``()`` and 0 if the value cannot be declared.
+    Return ``()`` and 0 if the value cannot be declared, for example because its type is not known.
     """
     try:
         spec = declare(value)

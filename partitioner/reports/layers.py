@@ -58,8 +58,8 @@ def list_layers(
 ) -> tuple[Layer, ...]:
     """List the layers of a prepared model, in the order in which their weights are used.
 
-    ``doubts`` maps the name of a weight to the reason why its role may be wrong, and ``roles`` maps
-    each name to the role.
+    ``roles`` maps the name of each weight to its role.  ``doubts`` maps the names of some weights
+    to the reason why their role may be wrong.
     """
     places = {node: index for index, node in enumerate(prepared.skeleton.graph)}
     found: dict[str, list[tuple[int, str, ir.Node | None]]] = {}

@@ -1,4 +1,4 @@
-"""Report how a loss reads an output: which activation it skips, and where it expects the classes.
+"""Report how a loss uses an output: which activation it skips, and where it expects the classes.
 
 ``cross-entropy`` contains a Softmax and ``bce-with-logits`` a Sigmoid.  If the model ends with the
 same activation, the loss skips it where possible; otherwise the activation is applied twice.  By
@@ -36,9 +36,10 @@ _NEEDS_AXIS = (
 
 
 def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) -> Iterator[Remark]:
-    """Yield remarks on how the first loss in ``losses`` reads ``output``.
+    """Yield remarks on how the first loss in ``losses`` uses ``output``.
 
-    ``losses`` contains the losses that fit the output.
+    The remarks are about an activation at the end of the model that the loss skips or applies
+    twice, and about the axis of the classes.  ``losses`` contains the losses that fit the output.
     """
     value = map_values(prepared.skeleton.graph).get(output)
     loss = losses[0] if losses else ""

@@ -65,5 +65,8 @@ def make_option(name: str, value: str) -> str:
 
 
 def list_names(names: Sequence[str]) -> str:
-    """Format names for a sentence; of many names, list only some and the number of the others."""
+    """Return names as text for a sentence.
+
+    If there are many names, the text contains only some of them, and the number of the others.
+    """
     return count_some(names, _FEW)

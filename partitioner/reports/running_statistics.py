@@ -1,7 +1,8 @@
-"""Find running statistics that were never updated or cannot be, or that an exporter joined.
+"""Find running statistics that are unusual, which may affect training or predictions.
 
-Statistics with mean 0 and variance 1 in every channel still have their initial values.  With a
-momentum of 1, training leaves them unchanged.
+Running statistics with mean 0 and variance 1 in every channel still have their initial values.  If
+the momentum of a BatchNormalization is 1, training never updates its running statistics.  An
+exporter may store a running statistic and another tensor with the same numbers as one tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names
 
 
 def remark_on_statistics(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield remarks on running statistics: joined, never updated, or never to be updated."""
+    """Yield remarks on unusual running statistics of a model's BatchNormalizations.
+
+    The remarks name statistics that an exporter stored together with another tensor, statistics
+    that training will never update, and statistics that still have their initial values.
+    """
     if told := describe_separations(prepared.separations):
         pairs = [name for one in prepared.separations for name in (one.source, one.name)]
         yield Remark(kind=Kind.JOINED_PARAMETERS, sentence=told, names=tuple(dict.fromkeys(pairs)))

@@ -1,8 +1,9 @@
-"""Find tensors that would be trained, or kept, against the intention of the model's author.
+"""Find tensors that are trained, or not trained, although the model's author may not want this.
 
-A position table, a Fourier kernel or the mean of images is stored in the same way as a weight.  It
-can be recognised by its numbers (:mod:`formulas`) and by the operators that use it.  Each remark
-names the tensors, the reason and, if there is one, the option that changes this.
+Position tables, Fourier kernels and the mean of images are stored in the same way as weights.  They
+can be recognised by their numbers (:mod:`formulas`), their names and the operators that use them.
+Each remark names the tensors, the reason and, if there is one, the option that changes whether the
+tensors are trained.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ _FILTER = "small whole numbers but for a factor, like a fixed filter"
 
 
 def find_computed(prepared: PreparedModel) -> dict[str, str]:
-    """Find parameters that would be trained although they are probably fixed, such as a filter.
+    """Find parameters that would be trained but look fixed, such as a filter for blurring.
 
-    The result maps each name to the reason, which completes the sentence "its numbers are ...".
+    Return a mapping from each parameter's name to the reason why it looks fixed.  The reason
+    completes the sentence "its numbers are ...".
     """
     inputs = {value.name: value for value in prepared.training.graph.inputs}
     given = {value.name: value for value in prepared.skeleton.graph.inputs}
@@ -80,9 +82,10 @@ def _list_places(value: ir.Value | None) -> set[tuple[str, int]]:
 
 
 def remark_on_computed(reasons: Mapping[str, str]) -> Iterator[Remark]:
-    """Yield a remark for each group of parameters with the same reason.
+    """Yield remarks on parameters that look fixed, not learned: one remark for each reason.
 
-    ``reasons`` is the result of :func:`find_computed`.
+    ``reasons`` maps each parameter's name to the reason why it looks fixed (see
+    :func:`find_computed`).
     """
     for reason in dict.fromkeys(reasons.values()):
         names = tuple(name for name, own in reasons.items() if own == reason)
@@ -98,7 +101,10 @@ def remark_on_computed(reasons: Mapping[str, str]) -> Iterator[Remark]:
 
 
 def remark_on_scalings(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield a remark on the weights from :attr:`PreparedModel.kept_scalings`, if there are any."""
+    """Yield a remark on the weights that are not trained because they only normalize a raw input.
+
+    :attr:`PreparedModel.kept_scalings` lists them.  If there are none, nothing is yielded.
+    """
     names = prepared.kept_scalings
     if names:
         verb = "keeps its value" if len(names) == 1 else "keep their value"

@@ -2,8 +2,8 @@
 
 Many language models use one matrix as the embedding and, transposed, as the output layer.
 Exporters may store the transposed matrix as a separate tensor.  The two tensors are then trained
-independently.  One of them may also be a block of the other, if the output layer uses only some
-rows of the embedding; ``--tie`` cannot join these.
+independently.  If the output layer uses only some rows of the embedding, one tensor is a block of
+the other; ``--tie`` cannot join two such tensors.
 """
 
 from __future__ import annotations

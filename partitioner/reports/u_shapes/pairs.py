@@ -50,10 +50,11 @@ class PairCandidate:
 
     ``at`` names the tensors that the client sends, including raw inputs, and ``tail_at`` those that
     the server sends back; ``at_shapes`` and ``tail_shapes`` are their shapes.  ``bytes_up`` and
-    ``bytes_down`` are the bytes per sample that a training step sends to the server and back:
-    activations and gradients.  They are ``None`` if a size is unknown.  ``head_parameters`` and
-    ``tail_parameters`` count the elements of trained parameters that the client uses before and
-    after the server's part, and ``server_parameters`` those that the server uses.
+    ``bytes_down`` are the numbers of bytes per sample that a training step sends to the server and
+    back, for activations and gradients.  They are ``None`` if a size is unknown.
+    ``head_parameters``, ``server_parameters`` and ``tail_parameters`` are the numbers of elements
+    of the trained parameters in the client's part before the server's, in the server's part, and in
+    the client's part after it.
     ``client_share`` is the fraction of all trained elements that are at the client, from 0 to 1.
     ``tells_labels`` is true if the client has no layer of weights between ``tail_at`` and the loss:
     the server can then compute the labels from the gradient, and ``cut`` requires ``send_labels``.
@@ -93,7 +94,7 @@ def inspect_pairs(
         at: the tensors that the client sends, as for ``cut``; by default each tensor is tried.
         tail_at: the tensors that the server sends back, as for ``cut``; by default each tensor is
             tried.
-        sent: raw inputs, such as an attention mask, that may be sent together with a tensor.
+        sent: raw inputs, such as an attention mask, that may be sent together with each tensor.
         dims, bind: sizes and values of inputs, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
         dropout: whether Dropout nodes are on, as for ``cut``.
@@ -103,7 +104,7 @@ def inspect_pairs(
 
     Raises:
         ModelError: the model cannot be read or prepared.
-        TooManyTries: the model has too many pairs to check; name one end.
+        TooManyTries: the model has too many pairs to check; give ``at`` or ``tail_at``.
         UnknownTensor, UsageError: a name matches nothing, a name in ``sent`` is not an input of the
             model, or ``output`` is not one of its outputs.
     """

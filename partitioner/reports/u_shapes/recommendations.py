@@ -1,10 +1,11 @@
-"""Choose the pairs worth considering among all those that a model can be cut at.
+"""Choose the pairs worth considering among all pairs at which a model can be cut in a U-shape.
 
 A pair is recommended if the head, the server's part and the tail all have trained parameters, and
-no other such pair is better.  A pair is better if it sends fewer bytes per sample and the client's
-share of the trained elements is not larger, or if this share is smaller and it does not send more.
-Shares are compared in whole percent, so that a bias or a scale does not count.  If several pairs
-have equal bytes and shares, only the last one is recommended.  Pairs with unknown bytes cannot be
+no other pair with trained parameters in all three parts is better.  A pair is better than another
+one if it sends fewer bytes per sample and the client's share of the trained elements is not larger,
+or if the client's share is smaller and the pair does not send more bytes.  Shares are compared in
+whole percent, so that a bias or a scale makes no difference.  If several pairs have
+equal bytes and shares, only the last one is recommended.  Pairs with unknown bytes cannot be
 compared and are not recommended.
 """
 
@@ -19,23 +20,23 @@ class Costs(Protocol):
 
     @property
     def bytes_up(self) -> int | None:
-        """Bytes per sample sent to the server."""
+        """The number of bytes per sample that are sent to the server, or ``None`` if unknown."""
 
     @property
     def bytes_down(self) -> int | None:
-        """Bytes per sample sent back."""
+        """The number of bytes per sample that the server sends back, or ``None`` if unknown."""
 
     @property
     def head_parameters(self) -> int:
-        """Trained elements at the client before the server's part."""
+        """The number of trained elements in the head, the client's part before the server's."""
 
     @property
     def tail_parameters(self) -> int:
-        """Trained elements at the client after the server's part."""
+        """The number of trained elements in the tail, the client's part after the server's."""
 
     @property
     def server_parameters(self) -> int:
-        """Trained elements at the server."""
+        """The number of trained elements in the server's part."""
 
     @property
     def client_share(self) -> float:
@@ -43,7 +44,7 @@ class Costs(Protocol):
 
 
 def find_recommended(pairs: Sequence[Costs]) -> list[bool]:
-    """Return for each pair whether it is recommended."""
+    """Return, for each pair in order, whether it is recommended."""
     known = [
         (pair.bytes_up + pair.bytes_down, round(100 * pair.client_share), -place)
         for place, pair in enumerate(pairs)
