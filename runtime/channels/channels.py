@@ -132,7 +132,7 @@ class Channel:
         return sent + self._transport.bytes_sent, received + self._transport.bytes_received
 
     def begin(self, key: TaskKey) -> None:
-        """Open a task, whose messages are kept so that they can be sent again after a reconnect."""
+        """Open the task ``key``; its messages are kept, to be sent again after a reconnect."""
         self._task = OpenTask(key=key)
 
     def end(self) -> None:
@@ -144,8 +144,8 @@ class Channel:
     def send_wires(self, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float) -> None:
         """Send wires (named tensors) of the open task to the server, reconnecting if necessary.
 
-        Do not change the arrays until :meth:`end` is called, because they may have to be sent
-        again.
+        ``seed`` and ``learning_rate`` are those of the task.  Do not change the arrays until
+        :meth:`end` is called, because they may have to be sent again.
 
         Raises:
             StepsLost: the server is at an earlier step; the task must be aborted.
@@ -194,7 +194,7 @@ class Channel:
     def save(self, step: int, *, publish: bool = False) -> str:
         """Ask the server to save its state at ``step``; return the reason for failure, or ``""``.
 
-        With ``publish``, the server also saves the state as the outcome of the training.
+        ``publish`` means that the server also saves the state as the outcome of the training.
 
         Raises:
             StepsLost, ConnectionLost, RemoteFault: see :meth:`receive_wires`.
@@ -214,7 +214,7 @@ class Channel:
     def close(self, *, for_good: bool = True) -> None:
         """End the session with a Bye message and close the connection; may be called twice.
 
-        With ``for_good=False``, only the connection is closed, and the server keeps the session.
+        ``for_good=False`` closes only the connection; the server keeps the session.
         """
         if self._transport is not None and for_good:
             with suppress(ProtocolError):  # the other side may be gone already
