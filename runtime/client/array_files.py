@@ -1,8 +1,8 @@
 """Read named arrays from numpy's files: an ``.npz`` file, or the ``.npy`` files of a folder.
 
-Files that are not regular, that contain Python objects, or whose arrays do not fit into memory are
-refused.  This module does not check the arrays, except that :func:`read_declared` looks at their
-declarations to read no more than a check needs.
+A file is refused if it is not a regular file, if it contains Python objects, or if its arrays do
+not fit into memory.  This module does not compare arrays with the model's declarations.  However,
+:func:`read_declared` uses the declarations to find out which arrays must be read for such a check.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_declared(path: Path, specs: Sequence[TensorSpec]) -> dict[str, np.ndarray]:
-    """Read only what :func:`check_batch` needs from an ``.npz`` file.
+    """Read from an ``.npz`` file what :func:`check_batch` needs, and return the arrays by name.
 
-    An array whose values must be in bounds is read.  For any other array, only the header is read;
-    the result is an array with the same dtype and shape, which takes no memory.
+    ``specs`` are the declared tensors.  If a tensor declares bounds for its values, the array is
+    read in full.  For any other array, only the header is read, and an array of zeros with the same
+    dtype and shape is returned in its place, which takes almost no memory.
 
     Raises:
         UnusableData: see :func:`read_npz`.
@@ -78,7 +79,9 @@ def read_declared(path: Path, specs: Sequence[TensorSpec]) -> dict[str, np.ndarr
 
 
 def map_folder(path: Path) -> dict[str, np.ndarray]:
-    """Map the ``.npy`` files of a folder into memory, under the names of the files.
+    """Map the ``.npy`` files of a folder into memory, and return the arrays.
+
+    Each array is named after its file, without the suffix.
 
     Raises:
         UnusableData: a file cannot be read or contains Python objects.

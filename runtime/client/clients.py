@@ -306,8 +306,8 @@ class Client:
         If an output is a single number per batch, its array contains one number for each batch.
 
         Raises:
-            UsageError: the batches' outputs differ in more than their first dimension; use
-                :meth:`predict_batches`.
+            UsageError: the shapes of an output differ between batches in more than the first
+                dimension; use :meth:`predict_batches`.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         parts: dict[str, list[np.ndarray]] = defaultdict(list)

@@ -65,15 +65,18 @@ class Dataset(ABC):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the batches of one epoch; the same arguments always yield the same batches.
+        """Yield the batches of one epoch.
 
-        If the number of samples is not a multiple of ``batch_size``, the last batch is smaller;
-        with ``drop_last``, that batch is skipped.
+        If ``shuffle`` is true, ``seed`` and ``epoch`` determine the order.  If the number of
+        samples is not a multiple of ``batch_size``, the last batch is smaller; ``drop_last`` means
+        that this smaller batch is skipped.
 
         Raises:
             NotFinite: a floating-point array of the next batch contains NaN or infinity.
-            UnusableData: the data can be read only once, or the next batch is not a dictionary of
-                arrays.
+            UnusableData: the data come from an iterator that an earlier call has used up, the next
+                batch is not a dictionary of arrays, or its file cannot be read or does not fit.
+            MissingArray, ArrayMismatch, ValueOutOfRange: the next batch of an iterable does not fit
+                the model.
         """
 
 
@@ -149,7 +152,14 @@ class BatchDataset(Dataset):
         shuffle: bool = True,
         drop_last: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the batches of the iterable; all arguments are ignored."""
+        """Yield the batches of the iterable; all arguments are ignored.
+
+        Raises:
+            UnusableData: the iterable is an iterator, which an earlier epoch has used up; or the
+                next batch is not a dictionary of arrays.
+            MissingArray, ArrayMismatch, ValueOutOfRange, NotFinite: the next batch does not fit the
+                model, or contains NaN or infinity.
+        """
         if self._spent:
             raise UnusableData(
                 "the data", "an iterator lasts for one epoch; pass a list or a dataset"
@@ -181,9 +191,10 @@ class FileDataset(Dataset):
         self._specs: Sequence[TensorSpec] = ()
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Check every file; read whole arrays only if their values have bounds, otherwise headers.
+        """Check the arrays in every file against ``specs``, the declared tensors.
 
-        Each file is checked again when it is read.
+        Arrays are read in full only if bounds are declared for their values; for all others, only
+        the headers are read.  Each file is checked again when its batch is read.
         """
         self._specs = specs
         for file in self.files:
@@ -234,7 +245,7 @@ def open_dataset(source: DataSource) -> Dataset:
     array each, which are memory-mapped and read as needed, or ``.npz`` files with one batch each,
     in the order of their names.  Batches can also be passed as an iterable of dictionaries of
     arrays.  Files and iterables of batches determine the size of each batch, and an iterable also
-    determines the order.
+    determines the order.  If ``source`` is already a dataset, it is returned unchanged.
 
     Raises:
         UnusableData: a file cannot be read or contains Python objects, the arrays differ in their

@@ -91,7 +91,9 @@ class Explanation:
 
 
 def explain(bundle: str | Path | PartyBundle, *, batch: int | None = None) -> Explanation:
-    """Explain which tensors the client sends and receives, with a proof from its graphs.
+    """Explain which tensors the client sends and receives, and how they depend on its data.
+
+    The client's graphs are analyzed to find on which arrays each sent tensor depends.
 
     Args:
         bundle: the client's folder, or the client's part if it is already loaded.

@@ -46,8 +46,8 @@ class Dependence:
     """How a tensor that a party sends depends on an array of the party's data.
 
     ``layers`` are the first nodes with weights on each path from the array to the tensor.
-    ``is_bare`` means that there is a path without any such node.  Paths that pass on only the sizes
-    of the array are ignored in both.
+    ``is_bare`` means that there is a path without any node with weights.  Both ignore paths that
+    pass on only the sizes of the array.
     """
 
     extent: Extent
@@ -56,7 +56,7 @@ class Dependence:
 
     @property
     def tells_values(self) -> bool:
-        """Return whether the array's elements reach the tensor without a node with weights."""
+        """Return whether the array's elements reach the tensor on a path without weights."""
         return self.is_bare and self.extent is Extent.VALUES
 
 

@@ -116,6 +116,7 @@ class TaskRunner:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
             NotSaved: the server could not save its state, or the client's state contains NaN or
                 infinity.
+            FolderInUse: another client is training in the folder.
             StepsLost, ProtocolError: see :meth:`perform`.
         """
         if self._channel is not None:

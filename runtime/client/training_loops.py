@@ -155,7 +155,11 @@ class TrainingLoop:
     def perform(
         self, phase: str, data: Batch, learning_rate: LearningRate = None
     ) -> dict[str, np.ndarray]:
-        """Run one task of the given phase on a batch, and return the results of the task."""
+        """Run one task of the given phase on a batch, and return the results of the task.
+
+        ``learning_rate`` is a number, or a function that computes the rate from the number of steps
+        so far; ``None`` means the optimizer's own learning rate.
+        """
         step = self._executor.step
         rate = learning_rate(step) if callable(learning_rate) else learning_rate
         return self._runner.perform(

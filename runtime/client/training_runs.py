@@ -55,11 +55,11 @@ class TrainingRun:
 
     @classmethod
     def open(cls, executor: Executor, *, resume: bool) -> Self:
-        """Start a new session or, with ``resume``, continue the unfinished session in the folder.
+        """Start a new session, or resume the unfinished session in the folder; return its record.
 
-        The state of an unfinished session is loaded into ``executor``.  If there is no unfinished
-        session, training starts from the folder's state.  With ``resume``, the folder stays locked
-        until :meth:`release` is called.
+        If ``resume`` is true, the folder is locked until :meth:`release` is called, and an
+        unfinished session is resumed if there is one: its state is loaded into ``executor``.
+        Otherwise, training starts from the folder's state.
 
         Raises:
             FolderInUse: another client is training in the folder.
@@ -134,6 +134,8 @@ class TrainingRun:
 
         Raises:
             BundleError: the bundle exists only in memory, or the folder cannot be written.
+            NotSaved: the state contains NaN or infinity, or the folder was deleted or replaced
+                after it was loaded.
             FolderInUse: another client is training in the folder.
         """
         self.hold()
@@ -166,8 +168,9 @@ class TrainingRun:
     def take_position(self, start: DataPosition) -> DataPosition:
         """Return the position in the data at which training begins.
 
-        For a resumed run, the first call returns the position where the run was interrupted.  In
-        all other cases, the result is ``start``.
+        ``start`` is the position at which a new run begins.  For a resumed run, the first call
+        returns the position where the run was interrupted.  In all other cases, the result is
+        ``start``.
 
         Raises:
             UsageError: the resumed run started with a different seed, batch size, shuffling or
@@ -189,8 +192,8 @@ class TrainingRun:
     def begin_run(self, *, restart: bool) -> None:
         """Lock the folder, and check that it does not contain an unfinished run of another session.
 
-        With ``restart``, an unfinished run is not an error; instead, the checkpoints of all other
-        sessions are deleted.
+        If there is such a run and ``restart`` is true, no error is raised.  Instead, the
+        checkpoints of all other sessions in the folder are deleted.
 
         Raises:
             UnfinishedRun: the folder contains an unfinished run.
