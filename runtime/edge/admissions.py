@@ -41,7 +41,7 @@ class Connection(Protocol):
 
     @property
     def owner(self) -> str | None:
-        """Return the owner of the client's token, or ``None`` if it has not sent a token yet."""
+        """Return the client's owner, or ``None`` until the client has been admitted."""
 
     @property
     def transport(self) -> asyncio.BaseTransport:
@@ -51,16 +51,23 @@ class Connection(Protocol):
         """Record the client's identity, and lift the limits on unauthenticated connections."""
 
     def wait_for_answer(self, size: int) -> None:
-        """Allow the client more time to read a long HTTP response, as long as it keeps reading."""
+        """Allow the client more time to read a long HTTP response, as long as it keeps reading.
+
+        ``size`` is the size of the response in bytes.
+        """
 
     def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
-        """Close the connection without waiting; send ``code`` and ``reason`` if possible."""
+        """Close the connection without waiting; send ``code`` and ``reason`` if possible.
+
+        ``refusal`` is the reason that the server records.
+        """
 
 
 class Admission:
     """Admission control for a server, which decides which connections are accepted.
 
-    ``host`` is the address that the server listens on.
+    ``host`` is the address that the server listens on.  ``has_tls`` means that connections use TLS.
+    The other arguments are those of :func:`websockets.serve`.
     """
 
     def __init__(
@@ -147,7 +154,10 @@ class Admission:
         self._answers.pop(connection, None)
 
     def answer(self, connection: Connection, request: Request) -> Response | None:
-        """Return the HTTP response to a request, or ``None`` to open a websocket."""
+        """Return the HTTP response to a request, or ``None`` to open a websocket.
+
+        If a websocket will be opened and the request identifies the client, the client is admitted.
+        """
         decision = self._policy.decide(request, connection.transport)
         if decision.refusal is not None:
             self.on_refusal(decision.refusal, connection.name)

@@ -44,7 +44,7 @@ _TLS_HELLO = b"\x16\x03"
 class LimitedConnection(ServerConnection):
     """A connection that limits what the client may send and how long it may take.
 
-    ``identity`` is ``None`` until the client has shown a token.
+    ``identity`` is ``None`` until the client has been admitted.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class LimitedConnection(ServerConnection):
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timers and stop counting the connection."""
+        """Stop the timers, and no longer count the connection."""
         self._timers.stop_all()
         self._admission.leave(self)
         super().connection_lost(exc)
@@ -164,7 +164,7 @@ class LimitedConnection(ServerConnection):
 
     @property
     def owner(self) -> str | None:
-        """Return the owner of the client's token, or ``None`` if it has not sent a token yet."""
+        """Return the client's owner, or ``None`` until the client has been admitted."""
         return None if self.identity is None else self.identity.owner
 
     def become_client(self, identity: Identity) -> None:
@@ -182,7 +182,8 @@ class LimitedConnection(ServerConnection):
     def open(self) -> None:
         """Record that the handshake is complete, and set a time limit for showing a token.
 
-        There is no time limit for a client that has already shown a token.
+        There is no such time limit for a client that has already been admitted.  From now on, the
+        connection is also closed if nothing arrives for too long.
         """
         self._timers.stop("handshake")
         self._listen()
@@ -196,7 +197,10 @@ class LimitedConnection(ServerConnection):
         )
 
     def wait_for_answer(self, size: int) -> None:
-        """Allow the client more time to read a long HTTP response, as long as it keeps reading."""
+        """Allow the client more time to read a long HTTP response, as long as it keeps reading.
+
+        ``size`` is the size of the response in bytes.
+        """
         self._timers.stop("handshake")
         self.close_timeout = ANSWER_SECONDS
         self._check_pace(size, ANSWER_SECONDS - ANSWER_SECONDS / ANSWER_CHECKS)
@@ -214,7 +218,10 @@ class LimitedConnection(ServerConnection):
         self._timers.start("answer", pause, check)
 
     def refuse(self, refusal: Refusal, code: int, reason: str) -> None:
-        """Close the connection without waiting; send ``code`` and ``reason`` if possible."""
+        """Close the connection without waiting; send ``code`` and ``reason`` if possible.
+
+        ``refusal`` is the reason that the server records.
+        """
         if self.refusal is not None or self.transport.is_closing():
             return
         self.refusal = refusal
@@ -232,7 +239,7 @@ class LimitedConnection(ServerConnection):
             self._timers.start("hang up", CLOSE_SECONDS, self.transport.abort)
 
     def cut_off(self, refusal: Refusal) -> None:
-        """Abort the connection immediately, because the client is not reading."""
+        """Abort the connection immediately, and record ``refusal`` as the reason."""
         if self.refusal is None:
             self.refusal = refusal
             self._admission.on_refusal(refusal, self.name)

@@ -53,6 +53,7 @@ def raise_limit(needed: int) -> int:
 class Rarely:
     """A rate limit for a log message: at most one per interval.
 
+    ``seconds`` is the length of the interval, and ``clock`` returns the current time in seconds.
     Events that are not logged are counted and reported with the next message.
     """
 

@@ -111,7 +111,8 @@ def make_response(
 ) -> Response:
     """Build an HTTP response with default headers.
 
-    ``others`` are sent in addition to the default headers, and override those with the same name.
+    ``others`` are headers that are sent in addition to the default headers, and that override those
+    with the same name.
     The connection is closed after the response.
     """
     headers = {
@@ -130,7 +131,10 @@ def make_response(
 
 
 def read_request(request: Request, token: str | None, roles: frozenset[Role]) -> HttpRequest:
-    """Convert a request from the websockets library to an :class:`HttpRequest`."""
+    """Convert a request from the websockets library to an :class:`HttpRequest`.
+
+    ``token`` is the sender's token, if it is valid, and ``roles`` are the sender's roles.
+    """
     return HttpRequest(
         path=request.path,
         token=token,
@@ -142,7 +146,7 @@ def read_request(request: Request, token: str | None, roles: frozenset[Role]) ->
 
 
 def deny(status: HTTPStatus, sentence: str) -> Response:
-    """Build the response to a refused request, with ``sentence`` as its text."""
+    """Build the plain-text response to a refused request; ``sentence`` is its text."""
     return make_response(status, "text/plain; charset=utf-8", f"{sentence}\n".encode())
 
 

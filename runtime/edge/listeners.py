@@ -153,8 +153,8 @@ class Listener(socket.socket):
 def open_listeners(host: str, port: int, quota: HandshakeQuota) -> list[Listener]:
     """Listen on every address of ``host``, and return the listening sockets.
 
-    An empty host means all addresses.  With port 0, a free port is chosen; it is the same for all
-    addresses.
+    An empty host means all addresses of this machine.  Port 0 means any free port; the same port is
+    then used for all addresses.
 
     Raises:
         PortInUse: another program is using the port.

@@ -19,12 +19,13 @@ _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s@]+")
 class Origins:
     """The web origins whose pages may connect to a server.
 
-    ``listed`` contains the origins that may always connect.  With ``has_pages``, the server's own
-    pages may connect as well: their origin matches the requested host.  In a DNS rebinding attack,
-    however, an attacker's page matches too, because the attacker has made the page's host name
-    resolve to this machine.  Therefore, a matching host is accepted only if it is an IP address or
-    ``localhost``, or if the server ``is_locked``.  A locked server requires tokens or TLS, so an
-    attacker's page cannot connect to it.
+    ``listed`` contains the origins that may always connect.  ``has_pages`` means that the server
+    has web pages of its own, which may connect as well.  Their origin matches the requested host.
+    In a DNS rebinding attack, however, an attacker's page matches too, because the attacker has
+    made the page's host name resolve to this machine.  Therefore, a matching host is accepted only
+    if it is an IP address or ``localhost``, or if ``is_locked`` is true.  A locked server requires
+    tokens or TLS, so that an attacker's page cannot connect to it.  ``host`` is the address that
+    the server listens on.
     """
 
     def __init__(
@@ -46,10 +47,10 @@ class Origins:
     def answers_to(self, host: str | None) -> bool:
         """Return whether the server answers a plain HTTP request for ``host``.
 
-        With DNS rebinding, an attacker's page could read the answer.  Therefore, unless the server
-        is locked, the host must be an IP address, ``localhost``, the name that the server listens
-        on, or the host of a listed origin.  A request without a host is answered, because it does
-        not come from a browser.
+        In a DNS rebinding attack, an attacker's page could read the answer.  Therefore, unless the
+        server is locked, the requested host must be an IP address, ``localhost``, the name that the
+        server listens on, or the host of a listed origin.  A request without a host is answered,
+        because it does not come from a browser.
         """
         return self._is_locked or not host or strip_port(host) in self._names or is_fixed(host)
 

@@ -81,7 +81,10 @@ class Pages:
         self._pages = dict(pages)
 
     def answer(self, request: HttpRequest) -> HttpResponse | None:
-        """Return the response to a request for a page, or ``None`` if there is no such page."""
+        """Return the response to a request for a page.
+
+        The result is ``None`` if there is no such page, or if the request asks for a websocket.
+        """
         path = unquote(request.path.partition("?")[0])
         page = self._pages.get(f"/{INDEX}" if path == "/" else path)
         if page is None or request.is_upgrade:

@@ -42,7 +42,8 @@ class RequestPolicy:
     """The rules by which a server accepts or refuses HTTP requests.
 
     ``authorize`` checks tokens.  Without it, every client is admitted.  A client's owner is then
-    the common name in its TLS certificate, or ``""`` if it has no certificate.
+    the common name in its TLS certificate, or ``""`` if it has no certificate.  ``respond`` builds
+    the responses to accepted requests, and ``origins`` are the web origins that may connect.
     """
 
     def __init__(
@@ -53,7 +54,10 @@ class RequestPolicy:
         self._origins = origins
 
     def decide(self, request: Request, transport: asyncio.BaseTransport) -> Decision:
-        """Decide how to answer a request that arrived on ``transport``."""
+        """Check a request, and return the decision on it.
+
+        ``transport`` carries the connection, and provides the client's TLS certificate.
+        """
         if request.method not in METHODS:
             allowed = {"Allow": ", ".join(METHODS)}
             return _deny(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered", allowed)

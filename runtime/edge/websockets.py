@@ -41,7 +41,7 @@ PING_SECONDS = 20.0
 class Peer:
     """The server's side of a client's connection.
 
-    The methods raise ConnectionLost if the connection has ended.
+    :meth:`send` and :meth:`receive` raise ConnectionLost if the connection has ended.
     """
 
     def __init__(self, connection: LimitedConnection, admission: Admission) -> None:
@@ -70,7 +70,7 @@ class Peer:
         return frozenset() if identity is None else identity.roles
 
     async def admit(self, identity: Identity) -> None:
-        """Record the client's identity, and end the limits that apply until a client is known.
+        """Record the client's identity, and lift the limits on unauthenticated connections.
 
         Data that the client sends before it receives an answer may still be subject to those
         limits.
@@ -167,8 +167,9 @@ async def serve(
     ``tls`` requests certificates, and ``""`` otherwise.
 
     ``respond`` answers HTTP requests on the same port.  Requests with an origin come from web
-    pages: they are refused (403) unless ``origins`` contains the origin or, with ``has_pages``,
-    this server served the page.  ``on_refusal`` is called for every refused request or connection.
+    pages: they are refused (403) unless ``origins`` contains the origin, or ``has_pages`` is true
+    and the page came from this server.  ``on_refusal`` is called for every refused request or
+    connection.
     When the context ends, clients are told that the server is restarting (code 1012).
 
     Raises:
