@@ -84,6 +84,6 @@ class Progress:
         return ready
 
     def release(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Record one use of each named value, and return those that are no longer needed."""
+        """Record one use of each value, and return the names of those that are no longer needed."""
         self._uses.subtract(names := tuple(names))
         return tuple(n for n in names if self._uses[n] <= 0 and n not in self._flow.kept)

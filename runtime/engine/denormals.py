@@ -127,8 +127,8 @@ CAN_FLUSH = _SET_FLUSH is not None
 def set_flush() -> Callable[[], None]:
     """Flush denormals to zero in the calling thread, if the platform supports it.
 
-    Return a function that restores the thread's earlier setting.  Threads that this thread starts
-    before it calls that function also flush denormals.
+    Return a function that restores the thread's earlier setting.  Threads that are started from
+    this thread before that function is called also flush denormals.
     """
     return _do_nothing if _SET_FLUSH is None else _SET_FLUSH()
 

@@ -119,8 +119,8 @@ class Engine:
     Other Python threads can run while a stage is running.
 
     Set ``trusted`` only if you trust whoever made the bundle.  Only then are graphs in ORT format
-    accepted, because the gate cannot check such graphs.  With ``arena``, ONNX Runtime keeps the
-    memory that a stage frees and reuses it in the next run.
+    accepted, because the gate cannot check such graphs.  ``arena`` means that ONNX Runtime keeps
+    the memory that a stage frees and reuses it in the next run.
 
     A stage that runs longer than ``stage_seconds`` is stopped, but only between two operators.
     Ctrl-C stops a stage that is running in the main thread.  ``on_stuck`` is called with the name
@@ -149,10 +149,10 @@ class Engine:
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
 
-        With ``training``, the graph's nodes run exactly as they are, without further optimization:
-        it was already optimized before it was differentiated, and split and unsplit runs must use
-        the same kernels.  A graph in ORT format always runs as it is, and is accepted only if the
-        engine is ``trusted``.
+        ``training`` means that the graph belongs to a training step.  ONNX Runtime then does not
+        optimize it, because it was already optimized before it was differentiated, and because
+        split and unsplit runs must use the same kernels.  A graph in ORT format always runs as it
+        is, and is accepted only if the engine is ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -183,7 +183,7 @@ class Engine:
         """Convert a stage graph to ORT format, which reduced ONNX Runtime builds need.
 
         The graph is optimized, but only by rules that are valid on every processor and that use
-        only standard operators.  With ``training``, it is not optimized, as in :meth:`load`.
+        only standard operators.  If ``training`` is true, it is not optimized, as in :meth:`load`.
 
         Raises:
             ForbiddenGraph, WrongRuntime, StageFailed: as raised by :meth:`load`.
@@ -218,9 +218,10 @@ class Engine:
             _refuse(name, error)
 
     def from_array(self, array: np.ndarray) -> Tensor:
-        """Pass an array to ONNX Runtime; it is copied unless it is contiguous and aligned.
+        """Return a tensor with the values of an array.
 
-        Do not change the array afterwards, because the tensor may share its memory.
+        The array is copied only if it is not contiguous or not aligned.  Do not change the array
+        afterwards, because the tensor may share its memory.
         """
         contiguous = np.require(array, requirements=["C", "A"])
         return Tensor(self._ort.OrtValue.ortvalue_from_numpy(contiguous))

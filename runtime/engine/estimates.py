@@ -4,11 +4,12 @@ The estimate goes through each stage node by node.  A node's output is counted u
 when ONNX Runtime frees it.  A stage's output is counted until the last stage that uses it has run,
 or until the end of the task if the output is sent or kept.
 
-Sizes come from the shapes that the graph declares.  If one dimension of a shape is unknown, it is
-assumed to be the batch size.  If a node's output has no declared shape, it is assumed to be as
-large as the node's largest input if the operator preserves shapes, and otherwise as large as the
-largest value in the graph.  Weights are not counted, because sessions hold them anyway.  Nothing is
-run for an estimate.
+Sizes come from the shapes that the graph declares.  If all dimensions of a shape but one are
+numbers, and that one is unknown, it is assumed to be as large as the largest named dimension.  If
+the size of a node's output is still unknown, the output is assumed to be as large as the node's
+largest input if the operator never produces more elements than that, and otherwise as large as the
+graph's largest value of known size.  Weights are not counted, because every session holds them
+anyway.  No stage is run for an estimate.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Estimates:
         self._measure = lru_cache(maxsize=256)(self._walk_phase)
 
     def measure(self, phase: str, sizes: Mapping[str, int]) -> int:
-        """Estimate the peak memory of a task in bytes.
+        """Estimate the peak memory in bytes of a task of the given phase.
 
         ``sizes`` maps the names of the task's dimensions to their sizes.
         """

@@ -63,7 +63,7 @@ class SessionExecutor(Protocol):
         """Run all stages whose inputs are available; after each, yield the tensors to send."""
 
     def is_finished(self, key: TaskKey) -> bool:
-        """Return whether every stage of the task has run."""
+        """Return whether a task is ready for :meth:`finish`."""
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
         """Commit a finished task's changes to the state, close the task and return its results."""
@@ -132,8 +132,7 @@ class Executor:
         """Load the stages of a phase now, instead of when its first task begins.
 
         Raises:
-            WrongRuntime: a stage needs onnxruntime-training.
-            StageFailed: ONNX Runtime refuses a stage.
+            ForbiddenGraph, WrongRuntime, StageFailed: see :meth:`Engine.load`.
         """
         if phase in self._flows:
             return
@@ -158,6 +157,7 @@ class Executor:
             MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
             LocalProtocolError: the task is already open, or is not the next training step.
             UsageError: the seed or the learning rate is out of range for its tensor.
+            ForbiddenGraph, WrongRuntime, StageFailed: as raised by :meth:`prepare`.
         """
         if key in self._tasks:
             raise LocalProtocolError(f"{key} is open already")
@@ -193,11 +193,12 @@ class Executor:
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
         """Run all stages whose inputs are available; after each, yield the tensors to send.
 
-        The first tensors include any of this party's data that must be sent.  The arrays are
-        read-only views.  If this method raises an error, abandon the task.
+        Each yielded dictionary maps the tensors' names to read-only arrays.  The first one also
+        contains those of this party's input arrays that are sent to the other party unchanged.  If
+        this method raises an error, abandon the task.
 
         Raises:
-            StageFailed: an operator failed.
+            StageFailed, StageTooSlow, StageStopped: see :meth:`Engine.run`.
             InternalRuntimeError: a bug in the code that runs the stages.
             NotFinite: the training loss is NaN or infinite; nothing that depends on it is sent.
         """
@@ -251,10 +252,11 @@ class Executor:
         return {name: self._engine.to_array(tensor) for name, tensor in self._state.items()}
 
     def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
-        """Replace the state with the tensors that the manifest declares, and abort open tasks.
+        """Replace the state and the number of committed steps, and abort open tasks.
 
-        ``step`` is the number of training steps that led to this state.  Do not change the arrays
-        afterwards.
+        ``tensors`` must contain every tensor of the state that the manifest declares; any others
+        are ignored.  ``step`` is the number of training steps that led to this state.  Do not
+        change the arrays afterwards.
         """
         self._tasks.clear()
         self._state = {name: self._engine.from_array(tensors[name]) for name in self._state}
@@ -359,7 +361,7 @@ def publish_state(
 ) -> None:
     """Write a state to the party's folder as the outcome of training.
 
-    The outcome is written atomically.
+    The outcome is written atomically.  :meth:`Executor.publish` explains the other arguments.
 
     Raises:
         BundleError: the bundle exists only in memory, or the folder cannot be written.

@@ -53,7 +53,11 @@ _ONNX, _ORT = ".onnx", ".ort"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedGraph:
-    """An exported stage graph: its name, its number of nodes, and its size as ONNX and as ORT."""
+    """An exported stage graph.
+
+    ``nodes`` is its number of nodes.  ``onnx_bytes`` is the size of the original graph, and
+    ``ort_bytes`` is its size in ORT format.
+    """
 
     name: str
     nodes: int
@@ -97,7 +101,7 @@ def export(
 
     ``source`` is not changed.  The export is written atomically to ``target``, by default a folder
     next to ``source`` with the suffix ``-mobile``.  It includes the weights and the outcome of
-    training, but no checkpoints of interrupted runs.  With ``overwrite``, an earlier export is
+    training, but no checkpoints of interrupted runs.  ``overwrite`` allows an earlier export to be
     replaced; anything else is never overwritten.
 
     Each graph is loaded into the installed ONNX Runtime, to check that there is a kernel for every
@@ -145,7 +149,11 @@ def export(
 
 
 def choose_place(source: str | Path) -> Path:
-    """Return the default folder for an export: next to its source, with the suffix ``-mobile``."""
+    """Return the default folder for an export: next to its source, with the suffix ``-mobile``.
+
+    Raises:
+        BundleError: ``source`` is not a valid path of a party's folder.
+    """
     try:
         folder = Path(source).resolve()
     except (OSError, ValueError) as error:  # a null byte in the name, say

@@ -54,15 +54,16 @@ class Run:
         self._ending: _Ending | None = None
 
     def end(self, ending: _Ending) -> None:
-        """Ask ONNX Runtime to stop the run."""
+        """Ask ONNX Runtime to stop the run; the first ``ending`` is kept as the reason."""
         if self._ending is None:
             self._ending = ending
         self._options.terminate = True
 
     def explain(self, error: Exception, reason: str, seconds: float | None) -> NoReturn:
-        """Raise the exception that describes why the run was stopped.
+        """Raise the exception that describes why the run ended with ``error``.
 
-        If nobody stopped the run, raise ``StageFailed`` with ``reason``.
+        If the run was not stopped, raise ``StageFailed`` with ``reason``.  ``seconds`` is the time
+        limit that is named in the exception if the run was too slow.
         """
         match self._ending:
             case _Ending.LATE:
@@ -92,7 +93,10 @@ class Runs:
         self._watchdog: threading.Thread | None = None
 
     def begin(self, stage: str, options: RunOptions) -> Run:
-        """Start watching a run; call :meth:`finish` when the run is over, even after an error.
+        """Start watching a new run of a stage, and return the run.
+
+        ``options`` are the options with which ONNX Runtime is about to run the stage.  Call
+        :meth:`finish` when the run is over, even after an error.
 
         Raises:
             StageStopped: :meth:`stop` was called, and no stage may run any more.

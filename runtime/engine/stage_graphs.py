@@ -63,8 +63,8 @@ def order_nodes(nodes: Sequence[Node]) -> list[Node]:
     """Sort nodes into the order in which ONNX Runtime runs them.
 
     ONNX Runtime searches depth-first, starting from the last node whose outputs no other node uses.
-    At a node with several inputs, the search first visits the input that is computed by the node
-    that is last in the graph.  (Source: GraphViewer and Graph::ReverseDFSFrom in version 1.19.2.)
+    Among the nodes that compute a node's inputs, the search first visits the one that is listed
+    last in the graph.  (Source: GraphViewer and Graph::ReverseDFSFrom in version 1.19.2.)
     """
     makers = {name: index for index, node in enumerate(nodes) for name in node.results if name}
     sources = [
