@@ -70,7 +70,10 @@ class Table(NamedTuple):
 
 
 def make_table(kind: str, *fields: Field) -> Table:
-    """Build the table that :meth:`Reader.read` needs for one kind of message."""
+    """Build the table that :meth:`Reader.read` needs for one kind of message.
+
+    ``kind`` is what error texts call the message, and ``fields`` are the fields that it may have.
+    """
     return Table(
         kind,
         {

@@ -30,7 +30,7 @@ class GraphNode:
 
 
 def read_nodes(stage: str, content: bytes) -> tuple[GraphNode, ...]:
-    """Return the nodes of a stage's graph, in the order in which they run.
+    """Return the nodes of a stage's graph, in the order in which the graph lists them.
 
     ``stage`` is the stage's name for error messages, and ``content`` is the serialized graph.
 
