@@ -26,8 +26,10 @@ def check_exposure(
 ) -> None:
     """Check that a server is not open to everybody on the network; warn if it does not use TLS.
 
-    ``tokens`` is ``None`` if clients do not need a token.  A TLS context that requires client
-    certificates also keeps unknown clients out.
+    ``host`` is the address that the server listens on.  If it can be reached only from this
+    machine, the check always passes, without a warning.  ``tokens`` is ``None`` if clients do not
+    need a token.  Unknown clients are also kept out if ``tls`` requires client certificates.
+    ``insecure`` means that unknown clients are allowed.
 
     Raises:
         UsageError: ``host`` is reachable from the network, nothing keeps unknown clients out, and

@@ -16,7 +16,11 @@ This is faster than growing a buffer, but briefly takes twice the memory.
 
 
 def split_message(chunks: Sequence[Chunk]) -> bytes | Iterator[Chunk]:
-    """Return a message's bytes if it is small, or an iterator of fragments if it is large."""
+    """Return a message's bytes if it is small, or an iterator of fragments if it is large.
+
+    The message consists of ``chunks``, one after the other.  It is small if it has at most
+    ``FRAGMENT`` bytes.
+    """
     if sum(map(len, chunks)) <= FRAGMENT:
         return b"".join(chunks)
     return _fragment(chunks)

@@ -110,7 +110,8 @@ class Protocol:
         """Encode a message and move to the next state.
 
         Raises:
-            LocalProtocolError: this side may not send this message now.
+            LocalProtocolError: this side may not send this message or these tensors now.
+            ArrayMismatch, ValueOutOfRange: a tensor differs from its declaration in the manifest.
         """
         following = MOVES.get((self.state, self._role, type(message)))
         if following is None:
@@ -136,11 +137,12 @@ class Protocol:
 
         Raises:
             RemoteProtocolError: the message is invalid, or the other side may not send it now.
-            BundleMismatch: the greeting shows that the two parts do not belong together.
+            BundleMismatch: the greeting shows that the two parts do not belong together, or that
+                the two sides use different versions of the protocol.
             ArrayMismatch, ValueOutOfRange: a tensor differs from its declaration in the manifest.
             BatchTooLarge: a tensor has more rows than this side accepts.
-            NotFinite, NormTooLarge: a training tensor contains NaN or infinity, or its norm is too
-                large.
+            NotFinite, NormTooLarge: a tensor of a training step contains NaN or infinity, or the
+                norm of a gradient is too large.
         """
         try:
             message, tensors = decode_message(content)
