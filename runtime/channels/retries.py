@@ -24,8 +24,8 @@ class Backoff:
     The first attempt is made at once.  Each later wait is chosen at random between half of an upper
     bound and that bound.  The bound starts at ``first`` and doubles after each attempt, up to
     ``longest``.  Because the waits are random, the clients of a restarted server do not all
-    reconnect at once.  The client gives up ``give_up_after`` seconds after the connection was lost;
-    with ``None``, it retries forever.
+    reconnect at once.  The client gives up ``give_up_after`` seconds after the connection was lost,
+    or never if this is ``None``.
 
     Raises:
         UsageError: a time is negative or NaN, or ``first`` is longer than ``longest``.

@@ -56,6 +56,10 @@ CLOSE_SECONDS = 5.0
 class WebSocketTransport:
     """A client's connection to a server over a websocket; see :class:`transports.Transport`.
 
+    Three time limits apply, in seconds: ``open_seconds`` for opening the connection,
+    ``reply_seconds`` for the wait until a message from the server starts, and ``message_seconds``
+    for the time from the start of that message until it is complete.
+
     Raises:
         ConnectionLost: no server answers, or the server is full; the client may try again.
         Unauthorized: the server requires a token, or rejects the client's token or web origin.
@@ -110,7 +114,11 @@ class WebSocketTransport:
             raise _translate_opening(self._url, error) from error
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send the concatenated chunks as one message."""
+        """Send ``chunks``, one after the other, as a single message.
+
+        Raises:
+            ConnectionLost: the message cannot be sent.
+        """
         try:
             self._socket.send(split_message(chunks))
         except (OSError, WebSocketException) as error:
@@ -121,6 +129,9 @@ class WebSocketTransport:
         """Wait for the next message and return it.
 
         One time limit applies until the message starts, and another until it is complete.
+
+        Raises:
+            ConnectionLost: the connection has ended, or the message did not arrive in time.
         """
         begin_by = time.monotonic() + self._reply_seconds
         end_by: float | None = None
