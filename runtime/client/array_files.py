@@ -1,8 +1,9 @@
 """Read named arrays from numpy's files: an ``.npz`` file, or the ``.npy`` files of a folder.
 
-A file is refused if it is not a regular file, if it contains Python objects, or if its arrays do
-not fit into memory.  This module does not compare arrays with the model's declarations.  However,
-:func:`read_declared` uses the declarations to find out which arrays must be read for such a check.
+A file is refused if it is not a regular file, if it contains Python objects, or if it is an
+``.npz`` file that does not fit into memory.  This module does not compare arrays with the
+model's declarations.  However, :func:`read_declared` uses the declarations to find out which arrays
+must be read for this comparison.
 """
 
 from __future__ import annotations

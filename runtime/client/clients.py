@@ -65,8 +65,8 @@ class Client:
         resume: continue the interrupted run in the folder, if there is one.  The client starts with
             the run's state, and :meth:`fit` starts at the run's position in the data.
         give_up_after: number of seconds after which the client stops trying to connect or
-            reconnect.  With ``None``, the client reconnects without a time limit, but makes only
-            one attempt at its first connection (with ``resume``, it retries until it succeeds).
+            reconnect.  ``None`` means that it reconnects without a time limit, but makes only one
+            attempt at its first connection (if ``resume`` is set, it retries until it succeeds).
         trusted: treat the bundle as trusted code.  Its graphs may then be in ORT format, which is
             not checked before ONNX Runtime loads it.
 
