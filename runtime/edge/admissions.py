@@ -41,7 +41,10 @@ class Connection(Protocol):
 
     @property
     def owner(self) -> str | None:
-        """Return the client's owner, or ``None`` until the client has been admitted."""
+        """Return the owner of the client's token or certificate, or ``None`` before admission.
+
+        The result is ``""`` if the client was admitted without a token or certificate.
+        """
 
     @property
     def transport(self) -> asyncio.BaseTransport:
@@ -67,7 +70,7 @@ class Admission:
     """Admission control for a server, which decides which connections are accepted.
 
     ``host`` is the address that the server listens on.  ``has_tls`` means that connections use TLS.
-    The other arguments are those of :func:`websockets.serve`.
+    The other arguments are those of ``serve`` in the module ``websockets`` of this package.
     """
 
     def __init__(

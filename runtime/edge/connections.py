@@ -164,7 +164,10 @@ class LimitedConnection(ServerConnection):
 
     @property
     def owner(self) -> str | None:
-        """Return the client's owner, or ``None`` until the client has been admitted."""
+        """Return the owner of the client's token or certificate, or ``None`` before admission.
+
+        The result is ``""`` if the client was admitted without a token or certificate.
+        """
         return None if self.identity is None else self.identity.owner
 
     def become_client(self, identity: Identity) -> None:

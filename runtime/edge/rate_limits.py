@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # slow to import, and a command's log needs the token bucket 
 class TokenBucket:
     """A token bucket that allows ``rate`` events per second, and bursts of up to ``rate`` events.
 
-    The caller passes the current time in seconds.
+    ``now`` is always the current time in seconds, which the caller passes.
     """
 
     def __init__(self, rate: float, now: float) -> None:

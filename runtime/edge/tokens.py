@@ -61,7 +61,10 @@ ALL_ROLES = frozenset(Role)
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """The owner and roles of a token; the owner is ``""`` if nothing identifies the client."""
+    """A client's owner and roles, which usually come from its token.
+
+    ``owner`` is ``""`` if nothing identifies the client.
+    """
 
     owner: str
     roles: frozenset[Role] = ALL_ROLES
@@ -109,8 +112,8 @@ class Tokens:
 def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
     """Create a token for ``name``, append its hash to the server's file, and return the token.
 
-    ``name`` is the name of the token's owner.  The token itself is not stored.  Without ``roles``,
-    the token has all roles.
+    ``name`` is the name of the token's owner.  The token itself is not stored.  If ``roles`` is
+    empty, the token has all roles.
 
     Raises:
         UsageError: ``name`` is not a valid name.
