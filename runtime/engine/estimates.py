@@ -8,8 +8,8 @@ Sizes come from the shapes that the graph declares.  If all dimensions of a shap
 numbers, and that one is unknown, it is assumed to be as large as the largest named dimension.  If
 the size of a node's output is still unknown, the output is assumed to be as large as the node's
 largest input if the operator never produces more elements than that, and otherwise as large as the
-graph's largest value of known size.  Weights are not counted, because every session holds them
-anyway.  No stage is run for an estimate.
+graph's largest value of known size.  Weights are not counted, because they are in memory even if
+no task is running.  No stage is run for an estimate.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from splitonnx.tensors import check_array
 
 
 class SessionExecutor(Protocol):
-    """The interface of a session's executor on a server, either in this process or in a worker.
+    """The interface of a session's executor on a server, in this process or a worker process.
 
     The methods are those of :class:`Executor`, and may also raise ``WorkerLost``.
     """

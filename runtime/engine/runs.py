@@ -28,7 +28,7 @@ A single large operator may take longer.
 
 
 class RunOptions(Protocol):
-    """The part of ONNX Runtime's run options that is used here.
+    """The part of ONNX Runtime's run options that this module uses.
 
     Setting ``terminate`` to ``True`` stops the run.
     """
