@@ -1,10 +1,10 @@
-"""Find every tensor that is a legal cut of a model on its own.
+"""Find each single tensor at which a model can be legally cut.
 
 Checking one tensor takes a walk through the graph, so checking each tensor separately would take
-quadratic time.  However, tensors that are legal cuts on their own usually form a chain in which
-each tensor depends on the previous one.  From one tensor to the next, the client needs more nodes
-and the server needs fewer.  One growing set of nodes per party is therefore enough, and the entire
-chain is checked in one forward and one backward walk, each of which visits every node once.
+quadratic time.  However, the single tensors that are legal cuts usually form a chain in which each
+tensor depends on the previous one.  From one tensor to the next, the client needs more nodes and
+the server needs fewer.  It is therefore enough to keep one growing set of nodes per party: the
+client's grows in one forward walk along the chain, and the server's in one backward walk.
 
 :func:`cuts.divide` defines which cuts are legal.  Tensors that do not fit into the chain are
 checked with that function, up to a limit.  If raw inputs (inputs that are data) may be sent
@@ -44,10 +44,10 @@ MOST_VISITS = 4_000_000
 class Bisection:
     """A legal cut at a single tensor.
 
-    ``at`` holds the tensor, followed by the raw inputs that must be sent with it.  ``client``
-    counts the elements of the trained parameters that the tensor depends on, and ``server`` the
-    elements of the trained parameters that the server reads.  ``trained`` is true if the tensor
-    depends on a trained parameter.
+    ``at`` holds the tensor, followed by the raw inputs that must be sent with it.  ``client`` is
+    the number of elements of all trained parameters that the tensor depends on.  ``server`` is the
+    number of elements of all trained parameters that the server reads.  ``trained`` is true if the
+    tensor depends on a trained parameter.
     """
 
     at: tuple[ir.Value, ...]
@@ -63,7 +63,7 @@ def find_bisections(
     trainable: Mapping[str, int],
     sent: Sequence[ir.Value] = (),
 ) -> list[Bisection]:
-    """List each tensor that is a legal cut of the graph on its own, in the graph's order.
+    """List the single tensors at which the graph can be legally cut, in the graph's order.
 
     ``state`` names the graph inputs that are weights rather than data.  ``trainable`` maps each
     trained weight to its number of elements.  The raw inputs in ``sent`` may be sent together with

@@ -24,7 +24,7 @@ def find_bottlenecks(
     data: Collection[ir.Value],
     free: Collection[ir.Value],
 ) -> list[ir.Value]:
-    """List the tensors that lie on every path from their sources to the graph's outputs.
+    """List the tensors through which every path from their sources to the graph's outputs passes.
 
     A tensor's sources are the values from which it is computed.  Paths through the tensors in
     ``free`` are ignored.  Only the nodes in ``nodes``, which are in the graph's order, and the
@@ -50,11 +50,12 @@ def _is_free(place: Place, free: Collection[ir.Value]) -> bool:
 
 
 class PostDominators:
-    """The tree of post-dominators.
+    """The tree of post-dominators of a graph's nodes and values.
 
-    The parent of a node or value is the nearest place through which all paths from it to the
-    graph's outputs pass.  Nodes and values are numbered from the outputs backwards; number 0, the
-    root, represents the outputs.  ``parents`` holds the parent of each number.
+    The parent of a node or value is the nearest node or value through which all paths from it to
+    the graph's outputs pass.  Nodes and values are numbered from the outputs backwards; number 0,
+    the root, represents the outputs.  ``order`` lists the nodes and values from number 1 on, and
+    ``numbers`` maps each to its number.  ``parents[number]`` is the number of the parent.
     """
 
     def __init__(self, nodes: Sequence[ir.Node], data: Collection[ir.Value]) -> None:
@@ -75,13 +76,19 @@ class PostDominators:
             self._depths.append(self._depths[meeting or 0] + 1)
 
     def after(self, place: Place) -> list[int]:
-        """List the numbers of the direct successors of a node or value."""
+        """List the numbers of the direct successors of a node or value.
+
+        The successors of a node are its outputs, and those of a value are the nodes that read it.
+        """
         if isinstance(place, ir.Node):
             return [self.numbers[value] for value in place.outputs if value in self.numbers]
         return [self.numbers[node] for node in self._readers.get(place, [])] or [0]
 
     def climb(self, place: Place) -> Iterator[Place]:
-        """Yield the places through which all paths from ``place`` to the outputs pass, in order."""
+        """Yield the nodes and values that are on all paths from ``place`` to the outputs.
+
+        The nearest comes first.  ``place``, which is a node or value itself, is left out.
+        """
         number = self.parents[self.numbers[place]]
         while number:
             yield self.order[number - 1]

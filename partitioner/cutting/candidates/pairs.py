@@ -32,9 +32,10 @@ Tensors = tuple[ir.Value, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """The two ends of a legal U-shaped cut, and the nodes that the server has between them.
+    """A legal U-shaped cut: the tensors at its two ends, and the server's nodes between them.
 
     ``at`` holds the tensors of the head, followed by the raw inputs that are sent with them.
+    ``tail_at`` holds the tensors of the tail.
     """
 
     at: Tensors
@@ -43,7 +44,7 @@ class Pair:
 
 
 class PairSearch:
-    """A search for the pairs of one graph.
+    """A search for the pairs of tensors that divide one graph for a U-shaped cut.
 
     ``state`` names the graph inputs that are weights rather than data, and ``trainable`` the
     trained weights.  The raw inputs in ``sent`` may be sent together with the head.
@@ -81,10 +82,10 @@ class PairSearch:
         self._visits = 0
 
     def find(self, at: Tensors | None = None, tail_at: Tensors | None = None) -> Iterator[Pair]:
-        """Yield the legal pairs, ordered by head and then by tail, as in the graph.
+        """Yield the legal pairs, in the graph's order of their heads, and then of their tails.
 
-        ``at`` and ``tail_at`` are the tensors to use together as the head and as the tail.  If an
-        end is not given, each tensor is tried alone.
+        ``at`` holds all tensors of the head, and ``tail_at`` all tensors of the tail.  If one of
+        the two is not given, each tensor of the graph that can be at this end is tried alone.
 
         Raises:
             TooManyTries: checking the pairs would visit more than :data:`MOST_VISITS` nodes.
@@ -97,7 +98,7 @@ class PairSearch:
                     yield pair
 
     def try_pair(self, at: Tensors, tail_at: Tensors) -> Pair | None:
-        """Find the server's nodes for a pair; return ``None`` if the pair is not legal.
+        """Return the pair with the server's nodes, or ``None`` if the pair is not a legal cut.
 
         Raises:
             TooManyTries: more than :data:`MOST_VISITS` nodes have been visited.

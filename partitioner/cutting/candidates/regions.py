@@ -2,8 +2,8 @@
 
 :func:`cuts.divide` defines what is legal, but walks through the entire graph.  This module
 visits only the nodes between the ends: they must not depend on other data, and no other node may
-read what they compute.  If the answer depends on more than that, such as on sizes that the other
-party would have to derive, :func:`cuts.divide` must decide.
+read what they compute, except for the tensors of the tail.  If the answer depends on more than
+that, such as on sizes that the other party would have to derive, :func:`cuts.divide` must decide.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Region:
 
 
 class Regions:
-    """A search for the regions of one graph.
+    """A search in one graph for the nodes between two ends, for any number of pairs.
 
     ``needed`` holds the nodes on which the graph's outputs depend.
     """
@@ -55,7 +55,7 @@ class Regions:
         self._trained = find_data(graph, trained)
 
     def find(self, at: Tensors, tail_at: Tensors) -> Region:
-        """Find the nodes between two ends, and check whether they can be separated."""
+        """Return the nodes between two ends, and whether they can be separated from the others."""
         nodes, sources = walk_back(tail_at, set(at), self._around.sizes)
         return Region(nodes=nodes, is_legal=self._check(nodes, sources, at, tail_at))
 
