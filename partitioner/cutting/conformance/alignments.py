@@ -29,10 +29,12 @@ def measure_stacked(
 ) -> float:
     """Return the relative difference between an output for a batch and the outputs for its pieces.
 
-    ``rows`` is the number of samples in a piece.  The outputs must be joined along an axis of size
-    ``rows``, or along the first axis, which a piece of one sample may lack.  A number without axes,
-    such as a penalty, may be the mean or the sum of the pieces' numbers.  If ``is_mean`` is true,
-    this also holds for any output with one element.
+    ``found`` is the output for the batch, and ``rows`` is the number of samples in a piece.  The
+    outputs for the pieces are joined along the first axis, and along each axis of size ``rows``.
+    If a piece is one sample, its output may lack the batch axis.  A number without axes, such as a
+    penalty, may also be the mean or the sum of the pieces' numbers.  If ``is_mean`` is true, this
+    is allowed for any output with one element.  The smallest difference is returned; it is infinite
+    if no shape fits.
     """
     candidates = [*_join_as_they_are(pieces, rows)]
     if rows == 1 and found.shape == (len(pieces), *pieces[0].shape):
@@ -46,10 +48,11 @@ def measure_stacked(
 def measure_somehow_stacked(
     found: np.ndarray, pieces: Sequence[np.ndarray], rows: int, *, is_mean: bool = False
 ) -> float:
-    """Return the same as :func:`measure_stacked` for a tensor within a model.
+    """Return the relative difference like :func:`measure_stacked`, for a tensor within a model.
 
-    Within a model, the batch may also be merged with another axis, such as samples with steps.  The
-    first axis and axes of size ``rows`` are tried, or all axes if none has the size ``rows``.
+    Within a model, the batch may also be merged with another axis, such as samples and time steps
+    in one axis.  The first axis and each axis of size ``rows`` are tried, or all axes if no axis
+    has this size.
     """
     shape = pieces[0].shape
     axes = [axis for axis, size in enumerate(shape) if size == rows or rows not in shape]
@@ -60,10 +63,11 @@ def measure_somehow_stacked(
 
 
 def measure_merged(found: np.ndarray, pieces: Sequence[np.ndarray], axes: Collection[int]) -> float:
-    """Return the relative difference between a tensor and its pieces, merged into one axis.
+    """Return the relative difference between a tensor and its pieces, joined within an axis.
 
-    Each axis in ``axes`` is tried, and each position of the batch within it; the smallest
-    difference counts.  It is infinite if the pieces cannot be merged to the tensor's shape.
+    The batch may be merged into any axis in ``axes``, at any position within this axis.  All these
+    ways to merge the pieces are tried, and the smallest difference is returned.  It is infinite if
+    the pieces cannot be merged to the tensor's shape.
     """
     return min((measure(found, each) for each in _merge(found, pieces, axes)), default=np.inf)
 

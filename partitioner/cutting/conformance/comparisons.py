@@ -90,8 +90,8 @@ def compare_with_original(
 ) -> list[str]:
     """Compare the prepared model, the parts in ``bundle`` and the merged model with the original.
 
-    ``source`` is the original model, and ``merge`` merges the untrained parts.  A model whose
-    weights take more than ``most_bytes`` is not compared.
+    ``source`` is the original model, and ``merge`` is a function that merges the untrained parts.
+    A model whose weights take more than ``most_bytes`` is not compared.
 
     Return remarks about small differences, about results for which the two evaluators disagree, and
     about everything that could not be compared.

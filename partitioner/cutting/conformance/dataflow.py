@@ -41,10 +41,10 @@ class NotRun(Exception):
 class Made:
     """A model made from the original one, such as the merged model, or the parts of the cut model.
 
-    ``run`` runs this model and returns its outputs.  ``trace`` runs the prepared model that it was
-    made from, and returns all tensors.  ``has_all`` is true if the model should have every output
-    of the original.  If there is ``advice``, a difference is not reported as a mistake of
-    splitonnx, but in a remark with this advice.
+    ``label`` names this model in messages.  ``run`` runs it and returns its outputs.  ``trace``
+    runs the prepared model from which it was made, and returns all tensors.  ``has_all`` is true if
+    this model should have every output of the original.  If ``advice`` is not empty, a difference
+    is not reported as a mistake of splitonnx, but in a remark with this advice.
     """
 
     label: str
@@ -112,8 +112,8 @@ def run_split(
 ) -> list[Arrays]:
     """Predict with the parts of a bundle, one stage after another.
 
-    A tensor has the same name at the party that sends it and at the party that receives it.
-    Return a dictionary for each batch with its inputs and with the outputs of all stages.
+    Return a dictionary for each batch with its inputs and with the outputs of all stages.  A tensor
+    has the same name at the party that sends it and at the party that receives it.
 
     Raises:
         NotRun: ONNX Runtime refuses a stage or its inputs.
@@ -162,7 +162,10 @@ def _decode(run: Callable[[], Sequence[Mapping[str, bytes]]]) -> list[Arrays]:
 
 
 def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> bytes:
-    """Replace the inputs named in ``weights`` by initializers in place, and serialize the model."""
+    """Replace the inputs that are weights by initializers, and return the serialized model.
+
+    ``weights`` maps the names of these inputs to their values.  The model is changed in place.
+    """
     kept = [value for value in model.graph.input if value.name not in weights]
     types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
     del model.graph.input[:]
@@ -176,9 +179,9 @@ def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) ->
 
 
 def expose(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Declare every tensor that a model's graph computes as an output, in place.
+    """Make each tensor that a model's graph computes an output of the model.
 
-    Return the changed model.
+    The model is changed in place and returned.
     """
     known = {value.name for value in model.graph.output}
     made = [name for node in model.graph.node for name in node.output if name]

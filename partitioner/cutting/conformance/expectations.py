@@ -93,13 +93,19 @@ class Expectation:
 
     @property
     def contradicted(self) -> list[Difference]:
-        """List the tensors for which one evaluator must be wrong, the largest difference last."""
+        """List the differences between the evaluators that rounding cannot explain, largest last.
+
+        Each tensor is listed once.  One of the evaluators must be wrong about it.
+        """
         found = [each for each in self._list_noise() if _is_contradiction(each)]
         return sorted(found, key=lambda each: each.size)
 
     @property
     def cancelled(self) -> list[Difference]:
-        """List the tensors that are mostly rounding errors, such as a sum that should be zero."""
+        """List the differences of tensors that are mostly rounding errors, one for each tensor.
+
+        An example is a sum that should be zero.
+        """
         return [
             each
             for each in self._list_noise()
@@ -113,11 +119,14 @@ class Expectation:
 
     @cached_property
     def least(self) -> float:
-        """Return the relative difference that is allowed for every tensor."""
+        """Return the relative difference that is always allowed; coarse number types allow more."""
         return COARSE if _is_coarse(self.model) else EXACT
 
     def allow(self, tensor: str, batch: int) -> float:
-        """Return the relative difference that rounding can explain in a tensor of a batch."""
+        """Return the relative difference that is allowed for a tensor in the batch with this index.
+
+        It is larger than :attr:`least` if rounding alone makes the two evaluators differ more.
+        """
         noise = self.noise.get((tensor, batch))
         if noise is None or _is_contradiction(noise):
             return self.least
@@ -153,7 +162,8 @@ def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_dr
     """Draw random inputs that a model accepts, and evaluate the model with them.
 
     If no output depends on the inputs, as after a Relu of only negative numbers, larger and smaller
-    inputs are tried.  ``subject`` names the model in error messages.  ``draw`` draws the inputs.
+    inputs are tried.  ``subject`` names the model in error messages.  ``draw`` is the function that
+    draws the inputs.
 
     Raises:
         NotRun: neither evaluator accepts any of the random inputs.

@@ -26,14 +26,14 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class FreedBatch:
-    """A size that a model's file fixes at ``rows``, and that is free or different in the cut model.
+    """A size that is ``rows`` in a model's file, but is free or different in the cut model.
 
     ``places`` lists the axes of inputs that have this size.  ``sizes`` maps these axes, and those
     of other batch sizes that preparation frees, to the sizes for which the model in the file was
-    exported.  What the cut model computes for a large batch is compared with what the model in the
-    file computes for pieces of ``rows`` rows.  ``counts`` holds the number of pieces of each such
-    batch; it is empty if no comparison is possible.  ``options`` holds the options with which the
-    user changed the size; it is empty if the user gave none, and preparation freed the batch.
+    exported.  To compare the two models, the cut model runs on a batch, and the model in the file
+    runs on pieces of the batch that have ``rows`` rows.  ``counts`` lists the number of pieces in
+    each batch to compare; it is empty if no comparison is possible.  ``options`` holds the options
+    with which the user changed the size; it is empty if preparation freed the batch without one.
     """
 
     places: tuple[Place, ...]
@@ -44,7 +44,7 @@ class FreedBatch:
 
     @property
     def is_batch(self) -> bool:
-        """Return whether this is the batch size of an input, and not, for example, a length."""
+        """Return whether the first axis of an input has this size, so that it is a batch size."""
         return any(axis == 0 for _, axis in self.places)
 
     @property

@@ -74,9 +74,10 @@ class Trials:
         return [note for batch in batches for note in compare_samples(batch, subject, [made])]
 
     def free(self, adjustments: Adjustments, inputs: Sequence[str]) -> list[str] | SplitonnxError:
-        """Free the first axis of some inputs, as ``cut`` would with ``--dim``, and compare.
+        """Free the first axis of each input in ``inputs``, as ``--dim`` would, and compare.
 
-        Return remarks as :meth:`compare` does, or the error that ``cut`` would raise.
+        ``adjustments`` are the user's own changes to the inputs, which are also made.  Return
+        remarks as :meth:`compare` does, or the error that ``cut`` would raise.
         """
         dims = {**adjustments.dims, **{f"{name}:0": "N" for name in inputs}}
         freed = replace(adjustments, dims=dims)

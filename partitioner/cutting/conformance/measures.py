@@ -17,7 +17,8 @@ TOLERATED = 1e-3
 class Difference:
     """The largest difference between the elements of a tensor and their expected values.
 
-    ``gap`` is this difference, and ``size`` is ``gap`` divided by the largest expected value.
+    ``gap`` is this difference, and ``size`` is ``gap`` divided by the largest absolute value that
+    is expected.
     Both are infinite if the shapes differ, or if only one of two compared values is finite.
     ``batch`` is the index of the batch.
     """
@@ -29,7 +30,7 @@ class Difference:
 
 
 def find_largest(differences: Sequence[Difference]) -> Difference:
-    """Return the largest of the differences; if there are none, its size is 0."""
+    """Return the difference with the largest size, or one of size 0 if there are none."""
     none = Difference(tensor="", batch=0, size=0.0)
     return max([none, *differences], key=lambda each: each.size)
 
@@ -52,7 +53,8 @@ def list_differences(expected: Sequence[Arrays], found: Sequence[Arrays]) -> lis
 def measure(found: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest absolute difference, divided by the largest absolute expected value.
 
-    NaN equals NaN.
+    NaN counts as equal to NaN.  The result is infinite if the shapes differ, if any strings differ,
+    or if only one of two compared values is finite.
     """
     if found.shape != expected.shape:
         return np.inf

@@ -79,11 +79,12 @@ def set_training_modes(
 ) -> bool:
     """Set every BatchNormalization and Dropout to the modes chosen for training, in place.
 
-    Patterns match the names that running statistics have since preparation gave them tensors of
-    their own (``separations``).
+    Patterns in ``batchnorm`` are compared with the names in the prepared model, in which the
+    running statistics in ``separations`` have tensors of their own.
 
-    Return whether the result can be compared.  It cannot if a Dropout is on, if a mode is chosen
-    for a BatchNormalization without a name, or if the opset has no training mode to turn on.
+    Return whether the changed model's results can be compared.  They cannot if a Dropout is on, if
+    a mode is chosen for a BatchNormalization without a name, or if ``train`` is chosen, but the
+    BatchNormalization of the model's opset has no training mode.
     """
     keeping = _find_without_statistics(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}

@@ -1,4 +1,4 @@
-"""Find inputs with which a quantized model's integers reach the upper end of their range.
+"""Find inputs for which the integers in a quantized model reach the upper end of their range.
 
 Random inputs from a normal distribution rarely reach it.  But mistakes of integer kernels, such as
 sums that saturate, appear only with large integers.

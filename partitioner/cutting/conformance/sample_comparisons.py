@@ -67,7 +67,10 @@ class Subject:
 
 
 def describe_unchecked(batches: Sequence[FreedBatch], reason: str = "") -> list[str]:
-    """Return a sentence for each size that the user changed and that was not compared."""
+    """Return a warning for each size in ``batches`` that the user changed: it was not compared.
+
+    ``reason`` explains why no comparison was made; it may be empty.
+    """
     return [_describe_unchecked(batch, reason) for batch in batches if batch.options]
 
 

@@ -1,6 +1,6 @@
 """Draw random inputs for a model from the shapes and types that it declares.
 
-A symbolic size counts as the batch size if it is the first of an input, and as a length otherwise.
+A symbolic size of an input's first axis counts as the batch size, and any other as a length.
 A model does not declare which integers and lengths it accepts, so several draws are made, and the
 first that the model accepts is used.
 """
