@@ -47,7 +47,7 @@ def free_batches(graph: ir.Graph, weights: Collection[str]) -> list[str]:
 
 
 def describe_freed(nodes: Sequence[str]) -> str:
-    """Return a sentence about nodes that had a batch of 1, or an empty string for no nodes."""
+    """Return a sentence about nodes that had a batch of 1; it is empty if there are no nodes."""
     if not nodes:
         return ""
     return (

@@ -22,7 +22,7 @@ _KEPT_OUTPUTS = {
 
 
 def declare_statistics(graph: ir.Graph) -> None:
-    """Add the optional node outputs that are needed to compute gradients."""
+    """Add the optional outputs of nodes that the gradients of these nodes read, in place."""
     for node in graph:
         kinds = _KEPT_OUTPUTS.get(node.op_type, ())
         if node.domain or len(node.outputs) > len(kinds) or not kinds:
@@ -42,9 +42,10 @@ def make_inference_form(graph: ir.Graph) -> None:
 
 
 def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:
-    """Keep only the graph outputs that depend on the model's data.
+    """Remove the graph outputs that do not depend on the model's data, in place.
 
-    Running statistics and string outputs are also removed.
+    Running statistics and string outputs are also removed.  ``weights`` names the graph inputs that
+    are not data.
     """
     data = find_dependents(graph, [value for value in graph.inputs if value.name not in weights])
     statistics = {value for node in list_batchnorms(graph) for value in node.outputs[1:]}

@@ -33,9 +33,9 @@ def resolve_names(
 ) -> tuple[ir.Value, ...]:
     """Find the tensors that ``names`` refers to.
 
-    Each name is the name of a tensor, the name of a node (meaning all of its outputs), or
-    a glob pattern for tensor names.  Patterns and suggestions are limited to the names in ``given``
-    if any of them are in the graph.
+    Each name is the name of a tensor, the name of a node (which stands for its outputs that are
+    used), or a glob pattern for tensor names.  ``given`` names the tensors and nodes of the user's
+    model.  A pattern matches other tensors only if it matches none of these.
 
     Raises:
         UnknownTensor: a name or pattern matches nothing; the error suggests similar names.

@@ -1,8 +1,9 @@
-"""Give a running statistic a tensor of its own where an exporter stored it together with others.
+"""Separate running statistics from other weights that an exporter stored in the same tensor.
 
-PyTorch's exporters store tensors of equal numbers once.  In a new network, the scale of a
-BatchNormalization and its running variance are both ones, so one tensor becomes both.  Training has
-to change the scale by its gradient and the variance by its update, so they must be two tensors.
+PyTorch's exporters store tensors with equal numbers only once.  In a new network, the scale of a
+BatchNormalization and its running variance are both ones, so the exporter stores one tensor for
+both.  But training changes the scale by its gradient, and the variance by its own update.  So they
+must be two tensors.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True, kw_only=True)
 class Separation:
-    """A running statistic that got the new tensor ``name``, with the numbers of ``source``.
+    """A running statistic that was moved from the tensor ``source`` to the new tensor ``name``.
 
-    ``nodes`` names the BatchNormalizations that use it, all as their input ``index``.  If
-    ``is_trained`` is true, ``source`` also is a parameter; otherwise it is another statistic.
+    ``nodes`` names the BatchNormalizations that read the new tensor, all as their input ``index``.
+    If ``is_trained`` is true, ``source`` remains as a parameter; otherwise as another statistic.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Separation:
 
     @property
     def role(self) -> str:
-        """Return what the tensor is: a running mean or a running variance."""
+        """Return ``"running mean"`` or ``"running variance"``."""
         return "running mean" if self.index == 3 else "running variance"
 
 
@@ -64,7 +65,7 @@ class _Statistic:
 
 
 def describe_separations(separations: Sequence[Separation]) -> str:
-    """Return a sentence about the separated statistics, or an empty one if there are none."""
+    """Return a sentence about the separated statistics, or an empty string if there are none."""
     if not separations:
         return ""
     told = [
@@ -81,14 +82,15 @@ def describe_separations(separations: Sequence[Separation]) -> str:
 
 
 def separate_statistics(graph: ir.Graph) -> list[Separation]:
-    """Move running statistics to tensors of their own, in place, and return these tensors.
+    """Move running statistics to new tensors, in place, and return a description of each move.
 
-    A statistic gets a tensor of its own if its tensor is also applied to data as a parameter, or is
-    a statistic of the other kind, or the same statistic of another module.  One module that is
-    called several times keeps one statistic.  Without the exporter's notes, nodes with the same
-    four tensors belong to one module, and a statistic that nodes with different scales share is
-    separated only if all its numbers are equal, because others are not joined by chance.  An
-    Identity before a statistic is removed.
+    A statistic is moved if its tensor is also applied to data as a parameter.  If a tensor holds
+    several statistics (a mean and a variance, or statistics of several modules), all but one are
+    moved.  A module that is called several times keeps one statistic.  The exporter may note to
+    which module a node belongs.  Without this note, nodes with the same four tensors count as one
+    module, and the same statistic of two modules is separated only if all its numbers are equal:
+    tensors with different numbers are not stored together by chance.  An Identity node before a
+    statistic is removed.
     """
     holders = [graph, *(body for node in list_nodes(graph) for body in list_bodies(node))]
     data = find_data(graph, list(graph.inputs))
