@@ -1,8 +1,8 @@
 """Add checks before kernels that compute memory addresses from values chosen by a peer.
 
 Each function builds checks for one node.  It returns a mapping from the index of each checked input
-to the value that replaces this input.  If a check fails while the graph runs, the stage ends with
-an error before the kernel is called.
+to the value that replaces this input; the mapping is empty if no check is needed.  If a check fails
+while the graph runs, the stage ends with an error before the kernel is called.
 
 Without these checks, the kernels of onnxruntime-training 1.19.2 do the following.  Each case was
 tested in its own process, with known bytes planted in memory:
@@ -53,15 +53,15 @@ _FIXED_REACH = 1 << 20
 
 
 def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Limit the sampling coordinates of a GridSample node that reflects at the image border.
+    """Limit and check the coordinates of a GridSample node that reflects at the image border.
 
     Coordinates from -1 to 1 are inside the image, and reflection repeats with period 4.  So each
-    coordinate is replaced by its remainder modulo 4, which reflects to the same pixel.  A check is
-    also added.  It fails at run time if a coordinate is NaN or infinite and, with
-    ``align_corners``, if an axis of the image is only one pixel long.
+    coordinate is replaced by its remainder modulo 4, which reflects to the same pixel.  A check
+    fails at run time if a coordinate is NaN or infinite.  If the node sets ``align_corners``, a
+    check also fails if an axis of the image is only one pixel long.
 
     Raises:
-        UnsupportedModel: with ``align_corners``, an axis is already known to be one pixel long.
+        UnsupportedModel: ``align_corners`` is set, and an axis is known to be one pixel long.
     """
     image, places = node.inputs[:2]
     if node.attributes.get_string("padding_mode", "zeros") != "reflection":
@@ -87,7 +87,7 @@ def check_places(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each box of a RoiAlign node refers to an existing image and is not far outside it.
+    """Build checks that the boxes of a RoiAlign node refer to existing images and are near them.
 
     RoiAlign divides each box into bins and samples the image in each bin.  If the number of samples
     depends on the box size, RoiAlign stores all samples at once, so coordinates are limited to 4
@@ -118,7 +118,7 @@ def check_boxes(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that each index read by a MaxUnpool node is less than the number of output elements."""
+    """Build a check that each index read by a MaxUnpool node is inside the node's output."""
     x, places, wanted = [*node.inputs, None][:3]
     assert x is not None
     assert places is not None
@@ -139,9 +139,9 @@ def check_unpooled(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_widths(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that a Pad node's input is long enough on each axis for the requested padding.
+    """Build a check that a Pad node's input is long enough on each axis for the padding.
 
-    Negative padding crops the input.
+    Negative padding crops the input.  No check is built if it could never fail.
     """
     x, widths, _, axes = [*node.inputs, None, None, None][:4]
     assert x is not None
@@ -185,7 +185,7 @@ def _find_least(widths: np.ndarray, mode: str) -> np.ndarray:
 
 
 def check_columns(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the input of a Col2Im node has one column for each block position in the image.
+    """Build a check that a Col2Im node's input has one column for each block position in the image.
 
     Raises:
         UnsupportedModel: the image's number of dimensions is not known.
@@ -238,7 +238,7 @@ def _list(node: ir.Node, name: str) -> list[int]:
 
 
 def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that an AffineGrid node gets one matrix per image, with a shape that fits the image."""
+    """Build a check that an AffineGrid node gets one matrix of the right shape for each image."""
     matrices, size = node.inputs[:2]
     assert matrices is not None
     assert size is not None
@@ -256,7 +256,9 @@ def check_matrices(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that a DFT node does not transform the last axis, which holds real and imaginary parts.
+    """Check that a DFT node does not transform the last axis, that of real and imaginary parts.
+
+    If the axis is not known yet, build a check that fails at run time.
 
     Raises:
         UnsupportedModel: the axis is already known to be the last one.
@@ -281,7 +283,7 @@ def check_axis(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_features(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the weights of an LSTM, GRU or RNN node fit its input size and hidden size."""
+    """Build checks that the weights of an LSTM, GRU or RNN node fit its input and hidden sizes."""
     x, weights, own = node.inputs[:3]
     assert x is not None
     assert weights is not None
@@ -312,7 +314,7 @@ def _differs(builder: NodeBuilder, found: ir.Value, wanted: ir.Value) -> ir.Valu
 
 
 def check_bias(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that a convolution's bias has one element per filter.
+    """Build a check that a convolution's bias has one element per filter.
 
     The node is a Conv, ConvTranspose or QLinearConv.
     """
@@ -332,7 +334,7 @@ def check_bias(builder: NodeBuilder, node: ir.Node) -> Checked:
 
 
 def check_frames(builder: NodeBuilder, node: ir.Node) -> Checked:
-    """Check that the frame length of an STFT node is positive."""
+    """Build a check that the frame length of an STFT node is positive."""
     step, _, length = [*node.inputs, None, None, None][1:4]
     known = known_array(length)
     if length is None or step is None or (known is not None and known.min() > 0):

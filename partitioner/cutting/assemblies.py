@@ -75,7 +75,11 @@ def assemble(
     recipe: Recipe,
     optimizer: Optimizer,
 ) -> Bundle:
-    """Build the bundle of a prepared model from its joint graphs for training and prediction."""
+    """Build the bundle of a prepared model from its joint graphs for training and prediction.
+
+    ``recipe`` holds the options of the cut, and is stored in the bundle.  ``optimizer`` updates the
+    trained parameters.
+    """
     targets = {CLIENT: recipe.client_target}
     if recipe.at:
         targets[SERVER] = recipe.server_target

@@ -51,7 +51,7 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One party's side of a cut: its nodes, their source values, and its remote shapes.
+    """One party's side of a cut: its nodes, and in ``sources`` the values from which they start.
 
     ``remote_shapes`` is the party's entry in :attr:`Partition.remote_shapes`.  If the party needs a
     size that it cannot derive, ``underived`` explains why; otherwise it is empty.
@@ -80,7 +80,8 @@ class Surroundings:
     ``raw`` holds the inputs that are data, in the graph's order.  ``data`` holds the values that
     depend on these inputs, and ``private`` the values computed from them without a trained
     parameter.  ``sizes`` maps each node that computes sizes of data to the tensors whose shapes it
-    reads.  ``readers`` holds the nodes in ``sizes`` that read a shape directly.
+    reads.  ``readers`` holds the nodes in ``sizes`` that read a shape directly.  ``known`` holds
+    the dimensions that were inferred.
     """
 
     raw: Mapping[ir.Value, None]
@@ -208,7 +209,8 @@ def find_duplicated(
 ) -> frozenset[ir.Node]:
     """Find the nodes that both parties compute from data, and check that this is allowed.
 
-    Such nodes may depend only on raw inputs that are sent anyway, and not compute tail tensors.
+    These nodes may depend only on raw inputs that are sent anyway, and on no trained parameters.
+    They must not compute tail tensors.
 
     Raises:
         NotACut: other tensors would have to be sent too; the error's ``missing`` names them.
@@ -257,9 +259,10 @@ def find_opened(
     data: Collection[ir.Value],
     trainable: Collection[str],
 ) -> set[ir.Value]:
-    """Find the values computable from the tensors in ``named`` without trained parameters.
+    """Find the values that can be computed without trained parameters from tensors in ``named``.
 
-    Values that also depend on other tensors in ``data`` are left out.
+    Values that also depend on other tensors in ``data`` are left out.  The tensors in ``named`` are
+    included.  ``trainable`` names the trained parameters.
     """
     trained = set(trainable)
     moving = find_moving(graph, [value for value in graph.inputs if value.name in trained])

@@ -28,7 +28,10 @@ def divide_training(
     tail_at: Sequence[str],
     output: str,
 ) -> Partition:
-    """Divide ``graph``, a copy of the training form, and remove all outputs but ``output``.
+    """Divide ``graph``, a copy of the training form, at the tensors that the user named.
+
+    All outputs of ``graph`` except ``output`` are removed, and ``graph`` is rewritten so that each
+    party computes sizes from its own tensors.
 
     Raises:
         CutError: the tensors do not exist or do not divide the graph.
@@ -42,7 +45,9 @@ def divide_training(
 def divide_inference(
     prepared: PreparedModel, graph: ir.Graph, at: Sequence[str], tail_at: Sequence[str]
 ) -> Partition:
-    """Divide ``graph``, a copy of the inference form.
+    """Divide ``graph``, a copy of the inference form, at the tensors that the user named.
+
+    ``graph`` is rewritten so that each party computes sizes from its own tensors.
 
     Raises:
         CutError: the tensors do not exist or do not divide the graph.
@@ -93,7 +98,9 @@ def keep_reached(
 ) -> Sequence[ir.Value]:
     """Return the tensors in ``first`` that the server reads for the loss, or all if it reads none.
 
-    The others are sent only in prediction, such as a raw input that only another output needs.
+    ``first`` holds the tensors that the client sends, and ``last`` those that the server sends
+    back.  Tensors that are left out, such as a raw input that only another output needs, are sent
+    only in prediction.
     """
     _, reached = walk_back(last or graph.outputs, set(first))
     return [value for value in first if value in reached] or first

@@ -37,7 +37,9 @@ class Port:
 
 
 def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
-    """Describe a graph's value for the manifest, and generate names for unnamed dimensions.
+    """Return the manifest entry of a graph's value, with generated names for unnamed dimensions.
+
+    ``name`` is the name in the entry; by default, it is the value's own name.
 
     Raises:
         UsageError: the value's shape is not known, or its element type cannot be sent.
@@ -60,7 +62,7 @@ def insert_ports(
     """Insert a port for every cut tensor of ``partition``, and for labels that the server reads.
 
     ``server`` holds the server's nodes in the partition, and the nodes of the loss if the server
-    computes the loss.
+    computes the loss.  ``labels`` is the name of the labels.  Return the inserted ports.
 
     Raises:
         NotACut: a subgraph body of a control-flow operator reads a cut tensor.

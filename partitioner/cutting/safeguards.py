@@ -49,8 +49,8 @@ Check = Callable[[NodeBuilder, ir.Node], Mapping[int, ir.Value]]
 def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: bool) -> None:
     """Insert checks before each node in ``nodes`` that needs them.
 
-    Set ``is_training`` if the graph will be differentiated, so that gradient kernels are protected
-    too.
+    ``is_training`` means that the graph will be differentiated; checks are then also inserted for
+    the gradient kernels.
     """
     tables = [_CHECKS, ADDRESS_CHECKS, *([_TRAINING_CHECKS] if is_training else [])]
     for node in [node for node in graph if node in nodes]:

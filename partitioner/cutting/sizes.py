@@ -58,10 +58,10 @@ def find_sizes(
 
 
 def find_underived(size: ir.Node, held: Sequence[ir.Value], known: Inference) -> str | None:
-    """Return a dimension that the node ``size`` uses but that cannot be read from ``held``.
+    """Return the name of a dimension that the node ``size`` uses but ``held`` does not provide.
 
-    Return its name, or ``"its rank"`` if the sizes that the node computes are not known.  Return
-    ``None`` if all dimensions can be read from the shapes of the tensors in ``held``.
+    Return ``"its rank"`` if the sizes that the node computes are not known, and ``None`` if all
+    its dimensions can be read from the shapes of the tensors in ``held``.
     """
     content = known.content(size.outputs[0])
     if content is None:
@@ -80,7 +80,7 @@ class SizeWatch:
     """A record of the nodes that must wait, because a party lacks tensors whose shapes they read.
 
     Only nodes that compute sizes are recorded.  ``away`` maps each waiting node to the number of
-    nodes that compute such tensors and that the party does not have yet.
+    nodes that the party still lacks and that compute the tensors it waits for.
     """
 
     def __init__(self, sizes: Mapping[ir.Node, frozenset[ir.Value]]) -> None:

@@ -28,7 +28,7 @@ def check_operators(
 ) -> frozenset[str]:
     """Check all operators in a stage's graph and its subgraph bodies, and return their domains.
 
-    A portable graph may use only standard operators.
+    ``stage`` names the stage in error messages.  A portable graph may use only standard operators.
 
     Raises:
         ForbiddenOperator: the party's runtime would refuse an operator.
