@@ -1,7 +1,7 @@
 """Advise which tensors to cut at, after a cut was refused.
 
-All advice is tried before it is given: it names only tensors of the user's model that ``cut`` takes
-in place of the refused ones.  Whether raw inputs and labels may be sent is not considered.
+Each advised cut was tried and is legal, and its tensors are all in the user's model.  Whether the
+user permits raw inputs and labels to be sent is not considered.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ _Cut = tuple[Sequence[str], Sequence[str]]
 def add_advice(
     error: NotACut, prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], output: str
 ) -> NotACut:
-    """Add advice to the error for a refused cut, and return the error.
+    """Return a copy of the error for a refused cut, with advice on legal cuts added.
 
     All advised cuts have been tried.  ``at`` and ``tail_at`` name the refused tensors, and
-    ``output`` the output from which the loss is computed.  The returned error's ``missing`` holds
-    all tensors that must be added to make the cut legal, or nothing if one of them is not in the
-    user's model.  ``others`` holds tensors that are legal in place of ``at``.
+    ``output`` the output from which the loss is computed.  In the returned error, ``missing`` names
+    all tensors that must be added to make the cut legal.  It is empty if adding tensors does not
+    make the cut legal, or if one of them is not in the user's model.  ``settings`` names the added
+    raw inputs that may be settings.  ``others`` names tensors that are legal in place of ``at``.
     """
     others = list(_find_others(prepared, (at, tail_at), output))
     if not error.missing:

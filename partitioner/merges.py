@@ -73,13 +73,13 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
     If the weights are too large for one ONNX file, they are written as external data to a second
     file, whose name is ``path`` with ``.data`` appended.  The weights are streamed, so they do not
     have to fit into memory.  Each file is moved into place only when it is complete, and the model
-    file is moved last.
+    file is moved last.  Existing files are replaced only if ``overwrite`` is true.
 
     Returns:
         The number of bytes written.
 
     Raises:
-        UnwritableFile: an output file already exists, or it cannot be written.
+        UnwritableFile: a file cannot be written, or exists and must not be replaced.
         BundleError, FormatError, BundleMismatch: as raised by :func:`merge`.
     """
     target = Path(path)

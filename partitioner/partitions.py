@@ -68,7 +68,10 @@ class Approval(Protocol):
     """Checks that can refuse a cut by raising an exception."""
 
     def check_forward(self, prepared: PreparedModel, training: JointGraph) -> None:
-        """Check the graph for training before gradients, which are slow to build, are added."""
+        """Check the training graph before it is differentiated.
+
+        A cut that fails this check is refused before the slow step.
+        """
 
     def check(self, prepared: PreparedModel, training: JointGraph, predict: JointGraph) -> None:
         """Check the finished graphs of the cut model, for training and for prediction."""

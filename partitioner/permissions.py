@@ -71,9 +71,10 @@ class Permission:
 
     @attribute_errors_to_pass("searched for what leaves the client")
     def check_forward(self, prepared: PreparedModel, training: JointGraph) -> None:
-        """Check that a cut sends only permitted raw inputs and labels, apart from gradients.
+        """Check that a cut sends only permitted raw inputs and labels, not counting gradients.
 
-        ``training`` is the graph for training before it is differentiated.
+        ``training`` is the graph for training before it is differentiated, so gradients are not in
+        the graph yet.
 
         Raises:
             InputsNotPermitted: the cut sends a raw input without permission.
@@ -143,11 +144,12 @@ def _list_raw(prepared: PreparedModel) -> set[str]:
 
 
 def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
-    """Map each tensor that the client sends and that holds raw data to the inputs it holds.
+    """Map each sent tensor that holds raw data to the names of the inputs that the data come from.
 
-    A tensor holds raw data of an input if it is that input, or is computed from it along a path
-    without a layer of weights, even if other paths have one.  Gradients that the client sends are
-    included.  Tensors that hold only sizes are not.
+    A tensor holds raw data of an input if it is this input, or is computed from it along a path
+    without a layer of weights, even if other paths have one.  Only tensors that the client sends
+    are listed, including gradients.  Tensors that hold only sizes are not listed.  ``raw`` names
+    the raw inputs.
     """
     bare = trace_raw_inputs(joint.graph, raw, joint.owners)
     found: dict[str, list[str]] = {}
@@ -190,10 +192,11 @@ def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
 
 
 def find_labels_in_gradients(joint: JointGraph, inputs: set[str]) -> list[str]:
-    """List the tensors whose gradient, sent by the client, tells the server the labels.
+    """List the tensors for which the gradients sent by the client reveal the labels to the server.
 
-    Such a gradient is computed from the labels along a path without a layer of weights that only
-    the client has: the server, which computed the tensor itself, can then compute the labels.
+    A gradient reveals the labels if it is computed from them along a path without a layer of
+    weights that only the client has.  The server knows the tensor itself, so it can then compute
+    the labels from the gradient.
     ``inputs`` names the inputs of the model; the labels are the data that are not among them.
     """
     labels = {name for name in joint.data if name not in inputs}
@@ -214,8 +217,8 @@ def find_labels_in_gradients(joint: JointGraph, inputs: set[str]) -> list[str]:
 def find_bare_ends(graph: ir.Graph, weights: Collection[str]) -> set[ir.Value]:
     """Find the values from which a path without a layer of weights leads to an output.
 
-    A cut that sends such a value back, and its gradient to the server, tells the server the labels.
-    ``weights`` names the graph inputs that are weights.
+    If the server sends one of these values back and receives its gradient, it can compute the
+    labels.  ``weights`` names the graph inputs that are weights.
     """
     layers = _find_layers(graph, weights)
     found = set(graph.outputs)
