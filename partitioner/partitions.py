@@ -312,7 +312,7 @@ def _list_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 @attribute_errors_to_pass("tried in training")
 def refuse_untrainable(prepared: PreparedModel, output: str) -> None:
-    """Check that a model can be trained with a loss of ``output``, wherever it is cut.
+    """Check that a model can be trained with a loss computed from ``output``, wherever it is cut.
 
     Raises:
         NotDifferentiable: a node without a gradient is between a trained parameter and the output.

@@ -194,8 +194,8 @@ def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
 def find_labels_in_gradients(joint: JointGraph, inputs: set[str]) -> list[str]:
     """List the tensors for which the gradients sent by the client reveal the labels to the server.
 
-    A gradient reveals the labels if it is computed from them along a path without a layer of
-    weights that only the client has.  The server knows the tensor itself, so it can then compute
+    A gradient reveals the labels if it is computed from them along a path on which no layer has
+    weights that only the client knows.  The server knows the tensor itself, so it can then compute
     the labels from the gradient.
     ``inputs`` names the inputs of the model; the labels are the data that are not among them.
     """

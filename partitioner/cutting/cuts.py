@@ -321,7 +321,8 @@ def list_server_outputs(
 ) -> list[ir.Value]:
     """List the model outputs that the server computes if the cut has no ``tail_at``.
 
-    Outputs that the client's head already computes are not listed.
+    Outputs that the client's head already computes are not listed.  ``sizes`` holds the nodes that
+    compute sizes.
     """
     head, _ = walk_back(at, ends=sizes)
     return [value for value in graph.outputs if value.producer() not in head]

@@ -91,7 +91,7 @@ def build_training(
     """Build the joint graph of training: add the loss and the ports, then differentiate.
 
     ``examine`` is called with the graph before gradients and targets are added.  It can raise an
-    exception to refuse the cut, so that the slow differentiation is not done in vain.
+    exception to refuse the cut before the slow differentiation.
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
     the tensors of the cut.  The loss named ``loss`` is computed, with ``options``, from the output

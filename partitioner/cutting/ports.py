@@ -62,7 +62,8 @@ def insert_ports(
     """Insert a port for every cut tensor of ``partition``, and for labels that the server reads.
 
     ``server`` holds the server's nodes in the partition, and the nodes of the loss if the server
-    computes the loss.  ``labels`` is the name of the labels.  Return the inserted ports.
+    computes the loss.  ``labels`` names the labels, if there are any.  Return the
+    inserted ports.
 
     Raises:
         NotACut: a subgraph body of a control-flow operator reads a cut tensor.

@@ -189,7 +189,7 @@ def find_roles(prepared: PreparedModel, output: str) -> dict[str, Role]:
 
 
 def count_trained(prepared: PreparedModel, output: str) -> dict[str, int]:
-    """Map each parameter to the number of its elements that a loss of ``output`` trains.
+    """Map each parameter to the number of elements that are trained by a loss on ``output``.
 
     This is 0 for a parameter that gets no gradient from the output.
     """

@@ -94,8 +94,8 @@ class SizeWatch:
         """Record that the party got the nodes in ``new``.
 
         ``nodes`` holds all nodes of the party, including the new ones.  ``held`` holds the tensors
-        that the party has without computing them.  Return two lists: the new nodes that must wait,
-        and the nodes that read sizes and need not wait any longer, or never had to.
+        that the party has without computing them.  Return two lists of nodes that compute sizes:
+        the new nodes that must wait, and the nodes, new or waiting until now, that need not wait.
         """
         away, near = [], []
         for node in new:

@@ -32,7 +32,10 @@ class Crossing:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCut:
-    """One stage of one party: a view of its nodes in the joint graph."""
+    """One stage of one party: a view of its nodes in the joint graph.
+
+    ``level`` is the number of messages that must arrive, one after the other, before this stage.
+    """
 
     party: str
     level: int
@@ -58,7 +61,8 @@ def cut_stages(
 ) -> list[StageCut]:
     """Split ``graph`` into stages and return them in an order in which they can run.
 
-    ``targets`` maps each party to the values that it must compute besides the values it sends.
+    ``crossings`` lists the values that the parties send to each other.  ``targets`` maps each party
+    to the values that it must compute besides the values it sends.
     """
     received = {party: {c.value for c in crossings if c.receiver == party} for party in targets}
     wanted = {

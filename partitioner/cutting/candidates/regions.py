@@ -36,7 +36,7 @@ class Region:
 
 
 class Regions:
-    """A search in one graph for the nodes between two ends, for any number of pairs.
+    """A search for the nodes between the two ends of a pair, for any pairs of one graph.
 
     ``needed`` holds the nodes on which the graph's outputs depend.
     """

@@ -63,7 +63,7 @@ def measure_somehow_stacked(
 
 
 def measure_merged(found: np.ndarray, pieces: Sequence[np.ndarray], axes: Collection[int]) -> float:
-    """Return the relative difference between a tensor and its pieces, joined within an axis.
+    """Return the relative difference between a tensor and its pieces, joined inside one axis.
 
     The batch may be merged into any axis in ``axes``, at any position within this axis.  All these
     ways to merge the pieces are tried, and the smallest difference is returned.  It is infinite if

@@ -119,13 +119,17 @@ class Expectation:
 
     @cached_property
     def least(self) -> float:
-        """Return the relative difference that is always allowed; coarse number types allow more."""
+        """Return the relative difference that is allowed for every tensor.
+
+        It is larger for models that compute with 16-bit floats or with quantized numbers.
+        """
         return COARSE if _is_coarse(self.model) else EXACT
 
     def allow(self, tensor: str, batch: int) -> float:
         """Return the relative difference that is allowed for a tensor in the batch with this index.
 
-        It is larger than :attr:`least` if rounding alone makes the two evaluators differ more.
+        This is :attr:`least`, or a multiple of the difference between the two evaluators' results
+        if that is larger and rounding can explain it.
         """
         noise = self.noise.get((tensor, batch))
         if noise is None or _is_contradiction(noise):

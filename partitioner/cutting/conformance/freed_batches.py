@@ -44,12 +44,12 @@ class FreedBatch:
 
     @property
     def is_batch(self) -> bool:
-        """Return whether the first axis of an input has this size, so that it is a batch size."""
+        """Return whether this is a batch size: the size of the first axis of an input."""
         return any(axis == 0 for _, axis in self.places)
 
     @property
     def axes(self) -> dict[str, int]:
-        """Map the name of each input that has this size to its axis."""
+        """Map the name of each input that has this size to the axis that has it."""
         return dict(self.places)
 
     def fix(self, model: onnx.ModelProto) -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""Replace each If that only tests whether the batch size is 1 by one of its branches.
+"""Replace each If by one of its branches if it only tests whether the batch size is 1.
 
 Exporters write such an If where the author's code reads the batch size.  Gradients cannot pass
 through an If, so it is replaced by its branch for two or more samples.  A batch of one sample would
@@ -26,7 +26,7 @@ _REFUSED = "batch_of_1_refused"
 
 
 def decide_by_batch(graph: ir.Graph, weights: Collection[str]) -> list[str]:
-    """Replace each If that only tests for a batch size of 1 by its branch for larger batches.
+    """Replace each If by its branch for larger batches if it only tests for a batch size of 1.
 
     ``weights`` names the graph inputs that are not data.  Return the names of the replaced nodes.
     If there are any, the shapes of all tensors that depend on the data are cleared and have to be

@@ -32,7 +32,7 @@ _FIXING = frozenset(
 
 
 def free_batches(graph: ir.Graph, weights: Collection[str]) -> list[str]:
-    """Replace each fixed 1 that can only be the batch size of the data, in place.
+    """Replace each fixed 1 that can only be the batch size by that of the data, in place.
 
     ``weights`` names the graph inputs that are not data.  Return the names of the changed nodes.
     The shapes of their outputs, and of all tensors that depend on these, are cleared and have to be

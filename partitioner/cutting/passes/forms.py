@@ -22,7 +22,7 @@ _KEPT_OUTPUTS = {
 
 
 def declare_statistics(graph: ir.Graph) -> None:
-    """Add the optional outputs of nodes that the gradients of these nodes read, in place."""
+    """Add to each node, in place, the optional outputs that its gradient reads."""
     for node in graph:
         kinds = _KEPT_OUTPUTS.get(node.op_type, ())
         if node.domain or len(node.outputs) > len(kinds) or not kinds:

@@ -33,7 +33,7 @@ class Separation:
     """A running statistic that was moved from the tensor ``source`` to the new tensor ``name``.
 
     ``nodes`` names the BatchNormalizations that read the new tensor, all as their input ``index``.
-    If ``is_trained`` is true, ``source`` remains as a parameter; otherwise as another statistic.
+    If ``is_trained`` is true, ``source`` remains a parameter; if not, it remains a statistic.
     """
 
     name: str

@@ -65,7 +65,7 @@ def _read(
 def find_difference(kept: np.ndarray, dropped: np.ndarray) -> str:
     """Return why two parameters cannot be tied, or an empty string if they can.
 
-    Two parameters can be tied if they are equal, or if one is the transpose of the other.
+    Two parameters can be tied if they are equal, or if one matrix is the transpose of the other.
     """
     if kept.dtype != dropped.dtype:
         return f"their types are {kept.dtype} and {dropped.dtype}"
