@@ -79,7 +79,7 @@ def test_a_pattern_that_finds_no_node_is_refused_with_their_names() -> None:
 
 
 def test_a_pattern_that_is_no_expression_is_refused() -> None:
-    with pytest.raises(UsageError, match="no regular expression"):
+    with pytest.raises(UsageError, match="is not a regular expression"):
         train_batchnorms(build(True, False).graph, mode={"(": "train"})
 
 
