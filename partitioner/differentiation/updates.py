@@ -91,7 +91,7 @@ def build_update(
     """Build the graph that updates ``parameters``.
 
     ``gradients`` maps each parameter to the name of its gradient.  If ``optimizer.clip_norm`` is
-    set, the graph also reads the vectors described by ``norms``.  A ``portable`` graph uses double
+    set, the graph also reads the squared norms that ``norms`` describes.  A ``portable`` graph uses double
     precision only if a parameter has double precision, because ONNX Runtime has no double-precision
     kernels for GPUs in browsers.
     """

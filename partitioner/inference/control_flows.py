@@ -30,9 +30,9 @@ MOST_NODES = 20_000
 
 
 class Unresolved(Exception):
-    """Raised if a node cannot be replaced with the nodes that it would run.
+    """Raised if an If, Loop or Scan cannot be replaced with the nodes that it would run.
 
-    Either the node depends on data, or unrolling it would add too many nodes.
+    Either its condition or its length is not known in advance, or there would be too many nodes.
     """
 
 

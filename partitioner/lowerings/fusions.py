@@ -14,7 +14,7 @@ two axes.  If a Transpose leaves the axes in their order, ONNX Runtime 1.19.2 co
 at the optimization level BASIC and above.  An Identity computes the same values as this Transpose,
 and the optimizer removes an Identity correctly.
 
-This module handles these two rules.  :mod:`layer_norm_fusions`, :mod:`product_fusions` and
+This module handles these rules.  :mod:`layer_norm_fusions`, :mod:`product_fusions` and
 :mod:`integer_kernels` handle others.
 """
 

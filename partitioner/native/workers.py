@@ -183,9 +183,10 @@ class Isolation:
         return worker.end() if worker is not None else ""
 
     def forget(self) -> None:
-        """Abandon the process in a forked child, because two processes must not share its pipes.
+        """Stop using the parent's worker process; call this in a child process after a fork.
 
-        The next call in the child starts a new process.  The parent keeps the old process.
+        The parent and the child must not share the worker's pipes.  The next call in the child
+        starts a new worker process.
         """
         worker, self._worker = self._worker, None
         self._lock = threading.Lock()

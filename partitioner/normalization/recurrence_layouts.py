@@ -18,7 +18,7 @@ Such a state has the shape ``[directions, batch, size]`` in layout 0.
 
 
 def normalize_layouts(graph: ir.Graph) -> None:
-    """Replace, in place, each LSTM, GRU and RNN that has layout 1 with one that has layout 0.
+    """Convert each LSTM, GRU and RNN node from layout 1 to layout 0, in place.
 
     Transpose nodes before and after the new node convert its inputs and outputs.
     """

@@ -1,4 +1,4 @@
-"""Rewrite Resize, one axis after the other.
+"""Rewrite Resize one axis at a time.
 
 Each axis is resized by copying its elements or by a product with a matrix of weights.  The formulas
 are those of Resize-19 at onnx.ai/onnx/operators.

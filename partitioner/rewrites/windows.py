@@ -201,10 +201,10 @@ def pads_by_size(node: ir.Node) -> bool:
 
 
 def pad_by_size(builder: NodeBuilder, node: ir.Node, number: float) -> ir.Value:
-    """Pad the input of a node with ``number`` as its ``auto_pad`` requires; return the result.
+    """Add the padding that a node's ``auto_pad`` requires to the node's input.
 
-    ``auto_pad`` is an attribute of the node.  The graph computes the widths of the padding from the
-    image size.
+    Return the padded input.  The added elements are ``number``.  The graph computes the widths of
+    the padding from the image size.
 
     Raises:
         UnsupportedModel: the size of the windows is unknown.

@@ -1,9 +1,9 @@
 """Read named arrays from numpy's files: an ``.npz`` file, or the ``.npy`` files of a folder.
 
 A file is refused if it is not a regular file, if it contains Python objects, or if it is an
-``.npz`` file that does not fit into memory.  This module does not compare arrays with the
-model's declarations.  However, :func:`read_declared` uses the declarations to find out which arrays
-must be read for this comparison.
+``.npz`` file that does not fit into memory.  The caller checks the arrays against the model's
+declarations.  :func:`read_declared` uses the declarations only to decide which arrays it must read
+in full.
 """
 
 from __future__ import annotations

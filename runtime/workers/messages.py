@@ -87,9 +87,10 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """An action that passes tensors to a task and runs the task until it has tensors to send.
+    """An action that passes tensors to a task, and runs the task as far as possible.
 
-    If ``begin`` is given, the task is opened first.
+    It runs until it has tensors to send, waits for others, or is finished.  If ``begin`` is given,
+    the task is opened first.
     """
 
     session: int

@@ -198,7 +198,7 @@ class WorkerPool:
         return deaths >= MAX_DEATHS
 
     def interrupt(self) -> None:
-        """Stop all running stages and run no more stages; states can still be fetched."""
+        """Stop all running stages and run no more stages, without waiting for them to end."""
         threading.Thread(target=self._interrupt, name="splitonnx-interrupt", daemon=True).start()
 
     def _interrupt(self) -> None:

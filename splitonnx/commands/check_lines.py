@@ -22,7 +22,7 @@ _COLUMNS = ("trained", "frozen", "statistics")
 
 
 def format_layers(layers: Sequence[Layer], width: int | None) -> Iterator[str]:
-    """Yield the lines of a table that shows how many elements of each layer are trained or frozen.
+    """Yield the lines of a table of layers: elements trained, frozen, and of running statistics.
 
     Below each row are the weights that may be trained or frozen by mistake, each with the reason.
     If there are more than ``MOST_ROWS`` layers, they are grouped by the first parts of their names.

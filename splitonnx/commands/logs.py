@@ -43,8 +43,8 @@ class LogLevel(StrEnum):
 class TextFormatter(logging.Formatter):
     """A formatter that writes a record as one line of text.
 
-    The line has the form ``12:34:56  sentence``, followed by the fields whose values do not appear
-    in the sentence.
+    The line has the form ``12:34:56  sentence``, followed by the fields with values that are not in
+    the sentence.  A traceback follows on further lines.
     """
 
     def format(self, record: logging.LogRecord) -> str:
