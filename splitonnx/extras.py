@@ -43,6 +43,6 @@ def miss(package: str, extra: str, purpose: str) -> MissingExtra:
 
 
 def has_training_wheel() -> bool:
-    """Return whether onnxruntime-training 1.19.2 has a wheel for this machine and Python version."""
+    """Return whether onnxruntime-training 1.19.2 has a wheel for this machine and Python."""
     is_common = sys.platform == "darwin" or platform.machine().lower() in ("x86_64", "amd64")
     return is_common and sys.version_info < (3, 13)

@@ -146,7 +146,7 @@ def read_state(
 
 
 def read_owner(folder: Path, session: str) -> str | None:
-    """Return the owner recorded in a session's outcome, or ``None`` if it cannot be read."""
+    """Return the owner recorded in a session's saved result, or ``None`` if it cannot be read."""
     try:
         found = _find_outcome(folder, session) if is_session(session) else None
     except BundleError:

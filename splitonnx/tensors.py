@@ -34,7 +34,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def name_dtype(dtype: np.dtype[np.generic]) -> str:
-    """Return the safetensors name of a numpy dtype, or its numpy name if it has no other."""
+    """Return the safetensors name of a numpy dtype, or its numpy name if it cannot be sent."""
     return _NAMES.get(dtype, str(dtype))
 
 

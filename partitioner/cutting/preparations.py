@@ -149,7 +149,8 @@ def choose_output(prepared: PreparedModel, output: str | None) -> str:
     if none is a float.
 
     Raises:
-        UsageError: the model has no such output, or no output that depends on its inputs.
+        UsageError: the model has no such output, the output does not depend on the model's inputs,
+            or no output does.
     """
     predicted = {value.name for value in prepared.inference.graph.outputs}
     outputs = [v for v in prepared.training.graph.outputs if v.name in predicted]

@@ -160,12 +160,12 @@ def prod_of(amounts: Iterable[Amount]) -> Amount:
 
 
 def is_positive(amount: Amount) -> bool:
-    """Return whether an amount is at least 1, whatever values the unknown sizes in it have."""
+    """Return whether an amount is certainly at least 1, for all values of its unknown sizes."""
     return is_natural(amount) and sum(f for atoms, f in list_terms(amount) if not atoms) > 0
 
 
 def is_natural(amount: Amount) -> bool:
-    """Return whether an amount is at least 0, whatever values the unknown sizes in it have."""
+    """Return whether an amount is certainly at least 0, for all values of its unknown sizes."""
     return all(factor >= 0 for _, factor in list_terms(amount))
 
 

@@ -1,12 +1,12 @@
-"""Train quantised models in QDQ form with a straight-through gradient, and quantise them again.
+"""Train quantized models in QDQ form with a straight-through gradient, and quantize them again.
 
-Integers have no gradient.  In the training form, each pair of QuantizeLinear and DequantizeLinear
-therefore becomes its own output plus a term that is always zero but carries the gradient.  The
+Integers have no gradient.  In the training form, a term is therefore added to the output of each
+pair of QuantizeLinear and DequantizeLinear.  The term is always zero but carries the gradient.  The
 gradient of an element passes unchanged if the element is inside the range that the integers
 represent, and is zero otherwise.  Scales and zero points are not trained.
 
 A weight that is stored as integers and read by a DequantizeLinear is converted to a float parameter
-with the same name.  A QuantizeLinear with the same scale quantises this parameter, so the results
+with the same name.  A QuantizeLinear with the same scale quantizes this parameter, so the results
 of the model do not change.  When the model is merged, the parameter is converted back to integers.
 Biases stored as 32-bit integers get no QuantizeLinear; they become plain floats, even in the merged
 model.

@@ -77,8 +77,8 @@ class ResumePoint:
 class Channel:
     """A client's logical connection to its server for one session; it reconnects automatically.
 
-    ``step`` is the step at which both sides continued after the last greeting.  It was the client's
-    current step at that time, or an earlier step whose state the client has kept.
+    Both sides continued from ``step`` after the last greeting.  It was the client's current step
+    at that time, or an earlier step with a state that the client has kept.
 
     Args:
         dial: a function that opens a connection; ``None`` if ``transport`` is the only connection.

@@ -32,7 +32,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def samples_per_second(self) -> float:
-        """Return the number of samples that this step processed per second."""
+        """Return the number of samples that this step processed per second, or 0 if unknown."""
         return self.samples / self.seconds if self.seconds else 0.0
 
 
@@ -56,7 +56,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def samples_per_second(self) -> float:
-        """Return the mean number of samples per second, excluding the time between steps."""
+        """Return the mean number of samples per second within steps; 0 if there are none."""
         seconds = sum(record.seconds for record in self.steps)
         return sum(record.samples for record in self.steps) / seconds if seconds else 0.0
 

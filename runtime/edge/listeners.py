@@ -87,7 +87,7 @@ class HandshakeQuota:
             gc.collect()
 
     def release(self, number: int) -> None:
-        """Stop counting the socket with file descriptor ``number``, whose handshake is complete."""
+        """Stop counting the socket with descriptor ``number``, since its handshake is complete."""
         self._waiting.pop(number, None)
 
     def forget(self, client: AcceptedSocket) -> None:

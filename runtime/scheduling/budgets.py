@@ -148,7 +148,7 @@ class Budget:
         return held is not None and held.size < needed
 
     def extend(self, task: Task, owner: Hashable, size: int) -> None:
-        """Record, without waiting, that an open task continues and now needs ``size`` bytes.
+        """Record that an open task continues and now needs ``size`` bytes; never wait for memory.
 
         A task is refused if it needs more memory than is left, or more than its owner's share while
         others wait.  The task does not wait, because two open tasks that wait for more memory could

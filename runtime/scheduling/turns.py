@@ -165,10 +165,10 @@ class Turns:
         self._waiting: dict[asyncio.Future[Any], tuple[Hashable, _Work]] = {}
 
     def run(self, owner: Hashable, function: Callable[[], _Result]) -> asyncio.Future[_Result]:
-        """Run a function in a thread, as a piece of the owner's work.
+        """Run a function in a thread when it is the owner's turn.
 
-        The returned future receives the function's result.  Cancelling the future removes a waiting
-        piece from the queue; a running piece continues to its end.
+        The returned future receives the function's result.  If the future is cancelled before the
+        function starts, the function does not run; if it is already running, it finishes.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         work = _Work(function=function, future=future)

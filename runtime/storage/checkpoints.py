@@ -134,14 +134,14 @@ class CheckpointStore:
         self._broken: set[tuple[str, _Stamp]] = set()
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint atomically, then delete all but the newest ``kept`` checkpoints.
+        """Write a checkpoint atomically, then delete those of later steps and the oldest ones.
 
-        Once this method returns, the checkpoint survives a power failure.  The state of an earlier
-        graceful stop is deleted.
+        The newest ``kept`` checkpoints remain.  The state of an earlier graceful stop is deleted.
+        Once this method returns, the checkpoint survives a power failure.
 
         Raises:
-            NotSaved: the checkpoint cannot be written, for example because the disk is full.
-                Earlier checkpoints are unchanged, and nothing of the new checkpoint remains.
+            NotSaved: the checkpoint contains NaN or infinity or cannot be written, or later ones
+                cannot be deleted.  A checkpoint that is not written leaves nothing behind.
             BundleError: the tensors do not match the manifest, or the checkpoint belongs to another
                 session or owner.
         """

@@ -53,7 +53,10 @@ class FreedBatch:
         return dict(self.places)
 
     def fix(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """Return a copy of a model whose inputs have the sizes of one piece."""
+        """Return a copy of a model with its inputs fixed at the sizes in ``sizes``.
+
+        The copy accepts one piece of a batch, that is, ``rows`` rows.
+        """
         fixed = onnx.ModelProto()
         fixed.CopyFrom(model)
         del fixed.graph.value_info[:]

@@ -23,9 +23,10 @@ _Ties = Callable[[ir.Node], Iterator[tuple[Place, Place]]]
 def join_sizes(graph: ir.Graph, weights: Collection[str]) -> bool:
     """Rename sizes of the inputs in place, so that sizes that must be equal have one name.
 
-    The first of their names is kept.  ``weights`` names the graph inputs that are not data.  Return
-    whether a size was renamed.  If so, the shapes of all tensors that depend on a changed input are
-    cleared and have to be inferred again.
+    Sizes that also occur in an expression are not renamed.  The first of the names is kept.
+    ``weights`` names the graph inputs that are not data.  Return whether a size was renamed.  If
+    so, the shapes of all tensors that depend on a changed input are cleared and have to be inferred
+    again.
     """
     raw = [value for value in graph.inputs if value.name not in weights]
     order = {name: index for index, name in enumerate(_list_plain_names(raw))}

@@ -16,7 +16,7 @@ from typing import Protocol
 
 
 class Costs(Protocol):
-    """The figures by which pairs of cut points are compared: bytes sent and trained elements."""
+    """The costs of a pair of cut points: bytes sent per sample, and trained elements per part."""
 
     @property
     def bytes_up(self) -> int | None:
