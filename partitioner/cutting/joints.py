@@ -160,7 +160,7 @@ def build_training(
 
 @attribute_errors_to_pass("divided for prediction")
 def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
-    """Build the joint graph for prediction by adding the ports to the inference form.
+    """Build the joint graph for prediction: the model in inference mode, with ports added.
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` names the tensors that
     the client sends, and ``tail_at`` those that the server sends back in a U-shaped cut.  The

@@ -95,7 +95,8 @@ class SizeWatch:
 
         ``nodes`` holds all nodes of the party, including the new ones.  ``held`` holds the tensors
         that the party has without computing them.  Return two lists of nodes that compute sizes:
-        the new nodes that must wait, and the nodes, new or waiting until now, that need not wait.
+        the new ones that must wait for nodes that the party lacks, and those that are ready now,
+        whether they are new or had to wait before.
         """
         away, near = [], []
         for node in new:

@@ -92,7 +92,7 @@ def build_update(
 
     ``gradients`` maps each parameter to the name of its gradient.  If ``optimizer.clip_norm`` is
     set, the graph also reads the squared norms that ``norms`` describes.  A ``portable`` graph uses
-    double precision only if a parameter has double precision, because ONNX Runtime has no double-precision
+    double precision only if a parameter has double precision, because ONNX Runtime has no such
     kernels for GPUs in browsers.
     """
     builder = _Graph("update")

@@ -116,7 +116,7 @@ def describe_call(model: ir.Model, kinds: set[OmissionKind]) -> str:
 
 
 def advise(model: ir.Model, omissions: list[Omission]) -> str:
-    """Return one sentence with everything that was left out, and the calls that keep it."""
+    """Return a sentence that lists what the exporter left out, and the calls that keep it."""
     clauses = "; ".join(omission.sentence for omission in omissions)
     call = describe_call(model, {omission.kind for omission in omissions})
     return f"{clauses}; export it again with {CALL}, or with {call}"

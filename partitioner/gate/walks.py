@@ -67,6 +67,6 @@ def _refuse_sparse(name: str) -> None:
 
 
 def label_node(node: NodeProto) -> str:
-    """Return a label for error messages: the node's own name, or else the name of an output."""
+    """Return a label for error messages: the node's name, or else an output's, and its operator."""
     name = node.name or next((output for output in node.output if output), "")
     return f"node '{name}' ({node.op_type})"

@@ -76,8 +76,8 @@ class ResumedWalk:
         """Walk back from ``targets`` until a known node or a source value is reached.
 
         Return the new nodes, the source values, and the known nodes that were reached.  Source
-        values are graph inputs, initializers, and the values that ``stops`` maps to a number up to
-        ``most``.
+        values are graph inputs, initializers, and each value in ``stops`` with a number of at most
+        ``most``.  The walk also stops at the nodes in ``ends``.
         """
         new, reached, met = dict[ir.Node, None](), list[ir.Value](), set[ir.Node]()
         pending = list(targets)

@@ -41,10 +41,10 @@ class Places:
     def find_leaving(
         self, waiting: Collection[Hashable], at_work: Collection[Hashable]
     ) -> Hashable:
-        """Return the user that must soon give up its place, or ``None`` if no user must.
+        """Return the user that should give up its place next, or ``None`` if nobody needs to.
 
-        This is the user that :meth:`take` would evict next; the user must not begin new work.
-        ``waiting`` contains the users that wait for a place, and ``at_work`` contains the users
+        The caller must give this user no new work, so that :meth:`take` can evict it.  Users that
+        have had their place for less than ``TENURE_SECONDS`` keep it.  ``waiting`` contains the users that wait for a place, and ``at_work`` contains the users
         that are working.
         """
         if all(user in self._since for user in waiting) or self._find_room(at_work):

@@ -270,7 +270,7 @@ def measure(tensors: Iterable[np.ndarray]) -> int:
 
 
 def put(block: Block, tensors: Mapping[str, np.ndarray]) -> tuple[Slot, ...]:
-    """Copy tensors into a block that is large enough, and return their positions."""
+    """Copy tensors into a block, and return their positions; the block must be large enough."""
     slots, start, view = [], 0, block.view
     for name, array in tensors.items():
         slot = Slot(name, name_dtype(array.dtype), array.shape, start)

@@ -49,7 +49,7 @@ class FreedBatch:
 
     @property
     def axes(self) -> dict[str, int]:
-        """Map the name of each input that has this size to the axis that has it."""
+        """Return the axis that has this size, for each input by name."""
         return dict(self.places)
 
     def fix(self, model: onnx.ModelProto) -> onnx.ModelProto:
