@@ -44,8 +44,8 @@ class Places:
         """Return the user that should give up its place next, or ``None`` if nobody needs to.
 
         The caller must give this user no new work, so that :meth:`take` can evict it.  Users that
-        have had their place for less than ``TENURE_SECONDS`` keep it.  ``waiting`` contains the users that wait for a place, and ``at_work`` contains the users
-        that are working.
+        have had their place for less than ``TENURE_SECONDS`` keep it.  ``waiting`` contains the
+        users that wait for a place, and ``at_work`` contains the users that are working.
         """
         if all(user in self._since for user in waiting) or self._find_room(at_work):
             return None
