@@ -18,8 +18,9 @@ from splitonnx.partitioner.graphs.builders import known_array
 SQUASHING = frozenset({"HardSigmoid", "Sigmoid", "Softmax"})
 _BEHIND = frozenset(
     {"Add", "Cast", "Clip", "Concat", "Div", "Expand", "Flatten", "Greater", "GreaterOrEqual",
-     "Identity", "Less", "LessOrEqual", "Max", "Min", "Mul", "ReduceMax", "ReduceMean", "ReduceSum",
-     "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"}
+     "Identity", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mul", "Pow", "ReduceMax",
+     "ReduceMean", "ReduceSum", "Reshape", "Slice", "Sqrt", "Squeeze", "Sub", "Sum", "Transpose",
+     "Unsqueeze", "Where"}
 )  # fmt: skip
 """Operators that may follow activations, if all their other inputs are constants."""
 _MOST_VALUES = 256

@@ -106,6 +106,16 @@ def list_spellings() -> dict[str, tuple[str, list[Node]]]:
             "cross-entropy",
             [("Softmax", ["scores"]), ("ReduceSum", ["t0", "axis"]), ("Div", ["t0", "t1"])],
         ),
+        "softmax sharpened": (
+            "cross-entropy",
+            [("Softmax", ["scores"]), ("Pow", ["t0", "one"]), ("ReduceSum", ["t1", "axis"]),
+             ("Div", ["t1", "t2"])],
+        ),
+        "root of softmax": ("cross-entropy", [("Softmax", ["scores"]), ("Sqrt", ["t0"])]),
+        "mean of two": (
+            "bce-with-logits",
+            [("Sigmoid", ["scores"]), ("Sigmoid", ["t0"]), ("Mean", ["t0", "t1"])],
+        ),
         "softmax without small numbers": (
             "cross-entropy",
             [("Softmax", ["scores"]), ("Less", ["t0", "tiny"]), ("Where", ["t1", "tiny", "t0"])],
