@@ -114,9 +114,7 @@ class ArrayDataset(Dataset):
         drop_last: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches of one epoch; ``seed`` and ``epoch`` determine the shuffled order."""
-        order = np.arange(self.size)
-        if shuffle:
-            np.random.default_rng([seed, epoch]).shuffle(order)
+        order = _choose_order(self.size, seed, epoch, shuffle)
         for start in range(0, self.size, batch_size):
             rows = order[start : start + batch_size]
             if drop_last and len(rows) < batch_size:
@@ -214,16 +212,21 @@ class FileDataset(Dataset):
 
         ``batch_size`` and ``drop_last`` are ignored.
         """
-        order = np.arange(self.size)
-        if shuffle:
-            np.random.default_rng([seed, epoch]).shuffle(order)
-        for number in order:
+        for number in _choose_order(self.size, seed, epoch, shuffle):
             file = self.files[int(number)]
             with _naming(file):
                 batch = read_npz(file)
                 check_batch(batch, self._specs)
             check_finite(batch, f"{file}, ")
             yield batch
+
+
+def _choose_order(size: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    """Return the numbers below ``size``, in the shuffled order that seed and epoch determine."""
+    order = np.arange(size)
+    if shuffle:
+        np.random.default_rng([seed, epoch]).shuffle(order)
+    return order
 
 
 @contextmanager
