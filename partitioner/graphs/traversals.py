@@ -147,8 +147,17 @@ def find_movers(targets: Iterable[ir.Value]) -> set[ir.Value]:
     return {value for value in trace_gradients(targets) if value.producer() is None}
 
 
-def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
-    """Return ``targets`` and all values to which a gradient of ``targets`` could flow back."""
+def trace_gradients(
+    targets: Iterable[ir.Value],
+    *,
+    ends: Collection[ir.Value] = (),
+    within: Collection[ir.Node] | None = None,
+) -> set[ir.Value]:
+    """Return ``targets`` and all values to which a gradient of ``targets`` could flow back.
+
+    Gradients are not traced beyond the values in ``ends``, and only through the nodes in
+    ``within`` if it is given.
+    """
     seen: set[ir.Value] = set()
     pending = list(targets)
     while pending:
@@ -157,7 +166,9 @@ def trace_gradients(targets: Iterable[ir.Value]) -> set[ir.Value]:
             continue
         seen.add(value)
         node = value.producer()
-        if node is not None and DETACHED not in node.metadata_props:
+        if node is None or value in ends or (within is not None and node not in within):
+            continue
+        if DETACHED not in node.metadata_props:
             pending.extend(list_inputs(node))
     return seen
 

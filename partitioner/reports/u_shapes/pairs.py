@@ -25,7 +25,6 @@ from splitonnx.partitioner.cutting.preparations import (
 )
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
-from splitonnx.partitioner.graphs.builders import DETACHED
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import (
@@ -247,26 +246,9 @@ class _TrainingForm:
     def _list_returned(self, pair: Pair) -> set[str]:
         """Return the names of the tensors of a pair whose gradients are sent back."""
         tail = [value for value in pair.tail_at if value in self._reached & self._trained]
-        passed = _trace_within(tail, pair)
+        passed = trace_gradients(tail, ends=pair.at, within=pair.server)
         head = [value for value in pair.at if value in passed and value in self._trained]
         return {value.name or "" for value in (*tail, *head)}
-
-
-def _trace_within(tail: Sequence[ir.Value], pair: Pair) -> set[ir.Value]:
-    """Return the values to which gradients of ``tail`` can flow within the server's nodes."""
-    seen: set[ir.Value] = set()
-    pending = list(tail)
-    while pending:
-        value = pending.pop()
-        if value in seen or not is_float(value):
-            continue
-        seen.add(value)
-        node = value.producer()
-        if value not in pair.at and node in pair.server:
-            assert node is not None
-            if DETACHED not in node.metadata_props:
-                pending.extend(list_inputs(node))
-    return seen
 
 
 def _find_rows(prepared: PreparedModel) -> str | int | None:
