@@ -184,7 +184,7 @@ def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Let no gradient pass a Reshape with ``allowzero`` whose input has no elements.
+    """Detach the input of a Reshape with ``allowzero`` if it is known to have no elements.
 
     onnxruntime-training builds the gradient of Reshape as another Reshape, but without this
     attribute.  The attribute matters only to tensors without elements, and these get no gradient.

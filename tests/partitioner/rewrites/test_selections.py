@@ -9,10 +9,8 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.partitions import cut
 from tests.partitioner.lowerings.fused_kernels import run
-from tests.support.derivatives import assert_differentiable, close_net
+from tests.support.derivatives import assert_differentiable
 from tests.support.zoo import Net
 
 DATA = {"x": np.random.default_rng(0).standard_normal((3, 4, 5), np.float32)}
