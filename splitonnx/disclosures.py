@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -39,7 +39,8 @@ class SentTensor:
     it in words, such as ``activation``.  ``declared`` is its type and shape, with all known sizes
     filled in.  ``bytes`` is the total size of its values, or ``None`` if a dimension is unknown.
     ``bytes_per_sample`` is the size per sample, or ``None`` if the total size is not proportional
-    to the number of samples.
+    to the number of samples.  ``tells_labels`` means that the tensor is a gradient from which
+    the server can compute the labels; bundles of earlier versions do not say so.
     """
 
     wire: str
@@ -48,14 +49,18 @@ class SentTensor:
     declared: str
     bytes: int | None
     bytes_per_sample: int | None
+    tells_labels: bool = False
 
     def __str__(self) -> str:
-        size = ""
+        notes = []
         if self.bytes is not None:
-            size = f" ({self.bytes:,} bytes)"
+            notes.append(f"{self.bytes:,} bytes")
         elif self.bytes_per_sample is not None:
-            size = f" ({self.bytes_per_sample:,} bytes a sample)"
-        return f"{self.name} {self.declared}{size}"
+            notes.append(f"{self.bytes_per_sample:,} bytes a sample")
+        if self.tells_labels:
+            notes.append("the server can compute the labels from it")
+        inner = "; ".join(notes)
+        return f"{self.name} {self.declared}{f' ({inner})' if inner else ''}"
 
     @property
     def name(self) -> str:
@@ -102,7 +107,13 @@ def list_sent(
     return Sending(
         phase=phase,
         batch=batch,
-        tensors=tuple(_describe(wire, labels, rows, batch) for wire in wires),
+        tensors=tuple(
+            replace(
+                _describe(wire, labels, rows, batch),
+                tells_labels=wire.tensor.name in manifest.tells_labels,
+            )
+            for wire in wires
+        ),
     )
 
 

@@ -23,6 +23,7 @@ from splitonnx.partitioner.cutting.preparations import (
     count_trained,
     prepare,
 )
+from splitonnx.partitioner.differentiation.label_traces import find_bare_ends
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -37,7 +38,6 @@ from splitonnx.partitioner.graphs.traversals import (
     walk_back,
 )
 from splitonnx.partitioner.partitions import refuse_untrainable
-from splitonnx.partitioner.permissions import find_bare_ends
 from splitonnx.partitioner.reports.inspections import can_travel, resolve_sent
 from splitonnx.partitioner.reports.u_shapes.recommendations import find_recommended
 from splitonnx.tensors import DTYPES, TensorSpec
