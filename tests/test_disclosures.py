@@ -126,3 +126,12 @@ def test_where_the_model_fixes_the_batch_no_smaller_one_is_counted() -> None:
     assert count_run(manifest, TRAIN, samples=20, batch=8, passes=2)[0] == 4
     (hidden, *_) = list_sent(manifest, TRAIN).tensors
     assert hidden.bytes == 8 * 64
+
+
+def test_a_batch_of_at_least_2_is_shown_and_counted_as_any_other() -> None:
+    manifest = make_manifest(batch="N_less_1 + 1")
+    hidden, *_, labels = list_sent(manifest, TRAIN).tensors
+    assert str(hidden) == "activation 'h' F32[N, 16] (64 bytes a sample)"
+    assert str(labels) == "labels I64[N] (8 bytes a sample)"
+    hidden, *_ = list_sent(manifest, TRAIN, batch=8).tensors
+    assert str(hidden) == "activation 'h' F32[8, 16] (512 bytes)"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from splitonnx.disclosures import count_bytes_per_sample
-from splitonnx.expressions import is_name
+from splitonnx.expressions import describe_size, is_name
 from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Tensors
 from splitonnx.partitioner.cutting.cuts import find_lost
@@ -257,7 +257,7 @@ def _find_rows(prepared: PreparedModel) -> str | int | None:
     specs = [declare(value) for value in graph.inputs if value.name not in prepared.state]
     rows = {spec.shape[0] for spec in specs if spec.shape}
     size = next(iter(rows), None)
-    if len(rows) != 1 or (isinstance(size, str) and not is_name(size)):
+    if len(rows) != 1 or (isinstance(size, str) and not is_name(describe_size(size))):
         return None
     return size
 
