@@ -94,15 +94,32 @@ def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
     """Turn graph inputs back into initializers that contain the values in ``weights``.
 
     This is the inverse of :func:`lift_weights`.  A 16-bit weight is trained in float32; it is
-    rounded to its own type here.
+    rounded to its own type here.  A warning is logged if its numbers are too large for this type.
     """
     for value in [value for value in graph.inputs if value.name in weights]:
         graph.inputs.remove(value)
         array = weights[value.name or ""]
         if value.dtype is not None:
-            array = array.astype(value.dtype.numpy(), copy=False)
+            array = _round(array, value.dtype, value.name or "")
         value.const_value = ir.tensor(array, name=value.name)
         graph.register_initializer(value)
+
+
+def _round(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
+    """Convert a weight to a type, and log a warning if finite numbers become infinite."""
+    kind = dtype.numpy()
+    if kind == array.dtype:
+        return array
+    with np.errstate(over="ignore"):
+        rounded = array.astype(kind)
+    if lost := int(np.isinf(rounded).sum() - np.isinf(array).sum()):
+        _log.warning(
+            "'%s': %d numbers became infinite, because they are too large for the model's type %s",
+            name,
+            lost,
+            dtype.name.lower(),
+        )
+    return rounded
 
 
 def assign_roles(

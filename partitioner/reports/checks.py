@@ -55,6 +55,7 @@ from splitonnx.partitioner.reports.suspects import (
     find_computed,
     remark_on_computed,
     remark_on_conditional,
+    remark_on_precisions,
     remark_on_scalings,
 )
 from splitonnx.partitioner.reports.ties import remark_on_ties
@@ -212,6 +213,7 @@ def _list_remarks(
         *remark_on_loss(prepared, losses, output),
         *remark_on_batches(prepared, output, producer, trials),
         *remark_on_conditional(prepared),
+        *remark_on_precisions(prepared),
     ]
     noticed += _note_batch(prepared, output, noticed)
     scalings = dict.fromkeys(prepared.kept_scalings, "scales or shifts a raw input")

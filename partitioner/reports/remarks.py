@@ -42,6 +42,7 @@ class Kind(StrEnum):
     EXPORT_CALL = "export call"
     CONDITIONAL_WEIGHTS = "conditional weights"
     WITHOUT_GRADIENT = "without gradient"
+    PRECISION = "precision"
     STORED_OPTIONS = "stored options"
 
 
