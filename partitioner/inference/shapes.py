@@ -46,14 +46,14 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
         NotAModel: onnx infers a type that does not exist.
         NativeCrash: onnx's inference crashes on the model.
     """
-    with attribute_errors_to_pass("written down"), _lighten(model.graph):
+    with attribute_errors_to_pass("written down"), lighten(model.graph):
         content = write_model(model).SerializeToString()
     try:
         inferred = call(natives.infer_shapes, "the model", content, check_type)
     except Refused:
         return  # a contradictory graph stays unchanged
     graphs = list(model.graphs())
-    reading = attribute_errors_to_bytes(_refuse_types)
+    reading = attribute_errors_to_bytes(refuse_types)
     with attribute_errors_to_pass("given the types that onnx infers"), reading:
         proto = onnx.ModelProto.FromString(inferred)
         if len(graphs) == 1:
@@ -64,59 +64,13 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
         _note_types(graph, typed)
 
 
-def drop_declared_shapes(model: ir.Model) -> None:
-    """Replace the declared shapes of values with shapes inferred from the model's inputs, in place.
-
-    Declared shapes may be wrong: some exporters declare shapes in another layout, and tools that
-    change the batch size of an input do not change the shapes of later values.  onnx's inference
-    would trust these shapes.
-
-    A declared shape is kept if onnx infers nothing for the value, not even its number of
-    dimensions.  In the shapes of the model's outputs, declared sizes after the first axis replace
-    sizes that onnx cannot infer, because a loss needs the number of classes.  Subgraph bodies are
-    not changed.
-    """
-    values = [value for node in model.graph for value in node.outputs]
-    if all(value.shape is None for value in values):
-        return
-    with attribute_errors_to_pass("written down"), _lighten(model.graph):
-        proto = write_model(model)
-    del proto.graph.value_info[:]
-    for output in proto.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    try:
-        content = call(natives.infer_shapes, "the model", proto.SerializeToString(), False)
-    except Refused:
-        return
-    with attribute_errors_to_bytes(_refuse_types):
-        graph = onnx.ModelProto.FromString(content).graph
-        found = {
-            info.name: ir.serde.deserialize_type_proto_for_shape(info.type)
-            for info in (*graph.value_info, *graph.output)
-        }
-    outputs = set(model.graph.outputs)
-    symbols = {dim for value in model.graph.inputs for dim in _list_dims(value.shape)}
-    for value in values:
-        declared, inferred = _list_dims(value.shape), _list_dims(found.get(value.name or ""))
-        if not declared or not inferred:
-            continue
-        # onnx invents a symbol for each size that it does not know
-        dims = [dim if isinstance(dim, int) or dim in symbols else None for dim in inferred]
-        if value in outputs and len(declared) == len(dims):
-            dims[1:] = [b if a is None else a for a, b in zip(dims, declared, strict=True)][1:]
-        value.shape = ir.Shape(dims)
-
-
-def _list_dims(shape: ir.Shape | None) -> list[int | str | None]:
-    return [dim if isinstance(dim, int) else dim.value for dim in shape or ()]
-
-
-def _refuse_types(reason: str) -> NotAModel:
+def refuse_types(reason: str) -> NotAModel:
+    """Return the error for a model whose inferred types cannot be read, because of ``reason``."""
     return NotAModel("the model", f"its types cannot be inferred ({reason})")
 
 
 @contextmanager
-def _lighten(graph: ir.Graph) -> Iterator[None]:
+def lighten(graph: ir.Graph) -> Iterator[None]:
     """Turn a graph's initializers into inputs during a ``with`` block.
 
     Small initializers keep their contents, large ones do not.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
 from splitonnx.names import Target
 from splitonnx.partitioner.partitions import cut
@@ -13,8 +13,8 @@ from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.verifications import verify
 from tests.conftest import ROOT
 from tests.support.case_trials import TARGETS
-from tests.support.nets import FLOAT, Net
-from tests.support.small_models import Arrays, hold_predictions
+from tests.support.nets import FLOAT, INT64, Net
+from tests.support.small_models import Arrays, hold_predictions, hold_step
 
 
 def build(**declared: list[int | str]) -> onnx.ModelProto:
@@ -58,3 +58,88 @@ def test_a_size_that_only_the_file_knows_is_believed() -> None:
 def test_an_export_that_declares_channels_last_has_them_first() -> None:
     found = {each.tensor: each.shape for each in inspect(ROOT / "tests/exports/jax-cnn.onnx")}
     assert found["relu_out_0"] == ("N", 4, 8, 8)
+
+
+def build_with_bodies(kind: str, rows: int | str) -> onnx.ModelProto:
+    """Build a model whose bodies declare that they have ``rows`` rows."""
+    net = Net()
+    value = helper.make_tensor_value_info
+    net.op("MatMul", "x", net.weight("w", 6, 5), out="r")
+    net.op("ReduceSum", "x", out="sum", keepdims=0)
+    net.op("Greater", "sum", net.constant("none", np.array(0, np.float32)), out="hot")
+    on = net.constant("on", np.array(True))
+    net.weight("u", 5, 5)
+
+    def write(operator: str, prefix: str, before: str) -> onnx.GraphProto:
+        names = [f"{prefix}_m", f"{prefix}_f"]
+        nodes = [
+            helper.make_node("MatMul", [before, "u"], names[:1], name=names[0]),
+            helper.make_node(operator, names[:1], names[1:], name=names[1]),
+        ]
+        made = [value(name, FLOAT, [rows, 5]) for name in names]
+        return helper.make_graph(nodes, prefix, [], made[1:], value_info=made[:1])
+
+    def write_loop(prefix: str) -> onnx.GraphProto:
+        body = write("Tanh", prefix, f"{prefix}_old")
+        body.node.append(helper.make_node("Identity", [f"{prefix}_on"], [f"{prefix}_again"]))
+        given = value(f"{prefix}_on", TensorProto.BOOL, [])
+        carried = value(f"{prefix}_old", FLOAT, [rows, 5])
+        body.input.extend([value(f"{prefix}_i", INT64, []), given, carried])
+        body.output.insert(0, value(f"{prefix}_again", TensorProto.BOOL, []))
+        return body
+
+    if kind == "If":
+        branches = {"then_branch": write("Tanh", "a", "r"), "else_branch": write("Sin", "b", "r")}
+        net.op("If", "hot", out="f", **branches)
+    elif kind == "If whose condition is constant":
+        branches = {"then_branch": write("Tanh", "a", "r"), "else_branch": write("Sin", "b", "r")}
+        net.op("If", on, out="f", **branches)
+    elif kind == "Loop":
+        net.op("Cast", "hot", out="trips", to=INT64)
+        net.op("Loop", "trips", on, "r", out="f", body=write_loop("a"))
+    elif kind == "Loop in If":
+        net.op("Cast", "hot", out="trips", to=INT64)
+        node = helper.make_node("Loop", ["trips", on, "r"], ["l"], body=write_loop("a"), name="l")
+        nested = helper.make_graph([node], "nested", [], [value("l", FLOAT, [rows, 5])])
+        net.op("If", "hot", out="f", then_branch=nested, else_branch=write("Sin", "b", "r"))
+    else:
+        net.op("Unsqueeze", "r", net.constant("first", np.array([0])), out="one")
+        net.op("Concat", "one", "one", out="steps", axis=0)
+        body = write("Tanh", "a", "sum_of")
+        body.node.insert(0, helper.make_node("Add", ["old", "step"], ["sum_of"], name="sum_of"))
+        body.node.append(helper.make_node("Identity", ["a_f"], ["each"]))
+        body.input.extend([value("old", FLOAT, [rows, 5]), value("step", FLOAT, [rows, 5])])
+        body.output.append(value("each", FLOAT, [rows, 5]))
+        outputs = ["f", "all"]
+        node = helper.make_node("Scan", ["r", "steps"], outputs, body=body, num_scan_inputs=1)
+        net.nodes.append(node)
+    net.op("MatMul", "f", net.weight("v", 5, 4), out="h")
+    net.op("MatMul", net.op("Relu", "h", out="p"), net.weight("z", 4, 3), out="y")
+    inputs, ends = [value("x", FLOAT, ["N", 6])], [value("y", FLOAT, ["N", 3])]
+    graph = helper.make_graph(net.nodes, kind, inputs, ends, net.weights)
+    graph.value_info.append(value("f", FLOAT, [rows, 5]))
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["If", "If whose condition is constant", "Loop", "Loop in If", "Scan"]
+)
+def test_a_batch_of_1_that_is_left_behind_in_a_body_is_not_believed(
+    kind: str, target: Target, *, check: bool
+) -> None:
+    model, meant = build_with_bodies(kind, 1), build_with_bodies(kind, "N")
+    x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    freeze = ["^w$", "^u$"]
+    for at in ("h", None):
+        bundle = cut(
+            model, at=at, freeze=freeze, client_target=target, server_target=target, check=check
+        )
+        hold_predictions(bundle, meant, {"x": x})
+        hold_predictions(bundle, meant, {"x": -x})
+        data: Arrays = {"x": x, "labels": np.arange(8) % 3}
+        if at is not None:
+            assert verify(bundle, data, batch_size=4).ok
+        else:
+            hold_step(bundle, meant, data, ["v", "z"])

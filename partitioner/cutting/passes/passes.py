@@ -35,9 +35,10 @@ from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
+from splitonnx.partitioner.inference.declared_shapes import drop_declared_shapes
 from splitonnx.partitioner.inference.folds import fold, note_shapes
 from splitonnx.partitioner.inference.sequences import flatten_sequences
-from splitonnx.partitioner.inference.shapes import check_ranks, drop_declared_shapes, infer_shapes
+from splitonnx.partitioner.inference.shapes import check_ranks, infer_shapes
 from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
 from splitonnx.partitioner.normalization.batchnorms import (
     freeze_batchnorms,

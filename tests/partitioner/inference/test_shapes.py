@@ -15,7 +15,6 @@ from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.inference.shapes import (
     MOST_ALONG,
     check_ranks,
-    drop_declared_shapes,
     infer_shapes,
 )
 
@@ -90,39 +89,6 @@ def test_a_model_that_contradicts_itself_is_left_as_it_is() -> None:
     model = build(helper.make_node("MatMul", ["x", "w"], ["h"]), w=np.zeros((5, 4), np.float32))
     infer_shapes(model)  # 6 columns meet 5 rows: no error here, the runtime will say
     assert list_dims(model, "h") in (None, ["N", 4])
-
-
-def test_declared_shapes_give_way_to_what_follows_from_the_inputs() -> None:
-    model = build(
-        helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Relu", ["h"], ["y"]),
-        w=np.zeros((6, 5), np.float32),
-    )  # fmt: skip
-    values = map_values(model.graph)
-    for shape in ("1 5", "N 4", "N", "M 5"):
-        dims = [int(size) if size.isdecimal() else size for size in shape.split()]
-        values["h"].shape = ir.Shape(dims)
-        drop_declared_shapes(model)
-        assert list_dims(model, "h") == ["N", 5], shape
-
-
-def test_a_size_that_does_not_follow_from_the_inputs_is_not_believed() -> None:
-    """Behind a Reshape to rows of 4, onnx does not know that there are N of them."""
-    model = build(
-        helper.make_node("Reshape", ["x", "to"], ["h"]), helper.make_node("Relu", ["h"], ["y"]),
-        to=np.array([-1, 4]),
-    )  # fmt: skip
-    map_values(model.graph)["h"].shape = ir.Shape([1, 4])
-    drop_declared_shapes(model)
-    assert list_dims(model, "h") == [None, 4]
-
-
-def test_an_output_keeps_the_declared_number_of_classes_that_nothing_else_tells() -> None:
-    model = build(helper.make_node("Reshape", ["x", "to"], ["y"]))
-    model.graph.inputs.append(ir.Value(name="to", type=ir.TensorType(ir.DataType.INT64),
-                                       shape=ir.Shape([2])))  # fmt: skip
-    model.graph.outputs[0].shape = ir.Shape([1, 3])
-    drop_declared_shapes(model)
-    assert list_dims(model, "y") == [None, 3]
 
 
 def window(
