@@ -115,6 +115,8 @@ def _find_constants(graph: ir.Graph, symbols: set[str]) -> Iterator[tuple[ir.Nod
             found = _read_first_states(node)
         elif node.op_type == "Concat":
             found = _read_parts(node)
+        elif node.op_type == "Split":
+            found = _read_pieces(node)
         elif node.op_type in _BROADCASTING:
             found = _read_operands(node)
         else:
@@ -160,6 +162,15 @@ def _read_parts(node: ir.Node) -> tuple[str, int] | None:
     symbols = [dim for dim in firsts if isinstance(dim, str)]
     sizes = [dim for dim in firsts if isinstance(dim, int)]
     return (symbols[0], sizes[0]) if len(symbols) == 1 and len(sizes) == 1 else None
+
+
+def _read_pieces(node: ir.Node) -> tuple[str, int] | None:
+    """Read the size of the axis that a Split divides, if it is the sum of constant sizes."""
+    dims = _read_dims(node.inputs[0]) if node.inputs[0] is not None else []
+    axis = node.attributes.get_int("axis", 0)
+    sizes = known_array(node.inputs[1]) if len(node.inputs) > 1 else None
+    dim = dims[axis] if -len(dims) <= axis < len(dims) else None
+    return (dim, int(sizes.sum())) if isinstance(dim, str) and sizes is not None else None
 
 
 def _read_operands(node: ir.Node) -> tuple[str, int] | None:

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from splitonnx.errors import ArrayMismatch, MixedSamples
+from splitonnx.errors import ArrayMismatch, MixedSamples, UnsupportedModel
 from splitonnx.names import Target
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
@@ -156,6 +156,54 @@ def test_a_model_that_would_mix_samples_is_refused_and_its_option_not_advised(
     (obstacle,) = check(model, dims={"x:0": size}).obstacles
     assert obstacle == str(caught.value)
     cut(model, at="m", loss="mse", check=True)  # one sample a batch is what the file means
+
+
+def build_resized(rows: int, mode: str) -> onnx.ModelProto:
+    """Build a model of x [N, 2, 4, 4] whose exporter saw ``rows`` samples; 0 keeps the batch."""
+    net = Net()
+    net.op("Conv", "x", net.weight("k", 3, 2, 1, 1), out="h")
+    sizes = net.constant("sizes", np.array([rows, 3, 6, 5] if rows else [6, 5]))
+    axes = {} if rows else {"axes": [2, 3]}
+    net.op("Resize", "h", "", "", sizes, out="r", mode=mode, **axes)
+    net.op("Flatten", net.op("Tanh", "r", out="t"), out="f")
+    net.op("MatMul", "f", net.weight("v", 90, 3), out="y")
+    inputs = [onnx.helper.make_tensor_value_info("x", FLOAT, ["N", 2, 4, 4])]
+    outputs = [onnx.helper.make_tensor_value_info("y", FLOAT, ["N", 3])]
+    graph = onnx.helper.make_graph(net.nodes, mode, inputs, outputs, net.weights)
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_an_image_is_not_resized_to_one_sample(
+    mode: str, target: Target, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, meant = build_resized(1, mode), build_resized(0, mode)
+    x = np.random.default_rng(2).standard_normal((8, 2, 4, 4)).astype(np.float32)
+    np.testing.assert_allclose(
+        evaluate(meant, {"x": x})["y"], _evaluate_each(model, {"x": x}), rtol=1e-5, atol=1e-6
+    )
+    data: Arrays = {"x": x, "labels": np.arange(8) % 3}
+    bundle = cut(model, at="h", client_target=target, server_target=target)
+    assert [record.getMessage() for record in caplog.records] == [
+        "'r_node' has a batch of 1 in the model's file, and could keep no other; it is taken for "
+        "the batch of the data"
+    ]
+    hold_predictions(bundle, meant, data)
+    assert verify(bundle, data, batch_size=4).ok
+    whole = cut(model, at=None, client_target=target, server_target=target)
+    hold_step(whole, meant, data, ["k", "v"])
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_an_image_resized_to_two_samples_is_refused_with_the_batch_that_it_takes(mode: str) -> None:
+    model, meant = build_resized(2, mode), build_resized(0, mode)
+    with pytest.raises(UnsupportedModel, match=r"'r_node' \(Resize\).*of 2,.*--dim N=2"):
+        cut(model, at="h")
+    x = np.random.default_rng(2).standard_normal((2, 2, 4, 4)).astype(np.float32)
+    bundle = cut(model, at="h", dims={"N": 2})
+    hold_predictions(bundle, meant, {"x": x})
 
 
 def test_what_was_not_compared_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -108,6 +108,9 @@ def compare_with_original(
     except NotRun as error:
         reason = f"{subject} was not compared with its parts: {error}"
         return [reason, *describe_unchecked(freed)]
+    if any(n.op_type == "Resize" and n.name in prepared.freed for n in prepared.skeleton.graph):
+        for batch in freed:  # the original runs with other batches, but makes one sample of them
+            inlined = inlined if batch.options else batch.fix(inlined)
     forms = _list_forms(inlined, prepared, bundle, merge(), subject)
     remarks = [remark for form in forms for remark in _hold(form, subject)]
     model = Subject(

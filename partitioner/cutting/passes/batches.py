@@ -4,7 +4,8 @@ An exporter that traces a model with one sample may write the batch size, 1, int
 of a Reshape, or into a constant that is combined with the data.  The model then accepts only one
 sample, although its inputs are declared with a batch of any size.  Such a 1 is replaced by the
 batch size of the data if it cannot mean anything else: the changed model then computes the same
-for one sample, and the unchanged model could not run with more.
+for one sample, and the unchanged model could not run with more.  Only a Resize could: it would make
+one sample of all.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ MOST_NAMED = 8
 """The largest number of nodes that a sentence names."""
 
 _FIXING = frozenset(
-    {"Concat", "Expand", "GRU", "Gather", "LSTM", "RNN", "Reshape", "Slice", "Split", "Tile"}
-)
+    ["CenterCropPad", "Concat", "Expand", "GRU", "Gather", "LSTM", "RNN", "Reshape", "Slice",
+     "Split", "Tile"]
+)  # fmt: skip
 """Operators that can fix a batch size; a reduction of the batch to one loss is not among them."""
 
 
@@ -52,7 +54,7 @@ def describe_freed(nodes: Sequence[str]) -> str:
         return ""
     return (
         f"{quote(nodes[:MOST_NAMED])} {'have' if len(nodes) > 1 else 'has'} a batch of 1 in the "
-        "model's file, and could run for no other; it is taken for the batch of the data"
+        "model's file, and could keep no other; it is taken for the batch of the data"
     )
 
 
@@ -98,6 +100,10 @@ def _free(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
         return False
     if node.op_type == "Reshape":
         return _free_reshape(graph, node, symbols)
+    if node.op_type == "Resize":
+        return _free_resize(graph, node, symbols)
+    if node.op_type == "GridSample" and _is_batch(node.inputs[0], symbols):
+        return _repeat(graph, node, [1], node.inputs[0], 0, 0)
     if node.op_type == "Concat" and node.attributes.get_int("axis", 0) > 0:
         beside = next((value for value in node.inputs if _is_batch(value, symbols)), None)
         return _repeat(graph, node, range(len(node.inputs)), beside, 0, 0)
@@ -136,6 +142,30 @@ def _free_reshape(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> b
         return False
     builder = NodeBuilder(f"{node.outputs[0].name}/batch")
     node.replace_input_with(1, builder.integers([0, *rest]))
+    graph.insert_before(node, builder.nodes)
+    return True
+
+
+def _free_resize(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
+    """Make a Resize to one sample resize the other axes only, and return whether it was changed.
+
+    With a larger batch, it would replace all samples by one or compute a mean of them.
+    """
+    data, sizes = node.inputs[0], known_array(node.inputs[3]) if len(node.inputs) > 3 else None
+    if sizes is None or not _is_batch(data, symbols):
+        return False
+    assert data is not None
+    assert data.shape is not None
+    rank = len(data.shape)
+    axes = [axis % rank for axis in node.attributes.get_ints("axes", range(rank))]
+    after = dict(zip(axes, map(int, sizes), strict=True))
+    plain = node.attributes.get_string("keep_aspect_ratio_policy", "stretch") == "stretch"
+    coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+    if after.pop(0, None) != 1 or not after or not plain or coordinates == "tf_crop_and_resize":
+        return False
+    node.attributes.add(ir.AttrInt64s("axes", list(after)))
+    builder = NodeBuilder(f"{node.outputs[0].name}/batch")
+    node.replace_input_with(3, builder.integers(list(after.values())))
     graph.insert_before(node, builder.nodes)
     return True
 

@@ -30,6 +30,7 @@ from splitonnx.partitioner.cutting.passes.forms import (
 from splitonnx.partitioner.cutting.passes.given_names import list_names
 from splitonnx.partitioner.cutting.passes.gradient_stops import stop_gradients
 from splitonnx.partitioner.cutting.passes.joined_statistics import separate_statistics
+from splitonnx.partitioner.cutting.passes.resized_batches import refuse_resized_batches
 from splitonnx.partitioner.cutting.passes.ties import tie_weights
 from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
@@ -91,10 +92,6 @@ def _flatten_sequences(work: Work) -> None:
         infer_shapes(work.model)
 
 
-def _fold(work: Work) -> None:
-    fold(work.model, work.weights)
-
-
 def _flatten_sequences_of_loops(work: Work) -> None:
     if flatten_sequences(work.model.graph):
         infer_shapes(work.model)
@@ -130,6 +127,11 @@ def _decide_by_batch(work: Work) -> None:
     work.decided = decide_by_batch(work.model.graph, work.weights)
     if work.decided:
         _infer(work)
+
+
+def _check_sizes(work: Work) -> None:
+    check_ranks(work.model.graph)
+    refuse_resized_batches(work.model.graph)
 
 
 def _write_out_own_statistics(work: Work) -> None:
@@ -289,7 +291,7 @@ PASSES: Sequence[Pass] = (
     Pass(work="relieved of sequences", run=_flatten_sequences, requires=_F.TYPED, ensures=_F.FLAT),
     Pass(
         work="folded",
-        run=_fold,
+        run=lambda work: fold(work.model, work.weights),
         requires=_F.LIFTED | _F.TYPED | _F.PADDED | _F.FLAT,
         ensures=_F.FOLDED,
         spoils=_F.FLAT | _F.PADDED,  # by unrolling loops and inferring more shapes
@@ -306,8 +308,8 @@ PASSES: Sequence[Pass] = (
         requires=_F.LIFTED | _F.FOLDED | _F.FLAT,
     ),
     Pass(
-        work="checked for its ranks",
-        run=_on_graph(check_ranks),
+        work="checked for its sizes",
+        run=_check_sizes,
         requires=_F.TYPED | _F.FOLDED,
         ensures=_F.CHECKED,
     ),

@@ -37,6 +37,16 @@ def test_a_constant_that_holds_the_batch_is_named_with_its_size(target: tuple[in
     assert remark.options == ("--dim B=3",)
 
 
+def test_a_split_of_the_batch_into_constant_sizes_fixes_it() -> None:
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w", 4, 8), out="m")
+    net.op("Split", value, net.constant("sizes", np.array([1, 2])), out="s", axis=0)
+    net.nodes[-1].output.append("s2")
+    value = net.op("MatMul", "s", net.op("Transpose", "s2", out="t", perm=[1, 0]), out="y")
+    (remark,) = list_remarks(net.finish({"x": (FLOAT, ["B", 4])}, value, 2))
+    assert (remark.names, remark.options) == (("s_node",), ("--dim B=3",))
+
+
 @pytest.mark.parametrize("target", [(-1, 2, 4), (0, 2, 4), (1, -1, 4)])
 def test_a_target_that_follows_the_batch_calls_for_no_remark(target: tuple[int, ...]) -> None:
     assert list_remarks(build_reshape(*target)) == []

@@ -9,25 +9,34 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from splitonnx.partitioner.cutting.passes.batches import (
     describe_freed,
     find_fixing_node,
     free_batches,
 )
+from tests.support.oracles import make_evaluator
 
 X = np.random.default_rng(0).standard_normal((1, 2, 6)).astype(np.float32)
 Nodes = list[tuple[str, list[str], dict[str, Any]]]
 
 
 def build(nodes: Nodes, constants: dict[str, Any], batch: int | str = "N") -> onnx.ModelProto:
-    """Build ``x [batch, 2, 6] -> nodes in a row -> y``; an empty name is the value before."""
+    """Build ``x [batch, 2, 6] -> nodes in a row -> y``.
+
+    An empty name is the value before, and "-" an input that is left out.
+    """
     made, value = [], "x"
     for index, (kind, inputs, attributes) in enumerate(nodes):
         name = f"v{index}"
         made.append(
-            helper.make_node(kind, [i or value for i in inputs], [name], name=name, **attributes)
+            helper.make_node(
+                kind,
+                [{"": value, "-": ""}.get(i, i) for i in inputs],
+                [name],
+                name=name,
+                **attributes,
+            )
         )
         value = name
     graph = helper.make_graph(
@@ -43,7 +52,7 @@ def build(nodes: Nodes, constants: dict[str, Any], batch: int | str = "N") -> on
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    found, *_ = ReferenceEvaluator(model).run(None, {"x": x})
+    found, *_ = make_evaluator(model).run(None, {"x": x})
     return np.asarray(found)
 
 
@@ -68,6 +77,15 @@ KEPT: dict[str, tuple[Nodes, dict[str, Any]]] = {
     "a token before the data": (
         [("Concat", ["token", ""], {"axis": 1})],
         {"token": np.ones((1, 1, 6), np.float32)},
+    ),
+    "sizes of a resized image": ([("Resize", ["", "-", "-", "s"], {})], {"s": [1, 2, 9]}),
+    "sizes of some axes": (
+        [("Resize", ["", "-", "-", "s"], {"axes": [2, 0], "mode": "linear"})],
+        {"s": [9, 1]},
+    ),
+    "one grid": (
+        [("Unsqueeze", ["", "a"], {}), ("GridSample", ["", "g"], {})],
+        {"a": [1], "g": np.linspace(-1, 1, 18, dtype=np.float32).reshape(1, 3, 3, 2)},
     ),
     "first states": (
         [
@@ -106,6 +124,23 @@ LEFT: dict[str, tuple[Nodes, dict[str, Any], int | str]] = {
     ),
     "another number of elements": ([("Reshape", ["", "s"], {})], {"s": [1, 5]}, "N"),
     "not a 1": ([("Reshape", ["", "s"], {})], {"s": [2, -1]}, "N"),
+    "not a batch of 1": ([("Resize", ["", "-", "-", "s"], {})], {"s": [2, 2, 9]}, "N"),
+    "axes without the batch": (
+        [("Resize", ["", "-", "-", "s"], {"axes": [1, 2]})],
+        {"s": [1, 9]},
+        "N",
+    ),
+    "a region of the batch": (
+        [
+            (
+                "Resize",
+                ["", "r", "-", "s"],
+                {"coordinate_transformation_mode": "tf_crop_and_resize"},
+            )
+        ],
+        {"r": np.array([0, 0, 0, 1, 1, 1], np.float32), "s": [1, 2, 9]},
+        "N",
+    ),
     "a fixed batch": ([("Reshape", ["", "s"], {})], {"s": [1, 12]}, 1),
     "joined along the batch": (
         [("Concat", ["token", ""], {"axis": 0})],
