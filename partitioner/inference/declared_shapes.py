@@ -47,10 +47,11 @@ def drop_declared_shapes(model: ir.Model) -> None:
         return
     with attribute_errors_to_pass("written down"), lighten(model.graph):
         proto = write_model(model)
-    _clear_shapes(proto.graph)
     symbols = {str(dim) for value in model.graph.inputs for dim in _list_dims(value.shape)}
+    loops = _Loops(symbols=symbols)
+    _clear_shapes(proto.graph, loops)
     with attribute_errors_to_bytes(refuse_types):
-        typed = _infer(proto, _Loops(symbols=symbols))
+        typed = _infer(proto, loops)
         if typed is not None:
             _note_shapes(model.graph, typed, symbols, is_body=False)
 
@@ -59,15 +60,21 @@ def _list_dims(shape: ir.Shape | None) -> Dims:
     return [dim if isinstance(dim, int) else dim.value for dim in shape or ()]
 
 
-def _clear_shapes(graph: onnx.GraphProto) -> None:
-    """Remove all declared shapes but those of the inputs of the outermost graph."""
+def _clear_shapes(graph: onnx.GraphProto, loops: _Loops, place: tuple[int, ...] = ()) -> None:
+    """Remove all declared shapes but those of the inputs of the outermost graph.
+
+    ``loops`` keeps what is declared for the values that loops carry.
+    """
     del graph.value_info[:]
     for value in graph.output:
         _write_dims(value.type, None)
-    for node in graph.node:
-        for body in _list_bodies(node):
-            _clear_shapes(body)
-            for value in body.input[_CARRIED if node.op_type == "Loop" else 0 :]:
+    for index, node in enumerate(graph.node):
+        for number, body in enumerate(_list_bodies(node)):
+            _clear_shapes(body, loops, (*place, index, number))
+            for position, value in enumerate(
+                body.input[_CARRIED if node.op_type == "Loop" else 0 :]
+            ):
+                loops.declared[*place, index, position] = _read_dims(value.type, loops.symbols)
                 _write_dims(value.type, None)
 
 
@@ -135,11 +142,13 @@ class _Loops:
     onnx infers no shape for a value that a Loop carries, since it may change from one iteration to
     the next.  The value is assumed to have its initial shape.  Where the body returns another size,
     the size is not known, and the shapes are inferred again.  The assumptions that remain are true:
-    they hold at first, and the body preserves them.
+    they hold at first, and the body preserves them.  If nothing is inferred for what the body
+    returns, it is assumed to have the declared shape as far as the initial value has it.
     """
 
     symbols: Collection[str]
     assumed: dict[tuple[int, ...], Dims | None] = field(default_factory=dict)
+    declared: dict[tuple[int, ...], Dims | None] = field(default_factory=dict)
 
     def correct(
         self,
@@ -178,12 +187,15 @@ class _Loops:
         for index, initial in enumerate(node.input[_CARRIED:]):
             before, after = body.input[index + _CARRIED], body.output[index + 1]
             key, dims = (*place, index), _read_dims(scope.get(initial), self.symbols)
+            returned = _read_dims(found.get(after.name), self.symbols)
             if key in self.assumed:
-                returned = _read_dims(found.get(after.name), self.symbols)
-                dims = _join(self.assumed[key], _join(dims, returned))
+                kept = self.declared[key] if returned is None else returned
+                dims = _join(self.assumed[key], _join(dims, kept))
+                if dims == self.assumed[key]:
+                    continue
+                if returned is None:
+                    _declare(after, found.get(after.name), dims)
             elif dims is None:
-                continue
-            if key in self.assumed and dims == self.assumed[key]:
                 continue
             self.assumed[key], changed = dims, True
             name = node.output[index] if index < len(node.output) else ""

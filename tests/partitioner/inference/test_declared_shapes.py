@@ -138,6 +138,20 @@ def test_a_size_that_changes_from_one_iteration_to_the_next_is_not_known() -> No
     assert (found["old"], found["new"], found["y"]) == ([None, 6], [None, 6], [None, 6])
 
 
+def test_a_size_that_only_the_file_knows_is_believed_if_a_loop_begins_with_it() -> None:
+    nodes = [
+        helper.make_node("Shape", ["old"], ["shape"]),
+        helper.make_node("Compress", ["shape", "both"], ["to"]),
+        helper.make_node("Reshape", ["old", "to"], ["new"]),
+    ]
+    model = build(
+        helper.make_node("Loop", ["trips", "", "x"], ["y"], body=repeat(nodes, [1, 6], [1, 6])),
+        trips=np.array(3), both=np.array([True, True]),
+    )  # fmt: skip
+    found = list_all_dims(model)
+    assert (found["old"], found["new"]) == ([None, 6], [None, 6])
+
+
 def test_a_loop_in_a_loop_is_followed() -> None:
     inner = repeat([helper.make_node("Tanh", ["old"], ["new"])], [1, 6], [1, 6])
     for value in (inner.input[2], inner.output[1], inner.node[0]):
