@@ -120,11 +120,14 @@ def _read(source: onnx.ValueInfoProto, value: Binding) -> np.ndarray:
     given = np.asarray(value)
     with np.errstate(invalid="ignore", over="ignore"):
         array = given.astype(dtype)
-    if (
-        not np.array_equal(array.astype(np.float64), given.astype(np.float64))
-        and dtype.kind in "biu"
-    ):
+    kept, wide = array.astype(np.float64), given.astype(np.float64)
+    if dtype.kind in "biu" and not np.array_equal(kept, wide):
         raise UsageError(f"--bind {source.name}: {value} is not {dtype}, the type of this input")
+    if np.isnan(kept).any() or (np.isinf(kept) & np.isfinite(wide)).any():
+        raise UsageError(
+            f"--bind {source.name}: {value} is not a number that {dtype}, the type of this input, "
+            "can hold; give another (inf and -inf are allowed)"
+        )
     if given.size == 1:
         return np.full(shape, array.reshape(()), dtype)
     if given.size != (count := int(np.prod(shape))):

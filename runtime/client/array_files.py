@@ -8,7 +8,6 @@ in full.
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -103,6 +102,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 def _open_archive(file: BinaryIO, path: Path) -> np.lib.npyio.NpzFile:
     _check_room(file)
+    _check_start(file, "a .npz archive", "np.savez")
     archive = np.load(file, allow_pickle=False)
     if isinstance(archive, np.ndarray):
         raise UnusableData(str(path), "it is a single array, without a name; use np.savez")
@@ -137,7 +137,16 @@ def _check_room(file: BinaryIO) -> None:
     file.seek(0)
 
 
+def _check_start(file: BinaryIO, expected: str, writer: str) -> None:
+    """Raise an error if a file is not empty and begins as neither a .npz nor a .npy file does."""
+    start = file.read(8)
+    file.seek(0)
+    if start and not start.startswith((b"PK", np.lib.format.MAGIC_PREFIX)):
+        raise ValueError(f"{expected} was expected, but it begins with {start!r}; use {writer}")
+
+
 def _map_array(path: Path) -> np.ndarray:
-    os.close(open_regular(path))
+    with open(open_regular(path), "rb") as file:
+        _check_start(file, "a .npy file", "np.save")
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array

@@ -166,6 +166,13 @@ def test_a_number_that_the_type_cannot_hold_is_refused() -> None:
             open_model(model, Adjustments(bindings={"rate": value}))
 
 
+def test_what_is_not_a_number_or_too_large_a_one_is_refused_but_infinity_is_a_setting() -> None:
+    for value in (float("nan"), [1, 2, float("nan")], 1e39):
+        with pytest.raises(UsageError, match=r"--bind scale: .* is not a number that float32"):
+            open_model(build("N"), Adjustments(bindings={"scale": value}))
+    open_model(build("N"), Adjustments(bindings={"scale": float("-inf")}))
+
+
 def test_a_size_that_contradicts_the_model_is_refused() -> None:
     with pytest.raises(SplitonnxError):
         cut(build("N"), at=None, loss="mse", bind={"scale": 1}, dims={"x:1": 5})

@@ -80,3 +80,11 @@ def test_python_objects_are_refused_by_their_header(tmp_path: Path) -> None:
 def test_a_folder_of_arrays_is_mapped_by_name(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros((2, 3)))
     assert isinstance(map_folder(tmp_path)["x"], np.memmap)
+
+
+def test_a_file_of_text_is_refused_with_what_was_expected(tmp_path: Path) -> None:
+    for name, read in (("x.npz", read_npz), ("x.npy", lambda path: map_folder(path.parent))):
+        (tmp_path / name).write_text("some text")
+        told = rf"a \.{name[2:]} .*was expected, but it begins with b'some tex'; use np\.save"
+        with pytest.raises(UnusableData, match=told):
+            read(tmp_path / name)
