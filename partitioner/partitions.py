@@ -247,7 +247,10 @@ def _warn(prepared: PreparedModel, loss: str, output: str, options: LossOptions)
 
 def _say_repeated_activation(prepared: PreparedModel, loss: str, output: str, axis: int) -> None:
     """Log a warning if the loss applies an activation that the model applies as well."""
-    repeated = find_repeated_activation(map_values(prepared.skeleton.graph)[output], loss, axis)
+    given, trained = (
+        map_values(form.graph)[output] for form in (prepared.skeleton, prepared.training)
+    )
+    repeated = find_repeated_activation(given, trained, loss, axis)
     if repeated is not None:
         _log.warning(
             "%s applies a %s to '%s', which comes from the %s '%s' already, so scores are squashed "
