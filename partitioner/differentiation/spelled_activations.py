@@ -191,8 +191,8 @@ def _find_softplus(value: ir.Value) -> ir.Value | None:
     exponents = [_take(power, "Exp") for power in _take_all(total, "Add")] if total else []
     if source is None or len(exponents) != 2 or exponents[0] is None or exponents[1] is None:
         return None
-    is_whole = _find_negated(exponents[0]) is positive
-    return source if is_whole and _take_all(exponents[1], "Sub") == [source, positive] else None
+    is_rewrite = _find_negated(exponents[0]) is positive
+    return source if is_rewrite and _take_all(exponents[1], "Sub") == [source, positive] else None
 
 
 def _find_negated(value: ir.Value) -> ir.Value | None:

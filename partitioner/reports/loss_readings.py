@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
+from splitonnx.partitioner.cutting.conformance.comparisons import USUAL_BYTES
+from splitonnx.partitioner.cutting.conformance.score_ranges import describe_probabilities
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
 from splitonnx.partitioner.differentiation.losses import find_class_axis
@@ -50,6 +52,7 @@ def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) 
         unclear = loss == "cross-entropy" and _fits_either_axis(value)  # then it is refused
         axis = 1 if unclear else find_class_axis(prepared.training.graph, loss, output)
         yield from _remark_on_activation(value, trained, losses, axis, prepared.given)
+        yield from _remark_on_likeness(prepared, loss, output, axis)
     if loss == "cross-entropy" or _fits_either_axis(value):
         yield from _remark_on_axis(value)
 
@@ -98,6 +101,22 @@ def _remark_on_activation(
         names=(name, repeated.node.name or ""),
         options=tuple(make_option("--loss", own) for own in others[:1]),
     )
+
+
+def _remark_on_likeness(
+    prepared: PreparedModel, loss: str, output: str, axis: int
+) -> Iterator[Remark]:
+    """Yield a remark on an output that looks like probabilities, though no operator says so."""
+    likeness = describe_probabilities(prepared, loss, output, axis, USUAL_BYTES)
+    if likeness:
+        yield Remark(
+            kind=Kind.ACTIVATION_TWICE,
+            sentence=f"'{output}' looks like probabilities: with random inputs and weights, all "
+            f"its values {likeness}, and {loss} applies a {CONTAINED[loss]} to them, which "
+            "squashes the scores twice: choose another loss, or a model whose output is the raw "
+            "scores",
+            names=(output,),
+        )
 
 
 def _advise_export(output: ir.Value, repeated: Squashing, axis: int, given: Collection[str]) -> str:
