@@ -20,6 +20,7 @@ from splitonnx.errors import (
     list_some,
     quote,
 )
+from splitonnx.layers import LAYERS, may_mix
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import Optimizer
@@ -33,12 +34,6 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, reads_size
 
 _log = logging.getLogger(__name__)
-
-_LAYERS = frozenset(
-    {"Conv", "ConvTranspose", "DeformConv", "Einsum", "FusedMatMul", "GRU", "Gather", "Gemm",
-     "LSTM", "MatMul", "RNN"}
-)  # fmt: skip
-"""Operators that mix the numbers of their input by weights, or replace them by rows of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +62,8 @@ class Permission:
         raw = _list_raw(prepared)
         sent = {name for inputs in leaving.values() for name in inputs}
         self._check_named(sent, raw - prepared.state)
-        self._check_labels(sends_labels(training, raw), find_labels_in_gradients(training, raw))
+        telling = find_labels_in_gradients(training, raw, prepared.gradient_layers)
+        self._check_labels(sends_labels(training, raw), telling)
 
     @attribute_errors_to_pass("searched for what leaves the client")
     def check_forward(self, prepared: PreparedModel, training: JointGraph) -> None:
@@ -95,7 +91,8 @@ class Permission:
         raw = _list_raw(prepared)
         leaving: dict[str, list[str]] = {}
         for joint in (training, *others):
-            for tensor, inputs in find_raw_inputs(joint, raw - prepared.state).items():
+            found = find_raw_inputs(joint, raw - prepared.state, prepared.value_layers)
+            for tensor, inputs in found.items():
                 leaving[tensor] = inputs
         unnamed = {
             tensor: [name for name in inputs if name not in self.inputs]
@@ -104,7 +101,9 @@ class Permission:
         missing = sorted({name for inputs in unnamed.values() for name in inputs})
         if missing:
             tensors = [tensor for tensor, inputs in unnamed.items() if inputs]
-            needs_labels = sends_labels(training, raw) or find_labels_in_gradients(training, raw)
+            needs_labels = sends_labels(training, raw) or find_labels_in_gradients(
+                training, raw, prepared.gradient_layers
+            )
             raise InputsNotPermitted(
                 tensors, missing, labels=bool(needs_labels) and not self.labels
             )
@@ -143,15 +142,17 @@ def _list_raw(prepared: PreparedModel) -> set[str]:
     return {value.name or "" for form in forms for value in form.graph.inputs}
 
 
-def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
+def find_raw_inputs(
+    joint: JointGraph, raw: set[str], weights: Collection[str]
+) -> dict[str, list[str]]:
     """Map each sent tensor that holds raw data to the names of the inputs that the data come from.
 
     A tensor holds raw data of an input if it is this input, or is computed from it along a path
     without a layer of weights, even if other paths have one.  Only tensors that the client sends
     are listed, including gradients.  Tensors that hold only sizes are not listed.  ``raw`` names
-    the raw inputs.
+    the raw inputs, and ``weights`` the weights of layers.
     """
-    bare = trace_raw_inputs(joint.graph, raw, joint.owners)
+    bare = trace_raw_inputs(joint.graph, raw, weights)
     found: dict[str, list[str]] = {}
     for wire in joint.wires:
         if wire.crossing.sender == CLIENT and bare.get(wire.crossing.value):
@@ -165,7 +166,8 @@ def trace_raw_inputs(
 ) -> dict[ir.Value, frozenset[str]]:
     """Map each value to the raw inputs that reach it along a path without a layer of weights.
 
-    ``raw`` names the raw inputs among the graph's inputs, and ``names`` the weights.
+    ``raw`` names the raw inputs among the graph's inputs, and ``names`` the weights of layers
+    (``PreparedModel.value_layers``).
     """
     weights = {value for value in graph.inputs if value.name in names}
     bare = {v: frozenset({v.name or ""}) for v in graph.inputs if v.name in raw}
@@ -176,9 +178,14 @@ def trace_raw_inputs(
         reached = frozenset().union(*(bare.get(value, frozenset()) for value in read))
         if not reached and weights.intersection(read):
             weights.update(node.outputs)
-        if reached and not (node.op_type in _LAYERS and weights.intersection(read)):
+        if reached and not may_mix(node.op_type, _find_positions(node, weights)):
             bare.update(dict.fromkeys(node.outputs, reached))
     return bare
+
+
+def _find_positions(node: ir.Node, weights: Collection[ir.Value]) -> list[int]:
+    """Return the positions of weights among a node's inputs."""
+    return [position for position, value in enumerate(node.inputs) if value in weights]
 
 
 def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
@@ -191,17 +198,21 @@ def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
     return any(wire.tensor.name.rpartition("@")[0] in labels for wire in sent)
 
 
-def find_labels_in_gradients(joint: JointGraph, inputs: set[str]) -> list[str]:
+def find_labels_in_gradients(
+    joint: JointGraph, inputs: set[str], weights: Collection[str]
+) -> list[str]:
     """List the tensors for which the gradients sent by the client reveal the labels to the server.
 
     A gradient reveals the labels if it is computed from them along a path on which no layer has
     weights that only the client knows.  The server knows the tensor itself, so it can then compute
     the labels from the gradient.
     ``inputs`` names the inputs of the model; the labels are the data that are not among them.
+    ``weights`` names the weights of layers (``PreparedModel.gradient_layers``).
     """
     labels = {name for name in joint.data if name not in inputs}
     reached = {value for value in joint.graph.inputs if value.name in labels}
-    layers = _find_layers(joint.graph, {n for n, own in joint.owners.items() if own == {CLIENT}})
+    secret = {n for n, own in joint.owners.items() if own == {CLIENT}}.intersection(weights)
+    layers = _find_layers(joint.graph, secret)
     for node in joint.graph:
         if node not in layers and not reads_size(node) and reached.intersection(list_inputs(node)):
             reached.update(node.outputs)
@@ -218,7 +229,7 @@ def find_bare_ends(graph: ir.Graph, weights: Collection[str]) -> set[ir.Value]:
     """Find the values from which a path without a layer of weights leads to an output.
 
     If the server sends one of these values back and receives its gradient, it can compute the
-    labels.  ``weights`` names the graph inputs that are weights.
+    labels.  ``weights`` names the weights of layers (``PreparedModel.gradient_layers``).
     """
     layers = _find_layers(graph, weights)
     found = set(graph.outputs)
@@ -236,17 +247,18 @@ def _find_layers(graph: ir.Graph, weights: Collection[str]) -> set[ir.Node]:
         read = list_inputs(node)
         if not secret.intersection(read):
             continue
-        if _is_layer(node):
+        if _is_layer(node, secret):
             layers.add(node)
         if all(v in secret or ir.convenience.get_const_tensor(v) is not None for v in read):
             secret.update(node.outputs)
     return layers
 
 
-def _is_layer(node: ir.Node) -> bool:
+def _is_layer(node: ir.Node, weights: Collection[ir.Value]) -> bool:
     """Return whether a node, or a node in its bodies, mixes numbers by weights."""
-    kinds = (inner.op_type.removesuffix("Grad") for inner in (node, *list_inner(node)))
-    return any(kind in _LAYERS for kind in kinds)
+    if may_mix(node.op_type, _find_positions(node, weights)):
+        return True
+    return any(inner.op_type.removesuffix("Grad") in LAYERS for inner in list_inner(node))
 
 
 def cut(
