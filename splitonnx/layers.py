@@ -52,8 +52,19 @@ class _Use:
     order: tuple[int, ...] | None
 
     def link(self, array: np.ndarray) -> np.ndarray | None:
-        """Return which numbers the weight connects at this input; see :func:`_link`."""
-        turned = array if self.order is None else np.transpose(array, self.order or None)
+        """Return which numbers the weight connects at this input; see :func:`_link`.
+
+        Nodes may come from a bundle that nobody checked, so an order may not fit the array.
+        """
+        order = self.order or tuple(range(array.ndim))[::-1]
+        if self.order is None:
+            turned = array
+        elif sorted(order) == list(range(array.ndim)):
+            turned = np.transpose(array, order)
+        else:
+            return None
+        if not array.size:
+            return None
         return _link(self.node, self.position, turned)
 
 
@@ -119,10 +130,11 @@ def _list_uses(nodes: Iterable[LayerNode]) -> dict[str, list[_Use]]:
                 uses.setdefault(source, []).append(_Use(node=node, position=position, order=order))
         name = node.arguments[0] if node.arguments else ""
         source, order = moved.get(name, (name, None))
-        if node.operator in ("Cast", "Identity"):
-            moved[node.results[0]] = source, order
-        elif node.operator == "Transpose" and order is None:
-            moved[node.results[0]] = source, tuple(node.integers.get("perm", ()))
+        for result in node.results[:1]:
+            if node.operator in ("Cast", "Identity"):
+                moved[result] = source, order
+            elif node.operator == "Transpose" and order is None:
+                moved[result] = source, tuple(node.integers.get("perm", ()))
     return uses
 
 
@@ -180,7 +192,7 @@ def _link_transposed(linked: np.ndarray, groups: int, strides: Sequence[int]) ->
         return None
     apart: np.ndarray = linked.reshape(groups, inputs // groups, outputs, -1)
     steps = [*strides, *[1] * (len(kernel) - len(strides))]
-    if all(step >= size for step, size in zip(steps, kernel, strict=True)):
+    if all(step >= size for step, size in zip(steps, kernel, strict=False)):
         return apart.reshape(groups, inputs // groups, 1, -1)  # no two positions overlap
     return apart.transpose(0, 1, 3, 2)
 

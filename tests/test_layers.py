@@ -131,3 +131,24 @@ def test_a_weight_mixes_only_at_its_place() -> None:
     assert not may_mix("Add", [0, 1])
     assert may_mix("ConvGrad", [2])
     assert not may_mix("ConvGrad", [])
+
+
+def test_nodes_that_do_not_fit_their_weights_count_as_layers() -> None:
+    turn = LayerNode(
+        operator="Transpose", arguments=("w",), results=("t",), integers={"perm": (7, 0)}
+    )
+    product = LayerNode(operator="MatMul", arguments=("x", "t"), results=("y",))
+    assert not Mixing([turn, product], {"w": np.eye(2)}.get).keeps_values("w")
+    empty = LayerNode(operator="Cast", arguments=(), results=())
+    assert not Mixing([empty], {"w": np.eye(2)}.get).keeps_values("w")
+    unfit = {
+        "group": measure(draw(4, 1, 1, 1), "Conv", group=[3]),
+        "no group": measure(draw(4, 1, 1, 1), "ConvTranspose", group=[0]),
+        "no elements": measure(np.zeros((0, 3)), "MatMul"),
+        "no kernel": measure(draw(4, 4), "Conv"),
+        "axes": measure(draw(4), "Einsum", equation="ab,bc->ac"),
+        "terms": measure(draw(4), "Einsum", equation="a->a"),
+    }
+    assert set(unfit.values()) == {(False, False)}
+    strides = [2] * 5
+    assert measure(draw(4, 1, 1, 1), "ConvTranspose", group=[4], strides=strides) == (True, True)
