@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from splitonnx.errors import CutError, NotACut, TooManyTries, UsageError, quote
+from splitonnx.errors import CutError, NotACut, TooManyTries, UsageError, count_some, quote
 from splitonnx.partitioner.cutting.candidates.bisections import find_bisections
 from splitonnx.partitioner.cutting.divisions import divide_inference, divide_training
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
@@ -52,7 +52,7 @@ def add_advice(
             settings = _list_settings(prepared, added.raw)
             return replace(added, tensors=error.tensors, others=others, settings=settings)
     own = [name for name in error.missing if name in prepared.given]
-    crossing = quote(own) or "other tensors"
+    crossing = count_some(own, most=8) or "other tensors"
     source = f" (of the raw input {quote(error.raw)}, which stays home)" if error.raw else ""
     reason = f"{crossing} would cross too{source}"
     return NotACut(error.tensors, reason=reason, others=others)

@@ -42,6 +42,7 @@ from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decide
 from splitonnx.partitioner.cutting.passes.batches import describe_freed
 from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
 from splitonnx.partitioner.cutting.passes.joined_statistics import describe_separations
+from splitonnx.partitioner.cutting.passes.stored_options import describe_stored
 from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
@@ -145,6 +146,8 @@ def cut(
         ties=ties,
         stop_gradients=_list_names(stop_gradients),
     )
+    for note in describe_stored(prepared.stored, prepared.missing):
+        _log.warning("%s", note)
     bundle = cut_prepared(
         prepared,
         at=at,

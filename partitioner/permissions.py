@@ -20,18 +20,19 @@ from splitonnx.errors import (
     list_some,
     quote,
 )
-from splitonnx.layers import LAYERS, may_mix
+from splitonnx.layers import may_mix
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import Optimizer
 from splitonnx.partitioner import partitions
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.differentiation.label_traces import find_positions
 from splitonnx.partitioner.differentiation.losses import LABELS
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
-from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, reads_size
+from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size
 
 _log = logging.getLogger(__name__)
 
@@ -62,8 +63,7 @@ class Permission:
         raw = _list_raw(prepared)
         sent = {name for inputs in leaving.values() for name in inputs}
         self._check_named(sent, raw - prepared.state)
-        telling = find_labels_in_gradients(training, raw, prepared.gradient_layers)
-        self._check_labels(sends_labels(training, raw), telling)
+        self._check_labels(sends_labels(training, raw), find_labels_in_gradients(training))
 
     @attribute_errors_to_pass("searched for what leaves the client")
     def check_forward(self, prepared: PreparedModel, training: JointGraph) -> None:
@@ -101,9 +101,7 @@ class Permission:
         missing = sorted({name for inputs in unnamed.values() for name in inputs})
         if missing:
             tensors = [tensor for tensor, inputs in unnamed.items() if inputs]
-            needs_labels = sends_labels(training, raw) or find_labels_in_gradients(
-                training, raw, prepared.gradient_layers
-            )
+            needs_labels = sends_labels(training, raw) or find_labels_in_gradients(training)
             raise InputsNotPermitted(
                 tensors, missing, labels=bool(needs_labels) and not self.labels
             )
@@ -178,14 +176,9 @@ def trace_raw_inputs(
         reached = frozenset().union(*(bare.get(value, frozenset()) for value in read))
         if not reached and weights.intersection(read):
             weights.update(node.outputs)
-        if reached and not may_mix(node.op_type, _find_positions(node, weights)):
+        if reached and not may_mix(node.op_type, find_positions(node, weights)):
             bare.update(dict.fromkeys(node.outputs, reached))
     return bare
-
-
-def _find_positions(node: ir.Node, weights: Collection[ir.Value]) -> list[int]:
-    """Return the positions of weights among a node's inputs."""
-    return [position for position, value in enumerate(node.inputs) if value in weights]
 
 
 def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
@@ -198,67 +191,12 @@ def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
     return any(wire.tensor.name.rpartition("@")[0] in labels for wire in sent)
 
 
-def find_labels_in_gradients(
-    joint: JointGraph, inputs: set[str], weights: Collection[str]
-) -> list[str]:
+def find_labels_in_gradients(joint: JointGraph) -> list[str]:
     """List the tensors for which the gradients sent by the client reveal the labels to the server.
 
-    A gradient reveals the labels if it is computed from them along a path on which no layer has
-    weights that only the client knows.  The server knows the tensor itself, so it can then compute
-    the labels from the gradient.
-    ``inputs`` names the inputs of the model; the labels are the data that are not among them.
-    ``weights`` names the weights of layers (``PreparedModel.gradient_layers``).
+    The server knows the tensor itself, so it can compute the labels from such a gradient.
     """
-    labels = {name for name in joint.data if name not in inputs}
-    reached = {value for value in joint.graph.inputs if value.name in labels}
-    secret = {n for n, own in joint.owners.items() if own == {CLIENT}}.intersection(weights)
-    layers = _find_layers(joint.graph, secret)
-    for node in joint.graph:
-        if node not in layers and not reads_size(node) and reached.intersection(list_inputs(node)):
-            reached.update(node.outputs)
-    return [
-        wire.tensor.name.removesuffix(f"@{CLIENT}_grad")
-        for wire in joint.wires
-        if wire.kind is WireKind.GRADIENT
-        and wire.crossing.sender == CLIENT
-        and wire.crossing.value in reached
-    ]
-
-
-def find_bare_ends(graph: ir.Graph, weights: Collection[str]) -> set[ir.Value]:
-    """Find the values from which a path without a layer of weights leads to an output.
-
-    If the server sends one of these values back and receives its gradient, it can compute the
-    labels.  ``weights`` names the weights of layers (``PreparedModel.gradient_layers``).
-    """
-    layers = _find_layers(graph, weights)
-    found = set(graph.outputs)
-    for node in reversed(graph):
-        if node not in layers and not reads_size(node) and found.intersection(node.outputs):
-            found.update(list_inputs(node))
-    return found
-
-
-def _find_layers(graph: ir.Graph, weights: Collection[str]) -> set[ir.Node]:
-    """Find the nodes that mix numbers by some weights, or by values computed from these alone."""
-    secret = {value for value in graph.inputs if value.name in weights}
-    layers = set()
-    for node in graph:
-        read = list_inputs(node)
-        if not secret.intersection(read):
-            continue
-        if _is_layer(node, secret):
-            layers.add(node)
-        if all(v in secret or ir.convenience.get_const_tensor(v) is not None for v in read):
-            secret.update(node.outputs)
-    return layers
-
-
-def _is_layer(node: ir.Node, weights: Collection[ir.Value]) -> bool:
-    """Return whether a node, or a node in its bodies, mixes numbers by weights."""
-    if may_mix(node.op_type, _find_positions(node, weights)):
-        return True
-    return any(inner.op_type.removesuffix("Grad") in LAYERS for inner in list_inner(node))
+    return [w.tensor.name.removesuffix(f"@{CLIENT}_grad") for w in joint.wires if w.tells_labels]
 
 
 def cut(

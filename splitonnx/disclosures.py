@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
-from splitonnx.expressions import evaluate, is_name
+from splitonnx.expressions import describe_size, evaluate, find_unbound, is_name, solve_for
 from splitonnx.manifests import PartyManifest, Phase, Wire, WireKind
 from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER, TRAIN
 from splitonnx.tensors import DTYPES, TensorSpec
@@ -39,7 +39,8 @@ class SentTensor:
     it in words, such as ``activation``.  ``declared`` is its type and shape, with all known sizes
     filled in.  ``bytes`` is the total size of its values, or ``None`` if a dimension is unknown.
     ``bytes_per_sample`` is the size per sample, or ``None`` if the total size is not proportional
-    to the number of samples.
+    to the number of samples.  ``tells_labels`` means that the tensor is a gradient from which
+    the server can compute the labels; bundles of earlier versions do not say so.
     """
 
     wire: str
@@ -48,14 +49,18 @@ class SentTensor:
     declared: str
     bytes: int | None
     bytes_per_sample: int | None
+    tells_labels: bool = False
 
     def __str__(self) -> str:
-        size = ""
+        notes = []
         if self.bytes is not None:
-            size = f" ({self.bytes:,} bytes)"
+            notes.append(f"{self.bytes:,} bytes")
         elif self.bytes_per_sample is not None:
-            size = f" ({self.bytes_per_sample:,} bytes a sample)"
-        return f"{self.name} {self.declared}{size}"
+            notes.append(f"{self.bytes_per_sample:,} bytes a sample")
+        if self.tells_labels:
+            notes.append("the server can compute the labels from it")
+        inner = "; ".join(notes)
+        return f"{self.name} {self.declared}{f' ({inner})' if inner else ''}"
 
     @property
     def name(self) -> str:
@@ -102,7 +107,13 @@ def list_sent(
     return Sending(
         phase=phase,
         batch=batch,
-        tensors=tuple(_describe(wire, labels, rows, batch) for wire in wires),
+        tensors=tuple(
+            replace(
+                _describe(wire, labels, rows, batch),
+                tells_labels=wire.tensor.name in manifest.tells_labels,
+            )
+            for wire in wires
+        ),
     )
 
 
@@ -154,9 +165,9 @@ def count_run(
 
 def _describe(wire: Wire, labels: str | None, rows: str | None, batch: int | None) -> SentTensor:
     tensor = _strip_port(wire)
-    sizes = {rows: batch} if rows is not None and batch is not None else {}
+    sizes = {} if batch is None else _bind(rows, batch)
     declared = msgspec.structs.replace(
-        wire.tensor, shape=tuple(_fill_in(dim, sizes) for dim in wire.tensor.shape)
+        wire.tensor, shape=tuple(_write(_fill_in(dim, sizes)) for dim in wire.tensor.shape)
     )
     is_labels = wire.kind is WireKind.INPUT and tensor == labels
     return SentTensor(
@@ -172,10 +183,10 @@ def _describe(wire: Wire, labels: str | None, rows: str | None, batch: int | Non
 def count_bytes_per_sample(spec: TensorSpec, rows: str | None) -> int | None:
     """Return the size of a tensor per sample, in bytes.
 
-    ``rows`` is the symbol for the number of samples, or ``None`` if there is no such symbol.
+    ``rows`` is the dimension for the number of samples, such as ``N``, or ``None`` if unknown.
     Return ``None`` if the tensor's size is unknown or not proportional to the number of samples.
     """
-    one, two = (_count_bytes(spec, {rows: size} if rows else {}) for size in (1, 2))
+    one, two = (_count_bytes(spec, _bind(rows, size)) for size in (1, 2))
     return one if one is not None and two == 2 * one else None
 
 
@@ -204,11 +215,29 @@ def _fill_in(dim: int | str | None, sizes: Mapping[str, int]) -> int | str | Non
     return dim if size is None else size
 
 
+def _write(dim: int | str | None) -> int | str | None:
+    return describe_size(dim) if isinstance(dim, str) else dim
+
+
+def _bind(rows: str | None, size: int) -> dict[str, int]:
+    """Return the name in the dimension ``rows``, with its value if the dimension is ``size``."""
+    names = [] if rows is None else find_unbound(rows, {})
+    if rows is None or len(names) != 1:
+        return {}
+    bound = solve_for(names[0], rows, size, {})
+    return {} if bound is None else {names[0]: bound}
+
+
 def _name_rows(manifest: PartyManifest, phase: Phase) -> str | None:
-    """Return the symbol for the number of samples in a step, if there is exactly one."""
+    """Return the dimension for the number of samples in a step, if there is exactly one.
+
+    It is a name such as ``N``, or ``N_less_1 + 1`` if there are at least two samples.
+    """
     rows = {spec.shape[0] for spec in _list_rows(manifest, phase)}
     name = next(iter(rows), None)
-    return name if len(rows) == 1 and isinstance(name, str) and is_name(name) else None
+    return (
+        name if len(rows) == 1 and isinstance(name, str) and is_name(describe_size(name)) else None
+    )
 
 
 def _list_rows(manifest: PartyManifest, phase: Phase) -> Iterable[TensorSpec]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import product
 from math import prod
 
 Terms = tuple[tuple[tuple[str, ...], int], ...]
@@ -19,6 +20,12 @@ Terms = tuple[tuple[tuple[str, ...], int], ...]
 
 UNKNOWN = "unk__"
 """Every name that contains this text is an atom whose size is unknown."""
+
+LESS_1 = "_less_1"
+"""The end of a name for a batch of 2 or more: ``N`` is written as ``N_less_1 + 1``.
+
+Every name stands for a size of at least 1, so this declaration refuses a batch of 1.
+"""
 
 _LONGEST = 2000
 """The largest number of characters that is parsed; a longer text is treated as one atom."""
@@ -80,6 +87,32 @@ def is_quotient(atom: str) -> bool:
     return _split_quotient(atom) is not None
 
 
+def describe_size(text: str) -> str:
+    """Write a dimension for a reader: ``N`` in place of ``N_less_1 + 1``."""
+    if LESS_1 not in text:
+        return text
+    sides = _split_quotient(text)
+    if sides is not None:
+        return f"({describe_size(sides[0])})//({describe_size(sides[1])})"
+    total: dict[tuple[str, ...], int] = {}
+    for atoms, factor in parse_terms(text):
+        choices = [
+            ((atom.removesuffix(LESS_1), 1), ("", -1))
+            if atom.endswith(LESS_1)
+            else ((describe_size(atom) if is_quotient(atom) else atom, 1),)
+            for atom in atoms
+        ]
+        for chosen in product(*choices):
+            names = tuple(sorted(name for name, _ in chosen if name))
+            total[names] = total.get(names, 0) + factor * prod(sign for _, sign in chosen)
+    parts = [_write_product(names, factor) for names, factor in total.items() if factor]
+    return " + ".join(parts) or "0"
+
+
+def _write_product(names: tuple[str, ...], factor: int) -> str:
+    return "*".join(names if names and factor == 1 else (str(factor), *names))
+
+
 def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int | None:
     """Compute the size of the only unknown atom (name or quotient) in a dimension of known size.
 
@@ -93,8 +126,8 @@ def solve_for(atom: str, text: str, size: int, sizes: Mapping[str, int]) -> int 
         if count > 1:
             return None
         values = [evaluate_atom(other, sizes) for other in atoms if other != atom]
-        product = factor * prod(value for value in values if value is not None)
-        slope, offset = slope + product * count, offset + product * (1 - count)
+        rest = factor * prod(value for value in values if value is not None)
+        slope, offset = slope + rest * count, offset + rest * (1 - count)
     if not slope or (size - offset) % slope:
         return None
     return (size - offset) // slope

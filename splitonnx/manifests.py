@@ -144,10 +144,12 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
 
     ``digest`` identifies the bundle and is the same for every party.  ``files`` maps the name of
     each graph file to its SHA-256 in hex.  ``learning_rate`` is the default learning rate.
-    ``outputs`` declares the model outputs that ``predict`` returns.  ``weights`` is the SHA-256 of
-    ``weights.safetensors`` in hex.  It is set when the folder is written, and is empty in bundles
-    of earlier versions.  ``sha256`` is the checksum of the manifest file itself (see
-    :func:`has_valid_checksum`).  It is set only in the file; after decoding, it is empty.
+    ``outputs`` declares the model outputs that ``predict`` returns.  ``tells_labels`` names the
+    gradients that the client sends and that reveal the labels to the server; bundles of earlier
+    versions name none.  ``weights`` is the SHA-256 of ``weights.safetensors`` in hex.  It is set
+    when the folder is written, and is empty in bundles of earlier versions.  ``sha256`` is the
+    checksum of the manifest file itself (see :func:`has_valid_checksum`).  It is set only in the
+    file; after decoding, it is empty.
     """
 
     format: str
@@ -159,6 +161,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, str]
     learning_rate: float
     outputs: tuple[TensorSpec, ...] = ()
+    tells_labels: tuple[str, ...] = ()
     weights: str = ""
     sha256: str = ""
 

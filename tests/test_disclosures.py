@@ -78,6 +78,15 @@ def test_a_step_is_described_with_the_sizes_that_are_known() -> None:
     assert describe_step(list_sent(make_manifest(), EVALUATE)).endswith(": nothing")
 
 
+def test_a_tensor_that_tells_the_labels_is_marked() -> None:
+    manifest = msgspec.structs.replace(make_manifest(), tells_labels=("h@server", "mask@server"))
+    words = "the server can compute the labels from it"
+    assert describe_step(list_sent(manifest, TRAIN)) == (
+        f"leaves the client per step: activation 'h' F32[N, 16] (64 bytes a sample; {words}), "
+        f"raw input 'mask' F32[N, T] ({words}), labels I64[N] (8 bytes a sample)"
+    )
+
+
 def test_bytes_of_an_element_type_that_nobody_knows_are_not_known() -> None:
     strange = send(spec("h@server", "F99", "N"), WireKind.ACTIVATION)
     train = Phase(name=TRAIN, wires=(strange,))
@@ -117,3 +126,12 @@ def test_where_the_model_fixes_the_batch_no_smaller_one_is_counted() -> None:
     assert count_run(manifest, TRAIN, samples=20, batch=8, passes=2)[0] == 4
     (hidden, *_) = list_sent(manifest, TRAIN).tensors
     assert hidden.bytes == 8 * 64
+
+
+def test_a_batch_of_at_least_2_is_shown_and_counted_as_any_other() -> None:
+    manifest = make_manifest(batch="N_less_1 + 1")
+    hidden, *_, labels = list_sent(manifest, TRAIN).tensors
+    assert str(hidden) == "activation 'h' F32[N, 16] (64 bytes a sample)"
+    assert str(labels) == "labels I64[N] (8 bytes a sample)"
+    hidden, *_ = list_sent(manifest, TRAIN, batch=8).tensors
+    assert str(hidden) == "activation 'h' F32[8, 16] (512 bytes)"

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitonnx.errors import ArrayMismatch
-from splitonnx.expressions import evaluate, find_unbound, parse_terms, solve_for
+from splitonnx.expressions import (
+    describe_size,
+    evaluate,
+    find_unbound,
+    parse_terms,
+    solve_for,
+)
 from splitonnx.partitioner.inference.dimensions import Dim, divide_rounding, make_atom, parse_dim
 from splitonnx.tensors import LARGEST, TensorSpec, check_array
 
@@ -138,3 +144,25 @@ def test_quotients_that_nest_too_deep_are_one_name_and_end_nothing() -> None:
     spec = TensorSpec(name="x", dtype="F32", shape=(text,))
     check_array(np.zeros(3, np.float32), spec, sizes)
     assert sizes == {text: 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("N_less_1 + 1", "N"),
+        ("4*N_less_1 + 4", "4*N"),
+        ("4*N_less_1*T + 4*T", "4*N*T"),
+        ("N_less_1", "N + -1"),
+        ("N_less_1 + -1", "N + -2"),
+        ("N_less_1*N_less_1 + 2*N_less_1 + 1", "N*N"),
+        ("(2*N_less_1 + 1)//(2) + 1", "(2*N + -1)//(2) + 1"),
+        ("(N_less_1 + 1)//(2)", "(N)//(2)"),
+        ("(H + -1)//(2) + 1", "(H + -1)//(2) + 1"),
+        ("sizes of any kind", "sizes of any kind"),
+    ],
+)
+def test_a_reader_sees_the_batch_in_place_of_one_less(text: str, expected: str) -> None:
+    assert describe_size(text) == expected
+    for size in (2, 3, 7):
+        sizes = {"N": size, "N_less_1": size - 1, "T": 5, "H": 9}
+        assert evaluate(text, sizes) == evaluate(expected, sizes)

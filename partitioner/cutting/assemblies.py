@@ -156,6 +156,7 @@ def _build_party(
         files={file: hashlib.sha256(graph).hexdigest() for file, graph in graphs.items()},
         learning_rate=optimizer.lr,
         outputs=tuple(declare(v) for v in prepared.inference.graph.outputs if party == CLIENT),
+        tells_labels=tuple(wire.tensor.name for wire in training.wires if wire.tells_labels),
     )
     return PartyBundle(manifest=manifest, graphs=graphs, weights=weights)
 

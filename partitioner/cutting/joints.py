@@ -8,8 +8,8 @@ runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -23,6 +23,7 @@ from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.stages import Crossing
 from splitonnx.partitioner.differentiation.final_activations import skip_activation
 from splitonnx.partitioner.differentiation.gradients import GRADIENT, differentiate
+from splitonnx.partitioner.differentiation.label_traces import trace_labels
 from splitonnx.partitioner.differentiation.losses import (
     USUAL,
     LossOptions,
@@ -49,11 +50,16 @@ NOTHING_TO_TRAIN = "nothing is left to train: the loss depends on no trainable p
 
 @dataclass(frozen=True, kw_only=True)
 class WireSpec:
-    """A tensor that the parties exchange, with its sender, its receiver and its manifest entry."""
+    """A tensor that the parties exchange, with its sender, its receiver and its manifest entry.
+
+    ``tells_labels`` means that it is a gradient from which the server can compute the labels
+    (:mod:`label_traces`).
+    """
 
     crossing: Crossing
     tensor: TensorSpec
     kind: WireKind
+    tells_labels: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +154,7 @@ def build_training(
             targets[party].append(made[value])
     return JointGraph(
         graph=derived,
-        wires=tuple(wires),
+        wires=tuple(_mark_telling(wires, derived, labels, owners, prepared.gradient_layers)),
         targets={party: values for party, values in targets.items() if partition.at or values},
         results=attached.results,
         data=data,
@@ -265,6 +271,24 @@ def _list_gradients(graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]]) -
                 )
             )
     return wires
+
+
+def _mark_telling(
+    wires: Sequence[WireSpec],
+    graph: ir.Graph,
+    labels: TensorSpec | None,
+    owners: Mapping[str, frozenset[str]],
+    layers: Collection[str],
+) -> Iterator[WireSpec]:
+    """Yield all wires, with those marked that are gradients and tell the server the labels.
+
+    ``layers`` names the weights that mix gradients.
+    """
+    own = {n for n, parties in owners.items() if parties == {CLIENT} and n in layers}
+    telling = trace_labels(graph, {labels.name} if labels else (), own)
+    for wire in wires:
+        is_sent = wire.kind is WireKind.GRADIENT and wire.crossing.sender == CLIENT
+        yield replace(wire, tells_labels=is_sent and wire.crossing.value in telling)
 
 
 def _trace_owners(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
@@ -19,6 +20,12 @@ from splitonnx.names import BatchNormModes, DropoutMode
 from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
 from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 from splitonnx.partitioner.cutting.passes.passes import PASSES
+from splitonnx.partitioner.cutting.passes.stored_options import (
+    NONE_STORED,
+    StoredOptions,
+    read_stored,
+    select_stored,
+)
 from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -31,7 +38,7 @@ from splitonnx.partitioner.graphs.traversals import (
 )
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.partitioner.normalization.parameters import find_input_scalings
-from splitonnx.partitioner.normalization.weights import read_array
+from splitonnx.partitioner.normalization.weights import pin_names, read_array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +54,10 @@ class PreparedModel:
     size of 1 was replaced by that of the data (:mod:`batches`).  ``decided`` names the If nodes
     that were replaced by their branch for larger batches (:mod:`batch_decisions`).
     ``separations`` lists the running statistics that got tensors of their own
-    (:mod:`joined_statistics`).  The other fields are the options that :func:`prepare` was called
-    with.
+    (:mod:`joined_statistics`).  ``stored`` are the options from the model's file that were applied,
+    and ``missing`` names tensors in these options that the model does not have
+    (:mod:`stored_options`).  The other fields are the options that :func:`prepare` was called with,
+    with the stored options added.
 
     A cut works on copies of the forms, so a prepared model can be cut any number of times.
     """
@@ -70,6 +79,8 @@ class PreparedModel:
     adjustments: Adjustments = NONE
     ties: tuple[tuple[str, str], ...] = ()
     stop_gradients: tuple[str, ...] = ()
+    stored: StoredOptions = NONE_STORED
+    missing: tuple[str, ...] = ()
 
     @cached_property
     def state(self) -> frozenset[str]:
@@ -125,6 +136,8 @@ def prepare(
     takes precedence.  ``adjustments`` are the changes that were already made to the model's inputs;
     inputs bound by them are not trained.  ``ties`` are pairs of parameters to merge (:mod:`ties`).
     ``stop_gradients`` names tensors through which no gradient passes (:mod:`gradient_stops`).
+    Options that the model's file holds are applied as well, where ``train`` and ``freeze`` do not
+    decide otherwise (:mod:`stored_options`).
 
     Raises:
         UnknownTensor: a name in ``ties`` or ``stop_gradients`` matches nothing.
@@ -133,19 +146,23 @@ def prepare(
         UsageError: a pattern is not a regular expression; or a pattern of ``freeze`` matches only
             parameters that ``train`` selects; or ``ties`` or ``stop_gradients`` cannot be applied.
     """
+    stored, missing = select_stored(read_stored(model), model.graph, train, freeze)
     work = Work(
         model=model,
         batchnorm=batchnorm,
         dropout=dropout,
-        train=train,
+        train=(*train, *pin_names(stored.train)),
         freeze=freeze,
         bound=adjustments.bindings,
         ties=ties,
         stop_gradients=stop_gradients,
+        stored=stored,
+        missing=missing,
     )
     for step in PASSES:
         with naming_as_given(work.given), attribute_errors_to_pass(step.work):
             step.run(work)
+    applied = _find_applied(work)
     return PreparedModel(
         training=work.training,
         inference=work.inference,
@@ -159,11 +176,22 @@ def prepare(
         separations=tuple(work.separations),
         batchnorm=batchnorm,
         dropout=dropout,
-        train=tuple(train),
-        freeze=tuple(freeze),
+        train=(*train, *pin_names(applied.train)),
+        freeze=(*freeze, *pin_names(applied.freeze)),
         adjustments=adjustments,
         ties=tuple(ties),
-        stop_gradients=tuple(stop_gradients),
+        stop_gradients=(*stop_gradients, *applied.stop_gradients),
+        stored=applied,
+        missing=tuple(work.missing),
+    )
+
+
+def _find_applied(work: Work) -> StoredOptions:
+    """Return the options from the model's file that changed the roles of weights, or gradients."""
+    return msgspec.structs.replace(
+        work.stored,
+        freeze=tuple(name for name in work.stored.freeze if name in work.roles),
+        train=tuple(name for name in work.stored.train if name in work.roles),
     )
 
 

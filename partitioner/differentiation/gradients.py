@@ -26,6 +26,7 @@ from splitonnx.partitioner.differentiation.opaques import (
     put_back_opaques,
     take_out_opaques,
 )
+from splitonnx.partitioner.differentiation.shared_scales import separate_scales
 from splitonnx.partitioner.graphs.builders import DETACHED
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import read_model
@@ -194,7 +195,7 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
         content = _serialize(model)
     try:
         content = call(natives.optimize, _SUBJECT, content, wanted)
-        content = _separate_splits(content, loss)
+        content = _correct_optimized(content, loss)
         content = call(natives.build_gradients, _SUBJECT, content, wanted, loss)
         with attribute_errors_to_pass("read from the gradient builder"):
             derived = _read_derived(content, opaques)
@@ -307,19 +308,21 @@ def _put_back_detached(graph: ir.Graph, detached: Mapping[str, str]) -> None:
         graph.sort()
 
 
-def _separate_splits(content: bytes, loss: str) -> bytes:
-    """Rewrite the Splits whose gradient would be wrong.
+def _correct_optimized(content: bytes, loss: str) -> bytes:
+    """Rewrite the nodes whose gradient would be wrong or would be refused.
 
-    Call this after the optimizer, which replaces adjacent slices by Splits.
+    Call this after the optimizer, which replaces adjacent slices by Splits and lets normalizations
+    share constants.
     """
-    if b"Split" not in content:
+    if b"Split" not in content and b"Norm" not in content:
         return content
     model = read_model(onnx.load_from_string(content))
     ends = [value for value in model.graph.outputs if value.name == loss]
-    if not separate_splits(model.graph, trace_gradients(ends)):
+    changed = separate_scales(model.graph)
+    if not separate_splits(model.graph, trace_gradients(ends)) and not changed:
         return content
-    separated: bytes = write_model(model).SerializeToString()
-    return separated
+    corrected: bytes = write_model(model).SerializeToString()
+    return corrected
 
 
 def _annotate(model: ir.Model) -> None:

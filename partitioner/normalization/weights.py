@@ -94,15 +94,32 @@ def restore_weights(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> None:
     """Turn graph inputs back into initializers that contain the values in ``weights``.
 
     This is the inverse of :func:`lift_weights`.  A 16-bit weight is trained in float32; it is
-    rounded to its own type here.
+    rounded to its own type here.  A warning is logged if its numbers are too large for this type.
     """
     for value in [value for value in graph.inputs if value.name in weights]:
         graph.inputs.remove(value)
         array = weights[value.name or ""]
         if value.dtype is not None:
-            array = array.astype(value.dtype.numpy(), copy=False)
+            array = _round(array, value.dtype, value.name or "")
         value.const_value = ir.tensor(array, name=value.name)
         graph.register_initializer(value)
+
+
+def _round(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
+    """Convert a weight to a type, and log a warning if finite numbers become infinite."""
+    kind = dtype.numpy()
+    if kind == array.dtype:
+        return array
+    with np.errstate(over="ignore"):
+        rounded = array.astype(kind)
+    if lost := int(np.isinf(rounded).sum() - np.isinf(array).sum()):
+        _log.warning(
+            "'%s': %d numbers became infinite, because they are too large for the model's type %s",
+            name,
+            lost,
+            dtype.name.lower(),
+        )
+    return rounded
 
 
 def assign_roles(
@@ -113,6 +130,7 @@ def assign_roles(
     *,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
+    kept: Collection[str] = (),
 ) -> dict[str, Role]:
     """Classify each weight as a trained parameter, a frozen weight, or a running statistic.
 
@@ -121,6 +139,7 @@ def assign_roles(
     by training; the others become frozen weights.  Weights that only normalize a raw input
     (:func:`parameters.find_input_scalings`) are frozen as well.  A weight that matches a pattern in
     ``train`` is trained, even if it also matches a pattern in ``freeze`` or normalizes a raw input.
+    ``kept`` names more weights to freeze; names of none are ignored.
 
     Raises:
         UnsupportedModel: a pattern in ``freeze`` matches no weight.
@@ -129,12 +148,12 @@ def assign_roles(
             that training updates.  :data:`EVERYTHING` may be given even if ``train`` matches all
             weights.
     """
-    trained = {name for pattern in train for name in _search(pattern, weights, "--train")}
+    trained = {name for pattern in train for name in find_matches(pattern, weights, "--train")}
     scalings = set(find_input_scalings(graph, weights))
     _say_idle_train(graph, weights, scalings, train, freeze)
     frozen: set[str] = set()
     for pattern in freeze:
-        found = _search(pattern, weights, "--freeze")
+        found = find_matches(pattern, weights, "--freeze")
         if not found:
             raise _refuse_unknown("--freeze", pattern, weights)
         if not found - trained and pattern != EVERYTHING:
@@ -147,7 +166,7 @@ def assign_roles(
                 "statistics, which training updates; --batchnorm REGEX=frozen keeps them"
             )
         frozen |= found - trained
-    frozen |= scalings - trained
+    frozen |= (scalings | set(kept)) - trained
     roles: dict[str, Role] = {}
     for name in weights:
         if name in buffers:
@@ -171,10 +190,10 @@ def _say_idle_train(
     The user may believe that nothing else is trained.
     """
     special = {value.name for value in graph.inputs if CHOSEN in value.metadata_props}
-    special |= {name for pattern in freeze for name in _search(pattern, weights, "--freeze")}
+    special |= {name for pattern in freeze for name in find_matches(pattern, weights, "--freeze")}
     special |= set(scalings)
     for pattern in train:
-        found = _search(pattern, weights, "--train")
+        found = find_matches(pattern, weights, "--train")
         if found and not found & special:
             _log.warning(
                 "--train %s has no effect: %s would be trained without it; to train nothing else, "
@@ -231,7 +250,7 @@ def _classify(value: ir.Value, tensor: ir.TensorProtocol) -> Classification:
 def _find_trained(
     pattern: str, classified: Mapping[str, Classification], graph: ir.Graph
 ) -> set[str]:
-    found = _search(pattern, classified, "--train")
+    found = find_matches(pattern, classified, "--train")
     for kind in (TensorKind.PARAMETER, TensorKind.CONSTANT):
         chosen = {name for name in found if classified[name].kind is kind}
         if chosen:
@@ -288,7 +307,12 @@ def _hoist(graph: ir.Graph) -> None:
             graph.register_initializer(outer)
 
 
-def _search(pattern: str, names: Collection[str], option: str) -> set[str]:
+def find_matches(pattern: str, names: Collection[str], option: str) -> set[str]:
+    """Return the names that match a regular expression, which is the value of ``option``.
+
+    Raises:
+        UsageError: ``pattern`` is not a regular expression.
+    """
     try:
         compiled = re.compile(pattern)
     except re.error as error:

@@ -26,6 +26,7 @@ from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.joints import build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
 from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fixing_node
+from splitonnx.partitioner.cutting.passes.stored_options import describe_stored
 from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
     choose_output,
@@ -48,12 +49,13 @@ from splitonnx.partitioner.reports.diagnoses import diagnose
 from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
 from splitonnx.partitioner.reports.layers import Layer, list_layers
 from splitonnx.partitioner.reports.loss_readings import remark_on_loss
-from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names
+from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make_option
 from splitonnx.partitioner.reports.running_statistics import remark_on_statistics
 from splitonnx.partitioner.reports.suspects import (
     find_computed,
     remark_on_computed,
     remark_on_conditional,
+    remark_on_precisions,
     remark_on_scalings,
 )
 from splitonnx.partitioner.reports.ties import remark_on_ties
@@ -202,6 +204,7 @@ def _list_remarks(
     """Return why the roles of weights may be wrong, by name, and the remarks on a model."""
     computed = find_computed(prepared)
     noticed = [
+        *_note_stored(prepared),
         *remark_on_scalings(prepared),
         *remark_on_computed(computed),
         *remark_on_ties(prepared, computed),
@@ -210,6 +213,7 @@ def _list_remarks(
         *remark_on_loss(prepared, losses, output),
         *remark_on_batches(prepared, output, producer, trials),
         *remark_on_conditional(prepared),
+        *remark_on_precisions(prepared),
     ]
     noticed += _note_batch(prepared, output, noticed)
     scalings = dict.fromkeys(prepared.kept_scalings, "scales or shifts a raw input")
@@ -237,6 +241,15 @@ def _note_batch(
     if fixing and all(remark.kind is not Kind.FIXED_BATCH for remark in noticed):
         remarks.append(Remark(kind=Kind.FIXED_BATCH, sentence=fixing))
     return remarks
+
+
+def _note_stored(prepared: PreparedModel) -> Iterator[Remark]:
+    """Yield remarks on the options that the model's file holds."""
+    for note in describe_stored(prepared.stored, prepared.missing):
+        options = tuple(make_option(name, value) for name, value in note.options)
+        yield Remark(
+            kind=Kind.STORED_OPTIONS, sentence=note.sentence, names=note.names, options=options
+        )
 
 
 @attribute_errors_to_pass("searched for what gets no gradient")

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.cutting.preparations import PreparedModel
-from splitonnx.partitioner.graphs.builders import known_array
+from splitonnx.partitioner.graphs.builders import DETACHED, known_array
 from splitonnx.partitioner.graphs.traversals import find_moving, walk_back
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 
@@ -55,10 +55,11 @@ def remark_on_detaches(prepared: PreparedModel) -> Iterator[Remark]:
 def _list_parts(node: ir.Node) -> list[tuple[ir.Value, int]]:
     """List the terms that a node adds, each with its sign; nothing if the node is not a sum.
 
-    A product with the constant 1 or -1, and a quotient by it, are sums of one term.
+    A product with the constant 1 or -1, and a quotient by it, are sums of one term.  A tensor at
+    which gradients are stopped is not a sum.
     """
     values = [value for value in node.inputs if value is not None]
-    if node.domain:
+    if node.domain or DETACHED in node.metadata_props:
         return []
     if node.op_type == "Sum":
         return [(value, 1) for value in values]

@@ -42,6 +42,8 @@ class Kind(StrEnum):
     EXPORT_CALL = "export call"
     CONDITIONAL_WEIGHTS = "conditional weights"
     WITHOUT_GRADIENT = "without gradient"
+    PRECISION = "precision"
+    STORED_OPTIONS = "stored options"
 
 
 @dataclass(frozen=True, kw_only=True)

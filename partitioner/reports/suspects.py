@@ -131,3 +131,21 @@ def remark_on_conditional(prepared: PreparedModel) -> Iterator[Remark]:
             f"{'it' if len(names) == 1 else 'them'}",
             names=tuple(names),
         )
+
+
+def remark_on_precisions(prepared: PreparedModel) -> Iterator[Remark]:
+    """Yield a remark for each type of parameters that are trained in another type."""
+    types = {value.name: value.dtype for value in prepared.skeleton.graph.inputs}
+    held: dict[str, list[str]] = {}
+    for name in prepared.trainable:
+        own, trained = types.get(name), prepared.weights[name].dtype
+        if own is not None and own is not trained:
+            held.setdefault(own.name.lower(), []).append(name)
+    for kind, names in held.items():
+        verb, pronoun = ("is", "it is") if len(names) == 1 else ("are", "they are")
+        yield Remark(
+            kind=Kind.PRECISION,
+            sentence=f"{list_names(names)} {verb} of type {kind}: {pronoun} trained in float32, "
+            f"and rounded to {kind} once merged",
+            names=tuple(names),
+        )

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims, require_rank, take_input
 
 Values = Sequence[ir.Value | None]
@@ -185,14 +184,11 @@ def rewrite_concat(builder: NodeBuilder, node: ir.Node) -> Values | None:
 
 
 def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
-    """Remove ``allowzero`` from a Reshape; leave nodes without this attribute unchanged.
+    """Detach the input of a Reshape with ``allowzero`` if it is known to have no elements.
 
     onnxruntime-training builds the gradient of Reshape as another Reshape, but without this
-    attribute.  If the input is known to have no elements, the attribute is kept, because a tensor
-    without elements gets no gradient.
-
-    Raises:
-        UnsupportedModel: the shape is not a constant, and the input may have elements.
+    attribute.  The attribute matters only to tensors without elements, and these get no gradient.
+    If the target is a constant without a zero, the attribute has no effect, and it is removed.
     """
     if not node.attributes.get_int("allowzero", 0):
         return None
@@ -201,13 +197,7 @@ def rewrite_reshape(builder: NodeBuilder, node: ir.Node) -> Values | None:
     dims = known_dims(x)
     if (target is not None and 0 in target) or (dims is not None and 0 in dims):
         return [builder.op("Reshape", builder.detach(x), shape, allowzero=1)]
-    if target is not None:
-        return [builder.op("Reshape", x, shape)]
-    raise UnsupportedModel(
-        f"node '{node.name}' (Reshape)",
-        "it has allowzero set and a shape that is not a constant",
-        "export the model without allowzero",
-    )
+    return None if target is None else [builder.op("Reshape", x, shape)]
 
 
 def separate_splits(graph: ir.Graph, needed: set[ir.Value]) -> bool:

@@ -103,7 +103,8 @@ def _list_sentences(array: ArrayExplanation) -> Iterator[tuple[str, str]]:
 
     subject = f"{array.kind} '{array.name}' {array.declared}"
     for way in array.ways:
-        tells = array.kind == LABELS and not way.is_itself and way.dependence.tells_values
+        is_told = way.tensor.tells_labels or way.dependence.tells_values
+        tells = array.kind == LABELS and not way.is_itself and is_told
         yield subject, f"{way}{', so the server can compute the labels from it' if tells else ''}"
     if not array.ways:
         yield subject, "stays here: no path leads from it to anything that leaves"

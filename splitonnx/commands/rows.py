@@ -10,6 +10,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from splitonnx.expressions import describe_size
+
 if TYPE_CHECKING:
     from splitonnx.partitioner.reports.inspections import CutCandidate
 
@@ -45,7 +47,7 @@ def list_cells(cut: CutCandidate) -> Sequence[str]:
     return (
         " + ".join((cut.tensor, *cut.sent)) + _mark_raw(cut),
         cut.op,
-        " x ".join("?" if dim is None else str(dim) for dim in cut.shape),
+        " x ".join("?" if dim is None else describe_size(str(dim)) for dim in cut.shape),
         format_bytes(cut.bytes_up),
         format_bytes(cut.bytes_down),
         f"{cut.client_parameters:,}",

@@ -239,8 +239,9 @@ class NotACut(CutError):
         options = " ".join(f"--send-input {shlex.quote(name)}" for name in self.raw)
         named = f", with {options}" if self.raw else ""
         place = "--tail-at" if self.is_back else "--at"
+        missing = count_some(self.missing, most=8)
         return (
-            f"{quote(self.missing)} would cross too{source}; to let this cross, name it with "
+            f"{missing} would cross too{source}; to let this cross, name it with "
             f"{place} as well{named}, or cut at {others or 'another tensor'} instead {lists}"
             f"{self._describe_binding()}"
         )

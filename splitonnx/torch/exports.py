@@ -13,6 +13,7 @@ import onnx
 from splitonnx.atomic import replace_file
 from splitonnx.errors import UnwritableFile, UsageError
 from splitonnx.outputs import check_output
+from splitonnx.partitioner.cutting.passes.stored_options import StoredOptions, write_stored
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.normalization.weights import make_pattern
@@ -55,9 +56,9 @@ class Export:
     ``gradient_difference`` is the largest relative difference between their gradients, or ``None``
     if gradients were not compared.
 
-    Pass ``freeze``, ``train`` and ``stop_gradients`` to ``cut`` as the arguments of the same names.
-    Without them, ``cut`` might train other tensors than PyTorch does, or pass gradients through a
-    ``detach`` or to the padding row of an Embedding.
+    ``freeze``, ``train`` and ``stop_gradients`` are arguments of ``cut``.  Without them, it would
+    train other tensors than PyTorch does, or pass gradients through a ``detach`` or to the padding
+    row of an Embedding.  They are stored in the model, too, so ``cut`` applies them by itself.
     """
 
     model: bytes = field(repr=False)
@@ -153,7 +154,8 @@ def export(
     with keeping_state(torch, model):
         start_training(model)
         difference = compare_results(torch, model, proto, inputs, outputs, seen)
-    freeze, train = _find_trained(proto, layout, seen.unused)
+    idle, kept = _find_trained(proto, layout, seen.unused)
+    freeze, train = _make_patterns(idle), _make_patterns(kept)
     training = Training(model=proto, freeze=freeze, train=train)
     with keeping_state(torch, model):
         start_training(model)
@@ -161,6 +163,8 @@ def export(
             torch, model, training, inputs, outputs, layout, (*called.detached, *padded)
         )
     _say_stops(agreement.stop_gradients)
+    options = StoredOptions(freeze=idle, train=kept, stop_gradients=agreement.stop_gradients)
+    write_stored(proto, options)
     content: bytes = proto.SerializeToString()
     if target is not None:
         _write(target, content)
@@ -210,44 +214,45 @@ def _name_outputs(
 def _find_trained(
     model: onnx.ModelProto, layout: Layout, unused: frozenset[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the patterns with which ``cut`` trains what the network trains, and log them."""
+    """Find and log the tensors that ``cut`` has to freeze, and those that it has to train.
+
+    It then trains what the network trains.
+    """
     prepared = prepare(open_model(model))
     stored = [tensor.name for tensor in model.graph.initializer]
     own = [name for name in stored if name in layout.groups]
     learnt = {name for name in own if layout.learnt.intersection(layout.groups[name])}
     learnt = {name for name in learnt if unused.isdisjoint(layout.groups[name])}
     trained = set(prepared.trainable)
-    idle = [name for name in prepared.trainable if name not in learnt]  # also the exporter's
-    kept = [name for name in own if name in learnt - trained]
-    freeze = (make_pattern(idle),) if idle else ()
-    train = (make_pattern(kept),) if kept else ()
-    for pattern, option, what in (
-        (freeze, "freeze", "are constants or buffers, or get no gradient in the network"),
-        (train, "train", "are parameters of the network, but look like constants"),
+    idle = tuple(name for name in prepared.trainable if name not in learnt)  # also the exporter's
+    kept = tuple(name for name in own if name in learnt - trained)
+    for names, option, what in (
+        (idle, "freeze", "are constants or buffers, or get no gradient in the network"),
+        (kept, "train", "are parameters of the network, but look like constants"),
     ):
-        if pattern:
+        if names:
             _log.warning(
-                "%s %s: cut the model with %s=%r, which Export.%s has too (--%s '%s')",
-                ", ".join(idle if option == "freeze" else kept),
+                "%s %s: the model's file says so, and cut applies --%s '%s'",
+                ", ".join(names),
                 what,
                 option,
-                list(pattern),
-                option,
-                option,
-                pattern[0],
+                make_pattern(names),
             )
-    return freeze, train
+    return idle, kept
+
+
+def _make_patterns(names: Sequence[str]) -> tuple[str, ...]:
+    return (make_pattern(names),) if names else ()
 
 
 def _say_stops(names: Sequence[str]) -> None:
-    """Log the tensors at which ``cut`` has to stop gradients."""
+    """Log the tensors at which ``cut`` stops gradients."""
     if names:
         options = " ".join(f"--stop-gradient '{name}'" for name in names)
         _log.warning(
-            "the network passes no gradient through %s: cut the model with stop_gradients=%r, "
-            "which Export.stop_gradients has too (%s)",
+            "the network passes no gradient through %s: the model's file says so, and cut applies "
+            "%s",
             ", ".join(names),
-            list(names),
             options,
         )
 

@@ -173,7 +173,7 @@ def test_a_batch_that_the_export_fixed_is_told_and_the_model_trains_by_it() -> N
 
 
 @pytest.mark.parametrize("form", [np.float64, np.float16])
-def test_other_types_and_names_change_nothing(form: type) -> None:
+def test_other_types_and_names_change_nothing_else(form: type) -> None:
     model = load_model("08_buffers")
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
@@ -182,8 +182,9 @@ def test_other_types_and_names_change_nothing(form: type) -> None:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(form))
     del model.graph.value_info[:]
-    found = check(model)
-    assert [remark.names for remark in found.remarks] == [("mean", "std"), ("pe", "dft")]
+    *found, precision = check(model).remarks
+    assert [remark.names for remark in found] == [("mean", "std"), ("pe", "dft")]
+    assert precision.kind is Kind.PRECISION
 
 
 HARMLESS = {

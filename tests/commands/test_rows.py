@@ -51,6 +51,10 @@ def test_a_cut_is_written_with_a_question_mark_for_what_is_not_known() -> None:
     assert list_cells(make_cut()) == ("h", "Relu", "? x 24 x 8", "1.5 kB", "?", "264", "22,858")
 
 
+def test_the_batch_is_written_without_the_sum_that_refuses_one_sample() -> None:
+    assert list_cells(make_cut(shape=("N_less_1 + 1", 8)))[2] == "N x 8"
+
+
 def test_what_crosses_beside_a_tensor_stands_beside_it() -> None:
     assert list_cells(make_cut(sent=("mask", "labels")))[0] == "h + mask + labels"
 

@@ -36,6 +36,7 @@ from tests.support.sentences import check_sentence
         (NotDifferentiable("n", "Det", "freeze it"), ("'n'", "Det", "freeze it")),
         (UnknownTensor("h1", ("h", "h2")), ("'h1'", "did you mean 'h', 'h2'?")),
         (NotACut(("a",), ("b", "c")), ("'a'", "'b', 'c'", "splitonnx inspect")),
+        (NotACut(("a",), tuple(f"t{n}" for n in range(300))), ("'t0', 't1'", "'t6' and 293 more")),
         (NotACut(("a",), ("mask",), raw=("mask",)), ("'a'", "'mask'", "--send-input mask")),
         (InputsNotPermitted(("a",), ("x", "y z")), ("'a'", "--send-input x --send-input 'y z' (")),
         (InputsNotPermitted(("x",), ("x",), labels=True), ("'x'", "input x --send-labels (")),

@@ -13,6 +13,8 @@ import pytest
 from onnx import helper
 
 import splitonnx
+from splitonnx.commands.disclosures import summarize_explanation
+from splitonnx.disclosures import list_sent
 from splitonnx.errors import InputsNotPermitted, LabelsNotPermitted, NotACut, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAIN, Target
@@ -72,6 +74,17 @@ def build_tails() -> onnx.ModelProto:
     return net.finish({"x": (FLOAT, ["N", 2, 6, 6])}, output, 3)
 
 
+def find_told(bundle: splitonnx.Bundle) -> set[str]:
+    """Find the tensors of which ``explain`` says that they tell the server the labels."""
+    found = summarize_explanation(splitonnx.explain(bundle.client))
+    (train,) = (phase for phase in found["phases"] if phase["phase"] == TRAIN)
+    sentences = [sentence for array in train["arrays"] for sentence in array["sentences"]]
+    telling = [
+        sentence for sentence in sentences if "the server can compute the labels" in sentence
+    ]
+    return {sentence.split("'")[1] for sentence in telling}
+
+
 @pytest.mark.parametrize("target", ["training", "portable"])
 @pytest.mark.parametrize("loss", ["cross-entropy", "mse", "l1", "bce-with-logits"])
 def test_a_gradient_that_no_layer_of_the_tail_mixes_tells_the_labels(
@@ -84,8 +97,15 @@ def test_a_gradient_that_no_layer_of_the_tail_mixes_tells_the_labels(
             splitonnx.cut(model, at="r1", tail_at=tail, **options)
         cut = splitonnx.cut(model, at="r1", tail_at=tail, send_labels=True, **options)
         assert list_data_sent(cut) == set()
+        for party in cut.parties.values():
+            assert party.manifest.tells_labels == (f"{tail}@client_grad",)
+        (told,) = (t for t in list_sent(cut.client.manifest, TRAIN).tensors if t.tells_labels)
+        assert str(told).endswith("the server can compute the labels from it)")
+        assert find_told(cut) == {tail}
     for tail in ("c2", "r2"):
-        assert splitonnx.cut(model, at="r1", tail_at=tail, **options).server
+        cut = splitonnx.cut(model, at="r1", tail_at=tail, **options)
+        assert cut.client.manifest.tells_labels == ()
+        assert find_told(cut) == set()
         with pytest.raises(UsageError, match="does not send the labels"):
             splitonnx.cut(model, at="r1", tail_at=tail, send_labels=True, **options)
 

@@ -71,14 +71,18 @@ def test_buffers_that_would_be_trained_are_told_with_the_option(
 ) -> None:
     made = export(Convolutional(), IMAGE[:1])
     assert made.freeze == ("^table$",)
-    assert "--freeze '^table$'" in caplog.text
+    assert "cut applies --freeze '^table$'" in caplog.text
+    caplog.clear()
+    bundle = cut(made.model, at=None)
+    assert bundle.manifest.recipe.freeze == made.freeze
+    assert "'table': not trained, as the model's file says" in caplog.text
 
 
 def test_constants_that_the_exporter_adds_are_frozen_and_nothing_else_is_trained() -> None:
     network = Convolutional()
     network.norm = torch.nn.GroupNorm(2, 4)
     made = export(network, IMAGE)
-    bundle = cut(made.model, at=None, freeze=made.freeze)
+    bundle = cut(made.model, at=None)
     trained = {s.tensor.name for s in bundle.client.manifest.state if s.role is Role.PARAMETER}
     assert trained == dict(network.named_parameters()).keys()
 
@@ -101,7 +105,10 @@ def test_a_parameter_that_gets_no_gradient_is_told_with_the_option() -> None:
         network.last(network.norm(network.conv(image)).mean((2, 3)) + network.extra.detach())
     )
     network.extra = torch.nn.Parameter(torch.randn(4))
-    assert export(network, IMAGE).freeze == ("^extra$",)
+    made = export(network, IMAGE)
+    assert made.freeze == ("^extra$",)
+    bundle = cut(made.model, at=None, freeze=made.freeze, stop_gradients=made.stop_gradients)
+    assert bundle.manifest.recipe.freeze == made.freeze
 
 
 def test_dropout_in_attention_is_on_and_unused_parameters_are_told() -> None:

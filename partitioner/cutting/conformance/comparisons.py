@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -32,7 +31,8 @@ from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, Difference, measure
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
-    find_random,
+    name_source,
+    read_comparable,
     set_inference_modes,
     set_training_modes,
 )
@@ -44,7 +44,7 @@ from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
 )
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
 from splitonnx.partitioner.cutting.preparations import PreparedModel
-from splitonnx.partitioner.gate.gates import ModelSource, read_original
+from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.session_settings import FUSION
 
@@ -101,20 +101,13 @@ def compare_with_original(
         MixedSamples, BatchNotFreed: the user freed a fixed batch, but the model's nodes rely on it.
         NotAModel: the original model can no longer be read.
     """
-    subject = str(source) if isinstance(source, str | Path) else "the model"
+    subject = name_source(source)
     freed = list_freed(source, prepared)
-    if (size := sum(tensor.nbytes for tensor in prepared.weights.values())) > most_bytes:
-        return [
-            f"{subject} was not compared with its parts, because its weights take "
-            f"{size / 1e6:,.0f} MB",
-            *describe_unchecked(freed),
-        ]
-    inlined = copy_original(read_original(source, prepared.adjustments))
-    if (node := find_random(inlined)) is not None:
-        return [
-            f"{subject} was not compared with its parts: node '{node}' draws random numbers",
-            *describe_unchecked(freed),
-        ]
+    try:
+        inlined = read_comparable(source, prepared, most_bytes)
+    except NotRun as error:
+        reason = f"{subject} was not compared with its parts: {error}"
+        return [reason, *describe_unchecked(freed)]
     forms = _list_forms(inlined, prepared, bundle, merge(), subject)
     remarks = [remark for form in forms for remark in _hold(form, subject)]
     model = Subject(

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from splitonnx.errors import SplitonnxError
 from splitonnx.partitioner.cutting.conformance.comparisons import USUAL_BYTES
-from splitonnx.partitioner.cutting.conformance.dataflow import Made, run_prepared
-from splitonnx.partitioner.cutting.conformance.freed_batches import FreedBatch, list_freed
+from splitonnx.partitioner.cutting.conformance.dataflow import Made, NotRun, run_prepared
+from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.originals import (
-    copy_original,
-    find_random,
+    name_source,
+    read_comparable,
     set_inference_modes,
 )
 from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
@@ -26,7 +25,7 @@ from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
 )
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.adjustments import Adjustments
-from splitonnx.partitioner.gate.gates import ModelSource, open_model, read_original
+from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 
@@ -53,18 +52,15 @@ class Trials:
             DifferentResult: a mistake of splitonnx makes samples influence each other.
         """
         batches = list_freed(self.source, prepared)
-        size = sum(tensor.nbytes for tensor in prepared.weights.values())
-        if not batches or size > USUAL_BYTES:
-            return describe_unchecked(batches)
-        return self._compare(prepared, batches)
-
-    def _compare(self, prepared: PreparedModel, batches: Sequence[FreedBatch]) -> list[str]:
-        original = copy_original(read_original(self.source, prepared.adjustments))
-        if (node := find_random(original)) is not None:
-            return describe_unchecked(batches, f"node '{node}' draws random numbers")
+        if not batches:
+            return []
+        try:
+            original = read_comparable(self.source, prepared, USUAL_BYTES)
+        except NotRun as error:
+            return describe_unchecked(batches, str(error))
         set_inference_modes(original)
         subject = Subject(
-            name=str(self.source) if isinstance(self.source, str | Path) else "the model",
+            name=name_source(self.source),
             original=original,
             freed=prepared.freed,
             has_loss=self.has_loss,

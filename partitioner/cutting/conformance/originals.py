@@ -1,4 +1,4 @@
-"""Set the original model to the modes that a bundle uses, without the preparation passes.
+"""Read the original model, and set it to the modes of a bundle, without the preparation passes.
 
 In inference, BatchNormalization uses its running statistics, and Dropout does nothing.  In
 training, both use the modes that the user chose.  Everything else stays as it is.
@@ -7,12 +7,16 @@ training, both use the modes that the user chose.  Everything else stays as it i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import onnx
 import onnx.inliner
 
 from splitonnx.names import BatchNormModes, DropoutMode
+from splitonnx.partitioner.cutting.conformance.dataflow import NotRun
 from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
+from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.gate.gates import ModelSource, read_original
 from splitonnx.partitioner.gate.walks import list_bodies, list_nodes
 from splitonnx.partitioner.normalization.batchnorms import choose_mode
 
@@ -42,6 +46,28 @@ def copy_original(model: onnx.ModelProto) -> onnx.ModelProto:
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
     return copied
+
+
+def name_source(source: ModelSource) -> str:
+    """Return the name of a model for a sentence: its path, if it has one."""
+    return str(source) if isinstance(source, str | Path) else "the model"
+
+
+def read_comparable(
+    source: ModelSource, prepared: PreparedModel, most_bytes: int
+) -> onnx.ModelProto:
+    """Read the original of a prepared model, with the user's adjustments and functions inlined.
+
+    Raises:
+        NotRun: the weights take more than ``most_bytes``, or the model draws random numbers.
+        NotAModel: the original model can no longer be read.
+    """
+    if (size := sum(tensor.nbytes for tensor in prepared.weights.values())) > most_bytes:
+        raise NotRun(f"its weights take {size / 1e6:,.0f} MB")
+    original = copy_original(read_original(source, prepared.adjustments))
+    if (node := find_random(original)) is not None:
+        raise NotRun(f"node '{node}' draws random numbers")
+    return original
 
 
 def find_random(model: onnx.ModelProto) -> str | None:

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 import onnx_ir as ir
 
 from splitonnx.errors import quote
+from splitonnx.expressions import LESS_1
 from splitonnx.partitioner.graphs.assertions import pass_if, refuse_where
 from splitonnx.partitioner.graphs.builders import MissingOutput, NodeBuilder
 from splitonnx.partitioner.graphs.traversals import find_dependents
 from splitonnx.partitioner.inference.control_flows import Unresolved, resolve_control_flow
 from splitonnx.partitioner.inference.inferences import Inference
 
-_LESS_1 = "_less_1"
 _REFUSED = "batch_of_1_refused"
 
 
@@ -40,7 +40,7 @@ def decide_by_batch(graph: ir.Graph, weights: Collection[str]) -> list[str]:
     _decide(graph, raw, symbol, f"{symbol} + 1")  # whatever the batch is
     names = _decide(graph, raw, symbol, f"{symbol} + 2")
     if names:
-        _declare(raw, symbol, f"{symbol}{_LESS_1} + 1")
+        _declare(raw, symbol, f"{symbol}{LESS_1} + 1")
         for value in find_dependents(graph, raw) - set(raw):
             value.shape = None
     return names
@@ -73,7 +73,7 @@ def refuse_batch_of_1(graph: ir.Graph, weights: Collection[str]) -> None:
     ``weights`` names the graph inputs that are not data.
     """
     raw = [value for value in graph.inputs if value.name not in weights]
-    source = next(value for value in raw if _LESS_1 in _read_batch(value))
+    source = next(value for value in raw if LESS_1 in _read_batch(value))
     uses = list(source.uses())
     builder = NodeBuilder(_REFUSED)
     rows = builder.op("Shape", source, start=0, end=1)

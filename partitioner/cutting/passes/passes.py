@@ -85,10 +85,6 @@ def _lift_weights(work: Work) -> None:
     work.weights = lift_weights(work.model.graph, work.train)
 
 
-def _make_paddings_explicit(work: Work) -> None:
-    make_all_paddings_explicit(work.model)
-
-
 def _flatten_sequences(work: Work) -> None:
     if flatten_sequences(work.model.graph):
         infer_shapes(work.model)
@@ -147,6 +143,12 @@ def _part_forms(work: Work) -> None:
         refuse_batch_of_1(work.model.graph, work.weights)
 
 
+def _stop_gradients(work: Work) -> None:
+    graph, names = work.model.graph, work.stop_gradients
+    work.stored, missing = stop_gradients(graph, work.weights, names, work.given, work.stored)
+    work.missing += missing
+
+
 def _widen(work: Work) -> None:
     work.masters = widen(work.forms, work.weights)
 
@@ -177,6 +179,7 @@ def _assign_roles(work: Work) -> None:
         trained,
         train=work.train,
         freeze=[*work.freeze, *bound],
+        kept=work.stored.freeze,
     )
 
 
@@ -278,7 +281,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="given explicit padding",  # before a shape that it corrects becomes a constant
-        run=_make_paddings_explicit,
+        run=lambda work: make_all_paddings_explicit(work.model),
         requires=_F.TYPED,
         ensures=_F.PADDED,
     ),
@@ -309,7 +312,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="given explicit padding where shapes were folded",
-        run=_make_paddings_explicit,
+        run=lambda work: make_all_paddings_explicit(work.model),
         requires=_F.TYPED | _F.FOLDED,
         ensures=_F.PADDED,
     ),
@@ -320,9 +323,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="relieved of gradients",
-        run=lambda work: stop_gradients(
-            work.model.graph, work.weights, work.stop_gradients, work.given
-        ),
+        run=_stop_gradients,
         requires=_F.TYPED | _F.LIFTED | _F.FOLDED,
     ),
     Pass(

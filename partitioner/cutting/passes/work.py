@@ -11,6 +11,7 @@ import onnx_ir as ir
 from splitonnx.manifests import Role
 from splitonnx.names import BatchNormModes, DropoutMode
 from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
+from splitonnx.partitioner.cutting.passes.stored_options import NONE_STORED, StoredOptions
 
 
 class Fact(Flag):
@@ -47,6 +48,8 @@ class Work:
     """The state that the passes share.
 
     It holds the model, which the passes change in place, the user's options, and the results.
+    ``stored`` are the options from the model's file that the user does not overrule, and
+    ``missing`` are names in them that the model does not have.
     """
 
     model: ir.Model
@@ -57,6 +60,8 @@ class Work:
     bound: Collection[str] = ()
     ties: Sequence[tuple[str, str]] = ()
     stop_gradients: Sequence[str] = ()
+    stored: StoredOptions = NONE_STORED
+    missing: list[str] = field(default_factory=list)
     given: frozenset[str] = frozenset()
     weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
     masters: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)

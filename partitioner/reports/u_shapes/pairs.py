@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from splitonnx.disclosures import count_bytes_per_sample
-from splitonnx.expressions import is_name
+from splitonnx.expressions import describe_size, is_name
 from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Tensors
 from splitonnx.partitioner.cutting.cuts import find_lost
@@ -23,6 +23,7 @@ from splitonnx.partitioner.cutting.preparations import (
     count_trained,
     prepare,
 )
+from splitonnx.partitioner.differentiation.label_traces import find_bare_ends
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -37,7 +38,6 @@ from splitonnx.partitioner.graphs.traversals import (
     walk_back,
 )
 from splitonnx.partitioner.partitions import refuse_untrainable
-from splitonnx.partitioner.permissions import find_bare_ends
 from splitonnx.partitioner.reports.inspections import can_travel, resolve_sent
 from splitonnx.partitioner.reports.u_shapes.recommendations import find_recommended
 from splitonnx.tensors import DTYPES, TensorSpec
@@ -257,7 +257,7 @@ def _find_rows(prepared: PreparedModel) -> str | int | None:
     specs = [declare(value) for value in graph.inputs if value.name not in prepared.state]
     rows = {spec.shape[0] for spec in specs if spec.shape}
     size = next(iter(rows), None)
-    if len(rows) != 1 or (isinstance(size, str) and not is_name(size)):
+    if len(rows) != 1 or (isinstance(size, str) and not is_name(describe_size(size))):
         return None
     return size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
+from splitonnx.partitioner.reports.remarks import Kind
 from splitonnx.runtime.client.clients import Client
 from splitonnx.verifications import verify
 from tests.support.zoo import ZOO
@@ -149,6 +152,29 @@ def test_a_mixed_model_keeps_its_mixture(name: str) -> None:
     after = {t.name: t.data_type for t in merged.graph.initializer}
     assert after.items() <= before.items()
     assert set(after.values()) >= {TensorProto.FLOAT, FLOAT16}
+    assert list_types(list(merged.graph.output)) == list_types(list(model.graph.output))
+    (remark,) = (r for r in check(model).remarks if r.kind is Kind.PRECISION)
+    assert set(remark.names) <= {n for n, kind in before.items() if kind == FLOAT16}
+    assert "trained in float32, and rounded to float16 once merged" in remark.sentence
+
+
+def test_a_float32_model_has_nothing_to_remark_on() -> None:
+    assert all(r.kind is not Kind.PRECISION for r in check(ZOO["chain"].build()).remarks)
+
+
+def test_numbers_that_the_models_type_cannot_hold_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bundle = cut(convert(ZOO["chain"].build(), FLOAT16), at=None)
+    merge(bundle)
+    assert "infinite" not in caplog.text
+    name, array = next(iter(bundle.client.weights.items()))
+    array = array.copy()
+    array.flat[:2] = [7e4, -7e4]
+    party = dataclasses.replace(bundle.client, weights={**bundle.client.weights, name: array})
+    merge(dataclasses.replace(bundle, parties={"client": party}))
+    assert f"'{name}': 2 numbers became infinite, because they are too large" in caplog.text
+    assert "float16" in caplog.text
 
 
 def test_a_merged_float16_model_predicts_as_its_parts() -> None:

@@ -9,10 +9,8 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
-from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.partitions import cut
 from tests.partitioner.lowerings.fused_kernels import run
-from tests.support.derivatives import assert_differentiable, close_net
+from tests.support.derivatives import assert_differentiable
 from tests.support.zoo import Net
 
 DATA = {"x": np.random.default_rng(0).standard_normal((3, 4, 5), np.float32)}
@@ -213,13 +211,13 @@ def test_moves_with_a_batch_of_any_size(
     assert_differentiable(net, data)
 
 
-def test_an_allowzero_with_a_shape_that_is_not_known_is_refused() -> None:
+def test_an_allowzero_with_a_computed_shape_as_dynamo_writes_it() -> None:
+    """Two sizes of the target are read from an input, so they are not known before the run."""
     net = Net()
-    net.op("Reshape", weigh(net), "shape", out="y", allowzero=1)
-    model = close_net(net, {**DATA, "shape": np.array([3, 20])})
-    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", 1, [None, None]))
-    with pytest.raises(UnsupportedModel, match=r"'y_node' \(Reshape\): it has allowzero set"):
-        cut(model, at=None, loss="mse")
+    sizes = net.op("Reshape", "sizes", ints(net, "two", [2]), out="pair")
+    net.op("Reshape", weigh(net), sizes, out="m", allowzero=1)
+    net.op("Mul", "m", "m", out="y")
+    assert_differentiable(net, {**DATA, "sizes": np.array([3, len(DATA["x"]) * 20 // 3])})
 
 
 @pytest.mark.parametrize("rank", [3, 4])

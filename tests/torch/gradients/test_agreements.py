@@ -24,14 +24,7 @@ TOKENS = torch.arange(80).reshape(16, 5) % 7
 def step_once(network: Any, made: Export, data: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return the gradient of each parameter, as splitonnx and as PyTorch computes it."""
     torch.nn.functional.cross_entropy(network(data), CLASSES).backward()
-    bundle = cut(
-        made.model,
-        at=None,
-        optimizer=SGD(lr=1.0),
-        freeze=made.freeze,
-        train=made.train,
-        stop_gradients=made.stop_gradients,
-    )
+    bundle = cut(made.model, at=None, optimizer=SGD(lr=1.0))
     with Client(bundle.client, threads=1) as client:
         client.step({made.inputs[0]: data.numpy(), "labels": CLASSES.numpy()})
         after = client.state()

@@ -62,7 +62,7 @@ def test_what_is_not_compared_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(freeing_trials, "USUAL_BYTES", 10)
         (note,) = compare(Trials(source=build(0)))
     assert note.startswith("--dim x:0=N: ")
-    assert "not checked" in note
+    assert "not checked (its weights take 0 MB)" in note
     (note,) = compare(Trials(source=build(0, kind="Bernoulli")))
     assert "draws random numbers" in note
 

@@ -8,12 +8,17 @@ import pytest
 from onnx import helper, numpy_helper
 
 from splitonnx.names import DropoutMode
+from splitonnx.partitioner.cutting.conformance.dataflow import NotRun
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
     find_random,
+    name_source,
+    read_comparable,
     set_inference_modes,
     set_training_modes,
 )
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
 from tests.support.nets import FLOAT, Net
 from tests.support.small_models import evaluate, load_model
 
@@ -27,6 +32,22 @@ def build_normalized(*, training: bool) -> onnx.ModelProto:
     return net.finish(
         {"x": (FLOAT, ["N", 4])}, net.batchnorm(hidden, 3, out="y", training=training), 3
     )
+
+
+def test_what_cannot_be_compared_is_not_read() -> None:
+    model = build_normalized(training=True)
+    prepared = prepare(open_model(model))
+    assert read_comparable(model, prepared, 1 << 20) == model
+    with pytest.raises(NotRun, match="its weights take 0 MB"):
+        read_comparable(model, prepared, 10)
+    drawn = helper.make_node("RandomNormalLike", ["y"], ["noise"], name="draw")
+    model.graph.node.append(drawn)
+    with pytest.raises(NotRun, match="node 'draw' draws random numbers"):
+        read_comparable(model, prepared, 1 << 20)
+
+
+def test_a_model_without_a_path_is_the_model() -> None:
+    assert (name_source("a.onnx"), name_source(b"")) == ("a.onnx", "the model")
 
 
 def build_dropping() -> onnx.ModelProto:

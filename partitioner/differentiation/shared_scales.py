@@ -1,0 +1,43 @@
+"""Give each normalization a scale and a bias of its own, for the gradient builder.
+
+onnxruntime-training 1.19.2 computes the gradients of a normalization's scale and bias even if no
+parameter needs them.  Such gradients are not added up, so if two normalizations share a scale that
+is not trained, two nodes give their results the same name, and the builder refuses its own graph.
+The graph optimizer also makes normalizations share equal constants.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+_NORMALIZATIONS = frozenset(
+    {
+        "BatchNormInternal",
+        "BatchNormalization",
+        "LayerNormalization",
+        "SimplifiedLayerNormalization",
+    }
+)
+
+
+def separate_scales(graph: ir.Graph) -> bool:
+    """Insert an Identity where a normalization reads a scale or bias that another one reads too.
+
+    The graph is changed in place.  Return whether any node was changed.  Call this after the
+    optimizer, which would merge the Identity nodes.
+    """
+    read: set[ir.Value] = set()
+    changed = False
+    for node in [node for node in graph if node.op_type in _NORMALIZATIONS]:
+        for index, value in enumerate(node.inputs[1:3], 1):
+            if value is None or value not in read:
+                read.update([] if value is None else [value])
+                continue
+            name = f"{value.name}/own/{node.outputs[0].name}/{index}"
+            copy = ir.node("Identity", [value], name=name)
+            own = copy.outputs[0]
+            own.name, own.type, own.shape = name, value.type, value.shape
+            graph.insert_before(node, copy)
+            node.replace_input_with(index, own)
+            changed = True
+    return changed
