@@ -31,6 +31,7 @@ from splitonnx.partitioner.cutting.conformance.comparisons import (
 )
 from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.sample_comparisons import describe_unchecked
+from splitonnx.partitioner.cutting.conformance.score_ranges import describe_probabilities
 from splitonnx.partitioner.cutting.joints import (
     NOTHING_TO_TRAIN,
     JointGraph,
@@ -174,7 +175,23 @@ def _compare(
     if check is False or (check is None and os.environ.get(NO_CHECK) == "1"):
         return describe_unchecked(list_freed(source, prepared))
     most_bytes = USUAL_BYTES if check is None else MOST_BYTES
-    return compare_with_original(source, prepared, bundle, partial(merge, bundle), most_bytes)
+    remarks = compare_with_original(source, prepared, bundle, partial(merge, bundle), most_bytes)
+    return [*remarks, *_list_probabilities(prepared, bundle.manifest.recipe, most_bytes)]
+
+
+def _list_probabilities(prepared: PreparedModel, recipe: Recipe, most_bytes: int) -> list[str]:
+    """Return a remark if a loss of scores gets what looks like probabilities."""
+    loss, output, graph = recipe.loss, recipe.output, prepared.training.graph
+    options = LossOptions(class_axis=recipe.class_axis, labels=recipe.labels)
+    axis = find_class_axis(graph, loss, output, options)
+    likeness = describe_probabilities(prepared, loss, output, axis, most_bytes)
+    if not likeness:
+        return []
+    return [
+        f"{loss} applies a {CONTAINED[loss]} to '{output}', which looks like probabilities: with "
+        f"random inputs and weights, all its values {likeness}; export the model without its last "
+        "activation, or see splitonnx check"
+    ]
 
 
 @pause_collection()
@@ -250,7 +267,10 @@ def _warn(prepared: PreparedModel, loss: str, output: str, options: LossOptions)
 
 def _say_repeated_activation(prepared: PreparedModel, loss: str, output: str, axis: int) -> None:
     """Log a warning if the loss applies an activation that the model applies as well."""
-    repeated = find_repeated_activation(map_values(prepared.skeleton.graph)[output], loss, axis)
+    given, trained = (
+        map_values(form.graph)[output] for form in (prepared.skeleton, prepared.training)
+    )
+    repeated = find_repeated_activation(given, trained, loss, axis)
     if repeated is not None:
         _log.warning(
             "%s applies a %s to '%s', which comes from the %s '%s' already, so scores are squashed "

@@ -20,13 +20,14 @@ from splitonnx.errors import (
     list_some,
     quote,
 )
+from splitonnx.layers import may_mix
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import Optimizer
 from splitonnx.partitioner import partitions
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.preparations import PreparedModel
-from splitonnx.partitioner.differentiation.label_traces import LAYERS
+from splitonnx.partitioner.differentiation.label_traces import find_positions
 from splitonnx.partitioner.differentiation.losses import LABELS
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
@@ -90,7 +91,8 @@ class Permission:
         raw = _list_raw(prepared)
         leaving: dict[str, list[str]] = {}
         for joint in (training, *others):
-            for tensor, inputs in find_raw_inputs(joint, raw - prepared.state).items():
+            found = find_raw_inputs(joint, raw - prepared.state, prepared.value_layers)
+            for tensor, inputs in found.items():
                 leaving[tensor] = inputs
         unnamed = {
             tensor: [name for name in inputs if name not in self.inputs]
@@ -138,15 +140,17 @@ def _list_raw(prepared: PreparedModel) -> set[str]:
     return {value.name or "" for form in forms for value in form.graph.inputs}
 
 
-def find_raw_inputs(joint: JointGraph, raw: set[str]) -> dict[str, list[str]]:
+def find_raw_inputs(
+    joint: JointGraph, raw: set[str], weights: Collection[str]
+) -> dict[str, list[str]]:
     """Map each sent tensor that holds raw data to the names of the inputs that the data come from.
 
     A tensor holds raw data of an input if it is this input, or is computed from it along a path
     without a layer of weights, even if other paths have one.  Only tensors that the client sends
     are listed, including gradients.  Tensors that hold only sizes are not listed.  ``raw`` names
-    the raw inputs.
+    the raw inputs, and ``weights`` the weights of layers.
     """
-    bare = trace_raw_inputs(joint.graph, raw, joint.owners)
+    bare = trace_raw_inputs(joint.graph, raw, weights)
     found: dict[str, list[str]] = {}
     for wire in joint.wires:
         if wire.crossing.sender == CLIENT and bare.get(wire.crossing.value):
@@ -160,7 +164,8 @@ def trace_raw_inputs(
 ) -> dict[ir.Value, frozenset[str]]:
     """Map each value to the raw inputs that reach it along a path without a layer of weights.
 
-    ``raw`` names the raw inputs among the graph's inputs, and ``names`` the weights.
+    ``raw`` names the raw inputs among the graph's inputs, and ``names`` the weights of layers
+    (``PreparedModel.value_layers``).
     """
     weights = {value for value in graph.inputs if value.name in names}
     bare = {v: frozenset({v.name or ""}) for v in graph.inputs if v.name in raw}
@@ -171,7 +176,7 @@ def trace_raw_inputs(
         reached = frozenset().union(*(bare.get(value, frozenset()) for value in read))
         if not reached and weights.intersection(read):
             weights.update(node.outputs)
-        if reached and not (node.op_type in LAYERS and weights.intersection(read)):
+        if reached and not may_mix(node.op_type, find_positions(node, weights)):
             bare.update(dict.fromkeys(node.outputs, reached))
     return bare
 

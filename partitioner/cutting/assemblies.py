@@ -352,7 +352,8 @@ def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedMod
     output = next(v for v in graph.outputs if v.name == recipe.output)
     options = LossOptions(class_axis=recipe.class_axis, labels=recipe.labels)
     axis = find_class_axis(graph, loss, recipe.output, options)
-    found = find_activation(output, loss, axis)
+    trained = map_values(prepared.training.graph)[recipe.output]
+    found = find_activation(trained, loss, axis)  # as training decided
     model, attached = build_evaluation(loss, output, found, options)
     lower(model.graph)
     label = f"{EVALUATE}"

@@ -8,7 +8,7 @@ runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
@@ -154,7 +154,7 @@ def build_training(
             targets[party].append(made[value])
     return JointGraph(
         graph=derived,
-        wires=tuple(_mark_telling(wires, derived, labels, owners)),
+        wires=tuple(_mark_telling(wires, derived, labels, owners, prepared.gradient_layers)),
         targets={party: values for party, values in targets.items() if partition.at or values},
         results=attached.results,
         data=data,
@@ -278,9 +278,13 @@ def _mark_telling(
     graph: ir.Graph,
     labels: TensorSpec | None,
     owners: Mapping[str, frozenset[str]],
+    layers: Collection[str],
 ) -> Iterator[WireSpec]:
-    """Yield all wires, with those marked that are gradients and tell the server the labels."""
-    own = {name for name, parties in owners.items() if parties == {CLIENT}}
+    """Yield all wires, with those marked that are gradients and tell the server the labels.
+
+    ``layers`` names the weights that mix gradients.
+    """
+    own = {n for n, parties in owners.items() if parties == {CLIENT} and n in layers}
     telling = trace_labels(graph, {labels.name} if labels else (), own)
     for wire in wires:
         is_sent = wire.kind is WireKind.GRADIENT and wire.crossing.sender == CLIENT

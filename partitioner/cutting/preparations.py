@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
+import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UsageError
+from splitonnx.layers import Mixing
 from splitonnx.manifests import KEY, Role
 from splitonnx.names import BatchNormModes, DropoutMode
 from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
@@ -27,10 +29,16 @@ from splitonnx.partitioner.cutting.passes.stored_options import (
 from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
-from splitonnx.partitioner.graphs.traversals import find_movers, is_float, map_values, walk_back
+from splitonnx.partitioner.graphs.traversals import (
+    describe_layer,
+    find_movers,
+    is_float,
+    map_values,
+    walk_back,
+)
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.partitioner.normalization.parameters import find_input_scalings
-from splitonnx.partitioner.normalization.weights import pin_names
+from splitonnx.partitioner.normalization.weights import pin_names, read_array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +91,23 @@ class PreparedModel:
     def trainable(self) -> tuple[str, ...]:
         """Names of the trained parameters, in the model's order."""
         return tuple(name for name, role in self.roles.items() if role is Role.PARAMETER)
+
+    @cached_property
+    def value_layers(self) -> frozenset[str]:
+        """Names of the weights of which no layer passes on its data's numbers, scaled at most."""
+        return frozenset(name for name in self.weights if not self._mixing.keeps_values(name))
+
+    @cached_property
+    def gradient_layers(self) -> frozenset[str]:
+        """Names of the weights of which no layer only scales and permutes gradients."""
+        return frozenset(name for name in self.weights if not self._mixing.keeps_gradients(name))
+
+    @cached_property
+    def _mixing(self) -> Mixing:
+        def read(name: str) -> np.ndarray | None:
+            return read_array(self.weights[name]) if name in self.weights else None
+
+        return Mixing(map(describe_layer, self.inference.graph), read)
 
     @cached_property
     def kept_scalings(self) -> tuple[str, ...]:

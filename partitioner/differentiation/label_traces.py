@@ -11,13 +11,8 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
+from splitonnx.layers import LAYERS, may_mix
 from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, reads_size
-
-LAYERS = frozenset(
-    {"Conv", "ConvTranspose", "DeformConv", "Einsum", "FusedMatMul", "GRU", "Gather", "Gemm",
-     "LSTM", "MatMul", "RNN"}
-)  # fmt: skip
-"""Operators that mix the numbers of their input by weights, or replace them by rows of a table."""
 
 
 def trace_labels(
@@ -25,8 +20,8 @@ def trace_labels(
 ) -> set[ir.Value]:
     """Find the values that are computed from labels along a path without a layer of weights.
 
-    ``labels`` names the graph inputs that are labels, and ``weights`` those that are weights that
-    only the client knows.
+    ``labels`` names the graph inputs that are labels, and ``weights`` those that are weights of
+    layers (``PreparedModel.gradient_layers``) and that only the client knows.
     """
     reached = {value for value in graph.inputs if value.name in labels}
     layers = _find_layers(graph, weights)
@@ -40,7 +35,7 @@ def find_bare_ends(graph: ir.Graph, weights: Collection[str]) -> set[ir.Value]:
     """Find the values from which a path without a layer of weights leads to an output.
 
     If the server sends one of these values back and receives its gradient, it can compute the
-    labels.  ``weights`` names the graph inputs that are weights.
+    labels.  ``weights`` names the weights of layers (``PreparedModel.gradient_layers``).
     """
     layers = _find_layers(graph, weights)
     found = set(graph.outputs)
@@ -58,14 +53,20 @@ def _find_layers(graph: ir.Graph, weights: Collection[str]) -> set[ir.Node]:
         read = list_inputs(node)
         if not secret.intersection(read):
             continue
-        if _is_layer(node):
+        if _is_layer(node, secret):
             layers.add(node)
         if all(v in secret or ir.convenience.get_const_tensor(v) is not None for v in read):
             secret.update(node.outputs)
     return layers
 
 
-def _is_layer(node: ir.Node) -> bool:
+def _is_layer(node: ir.Node, weights: Collection[ir.Value]) -> bool:
     """Return whether a node, or a node in its bodies, mixes numbers by weights."""
-    kinds = (inner.op_type.removesuffix("Grad") for inner in (node, *list_inner(node)))
-    return any(kind in LAYERS for kind in kinds)
+    if may_mix(node.op_type, find_positions(node, weights)):
+        return True
+    return any(inner.op_type.removesuffix("Grad") in LAYERS for inner in list_inner(node))
+
+
+def find_positions(node: ir.Node, weights: Collection[ir.Value]) -> list[int]:
+    """Return the positions of weights among a node's inputs."""
+    return [position for position, value in enumerate(node.inputs) if value in weights]

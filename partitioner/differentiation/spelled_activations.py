@@ -59,11 +59,22 @@ def _match_quotient(value: ir.Value) -> SpelledActivation | None:
         total, is_exact = bottom, True
         while (inner := _strip_bound(total)) is not None:
             total, is_exact = inner, False
-        axes = _find_summed_axes(total, top, "ReduceSum")
+        axes = _find_summed_axes(_strip_zeros(total), top, "ReduceSum", "ReduceL1")
         if axes:
             source = exponent if is_exact else None
             return SpelledActivation(kind="Softmax", source=source, axes=axes)
     return None
+
+
+def _match_normalization(value: ir.Value) -> SpelledActivation | None:
+    """Match ``exp(x)`` divided by its L1 norm in one node, a Softmax."""
+    powers = _take(value, "LpNormalization")
+    exponent = None if powers is None else _take(powers, "Exp")
+    node, rank = value.producer(), len(value.shape) if value.shape is not None else 0
+    if exponent is None or node is None or not rank or node.attributes.get_int("p", 2) != 1:
+        return None
+    axis = node.attributes.get_int("axis", -1) % rank
+    return SpelledActivation(kind="Softmax", source=exponent, axes=(axis,))
 
 
 def _match_exponential(value: ir.Value) -> SpelledActivation | None:
@@ -94,6 +105,21 @@ def _match_exponential(value: ir.Value) -> SpelledActivation | None:
     return SpelledActivation(kind="Softmax", source=scores, axes=axes) if axes else None
 
 
+def _match_softplus(value: ir.Value) -> SpelledActivation | None:
+    """Match ``exp(-softplus(-x))`` and ``exp(x - softplus(x))``, each a Sigmoid."""
+    logarithm = _take(value, "Exp")
+    if logarithm is None:
+        return None
+    rest = _find_negated(logarithm)
+    negative = None if rest is None else _find_softplus(rest)
+    if negative is not None:
+        return SpelledActivation(kind="Sigmoid", source=_find_negated(negative))
+    inputs = _take_all(logarithm, "Sub")
+    if len(inputs) == 2 and _find_softplus(inputs[1]) is inputs[0]:
+        return SpelledActivation(kind="Sigmoid", source=inputs[0])
+    return None
+
+
 def _match_logistic(value: ir.Value) -> SpelledActivation | None:
     """Match ``1 / (1 + exp(-x))``."""
     bottom = _find_inverted(value)
@@ -117,7 +143,9 @@ def _match_tangent(value: ir.Value) -> SpelledActivation | None:
 
 _MATCHES: Sequence[Callable[[ir.Value], SpelledActivation | None]] = (
     _match_quotient,
+    _match_normalization,
     _match_exponential,
+    _match_softplus,
     _match_logistic,
     _match_tangent,
 )
@@ -143,6 +171,28 @@ def _find_inverted(value: ir.Value) -> ir.Value | None:
         return inputs[1]
     inputs = _take_all(value, "Pow")
     return inputs[0] if len(inputs) == 2 and _is_number(inputs[1], -1) else None
+
+
+def _find_softplus(value: ir.Value) -> ir.Value | None:
+    """Return ``v`` if ``value`` is ``log(1 + exp(v))``, also as a rewrite spells it out.
+
+    The rewrite is ``relu(v) + log(exp(-relu(v)) + exp(v - relu(v)))``.
+    """
+    if (source := _take(value, "Softplus")) is not None:
+        return source
+    total = _take(value, "Log")
+    power = None if total is None else _strip_constant(total, "Add", 1)
+    if power is not None:
+        return _take(power, "Exp")
+    terms = _take_all(value, "Add")
+    positive, rest = terms if len(terms) == 2 else (None, None)
+    source = None if positive is None else _take(positive, "Relu")
+    total = None if rest is None else _take(rest, "Log")
+    exponents = [_take(power, "Exp") for power in _take_all(total, "Add")] if total else []
+    if source is None or len(exponents) != 2 or exponents[0] is None or exponents[1] is None:
+        return None
+    is_rewrite = _find_negated(exponents[0]) is positive
+    return source if is_rewrite and _take_all(exponents[1], "Sub") == [source, positive] else None
 
 
 def _find_negated(value: ir.Value) -> ir.Value | None:
@@ -184,18 +234,31 @@ def _strip_bound(value: ir.Value) -> ir.Value | None:
     return open_inputs[0] if is_bound and len(open_inputs) == 1 else None
 
 
-def _find_summed_axes(total: ir.Value, terms: ir.Value, kind: str) -> tuple[int, ...]:
+def _strip_zeros(value: ir.Value) -> ir.Value:
+    """Return ``v`` if ``value`` is ``v`` with its zeros replaced, which a sum of powers lacks."""
+    inputs = _take_all(value, "Where")
+    compared = _take_all(inputs[0], "Equal") if len(inputs) == 3 else []
+    has_zero = len(compared) == 2 and compared[0] is inputs[2] and _is_number(compared[1], 0)
+    return inputs[2] if has_zero else value
+
+
+def _find_summed_axes(total: ir.Value, terms: ir.Value, *kinds: str) -> tuple[int, ...]:
     """Return the axes over which ``total`` reduces ``terms``, or no axes if it does not.
 
-    ``total`` must have size 1 along these axes, or the size of ``terms`` after an Expand.
+    Their absolute values count as the terms themselves, since ``exp(x)`` is never negative.
+    ``kinds`` names the operators that may reduce them.  ``total`` must have size 1 along these
+    axes, or the size of ``terms`` after an Expand.
     """
     while (inner := _take_first(total, {"Expand", "Identity"})) is not None:
         total = inner
     sums = total
     while (inner := _take_first(sums, _LAYOUTS)) is not None:
         sums = inner
-    node = sums.producer()
-    if terms.shape is None or _take_first(sums, {kind}) is not terms or node is None:
+    node, summed = sums.producer(), _take_first(sums, {*kinds})
+    if summed is not None and "ReduceLogSumExp" not in kinds:
+        absolute = _take(summed, "Abs")
+        summed = summed if absolute is None else absolute
+    if terms.shape is None or summed is not terms or node is None:
         return ()
     axes = _read_axes(node, len(terms.shape))
     kept = [1 if axis in axes else dim for axis, dim in enumerate(terms.shape)]

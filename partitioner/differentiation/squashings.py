@@ -39,17 +39,22 @@ class Squashing:
     source: ir.Value | None
 
 
-def find_repeated_activation(output: ir.Value, loss: str, class_axis: int = 1) -> Squashing | None:
-    """Return the final activation of ``output``, if ``loss`` would apply a second one after it.
+def find_repeated_activation(
+    given: ir.Value, trained: ir.Value, loss: str, class_axis: int = 1
+) -> Squashing | None:
+    """Return the final activation of an output, if ``loss`` would apply a second one after it.
 
-    Return ``None`` if ``output`` has no final activation, or if the loss skips the activation.
+    Return ``None`` if the output has no final activation, or if the loss skips the activation.
     Only nodes that move or convert elements, and arithmetic, may follow the activation.  Each of
-    their inputs must be a constant or come from an activation.  ``class_axis`` is the axis of
-    ``output`` that holds the classes.
+    their inputs must be a constant or come from an activation.
+
+    ``given`` is the output in the model before its operators were rewritten, and ``trained`` the
+    same output in the training form, in which the loss skips activations.  ``class_axis`` is the
+    axis that holds the classes.
     """
-    if loss not in CONTAINED or find_activation(output, loss, class_axis) is not None:
+    if loss not in CONTAINED or find_activation(trained, loss, class_axis) is not None:
         return None
-    return _find_squashing(output, {})
+    return _find_squashing(given, {}) or _find_squashing(trained, {})
 
 
 def _find_squashing(value: ir.Value, known: dict[ir.Value, Squashing | None]) -> Squashing | None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import onnx_ir as ir
 
+from splitonnx.layers import LAYERS, LayerNode
 from splitonnx.partitioner.graphs.builders import DETACHED
 
 
@@ -199,6 +200,24 @@ def prune(graph: ir.Graph) -> None:
     for node in dead:
         disconnect(list_inner(node))
     graph.remove(dead, safe=True)
+
+
+def describe_layer(node: ir.Node) -> LayerNode:
+    """Describe a node as :mod:`splitonnx.layers` reads it."""
+    held = node.attributes.values() if node.op_type in (*LAYERS, "Transpose") else ()
+    integers: dict[str, list[int]] = {}
+    for attribute in held:
+        if attribute.type == ir.AttributeType.INT:
+            integers[attribute.name] = [attribute.as_int()]
+        elif attribute.type == ir.AttributeType.INTS:
+            integers[attribute.name] = list(attribute.as_ints())
+    return LayerNode(
+        operator=node.op_type,
+        arguments=tuple(value.name or "" if value is not None else "" for value in node.inputs),
+        results=tuple(value.name or "" for value in node.outputs),
+        integers=integers,
+        equation=node.attributes.get_string("equation", "") or "",
+    )
 
 
 def list_bodies(node: ir.Node) -> list[ir.Graph]:

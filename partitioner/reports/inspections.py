@@ -139,7 +139,7 @@ def _trace_raw(prepared: PreparedModel) -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     for form in (prepared.training, prepared.inference):
         inputs = {value.name or "" for value in form.graph.inputs} - prepared.state
-        traced = trace_raw_inputs(form.graph, inputs, prepared.weights)
+        traced = trace_raw_inputs(form.graph, inputs, prepared.value_layers)
         for value, names in traced.items():
             found[value.name or ""] = found.get(value.name or "", frozenset()) | names
     return found

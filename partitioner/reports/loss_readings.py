@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
+from splitonnx.partitioner.cutting.conformance.comparisons import USUAL_BYTES
+from splitonnx.partitioner.cutting.conformance.score_ranges import describe_probabilities
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
 from splitonnx.partitioner.differentiation.losses import find_class_axis
@@ -42,13 +44,15 @@ def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) 
     twice, and about the axis of the classes.  ``losses`` contains the losses that fit the output.
     """
     value = map_values(prepared.skeleton.graph).get(output)
+    trained = map_values(prepared.training.graph).get(output)
     loss = losses[0] if losses else ""
-    if value is None:
+    if value is None or trained is None:
         return
     if loss in CONTAINED:
         unclear = loss == "cross-entropy" and _fits_either_axis(value)  # then it is refused
         axis = 1 if unclear else find_class_axis(prepared.training.graph, loss, output)
-        yield from _remark_on_activation(value, loss, losses, axis, prepared.given)
+        yield from _remark_on_activation(value, trained, losses, axis, prepared.given)
+        yield from _remark_on_likeness(prepared, loss, output, axis)
     if loss == "cross-entropy" or _fits_either_axis(value):
         yield from _remark_on_axis(value)
 
@@ -60,10 +64,19 @@ def _fits_either_axis(value: ir.Value) -> bool:
 
 
 def _remark_on_activation(
-    value: ir.Value, loss: str, losses: Sequence[str], axis: int, given: Collection[str]
+    value: ir.Value,
+    trained: ir.Value,
+    losses: Sequence[str],
+    axis: int,
+    given: Collection[str],
 ) -> Iterator[Remark]:
-    name = value.name or ""
-    found = find_activation(value, loss, axis)
+    """Yield a remark on an activation before ``losses[0]``, which fits best.
+
+    ``value`` is the output before operators were rewritten, ``trained`` the one in the training
+    form, where the loss skips activations.
+    """
+    name, loss = value.name or "", losses[0]
+    found = find_activation(trained, loss, axis)
     if found is not None:
         yield Remark(
             kind=Kind.ACTIVATION_SKIPPED,
@@ -72,10 +85,10 @@ def _remark_on_activation(
             names=(name, found.source.name or ""),
         )
         return
-    repeated = find_repeated_activation(value, loss, axis)
+    repeated = find_repeated_activation(value, trained, loss, axis)
     if repeated is None:
         return
-    others = [own for own in losses if own != loss and find_activation(value, own) is not None]
+    others = [own for own in losses if own != loss and find_activation(trained, own) is not None]
     remedy = (
         f"choose {others[0]}, which skips it, if the labels allow"
         if others
@@ -88,6 +101,22 @@ def _remark_on_activation(
         names=(name, repeated.node.name or ""),
         options=tuple(make_option("--loss", own) for own in others[:1]),
     )
+
+
+def _remark_on_likeness(
+    prepared: PreparedModel, loss: str, output: str, axis: int
+) -> Iterator[Remark]:
+    """Yield a remark on an output that looks like probabilities, though no operator says so."""
+    likeness = describe_probabilities(prepared, loss, output, axis, USUAL_BYTES)
+    if likeness:
+        yield Remark(
+            kind=Kind.ACTIVATION_TWICE,
+            sentence=f"'{output}' looks like probabilities: with random inputs and weights, all "
+            f"its values {likeness}, and {loss} applies a {CONTAINED[loss]} to them, which "
+            "squashes the scores twice: choose another loss, or a model whose output is the raw "
+            "scores",
+            names=(output,),
+        )
 
 
 def _advise_export(output: ir.Value, repeated: Squashing, axis: int, given: Collection[str]) -> str:

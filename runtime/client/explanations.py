@@ -42,7 +42,7 @@ class Way:
         named = ", ".join(map(str, layers[:MOST_LAYERS]))
         more = f" and {len(layers) - MOST_LAYERS} more" if len(layers) > MOST_LAYERS else ""
         through = f"through {named}{more}" if layers else ""
-        bare = "without any weight between them" if self.dependence.is_bare else ""
+        bare = "without any layer of weights between them" if self.dependence.is_bare else ""
         return (
             f"{self.tensor.name} depends on it {' and also '.join(filter(None, (through, bare)))}"
         )
@@ -140,14 +140,15 @@ def _explain_array(
 ) -> ArrayExplanation:
     ways = []
     kept = {s.tensor.name for s in party.manifest.state if s.role is not Role.OPTIMIZER}
+    is_labels = spec.name == find_labels(party.manifest)
     for tensor in leaves.tensors:
-        dependence = flow.find_dependence(spec.name, tensor.wire)
+        dependence = flow.find_dependence(spec.name, tensor.wire, is_labels=is_labels)
         if dependence is not None:
             is_itself = tensor.kind in (RAW_INPUT, LABELS) and tensor.tensor == spec.name
             ways.append(Way(tensor=tensor, is_itself=is_itself, dependence=dependence))
     return ArrayExplanation(
         name=spec.name,
-        kind=LABELS if spec.name == find_labels(party.manifest) else RAW_INPUT,
+        kind=LABELS if is_labels else RAW_INPUT,
         declared=str(spec),
         ways=tuple(ways),
         updates=flow.count_dependent(

@@ -2,18 +2,21 @@
 
 The stages of a phase are analyzed as one graph: a value that one stage outputs can be read by a
 later stage under the same name.  Each output of a node is assumed to depend on all inputs of the
-node; the outputs of Shape and Size are assumed to depend only on the sizes of the inputs.  The
-analysis may therefore report a dependence that does not exist, but it never misses one.
+node; the outputs of Shape and Size are assumed to depend only on the sizes of the inputs.  What
+counts as a layer of weights is in :mod:`splitonnx.layers`, as for ``cut``.  The analysis may
+therefore report a dependence that does not exist, but it never misses one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from splitonnx.bundles import PartyBundle
+from splitonnx.layers import LayerNode, Mixing, may_mix
 from splitonnx.manifests import Phase, Role, Source, Stage
+from splitonnx.names import PREDICT
 from splitonnx.runtime.gate.readings import GraphNode, read_nodes
 
 Value = tuple[str, str]
@@ -31,7 +34,7 @@ class Extent(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A node that reads weights: its name, its operator and the names of the weights."""
+    """A layer: the name of its node, its operator and the names of the weights that it reads."""
 
     node: str
     operator: str
@@ -45,9 +48,9 @@ class Layer:
 class Dependence:
     """How a tensor that a party sends depends on an array of the party's data.
 
-    ``layers`` are the first nodes with weights on each path from the array to the tensor.
-    ``is_bare`` means that there is a path without any node with weights.  Both ignore paths that
-    pass on only the sizes of the array.
+    ``layers`` are the first layers on each path from the array to the tensor.  ``is_bare`` means
+    that there is a path without a layer.  Both ignore paths that pass on only the sizes of the
+    array.
     """
 
     extent: Extent
@@ -56,7 +59,7 @@ class Dependence:
 
     @property
     def tells_values(self) -> bool:
-        """Return whether the array's elements reach the tensor on a path without weights."""
+        """Return whether the array's elements reach the tensor on a path without a layer."""
         return self.is_bare and self.extent is Extent.VALUES
 
 
@@ -67,6 +70,7 @@ class _Step:
     node: GraphNode
     reads: tuple[Value, ...]
     makes: tuple[Value, ...]
+    arguments: tuple[Value, ...]
 
 
 class Flow:
@@ -82,14 +86,22 @@ class Flow:
             if spec.role is not Role.OPTIMIZER
         }
         self._find_derived_weights()
+        forward = next((own for own in party.manifest.phases if own.name == PREDICT), phase)
+        self._mixing = Mixing(_list_layers(party, forward), party.weights.get)
 
-    def find_dependence(self, array: str, sent: str) -> Dependence | None:
-        """Return how the tensor ``sent`` depends on ``array``, or ``None`` if it does not."""
+    def find_dependence(
+        self, array: str, sent: str, *, is_labels: bool = False
+    ) -> Dependence | None:
+        """Return how the tensor ``sent`` depends on ``array``, or ``None`` if it does not.
+
+        ``is_labels`` means that ``array`` holds the labels, of which only gradients tell.
+        """
+        keeps = self._mixing.keeps_gradients if is_labels else self._mixing.keeps_values
         start, end = (Source.DATA.value, array), (Source.STASH.value, sent)
         reached = self._reach([start], lambda step: True)
         if end not in reached:
             return None
-        bare = self._reach([start], lambda step: not self._list_weights(step))
+        bare = self._reach([start], lambda step: not self._is_layer(step, keeps))
         whole = {value for value, extent in bare.items() if extent is Extent.VALUES}
         before = self._walk_back(end)
         layers = [
@@ -99,7 +111,7 @@ class Flow:
                 weights=self._list_weights(step),
             )
             for index, step in enumerate(self._steps)
-            if index in before and self._list_weights(step) and whole & set(step.reads)
+            if index in before and self._is_layer(step, keeps) and whole & set(step.reads)
         ]
         return Dependence(extent=reached[end], is_bare=end in whole, layers=tuple(layers))
 
@@ -108,10 +120,22 @@ class Flow:
         reached = self._reach([(Source.DATA.value, array)], lambda step: True)
         return sum((Source.STASH.value, name) in reached for name in values)
 
-    def _list_weights(self, step: _Step) -> tuple[str, ...]:
-        """List the weights that a node reads, unless it only derives values from weights."""
+    def _is_layer(self, step: _Step, keeps: Callable[[str], bool]) -> bool:
+        """Return whether a node mixes numbers by weights, or repositions them by rows of a table.
+
+        ``keeps`` tells of a weight whether its layers only pass on numbers of the data.
+        """
         if all(value in self._weights for value in step.makes):
-            return ()  # a weight's own preparation is not a layer
+            return False  # a weight's own preparation is not a layer
+        read = [self._weights.get(value, ()) for value in step.arguments]
+        positions = [position for position, names in enumerate(read) if names]
+        if not may_mix(step.node.operator, positions):
+            return False
+        mixing = [position for position in positions if not all(map(keeps, read[position]))]
+        return may_mix(step.node.operator, mixing)
+
+    def _list_weights(self, step: _Step) -> tuple[str, ...]:
+        """List the weights that a node reads."""
         found = [name for value in step.reads for name in self._weights.get(value, ())]
         return tuple(dict.fromkeys(found))
 
@@ -159,6 +183,18 @@ class Flow:
         return found
 
 
+def _list_layers(party: PartyBundle, phase: Phase) -> Iterator[LayerNode]:
+    """Yield the nodes of a phase, whose names are those of weights or belong to one stage alone."""
+    weights = {(Source.STATE.value, spec.tensor.name) for spec in party.manifest.state}
+    for stage in phase.stages:
+        for step in _list_steps(stage, party.graphs[stage.graph]):
+            arguments, results = (
+                tuple(value[1] if value in weights else "\0".join(value) for value in values)
+                for values in (step.arguments, step.makes)
+            )
+            yield replace(step.node.layer, arguments=arguments, results=results)
+
+
 def _list_steps(stage: Stage, graph: bytes) -> list[_Step]:
     sources = {item.name: item.source.value for item in stage.inputs}
     outputs = set(stage.outputs)
@@ -173,11 +209,13 @@ def _list_steps(stage: Stage, graph: bytes) -> list[_Step]:
             node=node,
             reads=tuple(map(locate, node.reads)),
             makes=tuple(map(locate, node.makes)),
+            arguments=tuple(map(locate, node.layer.arguments)),
         )
         for node in read_nodes(stage.name, graph)
     ]
     for name in outputs & sources.keys():  # handed through
-        node = GraphNode(name=name, operator="Identity", reads=(name,), makes=(name,))
-        made = (Source.STASH.value, name)
-        steps.append(_Step(node=node, reads=(locate(name),), makes=(made,)))
+        layer = LayerNode(operator="Identity", arguments=(name,), results=(name,))
+        node = GraphNode(name=name, operator="Identity", reads=(name,), makes=(name,), layer=layer)
+        read, made = (locate(name),), ((Source.STASH.value, name),)
+        steps.append(_Step(node=node, reads=read, makes=made, arguments=read))
     return steps

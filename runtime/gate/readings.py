@@ -1,8 +1,8 @@
 """Read the nodes of a stage's graph and the names of their values, without the onnx package.
 
 A graph is read only if it passes the checks in :mod:`gates`.  The only attributes that are read are
-subgraph bodies: a node with bodies (If, Loop or Scan) is treated as if it read every value that its
-bodies mention.
+those of layers, and subgraph bodies: a node with bodies (If, Loop or Scan) is treated as if it read
+every value that its bodies mention.
 """
 
 from __future__ import annotations
@@ -11,22 +11,28 @@ from dataclasses import dataclass
 
 from splitonnx.errors import ForbiddenGraph
 from splitonnx.graph_limits import STAGE
+from splitonnx.layers import LAYERS, LayerNode
 from splitonnx.runtime.gate import schemas
 from splitonnx.runtime.gate.gates import check_graph
-from splitonnx.runtime.gate.protobufs import Malformed, Place, Reader
+from splitonnx.runtime.gate.protobufs import Malformed, Place, Reader, to_signed
 
-_MOST_FIELDS = 4
-"""How often each field may be read: in the pass over nodes, and in the passes over bodies."""
+_MOST_FIELDS = 5
+"""How often each field may be read: in passes over nodes, layers' attributes, and bodies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphNode:
-    """A node of a graph: its name, its operator, and the names of its input and output values."""
+    """A node of a graph: its name, its operator, and the names of its input and output values.
+
+    ``reads`` also has the values that its bodies mention.  ``layer`` describes its own inputs and
+    outputs in their places, and its attributes of integers.
+    """
 
     name: str
     operator: str
     reads: tuple[str, ...]
     makes: tuple[str, ...]
+    layer: LayerNode
 
 
 def read_nodes(stage: str, content: bytes) -> tuple[GraphNode, ...]:
@@ -71,13 +77,43 @@ class _NodeReader:
                 attributes.append((start, stop))
             elif name in ("argument", "result", "name", "operator"):
                 texts.setdefault(name, []).append(self._read_text((start, stop)))
-        reads = [*texts.get("argument", []), *self._list_mentioned(attributes)]
+        arguments, results = texts.get("argument", []), texts.get("result", [])
+        operator = "".join(texts.get("operator", []))
+        reads = [*arguments, *self._list_mentioned(attributes)]
+        integers, equation = self._read_attributes(operator, attributes)
         return GraphNode(
             name="".join(texts.get("name", [])),
-            operator="".join(texts.get("operator", [])),
+            operator=operator,
             reads=tuple(dict.fromkeys(filter(None, reads))),
-            makes=tuple(filter(None, texts.get("result", []))),
+            makes=tuple(filter(None, results)),
+            layer=LayerNode(
+                operator=operator,
+                arguments=tuple(arguments),
+                results=tuple(results),
+                integers=integers,
+                equation=equation,
+            ),
         )
+
+    def _read_attributes(
+        self, operator: str, attributes: list[Place]
+    ) -> tuple[dict[str, list[int]], str]:
+        """Read the integers of a layer's attributes, and the equation of an Einsum."""
+        integers: dict[str, list[int]] = {}
+        equation = ""
+        for place in attributes if operator in (*LAYERS, "Transpose") else ():
+            name = ""
+            numbers: list[int] = []
+            for field, start, stop in self._reader.read(place, schemas.ATTRIBUTE):
+                if field == "name":
+                    name = self._read_text((start, stop))
+                elif field == "integers":
+                    read = self._reader.read_numbers((start, stop)) if stop else [start]
+                    numbers += map(to_signed, read)
+                elif field == "string" and operator == "Einsum":
+                    equation = self._read_text((start, stop))
+            integers[name] = numbers
+        return integers, equation
 
     def _list_mentioned(self, attributes: list[Place]) -> list[str]:
         """List every value that the subgraph bodies in these attributes read or output."""

@@ -20,6 +20,7 @@ from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAIN, Target
 from splitonnx.partitioner import partitions, permissions
 from splitonnx.partitioner.cutting import joints
+from splitonnx.runtime.client.flows import Dependence
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from tests.support.recordings import RecordingTransport
@@ -303,3 +304,62 @@ def test_a_name_that_is_not_an_input_is_told_with_those_there_are() -> None:
         splitonnx.cut(
             ZOO["two_inputs"].build(), at="both", send_inputs=["nope", "nope"], send_labels=True
         )
+
+
+def build_behind(scale: Callable[[Net], str]) -> onnx.ModelProto:
+    """Put the layers ``h`` and ``scores`` behind what makes ``q`` of an image with 3 channels."""
+    net = Net()
+    hidden = net.op("Conv", scale(net), net.weight("k1", 4, 3, 2, 2), out="h")
+    flat = net.op("Flatten", net.op("Relu", hidden, out="r"), out="flat")
+    output = net.op("MatMul", flat, net.weight("last", 36, 3), out="scores")
+    return net.finish({"x": (FLOAT, ["N", 3, 4, 4])}, output, 3)
+
+
+def store(net: Net, array: np.ndarray) -> str:
+    return net.constant("stored", array.astype(np.float32))
+
+
+ONE_TO_ONE: dict[str, Callable[[Net], str]] = {
+    "depthwise": lambda net: net.op("Conv", "x", net.weight("k0", 3, 1, 1, 1), out="q", group=3),
+    "identity": lambda net: net.op("MatMul", "x", store(net, np.eye(4)), out="q"),
+    "permutation": lambda net: net.op("MatMul", store(net, np.eye(4)[::-1]), "x", out="q"),
+    "dirac": lambda net: net.op("Conv", "x", store(net, np.eye(3)[:, :, None, None]), out="q"),
+    "einsum": lambda net: net.op("Einsum", "x", net.weight("s", 3), out="q",
+                                 equation="nchw,c->nchw"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_TO_ONE)
+def test_what_is_only_scaled_or_permuted_is_raw_for_cut_inspect_and_explain(name: str) -> None:
+    model = build_behind(ONE_TO_ONE[name])
+    with pytest.raises(InputsNotPermitted, match=r"'q', computed .* raw input 'x'"):
+        splitonnx.cut(model, at="q", send_labels=True)
+    listed = {one.tensor: one.raw for one in splitonnx.inspect(model)}
+    assert (listed["q"], listed["h"]) == (("x",), ())
+    bundle = splitonnx.cut(model, at="q", send_labels=True, send_inputs=["x"])
+    assert find_way(bundle, "x").is_bare
+    mixed = find_way(splitonnx.cut(model, at="h", send_labels=True), "x")
+    assert not mixed.is_bare
+    assert [layer.node for layer in mixed.layers] == ["h_node"]
+
+
+def find_way(bundle: splitonnx.Bundle, array: str) -> Dependence:
+    """Return how the only tensor that leaves the client depends on an array, as explained."""
+    (phase,) = (own for own in splitonnx.explain(bundle.client).phases if own.leaves.phase == TRAIN)
+    (found,) = (own for own in phase.arrays if own.name == array)
+    (way,) = found.ways
+    return way.dependence
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+def test_a_tail_that_only_scales_tells_the_labels_to_cut_and_explain(target: Target) -> None:
+    net = Net()
+    hidden = net.op("MatMul", "x", net.weight("w1", 4, 4), out="h")
+    scores = net.op("MatMul", hidden, net.weight("w2", 4, 3), out="s")
+    turned = net.constant("turn", np.eye(3, dtype=np.float32)[::-1] * 2)
+    model = net.finish({"x": (FLOAT, ["N", 4])}, net.op("MatMul", scores, turned, out="y"), 3)
+    options: dict[str, Any] = {"at": "h", "client_target": target, "check": False}
+    with pytest.raises(LabelsNotPermitted, match="between the loss and 's'"):
+        splitonnx.cut(model, tail_at="s", **options)
+    permitted = splitonnx.cut(model, tail_at="s", send_labels=True, **options)
+    assert find_way(permitted, "labels").tells_values

@@ -10,6 +10,8 @@ import pytest
 
 from splitonnx.names import Target
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
+from splitonnx.partitioner.reports.remarks import Kind
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
@@ -49,6 +51,46 @@ SPELLINGS: dict[str, tuple[str, list[Node]]] = {
         [
             ("ReduceLogSumExp", ["scores", "axis"], "z", {}),
             ("Sub", ["scores", "z"], "l", {}),
+            ("Exp", ["l"], "active", {}),
+        ],
+    ),
+    "exp over its L1 norm": (
+        "cross-entropy",
+        [
+            ("Exp", ["scores"], "e", {}),
+            ("ReduceL1", ["e", "axis"], "z", {}),
+            ("Div", ["e", "z"], "active", {}),
+        ],
+    ),
+    "exp normalized by one node": (
+        "cross-entropy",
+        [("Exp", ["scores"], "e", {}), ("LpNormalization", ["e"], "active", {"axis": 1, "p": 1})],
+    ),
+    "exp over its sum by Einsum": (
+        "cross-entropy",
+        [
+            ("Exp", ["scores"], "e", {}),
+            ("Einsum", ["e"], "sum", {"equation": "nc->n"}),
+            ("Unsqueeze", ["sum", "axis"], "z", {}),
+            ("Div", ["e", "z"], "active", {}),
+        ],
+    ),
+    "exp(-softplus(-x))": (
+        "bce-with-logits",
+        [
+            ("Neg", ["scores"], "n", {}),
+            ("Softplus", ["n"], "s", {}),
+            ("Neg", ["s"], "l", {}),
+            ("Exp", ["l"], "active", {}),
+        ],
+    ),
+    "exp(x - log(1 + exp(x)))": (
+        "bce-with-logits",
+        [
+            ("Exp", ["scores"], "e", {}),
+            ("Add", ["one", "e"], "z", {}),
+            ("Log", ["z"], "s", {}),
+            ("Sub", ["scores", "s"], "l", {}),
             ("Exp", ["l"], "active", {}),
         ],
     ),
@@ -116,6 +158,33 @@ def test_the_activation_is_applied_once(spelling: str) -> None:
     assert float(found["loss"]) == pytest.approx(expected, rel=1e-5)
     assert {"first_grad", "last_grad"} <= found.keys()
     hold_steps([found], scores, loss, data, ["first", "last"])
+
+
+@pytest.mark.parametrize("spelling", ["exp over its sum by Einsum", "exp over its L1 norm"])
+def test_an_evaluation_computes_the_loss_of_training(spelling: str) -> None:
+    loss, nodes = SPELLINGS[spelling]
+    data = draw(loss)
+    expected = LOSSES[loss](evaluate(build([]), data)["y"], data["labels"])
+    with Client(cut(build(nodes), at=None, loss=loss).client, threads=1) as client:
+        assert client.evaluate(data)["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_check_says_what_training_skips_though_the_model_spells_it_otherwise() -> None:
+    _, nodes = SPELLINGS["exp over its sum by Einsum"]
+    (remark,) = [r for r in check(build(nodes)).remarks if r.kind is Kind.ACTIVATION_SKIPPED]
+    assert remark.names == ("y", "scores")
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_other_norms_are_left_to_the_model(p: int) -> None:
+    kind = "Exp" if p == 2 else "Identity"
+    nodes: list[Node] = [
+        (kind, ["scores"], "e", {}), ("LpNormalization", ["e"], "active", {"axis": 1, "p": p}),
+    ]  # fmt: skip
+    model, data = build(nodes), draw("cross-entropy")
+    expected = LOSSES["cross-entropy"](evaluate(model, data)["y"], data["labels"])
+    found = run_step(cut(model, at=None), data)
+    assert float(found["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_it_is_inverted_where_a_cut_stands_inside_it() -> None:

@@ -30,9 +30,8 @@ def build(*kinds: str) -> onnx.ModelProto:
 
 def find(kinds: Sequence[str], loss: str) -> str | None:
     model = ir.from_proto(build(*kinds))
-    found = find_repeated_activation(
-        map_values(model.graph)[model.graph.outputs[0].name or ""], loss
-    )
+    output = map_values(model.graph)[model.graph.outputs[0].name or ""]
+    found = find_repeated_activation(output, output, loss)
     return None if found is None else found.kind
 
 
@@ -50,7 +49,8 @@ def find_spelled_out(nodes: Sequence[Node], loss: str) -> str | None:
     model = ir.from_proto(
         onnx.shape_inference.infer_shapes(net.finish({"x": (FLOAT, ["N", 4])}, value, width))
     )
-    found = find_repeated_activation(map_values(model.graph)[value], loss)
+    output = map_values(model.graph)[value]
+    found = find_repeated_activation(output, output, loss)
     return None if found is None else found.kind
 
 

@@ -83,7 +83,9 @@ def test_labels_shape_the_gradient_that_a_tail_sends() -> None:
     assert way.dependence.layers
     bare = cut(ZOO["chain"].build(), at="act1", tail_at="linear4", send_labels=True)
     (way,) = find_array(explain(bare.client), TRAIN, "labels").ways
-    assert str(way) == ("gradient of 'linear4' depends on it without any weight between them")
+    assert str(way) == (
+        "gradient of 'linear4' depends on it without any layer of weights between them"
+    )
 
 
 def test_labels_that_are_only_measured_have_no_path_to_what_leaves() -> None:

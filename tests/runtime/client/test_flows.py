@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.bundles import PartyBundle
@@ -122,6 +123,16 @@ def test_a_way_past_the_weights_is_seen_beside_one_through_them() -> None:
     assert found is not None
     assert found.is_bare
     assert [layer.node for layer in found.layers] == ["h_node"]
+
+
+@pytest.mark.parametrize("operator", ["Add", "Mul", "Max"])
+def test_a_weight_that_mixes_no_numbers_is_no_layer(operator: str) -> None:
+    nodes = [node(operator, "x w", "h"), node("Relu", "h", "sent")]
+    inputs = {"x": Source.DATA, "w": Source.STATE}
+    found = make_flow((inputs, nodes, ("sent",))).find_dependence("x", "sent")
+    assert found is not None
+    assert found.tells_values
+    assert found.layers == ()
 
 
 def test_a_weight_stays_one_through_its_own_preparation() -> None:

@@ -7,9 +7,25 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.errors import ForbiddenGraph
+from splitonnx.layers import LAYERS, LayerNode
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.gate.readings import GraphNode, read_nodes
 from tests.support.zoo import ZOO
+
+
+def describe_by_onnx(node: onnx.NodeProto) -> LayerNode:
+    held = {own.name: own for own in node.attribute}
+    kept = held if node.op_type in (*LAYERS, "Transpose") else {}
+    return LayerNode(
+        operator=node.op_type,
+        arguments=tuple(node.input),
+        results=tuple(node.output),
+        integers={
+            name: [*own.ints, *([own.i] if own.type == onnx.AttributeProto.INT else [])]
+            for name, own in kept.items()
+        },
+        equation=kept["equation"].s.decode() if "equation" in kept else "",
+    )
 
 
 def read_by_onnx(content: bytes) -> list[GraphNode]:
@@ -19,9 +35,27 @@ def read_by_onnx(content: bytes) -> list[GraphNode]:
             operator=node.op_type,
             reads=tuple(dict.fromkeys(name for name in node.input if name)),
             makes=tuple(name for name in node.output if name),
+            layer=describe_by_onnx(node),
         )
         for node in onnx.load_from_string(content).graph.node
     ]
+
+
+def test_attributes_of_layers_are_read_as_onnx_reads_them() -> None:
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
+        helper.make_node("Gemm", ["t", "w", ""], ["g"], transB=1, alpha=0.5),
+        helper.make_node("Conv", ["g", "k"], ["c"], group=3, strides=[2, 2], pads=[0, 1, 0, 1]),
+        helper.make_node("Gather", ["v", "c"], ["a"], axis=-1),
+        helper.make_node("Einsum", ["a", "m"], ["y"], equation="ab,bc->ac"),
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [], []),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,
+    )
+    content = model.SerializeToString()
+    assert list(read_nodes("stage", content)) == read_by_onnx(content)
 
 
 @pytest.mark.parametrize("target", ["training", "portable"])

@@ -48,6 +48,7 @@ FOUNDED = (
     "was not compared",
     "only raw inputs are scaled",
     "squashed twice",
+    "looks like probabilities",
     "a batch of 1",
     "the last axis",
 )
