@@ -261,12 +261,7 @@ PASSES: Sequence[Pass] = (
         run=lambda work: tie_weights(work.model.graph, work.weights, work.ties),
         requires=_F.LIFTED,
     ),
-    Pass(
-        work="typed",
-        run=_type,
-        requires=_F.ADAPTED | _F.USUAL,
-        ensures=_F.TYPED,
-    ),
+    Pass(work="typed", run=_type, requires=_F.ADAPTED | _F.USUAL, ensures=_F.TYPED),
     Pass(
         work="given one name for equal sizes",
         run=_join_sizes,
