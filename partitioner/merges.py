@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.atomic import replace_file, replacing, write_file
 from splitonnx.bundles import Bundle
-from splitonnx.errors import UnwritableFile, UsageError
 from splitonnx.manifests import Role
 from splitonnx.outputs import check_output
 from splitonnx.partitioner.cutting.passes.forms import make_inference_form
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.lowerings.integer_kernels import describe_saturation
+from splitonnx.partitioner.model_files import serialize_model, write_model
 from splitonnx.partitioner.normalization.quantizations import fold_quantized
 from splitonnx.partitioner.normalization.weights import restore_weights
 
 _log = logging.getLogger(__name__)
-
-MAX_INSIDE = 2**31 - 2**26
-"""Limit of bytes of weights in one ONNX file; Protocol Buffers messages are limited to 2 GiB."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Join:
-    """A joined model's bytes, and the weights in its external data file in the file's order."""
-
-    content: bytes
-    beside: Sequence[np.ndarray] = ()
-
-    @property
-    def size(self) -> int:
-        return len(self.content) + sum(array.nbytes for array in self.beside)
-
 
 def merge(bundle: Bundle | str | Path) -> bytes:
     """Join the parts of a bundle into one ONNX model that contains the trained weights.
@@ -57,14 +38,9 @@ def merge(bundle: Bundle | str | Path) -> bytes:
         BundleMismatch: the parties are at different steps.
         UsageError: the model is too large for one file; :func:`write_merged` can write two files.
     """
-    model = _join_parts(bundle)
-    size = sum(tensor.nbytes for tensor in _list_tensors(model))
-    if size > MAX_INSIDE:
-        raise UsageError(
-            f"the merged model's weights take {size / 1e9:.2f} GB, more than one ONNX file holds; "
-            "write it with write_merged or `splitonnx merge`, which put them into a file beside it"
-        )
-    return _serialize(model).content
+    return serialize_model(
+        _join_parts(bundle), "the merged model", "write_merged or `splitonnx merge`"
+    )
 
 
 def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bool = False) -> int:
@@ -84,21 +60,7 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
     """
     target = Path(path)
     check_output(target, overwrite=overwrite)
-    beside = target.with_name(f"{target.name}.data")
-    model = _join_parts(bundle)
-    large = sum(tensor.nbytes for tensor in _list_tensors(model)) > MAX_INSIDE
-    joined = _serialize(model, beside.name if large else None)
-    if large:
-        check_output(beside, overwrite=overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as fresh:
-            write_file(fresh, [joined.content])
-            if large:
-                replace_file(beside, joined.beside)
-    except OSError as error:
-        raise UnwritableFile(str(target), error.strerror or str(error)) from error
-    return joined.size
+    return write_model(_join_parts(bundle), target, overwrite=overwrite)
 
 
 def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.ndarray]:
@@ -145,35 +107,3 @@ def _join(bundle: Bundle) -> ir.Model:
     if (remark := describe_saturation(model.graph)) is not None:
         _log.warning("the merged model: %s", remark)
     return model
-
-
-def _list_tensors(model: ir.Model) -> list[ir.TensorProtocol]:
-    values = model.graph.initializers.values()
-    return [value.const_value for value in values if value.const_value is not None]
-
-
-@attribute_errors_to_pass("written down")
-def _serialize(model: ir.Model, beside: str | None = None) -> _Join:
-    """Serialize a model.
-
-    If ``beside`` is given, the weights are to be stored in an external file with this name.
-    """
-    arrays: list[np.ndarray] = []
-    if beside is not None:
-        offset = 0
-        for value in model.graph.initializers.values():
-            tensor = value.const_value
-            if tensor is None or not isinstance(tensor.raw, np.ndarray):
-                continue
-            value.const_value = ir.ExternalTensor(
-                beside,
-                offset,
-                tensor.nbytes,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=value.name or "",
-            )
-            arrays.append(tensor.raw)
-            offset += tensor.nbytes
-    content: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-    return _Join(content=content, beside=arrays)

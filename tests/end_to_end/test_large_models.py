@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from splitonnx import Bundle, cut, merge, write_merged
 from splitonnx.chunks import PIECE, iter_chunks
 from splitonnx.errors import UnwritableFile, UsageError
-from splitonnx.partitioner import merges
+from splitonnx.partitioner import model_files
 from tests.support.zoo import FLOAT, ZOO
 
 
@@ -96,7 +96,7 @@ def test_a_merged_model_too_large_for_one_file_is_written_as_two(
 ) -> None:
     bundle = cut(ZOO["batchnorm_trained"].build(), at="r1", send_labels=True)
     whole = merge(bundle)
-    monkeypatch.setattr(merges, "MAX_INSIDE", 64)
+    monkeypatch.setattr(model_files, "MAX_INSIDE", 64)
     with pytest.raises(UsageError, match="write_merged"):
         merge(bundle)
     path = tmp_path / "trained.onnx"
@@ -114,7 +114,7 @@ def test_a_merged_model_overwrites_nothing_unasked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = cut(ZOO["chain"].build(), at="act1", send_labels=True)
-    monkeypatch.setattr(merges, "MAX_INSIDE", 64)
+    monkeypatch.setattr(model_files, "MAX_INSIDE", 64)
     beside = tmp_path / "trained.onnx.data"
     beside.write_bytes(b"mine")
     with pytest.raises(UnwritableFile, match="exists already"):

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import BundleError, BundleMismatch, UnwritableFile, UsageError
-from splitonnx.partitioner import merges
+from splitonnx.partitioner import model_files
 from splitonnx.partitioner.merges import collect_weights, merge, restore_model, write_merged
 from splitonnx.partitioner.partitions import cut
 from tests.support.zoo import ZOO
@@ -153,7 +153,7 @@ def test_weights_too_large_for_one_file_stand_in_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = cut_chain()
-    monkeypatch.setattr(merges, "MAX_INSIDE", 100)
+    monkeypatch.setattr(model_files, "MAX_INSIDE", 100)
     with pytest.raises(UsageError, match="write_merged"):
         merge(bundle)
     path, beside = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
