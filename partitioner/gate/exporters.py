@@ -285,6 +285,12 @@ def _is_only_statistic(value: ir.Value) -> bool:
     return bool(value.uses()) and not _list_learning(value)
 
 
+def find_module(node: ir.Node) -> str | None:
+    """Return the name of the module to which a node belongs, if the dynamo exporter noted it."""
+    scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
+    return re.sub(r"@\d+$", "", scopes[-2]) or None if len(scopes) > 1 else None
+
+
 def _is_within(node: ir.Node, module: str) -> bool:
     """Return whether a node belongs to a module, or its metadata name no module."""
     scopes = node.metadata_props.get(_SCOPES)

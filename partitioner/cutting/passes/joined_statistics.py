@@ -8,13 +8,13 @@ must be two tensors.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from splitonnx.errors import list_some
+from splitonnx.partitioner.gate.exporters import find_module
 from splitonnx.partitioner.graphs.traversals import find_data, list_bodies, list_nodes, map_values
 from splitonnx.partitioner.normalization.parameters import LOOKERS, is_weight_input, list_uses
 
@@ -24,8 +24,6 @@ _OWNERS = ((1, ".weight"), (2, ".bias"))
 _FEW = 3
 _READERS = frozenset({"Div", "Sub"})
 """Operators that normalize by a statistic; a bias or a scale is added or multiplied."""
-_SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata of a node, written by the dynamo exporter: the modules that it belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +138,7 @@ def _list_statistics(value: ir.Value) -> list[_Statistic]:
         if node.op_type == "BatchNormalization" and not node.domain and index in _SUFFIXES:
             grouped.setdefault((index, _identify(node)), []).append(node)
     return [
-        _Statistic(index=key[0], nodes=tuple(nodes), scope=_read_scope(nodes[0]))
+        _Statistic(index=key[0], nodes=tuple(nodes), scope=find_module(nodes[0]))
         for key, nodes in grouped.items()
         if isinstance(key, tuple)
     ]
@@ -157,13 +155,7 @@ def _list_direct_uses(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
 
 def _identify(node: ir.Node) -> Hashable:
     """Return what tells the nodes of one module from those of another."""
-    return _read_scope(node) or tuple(node.inputs[1:5])
-
-
-def _read_scope(node: ir.Node) -> str | None:
-    """Return the name of the module that a node belongs to, if the exporter noted it."""
-    scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
-    return re.sub(r"@\d+$", "", scopes[-2]) or None if len(scopes) > 1 else None
+    return find_module(node) or tuple(node.inputs[1:5])
 
 
 def _is_applied(node: ir.Node, index: int, data: Collection[ir.Value]) -> bool:
