@@ -3,47 +3,67 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
+from splitonnx.errors import UsageError, count_some
 from splitonnx.manifests import Role
 from splitonnx.outputs import check_output
+from splitonnx.partitioner.adapter_files import write_note_file
+from splitonnx.partitioner.adapters import fold_adapters, read_note, write_note
 from splitonnx.partitioner.cutting.passes.forms import make_inference_form
-from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.lowerings.integer_kernels import describe_saturation
 from splitonnx.partitioner.model_files import serialize_model, write_model
 from splitonnx.partitioner.normalization.quantizations import fold_quantized
 from splitonnx.partitioner.normalization.weights import restore_weights
 
+Source = Bundle | ModelSource
+"""A bundle, the path of its folder, or an ONNX model with adapters."""
+
 _log = logging.getLogger(__name__)
 
-def merge(bundle: Bundle | str | Path) -> bytes:
+
+def merge(bundle: Source, *, fold: bool = False) -> bytes:
     """Join the parts of a bundle into one ONNX model that contains the trained weights.
 
     The model has the same inputs and outputs as the original model.  It is meant for inference:
     BatchNormalization uses its running statistics, and Dropout is removed.
 
     Args:
-        bundle: a bundle, or the path of a bundle folder.
+        bundle: a bundle, or the path of a bundle folder.  If ``fold`` is true, it may also be an
+            ONNX model with adapters, as a path, bytes or an object, which otherwise stays as it is.
+        fold: add the adapters of the model (see :func:`splitonnx.adapt`) to its weights, so that
+            the model has the nodes that it had without adapters.
 
     Returns:
-        The bytes of the model (opset 18 to 21, IR version 10), including its weights.
+        The bytes of the model (of a bundle, opset 18 to 21, IR version 10), including its weights.
 
     Raises:
         BundleError, FormatError: the folder cannot be read.
         BundleMismatch: the parties are at different steps.
-        UsageError: the model is too large for one file; :func:`write_merged` can write two files.
+        UsageError: the model is too large for one file; :func:`write_merged` can write two.  Or
+            ``fold`` is true, and the model has no adapters.
+        ModelError: the model cannot be read, or its adapters cannot be folded.
     """
     return serialize_model(
-        _join_parts(bundle), "the merged model", "write_merged or `splitonnx merge`"
+        _make_merged(bundle, fold), "the merged model", "write_merged or `splitonnx merge`"
     )
 
 
-def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bool = False) -> int:
+def write_merged(
+    bundle: Source,
+    path: str | Path,
+    *,
+    fold: bool = False,
+    overwrite: bool = False,
+) -> int:
     """Join the parts of a bundle like :func:`merge`, and write the model to ``path``.
 
     If the weights are too large for one ONNX file, they are written as external data to a second
@@ -56,11 +76,47 @@ def write_merged(bundle: Bundle | str | Path, path: str | Path, *, overwrite: bo
 
     Raises:
         UnwritableFile: a file cannot be written, or exists and must not be replaced.
-        BundleError, FormatError, BundleMismatch: as raised by :func:`merge`.
+        BundleError, FormatError, BundleMismatch, UsageError, ModelError: as raised by
+            :func:`merge`.
     """
     target = Path(path)
     check_output(target, overwrite=overwrite)
-    return write_model(_join_parts(bundle), target, overwrite=overwrite)
+    return write_model(_make_merged(bundle, fold), target, overwrite=overwrite)
+
+
+def write_adapters(
+    source: Source,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+) -> int:
+    """Write the adapters of a bundle or of an ONNX model, and nothing else, to a file.
+
+    It is a safetensors file with the names and shapes of PEFT's ``adapter_model.safetensors``.
+    :func:`splitonnx.adapt` can put its adapters into the original model again.  If other weights
+    of a bundle were trained as well, or running statistics were updated, a warning names them.
+
+    Returns:
+        The number of bytes written.
+
+    Raises:
+        UsageError: the model has no adapters.
+        UnwritableFile: the file cannot be written, or exists and must not be replaced.
+        BundleError, FormatError, BundleMismatch, ModelError: the source cannot be read.
+    """
+    target = Path(path)
+    check_output(target, overwrite=overwrite)
+    model = _open(source, accepts_model=True)
+    note = read_note(model)
+    if note is None:
+        raise UsageError("the model has no adapters to write; splitonnx adapt adds some")
+    if note.changed:
+        _log.warning(
+            "%s changed in training as well, and a file of adapters does not hold that; merge the "
+            "whole model to keep it",
+            count_some(note.changed),
+        )
+    return write_note_file(model, note, target)
 
 
 def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.ndarray]:
@@ -90,14 +146,46 @@ def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
     return model
 
 
-def _join_parts(bundle: Bundle | str | Path) -> ir.Model:
-    return _join(bundle if isinstance(bundle, Bundle) else Bundle.load(bundle))
+def _make_merged(source: Source, fold: bool) -> ir.Model:
+    model = _open(source, accepts_model=fold)
+    if fold:
+        with attribute_errors_to_pass("relieved of its adapters"):
+            fold_adapters(model)
+    return model
+
+
+def _open(source: Source, *, accepts_model: bool) -> ir.Model:
+    """Return the joined model of a bundle, or an ONNX model if this is accepted."""
+    if isinstance(source, Bundle):
+        return _join(source)
+    if isinstance(source, bytes | onnx.ModelProto) and not accepts_model:
+        raise UsageError("this is a model and not a bundle; fold=True folds its adapters")
+    if isinstance(source, bytes | onnx.ModelProto) or (accepts_model and Path(source).is_file()):
+        return open_model(source)
+    return _join(Bundle.load(source))
+
+
+def _note_changes(model: ir.Model, bundle: Bundle) -> None:
+    """Note in a model with adapters which of its other weights training changed."""
+    note = read_note(model)
+    if note is None:
+        return
+    before, after = collect_weights(bundle, trained=False), collect_weights(bundle)
+    roles = [spec for party in bundle.parties.values() for spec in party.manifest.state]
+    others = {spec.tensor.name for spec in roles if spec.role in (Role.PARAMETER, Role.BUFFER)}
+    changed = [
+        name
+        for name in after
+        if name in others.difference(note.names) and not np.array_equal(after[name], before[name])
+    ]
+    write_note(model, replace(note, changed=tuple(dict.fromkeys((*note.changed, *changed)))))
 
 
 @attribute_errors_to_pass("merged")
 def _join(bundle: Bundle) -> ir.Model:
     bundle.check_steps()
     model = restore_model(bundle)
+    _note_changes(model, bundle)
     make_inference_form(model.graph)
     fold_quantized(model.graph)
     for name, value in list(model.graph.initializers.items()):

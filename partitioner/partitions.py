@@ -43,7 +43,12 @@ from splitonnx.partitioner.cutting.passes.batches import describe_freed
 from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
 from splitonnx.partitioner.cutting.passes.joined_statistics import describe_separations
 from splitonnx.partitioner.cutting.passes.stored_options import describe_stored
-from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output, prepare
+from splitonnx.partitioner.cutting.preparations import (
+    PreparedModel,
+    choose_output,
+    describe_adapters,
+    prepare,
+)
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.losses import (
@@ -258,10 +263,17 @@ def _warn(prepared: PreparedModel, loss: str, output: str, options: LossOptions)
     axis = find_class_axis(prepared.training.graph, loss, output, options)
     if axis != 1 and options.class_axis is None:
         _say_class_axis(prepared, output, axis)
+    _say_adapters(prepared)
     _say_kept_scalings(prepared)
     _say_repeated_activation(prepared, loss, output, axis)
     _say_batch(prepared)
     if told := describe_separations(prepared.separations):
+        _log.warning("%s", told)
+
+
+def _say_adapters(prepared: PreparedModel) -> None:
+    """Log a warning if only adapters are trained, because the model has some."""
+    if told := describe_adapters(prepared):
         _log.warning("%s", told)
 
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
     from splitonnx.errors import SplitonnxError
     from splitonnx.optimizers import SGD, Adam, AdamW
-    from splitonnx.partitioner.merges import merge, write_merged
+    from splitonnx.partitioner.adaptations import adapt, write_adapted
+    from splitonnx.partitioner.merges import merge, write_adapters, write_merged
     from splitonnx.partitioner.permissions import cut
     from splitonnx.partitioner.reports.checks import check
     from splitonnx.partitioner.reports.inspections import inspect
@@ -38,6 +39,7 @@ __all__ = [
     "History",
     "Server",
     "SplitonnxError",
+    "adapt",
     "check",
     "cut",
     "explain",
@@ -46,6 +48,8 @@ __all__ = [
     "inspect_pairs",
     "merge",
     "verify",
+    "write_adapted",
+    "write_adapters",
     "write_merged",
 ]
 
@@ -58,6 +62,7 @@ _HOMES = {
     "History": "runtime.client.histories",
     "Server": "runtime.server.servers",
     "SplitonnxError": "errors",
+    "adapt": "partitioner.adaptations",
     "check": "partitioner.reports.checks",
     "cut": "partitioner.permissions",
     "explain": "runtime.client.explanations",
@@ -66,6 +71,8 @@ _HOMES = {
     "inspect_pairs": "partitioner.reports.u_shapes.pairs",
     "merge": "partitioner.merges",
     "verify": "verifications",
+    "write_adapted": "partitioner.adaptations",
+    "write_adapters": "partitioner.merges",
     "write_merged": "partitioner.merges",
 }
 """The module that each name comes from."""

@@ -36,6 +36,7 @@ from splitonnx.manifests import (
 )
 from splitonnx.names import CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
 from splitonnx.optimizers import Optimizer
+from splitonnx.partitioner.adapters import NOTE
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.cutting.preparations import PreparedModel
@@ -102,12 +103,13 @@ def assemble(
         parties[party] = _build_party(prepared, training, party, target, shares, weights, optimizer)
     digest = _digest(parties)
     skeleton = _keep_orphans(prepared, parties)
+    note = prepared.skeleton.metadata_props.get(NOTE)
     return Bundle(
         manifest=BundleManifest(
             format=FORMAT, digest=digest, recipe=recipe, parties=tuple(parties)
         ),
         parties={name: _sign(party, digest) for name, party in parties.items()},
-        skeleton=_serialize(skeleton, {node.domain for node in skeleton.all_nodes()}),
+        skeleton=_serialize(skeleton, {node.domain for node in skeleton.all_nodes()}, note),
     )
 
 
@@ -374,8 +376,13 @@ def _write_stage(name: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool
     return _serialize(graph, check_operators(name, graph, is_portable=is_portable))
 
 
-def _serialize(graph: ir.Graph | ir.GraphView, used: Collection[str]) -> bytes:
-    """Serialize a graph that uses the domains ``used``; equal graphs yield equal bytes."""
+def _serialize(
+    graph: ir.Graph | ir.GraphView, used: Collection[str], note: str | None = None
+) -> bytes:
+    """Serialize a graph that uses the domains ``used``; equal graphs yield equal bytes.
+
+    ``note`` is the note about the graph's adapters, if it has any.
+    """
     for domain in [domain for domain in graph.opset_imports if domain and domain not in used]:
         del graph.opset_imports[domain]
     proto = write_graph(graph, IR_VERSION, "splitonnx")
@@ -385,5 +392,7 @@ def _serialize(graph: ir.Graph | ir.GraphView, used: Collection[str]) -> bytes:
     # onnx's checker refuses a value without a type
     proto.graph.value_info.extend(sorted(typed, key=lambda value: value.name))
     proto.graph.initializer.extend(constants)
+    if note is not None:
+        proto.metadata_props.add(key=NOTE, value=note)
     content: bytes = proto.SerializeToString(deterministic=True)
     return content

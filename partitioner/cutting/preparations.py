@@ -13,10 +13,11 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.errors import UsageError
+from splitonnx.errors import UsageError, count_some
 from splitonnx.layers import Mixing
 from splitonnx.manifests import KEY, Role
 from splitonnx.names import BatchNormModes, DropoutMode
+from splitonnx.partitioner.adapters import read_note
 from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
 from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 from splitonnx.partitioner.cutting.passes.passes import PASSES
@@ -38,7 +39,13 @@ from splitonnx.partitioner.graphs.traversals import (
 )
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.partitioner.normalization.parameters import find_input_scalings
-from splitonnx.partitioner.normalization.weights import pin_names, read_array
+from splitonnx.partitioner.normalization.weights import (
+    EVERYTHING,
+    find_matches,
+    make_pattern,
+    pin_names,
+    read_array,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +61,11 @@ class PreparedModel:
     size of 1 was replaced by that of the data (:mod:`batches`).  ``decided`` names the If nodes
     that were replaced by their branch for larger batches (:mod:`batch_decisions`).
     ``separations`` lists the running statistics that got tensors of their own
-    (:mod:`joined_statistics`).  ``stored`` are the options from the model's file that were applied,
-    and ``missing`` names tensors in these options that the model does not have
-    (:mod:`stored_options`).  The other fields are the options that :func:`prepare` was called with,
-    with the stored options added.
+    (:mod:`joined_statistics`).  ``adapters`` names the matrices of the model's adapters; if there
+    are any, no other weight is trained unless ``train`` names it.  ``stored`` are the options from
+    the model's file that were applied, and ``missing`` names tensors in these options that the
+    model does not have (:mod:`stored_options`).  The other fields are the options that
+    :func:`prepare` was called with, with the stored options added.
 
     A cut works on copies of the forms, so a prepared model can be cut any number of times.
     """
@@ -72,6 +80,7 @@ class PreparedModel:
     freed: tuple[str, ...] = ()
     decided: tuple[str, ...] = ()
     separations: tuple[Separation, ...] = ()
+    adapters: tuple[str, ...] = ()
     batchnorm: BatchNormModes = None
     dropout: DropoutMode | None = None
     train: tuple[str, ...] = ()
@@ -111,7 +120,12 @@ class PreparedModel:
 
     @cached_property
     def kept_scalings(self) -> tuple[str, ...]:
-        """Names of the weights that are not trained because they only normalize a raw input."""
+        """Names of the weights that are not trained because they only normalize a raw input.
+
+        In a model with adapters there are none, because no weight is trained anyway.
+        """
+        if self.adapters:
+            return ()
         found = find_input_scalings(self.skeleton.graph, self.weights)
         return tuple(name for name in found if self.roles[name] is Role.FROZEN)
 
@@ -133,11 +147,13 @@ def prepare(
     override the modes set in the model.  ``train`` and ``freeze`` are regular expressions for
     parameter names (``re.search``).  Parameters that match ``train`` are trained
     (:func:`weights.lift_weights`), and parameters that match ``freeze`` keep their value; ``train``
-    takes precedence.  ``adjustments`` are the changes that were already made to the model's inputs;
-    inputs bound by them are not trained.  ``ties`` are pairs of parameters to merge (:mod:`ties`).
-    ``stop_gradients`` names tensors through which no gradient passes (:mod:`gradient_stops`).
-    Options that the model's file holds are applied as well, where ``train`` and ``freeze`` do not
-    decide otherwise (:mod:`stored_options`).
+    takes precedence.  If the model has adapters (:mod:`adapters`), only these are trained, except
+    those that ``freeze`` matches, and what ``train`` matches.  ``adjustments`` are the changes that
+    were already made to the model's inputs; inputs bound by them are not trained.  ``ties`` are
+    pairs of parameters to merge (:mod:`ties`).  ``stop_gradients`` names tensors through which no
+    gradient passes (:mod:`gradient_stops`).
+    Options that the model's file holds are applied as well, where ``train``, ``freeze`` and
+    adapters do not decide otherwise (:mod:`stored_options`).
 
     Raises:
         UnknownTensor: a name in ``ties`` or ``stop_gradients`` matches nothing.
@@ -146,13 +162,17 @@ def prepare(
         UsageError: a pattern is not a regular expression; or a pattern of ``freeze`` matches only
             parameters that ``train`` selects; or ``ties`` or ``stop_gradients`` cannot be applied.
     """
+    note = read_note(model)
+    adapters = () if note is None else note.names
     stored, missing = select_stored(read_stored(model), model.graph, train, freeze)
+    if adapters:  # of the weights, nothing else is trained unless the user says so
+        stored = msgspec.structs.replace(stored, freeze=(), train=())
     work = Work(
         model=model,
         batchnorm=batchnorm,
         dropout=dropout,
-        train=(*train, *pin_names(stored.train)),
-        freeze=freeze,
+        train=(*train, *pin_names(stored.train), *_match_adapters(adapters, freeze)),
+        freeze=(*freeze, EVERYTHING) if adapters else freeze,
         bound=adjustments.bindings,
         ties=ties,
         stop_gradients=stop_gradients,
@@ -174,6 +194,7 @@ def prepare(
         freed=tuple(work.freed),
         decided=tuple(work.decided),
         separations=tuple(work.separations),
+        adapters=adapters,
         batchnorm=batchnorm,
         dropout=dropout,
         train=(*train, *pin_names(applied.train)),
@@ -186,6 +207,13 @@ def prepare(
     )
 
 
+def _match_adapters(adapters: Sequence[str], freeze: Sequence[str]) -> Sequence[str]:
+    """Return a pattern for the adapters that no pattern of ``freeze`` matches, if there are any."""
+    frozen = {name for text in freeze for name in find_matches(text, adapters, "--freeze")}
+    kept = [name for name in adapters if name not in frozen]
+    return (make_pattern(kept),) if kept else ()
+
+
 def _find_applied(work: Work) -> StoredOptions:
     """Return the options from the model's file that changed the roles of weights, or gradients."""
     return msgspec.structs.replace(
@@ -193,6 +221,25 @@ def _find_applied(work: Work) -> StoredOptions:
         freeze=tuple(name for name in work.stored.freeze if name in work.roles),
         train=tuple(name for name in work.stored.train if name in work.roles),
     )
+
+
+def describe_adapters(prepared: PreparedModel) -> str:
+    """Return a sentence that says what is trained of a model with adapters, or an empty string."""
+    if not prepared.adapters:
+        return ""
+    trained = [name for name in prepared.trainable if name in prepared.adapters]
+    others = [name for name in prepared.trainable if name not in prepared.adapters]
+    statistics = [name for name, role in prepared.roles.items() if role is Role.BUFFER]
+    told = f"the model has adapters, and only these are trained: {count_some(trained) or 'none'}"
+    if others:
+        told += f", and beside them {count_some(others)}"
+    told += "; --train REGEX trains other weights as well"
+    if statistics:
+        told += (
+            f"; the running statistics {count_some(statistics)} are updated, which a file of "
+            "adapters does not hold; --batchnorm frozen keeps them"
+        )
+    return told
 
 
 @attribute_errors_to_pass("searched for the output of the loss")

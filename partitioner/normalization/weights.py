@@ -60,7 +60,7 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
         UsageError: a pattern is not a regular expression.
     """
     _hoist(graph)
-    stored = dict(_list_stored(graph))
+    stored = dict(list_stored(graph))
     classified = {name: _classify(value, tensor) for name, (value, tensor) in stored.items()}
     lifted = {
         n for n, v in classified.items() if v.kind in (TensorKind.PARAMETER, TensorKind.STATISTIC)
@@ -155,7 +155,7 @@ def assign_roles(
     for pattern in freeze:
         found = find_matches(pattern, weights, "--freeze")
         if not found:
-            raise _refuse_unknown("--freeze", pattern, weights)
+            raise refuse_unknown("--freeze", pattern, weights)
         if not found - trained and pattern != EVERYTHING:
             raise UsageError(
                 f"--freeze {pattern} freezes nothing: --train trains all that it finds; drop one"
@@ -226,7 +226,7 @@ def read_array(tensor: ir.TensorProtocol) -> np.ndarray:
     )  # ascontiguousarray turns a scalar into a vector
 
 
-def _list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.TensorProtocol]]]:
+def list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.TensorProtocol]]]:
     """Yield every stored tensor of the graph itself, by name."""
     for name, value in graph.initializers.items():
         if value.const_value is not None:
@@ -266,13 +266,13 @@ def _find_trained(
                 "weights are not trained",
                 "export the model without control flow",
             )
-    raise _refuse_unknown("--train", pattern, classified)
+    raise refuse_unknown("--train", pattern, classified)
 
 
 def _list_inner(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
     """Yield the name of each stored tensor inside a body, with the node that has the body."""
     for holder, body in _list_bodies(graph):
-        for name, _ in _list_stored(body):
+        for name, _ in list_stored(body):
             yield holder, name
 
 
@@ -290,7 +290,7 @@ def _hoist(graph: ir.Graph) -> None:
     taken = {value.name for node in list_nodes(graph) for value in node.outputs}
     taken |= {value.name for value in graph.inputs} | set(graph.initializers)
     for holder, body in bodies:
-        for name, (value, tensor) in list(_list_stored(body)):
+        for name, (value, tensor) in list(list_stored(body)):
             if value.is_graph_output() or _classify(value, tensor).kind is not TensorKind.PARAMETER:
                 continue
             own = name if name not in taken or value.producer() else f"{holder.name}/{name}"
@@ -320,7 +320,8 @@ def find_matches(pattern: str, names: Collection[str], option: str) -> set[str]:
     return {name for name in names if compiled.search(name)}
 
 
-def _refuse_unknown(option: str, pattern: str, names: Collection[str]) -> UnsupportedModel:
+def refuse_unknown(option: str, pattern: str, names: Collection[str]) -> UnsupportedModel:
+    """Return the error for a regular expression that finds none of the names there are."""
     nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
     offer = f"did you mean {quote(nearest)}?" if nearest else f"it has {list_some(names)}"
     return UnsupportedModel(f"{option} {pattern}", "no parameter's name fits this pattern", offer)

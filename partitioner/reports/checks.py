@@ -53,6 +53,7 @@ from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make
 from splitonnx.partitioner.reports.running_statistics import remark_on_statistics
 from splitonnx.partitioner.reports.suspects import (
     find_computed,
+    remark_on_adapters,
     remark_on_computed,
     remark_on_conditional,
     remark_on_precisions,
@@ -205,6 +206,7 @@ def _list_remarks(
     computed = find_computed(prepared)
     noticed = [
         *_note_stored(prepared),
+        *remark_on_adapters(prepared),
         *remark_on_scalings(prepared),
         *remark_on_computed(computed),
         *remark_on_ties(prepared, computed),

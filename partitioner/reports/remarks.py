@@ -44,6 +44,7 @@ class Kind(StrEnum):
     WITHOUT_GRADIENT = "without gradient"
     PRECISION = "precision"
     STORED_OPTIONS = "stored options"
+    ADAPTERS = "adapters"
 
 
 @dataclass(frozen=True, kw_only=True)

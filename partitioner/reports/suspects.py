@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.cutting.preparations import PreparedModel, describe_adapters
 from splitonnx.partitioner.normalization.weights import INNER, list_returned, make_pattern
 from splitonnx.partitioner.reports.formulas import (
     describe_formula,
@@ -116,6 +116,12 @@ def remark_on_scalings(prepared: PreparedModel) -> Iterator[Remark]:
             names=names,
             options=(make_option("--train", make_pattern(names)),),
         )
+
+
+def remark_on_adapters(prepared: PreparedModel) -> Iterator[Remark]:
+    """Yield a remark if only adapters are trained, because the model has some."""
+    if told := describe_adapters(prepared):
+        yield Remark(kind=Kind.ADAPTERS, sentence=told, names=prepared.adapters)
 
 
 def remark_on_conditional(prepared: PreparedModel) -> Iterator[Remark]:

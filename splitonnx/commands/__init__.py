@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from splitonnx.commands import disclosures, partitions, security, services, trainings
+from splitonnx.commands import adaptations, disclosures, partitions, security, services, trainings
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
 from splitonnx.commands.logs import silencing
 from splitonnx.commands.streams import (
@@ -47,6 +47,7 @@ app = typer.Typer(
 for command in (
     partitions.check,
     partitions.inspect,
+    adaptations.adapt,
     partitions.cut,
     disclosures.explain,
     services.serve,

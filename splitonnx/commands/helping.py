@@ -18,6 +18,7 @@ from splitonnx.commands.arguments import refuse_ignored
 EXAMPLES: Mapping[str, str] = MappingProxyType(
     {
         "check": "splitonnx check model.onnx",
+        "adapt": "splitonnx adapt model.onnx --lora 'q_proj|v_proj' --rank 8 -o adapted.onnx",
         "inspect": "splitonnx inspect model.onnx --batch 32",
         "cut": "splitonnx cut model.onnx --at /layer1/Relu_output_0 --send-labels -o bundle",
         "explain": "splitonnx explain bundle/client --batch 32",

@@ -289,18 +289,31 @@ def merge(
     output: Annotated[
         Path,
         typer.Option(
-            "-o", "--output", metavar="FILE", help="The model to write.", show_default=False
+            "-o", "--output", metavar="FILE", help="The file to write.", show_default=False
         ),
     ],
+    fold: Annotated[
+        bool,
+        typer.Option("--fold", help="Add the model's adapters to its weights and remove them."),
+    ] = False,
+    adapters: Annotated[
+        bool,
+        typer.Option("--adapters", help="Write the adapters alone, as a safetensors file."),
+    ] = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Merge a bundle's parts into one plain ONNX model for inference, with the trained weights.
 
-    If the weights are too large for one ONNX file (2 GiB), they are written to FILE.data.
+    If the weights are too large for one ONNX file (2 GiB), they are written to FILE.data. With
+    --fold or --adapters, the bundle may also be an ONNX model with adapters.
     """
+    refuse_both("--fold", "--adapters", fold, adapters)
     refuse_existing(output, force=force)
-    size = splitonnx.write_merged(bundle, output, overwrite=force)
+    if adapters:
+        size = splitonnx.write_adapters(bundle, output, overwrite=force)
+    else:
+        size = splitonnx.write_merged(bundle, output, fold=fold, overwrite=force)
     if not quiet:
         printing.print_written(output, size)
 
