@@ -75,7 +75,7 @@ RN_MODULES := $(RN)/node_modules/.package-lock.json
 
 # What needs PyTorch, which is the user's own: in an environment beside .venv that has it, too.
 TORCH := .venv-torch
-TORCH_TESTS := tests/torch tests/end_to_end/test_torch_advice.py
+TORCH_TESTS := tests/torch tests/end_to_end/test_torch_adapters.py tests/end_to_end/test_torch_advice.py
 
 test-torch: $(TORCH)/.made
 	$(TORCH)/bin/python -m pytest $(TORCH_TESTS)

@@ -137,3 +137,68 @@ class Padded(nn.Module):
     def forward(self, tokens: Any) -> Any:
         """(N, 5) integers below 7 to (N, 3)."""
         return self.last(torch.tanh(self.embedding(tokens)).mean(1))
+
+
+class Attention(nn.Module):
+    """Self-attention of two heads, with a Linear for each of its four matrices."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, hidden: Any) -> Any:
+        """(N, T, width) to (N, T, width)."""
+        parts = [
+            project(hidden).unflatten(-1, (2, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        ]
+        mixed = nn.functional.scaled_dot_product_attention(*parts)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A layer of a transformer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention, self.norm1 = Attention(width), nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, hidden: Any) -> Any:
+        """(N, T, width) to (N, T, width)."""
+        hidden = hidden + self.attention(self.norm1(hidden))
+        return hidden + self.fc2(nn.functional.gelu(self.fc1(self.norm2(hidden))))
+
+
+class Transformer(nn.Module):
+    """A transformer of two layers that classifies sequences of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(12, 16), nn.Parameter(torch.randn(5, 16))
+        self.layers = nn.ModuleList([Block(16), Block(16)])
+        self.last = nn.Linear(16, 12)
+
+    def forward(self, tokens: Any) -> Any:
+        """(N, 5) integers below 12 to (N, 12)."""
+        hidden = self.embedding(tokens) + self.position
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.last(hidden.mean(1))
+
+
+class Adapted(nn.Module):
+    """A Linear with a low-rank adapter, as PEFT writes it: base(x) + B(A(x)) * scale."""
+
+    def __init__(self, base: nn.Linear, first: Any, second: Any, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.lora_A = nn.Parameter(torch.tensor(first))  # (r, in)
+        self.lora_B = nn.Parameter(torch.tensor(second))  # (out, r)
+
+    def forward(self, data: Any) -> Any:
+        """(..., in) to (..., out)."""
+        linear = nn.functional.linear
+        return self.base(data) + linear(linear(data, self.lora_A), self.lora_B) * self.scale
