@@ -19,10 +19,9 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError
+from splitonnx.names import ADAPTERS
 from splitonnx.partitioner.graphs.traversals import list_inputs, map_values, reads_size
 
-NOTE = "splitonnx.adapters"
-"""Metadata key of the note about a model's adapters, which is JSON."""
 PRODUCTS = frozenset({"Gemm", "MatMul"})
 """The operators whose weights can have adapters."""
 _PASSING = frozenset({"Identity", "Transpose"})
@@ -62,7 +61,7 @@ def read_note(model: ir.Model) -> Note | None:
     Raises:
         UnsupportedModel: the note cannot be read, or names tensors that the model does not have.
     """
-    text = model.metadata_props.get(NOTE)
+    text = model.metadata_props.get(ADAPTERS)
     if text is None:
         return None
     try:
@@ -77,7 +76,7 @@ def read_note(model: ir.Model) -> Note | None:
 
 def write_note(model: ir.Model, note: Note) -> None:
     """Note a model's adapters in its metadata."""
-    model.metadata_props[NOTE] = msgspec.json.encode(note).decode()
+    model.metadata_props[ADAPTERS] = msgspec.json.encode(note).decode()
 
 
 def find_matrix(node: ir.Node) -> tuple[ir.Value | None, bool]:
@@ -139,7 +138,7 @@ def fold_adapters(model: ir.Model) -> None:
     values = map_values(model.graph)
     for adapter in note.adapters:
         _fold(model.graph, adapter, values[adapter.first], values[adapter.second])
-    del model.metadata_props[NOTE]
+    del model.metadata_props[ADAPTERS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +269,7 @@ def _refuse(adapter: Adapter, reason: str) -> UnsupportedModel:
 
 def _refuse_note(reason: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"the note '{NOTE}' in the model's metadata",
+        f"the note '{ADAPTERS}' in the model's metadata",
         reason,
         "the model was changed since splitonnx adapt wrote it; adapt it again",
     )

@@ -26,3 +26,5 @@ DropoutMode: TypeAlias = Literal["keep", "off"]
 PORTABLE: Final = "portable"
 TRAINING: Final = "training"
 TARGETS: tuple[Target, ...] = get_args(Target)
+ADAPTERS = "splitonnx.adapters"
+"""Metadata key of the note about a model's adapters, which is JSON."""

@@ -34,9 +34,8 @@ from splitonnx.manifests import (
     WireKind,
     encode_manifest,
 )
-from splitonnx.names import CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
+from splitonnx.names import ADAPTERS, CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
 from splitonnx.optimizers import Optimizer
-from splitonnx.partitioner.adapters import NOTE
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.cutting.preparations import PreparedModel
@@ -103,7 +102,7 @@ def assemble(
         parties[party] = _build_party(prepared, training, party, target, shares, weights, optimizer)
     digest = _digest(parties)
     skeleton = _keep_orphans(prepared, parties)
-    note = prepared.skeleton.metadata_props.get(NOTE)
+    note = prepared.skeleton.metadata_props.get(ADAPTERS)
     return Bundle(
         manifest=BundleManifest(
             format=FORMAT, digest=digest, recipe=recipe, parties=tuple(parties)
@@ -393,6 +392,6 @@ def _serialize(
     proto.graph.value_info.extend(sorted(typed, key=lambda value: value.name))
     proto.graph.initializer.extend(constants)
     if note is not None:
-        proto.metadata_props.add(key=NOTE, value=note)
+        proto.metadata_props.add(key=ADAPTERS, value=note)
     content: bytes = proto.SerializeToString(deterministic=True)
     return content

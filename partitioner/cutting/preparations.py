@@ -230,9 +230,12 @@ def describe_adapters(prepared: PreparedModel) -> str:
     trained = [name for name in prepared.trainable if name in prepared.adapters]
     others = [name for name in prepared.trainable if name not in prepared.adapters]
     statistics = [name for name, role in prepared.roles.items() if role is Role.BUFFER]
-    told = f"the model has adapters, and only these are trained: {count_some(trained) or 'none'}"
-    if others:
-        told += f", and beside them {count_some(others)}"
+    if trained:
+        told = f"the model has adapters, and only these are trained: {count_some(trained)}"
+        told += f", and beside them {count_some(others)}" if others else ""
+    else:
+        told = "the model has adapters, which are frozen"
+        told += f", and only these are trained: {count_some(others)}" if others else ""
     told += "; --train REGEX trains other weights as well"
     if statistics:
         told += (

@@ -12,6 +12,7 @@ import numpy as np
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError, WeightsMismatch
 from splitonnx.manifests import Role
+from splitonnx.names import ADAPTERS
 from splitonnx.torch.environment import import_torch
 from splitonnx.torch.matches import Weights, match
 from splitonnx.torch.networks import read_layout
@@ -52,7 +53,8 @@ def load(source: Bundle | str | Path | bytes, model: Any, *, strict: bool = True
     Raises:
         TorchNeeded: PyTorch is missing or too old.
         BundleError, FormatError, ModelError: ``source`` cannot be read.
-        UsageError: ``source`` is a model that splitonnx did not merge.
+        UsageError: ``source`` is a model that splitonnx did not merge, or has adapters that were
+            not folded.
         BundleMismatch: the parties are at different steps.
         WeightsMismatch: names or shapes do not fit; nothing was loaded.
     """
@@ -84,6 +86,8 @@ def _read(source: Bundle | str | Path | bytes) -> tuple[Weights, int | None]:
     bundle = source if isinstance(source, Bundle) else Bundle.load(source)
     bundle.check_steps()
     label = "the bundle" if isinstance(source, Bundle) else str(source)
+    if ADAPTERS.encode() in bundle.skeleton:
+        raise _refuse_adapters(label)
     arrays: dict[str, np.ndarray] = {}
     trained: set[str] = set()
     for party in bundle.parties.values():
@@ -99,6 +103,13 @@ def _read(source: Bundle | str | Path | bytes) -> tuple[Weights, int | None]:
     return weights, bundle.client.step
 
 
+def _refuse_adapters(label: str) -> UsageError:
+    return UsageError(
+        f"{label} has adapters, which the network does not; fold them into its weights with "
+        "splitonnx merge --fold (fold=True), and load the folded model"
+    )
+
+
 def _read_merged(source: str | Path | bytes) -> Weights:
     """Read the weights of a merged model, which does not record which were trained."""
     from splitonnx.extras import load as load_module
@@ -111,6 +122,8 @@ def _read_merged(source: str | Path | bytes) -> Weights:
             f"{label} was not merged by splitonnx, but written by "
             f"{opened.producer_name or 'an unnamed exporter'}; merge a trained bundle first"
         )
+    if ADAPTERS in opened.metadata_props:
+        raise _refuse_adapters(label)
     arrays = {
         name: np.array(value.const_value.numpy())
         for name, value in opened.graph.initializers.items()

@@ -12,10 +12,10 @@ from onnx import numpy_helper
 
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.manifests import Role
+from splitonnx.names import ADAPTERS
 from splitonnx.optimizers import SGD
 from splitonnx.partitioner.adaptations import adapt
 from splitonnx.partitioner.adapters import (
-    NOTE,
     Adapter,
     Note,
     fold_adapters,
@@ -68,7 +68,9 @@ def test_a_bundle_merged_with_fold_is_the_merged_original_with_other_weights() -
     folded = merge(bundle, fold=True)
     assert describe(folded) == describe(plain)
     np.testing.assert_allclose(run(folded, data), run(merge(bundle), data), rtol=1e-6, atol=1e-6)
-    assert NOTE not in {entry.key for entry in onnx.ModelProto.FromString(folded).metadata_props}
+    assert ADAPTERS not in {
+        entry.key for entry in onnx.ModelProto.FromString(folded).metadata_props
+    }
     again = cut(merge(bundle), at=None, loss=entry.loss)  # the note is still in it
     assert list_roles(again) == list_roles(bundle)
 
@@ -139,10 +141,15 @@ def test_train_and_freeze_choose_beside_and_among_adapters(
     assert ("and beside them 'b4'" in caplog.text) is ("b4" in expected)
 
 
-def test_frozen_adapters_leave_nothing_to_train() -> None:
+def test_frozen_adapters_leave_what_train_names_or_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     adapted = adapt(ZOO["chain"].build(), lora="^w1$", rank=2)
     with pytest.raises(UsageError, match="train"):
         cut(adapted, at=None, freeze=["lora_"])
+    roles = list_roles(cut(adapted, at=None, freeze=["lora_"], train=["^b4$"]))
+    assert [name for name, role in roles.items() if role is Role.PARAMETER] == ["b4"]
+    assert "which are frozen, and only these are trained: 'b4'; --train REGEX" in caplog.text
 
 
 @pytest.mark.parametrize("at", ["linear0", "act1", "linear1"])
@@ -151,6 +158,15 @@ def test_a_split_trains_adapters_on_either_side_as_the_whole_model(at: str) -> N
     adapted = fill(adapt(entry.build(), lora="^w[12]$", rank=2, alpha=4))
     bundle = cut(adapted, at=at, loss=entry.loss, optimizer=SGD(lr=0.1, momentum=0.9))
     assert verify(bundle, entry.data(40), steps=5, batch_size=8).largest_difference == 0.0
+
+
+def test_running_statistics_that_are_updated_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    adapted = adapt(ZOO["batchnorm_trained"].build(), lora=".", rank=2)
+    cut(adapted, at=None)
+    assert re.search("the running statistics '.*' are updated, .* --batchnorm frozen", caplog.text)
+    caplog.clear()
+    cut(adapted, at=None, batchnorm="frozen")
+    assert "running statistics" not in caplog.text
 
 
 def test_check_says_that_adapters_alone_are_trained() -> None:
@@ -176,7 +192,7 @@ def test_a_note_that_does_not_fit_the_model_is_refused() -> None:
     write_note(model, Note(alpha=1.0, adapters=(Adapter(weight="w", first="a", second="b"),)))
     with pytest.raises(UnsupportedModel, match="names 'a', which the model does not have"):
         read_note(model)
-    model.metadata_props[NOTE] = "{}"
+    model.metadata_props[ADAPTERS] = "{}"
     with pytest.raises(UnsupportedModel, match="cannot be read"):
         read_note(model)
 

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from splitonnx.bundles import Bundle  # noqa: E402 - after the skip
 from splitonnx.errors import BundleMismatch, UsageError, WeightsMismatch  # noqa: E402
 from splitonnx.optimizers import SGD  # noqa: E402
+from splitonnx.partitioner.adaptations import adapt  # noqa: E402
 from splitonnx.partitioner.merges import merge, write_merged  # noqa: E402
 from splitonnx.partitioner.permissions import cut  # noqa: E402
 from splitonnx.runtime.client.clients import Client  # noqa: E402
@@ -110,6 +111,16 @@ def test_a_model_that_was_never_merged_is_refused(tmp_path: Path) -> None:
     export(Tied(), torch.arange(15).reshape(3, 5) % 12, tmp_path / "model.onnx")
     with pytest.raises(UsageError, match="was not merged by splitonnx, but written by pytorch"):
         load(tmp_path / "model.onnx", Tied())
+
+
+def test_adapters_are_folded_before_they_are_loaded() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    adapted = adapt(export(network, torch.randn(2, 3)).model, lora="0.weight", rank=2)
+    bundle = cut(adapted, at=None)
+    for source in (bundle, merge(bundle)):
+        with pytest.raises(UsageError, match="has adapters, which the network does not; fold"):
+            load(source, network)
+    assert load(merge(bundle, fold=True), network).loaded == ("0.weight", "0.bias")
 
 
 def test_statistics_that_an_export_stored_with_parameters_are_loaded_apart(tmp_path: Path) -> None:
