@@ -206,6 +206,8 @@ def _add_saved(model: ir.Model, path: Path, alpha: float | None) -> ir.Model:
                 str(path), f"the model has no weight '{module}.weight' or '{module}'",
                 f"it has {list_some(stored)}",
             )  # fmt: skip
+        if name in layers:
+            raise UnsupportedModel(str(path), f"it holds two adapters of '{name}'")
         layer = examine(*stored[name], model.graph)
         if isinstance(layer, str):
             raise UnsupportedModel(str(path), f"'{name}' can have no adapter: {layer}")

@@ -48,15 +48,21 @@ def write_note_file(model: ir.Model, note: Note, path: Path) -> int:
     """Write the adapters of a model to a file, and return the number of bytes written.
 
     Raises:
-        UnsupportedModel: a matrix is not stored in the model.
+        UnsupportedModel: a matrix is not stored in the model, or two would have the same name.
         UnwritableFile: the file cannot be written.
     """
     tensors: dict[str, np.ndarray] = {}
     for adapter in note.adapters:
         module = adapter.weight.removesuffix(".weight")
         for letter, name in (("A", adapter.first), ("B", adapter.second)):
-            array = _read(model.graph, name)
-            tensors[f"base_model.model.{module}.lora_{letter}.weight"] = array.T
+            key = f"base_model.model.{module}.lora_{letter}.weight"
+            if key in tensors:
+                raise UnsupportedModel(
+                    f"the adapter of '{adapter.weight}'",
+                    f"another weight's adapter has its name in the file, '{key}'",
+                    "rename one of the two weights in the model",
+                )
+            tensors[key] = _read(model.graph, name).T
     chunks = encode_tensors(tensors, {"format": "pt", _ALPHA: repr(note.alpha)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +94,10 @@ def read_adapters(path: Path) -> SavedAdapters:
             raise FormatError(str(path), f"it holds '{name}'; adapters are named {_FORM}")
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.inexact):
             raise FormatError(str(path), f"'{name}' is not a matrix of floats")
-        pairs.setdefault(found["module"], {})[found["letter"]] = array.T
+        pair = pairs.setdefault(found["module"], {})
+        if found["letter"] in pair:
+            raise FormatError(str(path), f"it holds '{name}' under two names")
+        pair[found["letter"]] = array.T
     if not pairs:
         raise FormatError(str(path), "it holds no adapters")
     return SavedAdapters(

@@ -127,6 +127,11 @@ ONE = np.ones((2, 30), np.float32)
     [
         ({"fc1.weight": ONE}, {}, r"it holds 'fc1\.weight'; adapters are named <module>"),
         ({"fc1.lora_A.weight": ONE}, {}, "of 'fc1' it holds lora_A alone"),
+        (
+            {"fc1.lora_A.weight": ONE, "fc1.lora_A.default.weight": ONE},
+            {},
+            "under two names",
+        ),
         ({"fc1.lora_A.weight": ONE[0]}, {}, "is not a matrix of floats"),
         (
             {"fc1.lora_A.weight": ONE, "fc1.lora_B.weight": np.ones((40, 3), np.float32)},
@@ -162,3 +167,17 @@ def test_a_file_that_cannot_be_read_or_does_not_fit_is_refused(tmp_path: Path) -
     save_file({"table.lora_A.weight": ONE, "table.lora_B.weight": ONE.T}, path)
     with pytest.raises(UnsupportedModel, match=r"'table' can have no adapter.*Gather"):
         adapt(ZOO["embedding"].build(), adapters=path, alpha=1)
+
+
+def test_two_adapters_of_one_name_are_refused(tmp_path: Path) -> None:
+    net = Net()
+    net.op("MatMul", "x", net.weight("fc", 4, 4), out="h")
+    net.op("MatMul", "h", net.weight("fc.weight", 4, 4), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 4])}, "y", 4)
+    with pytest.raises(UnsupportedModel, match=r"has its name in the file, 'base_model\.model\.fc"):
+        write_adapters(adapt(model, lora="fc", rank=2), tmp_path / "a.safetensors")
+    names = [f"{module}.lora_{letter}.weight" for module in ("fc", "fc.weight") for letter in "AB"]
+    pair = (np.ones((2, 4), np.float32), np.ones((4, 2), np.float32))
+    save_file(dict(zip(names, pair * 2, strict=True)), tmp_path / "b.safetensors")
+    with pytest.raises(UnsupportedModel, match=r"it holds two adapters of 'fc\.weight'"):
+        adapt(model, adapters=tmp_path / "b.safetensors", alpha=1)
