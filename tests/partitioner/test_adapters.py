@@ -22,6 +22,7 @@ from splitonnx.partitioner.adapters import (
     read_note,
     write_note,
 )
+from splitonnx.partitioner.cutting.passes.stored_options import StoredOptions, write_stored
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
@@ -139,6 +140,14 @@ def test_train_and_freeze_choose_beside_and_among_adapters(
     assert {name for name, role in roles.items() if role is Role.PARAMETER} == expected
     assert "the model has adapters, and only these are trained: " in caplog.text
     assert ("and beside them 'b4'" in caplog.text) is ("b4" in expected)
+
+
+def test_what_the_file_says_of_other_weights_does_not_train_them() -> None:
+    model = ZOO["chain"].build()
+    write_stored(model, StoredOptions(train=("b4",), freeze=("w0",)))
+    roles = list_roles(cut(adapt(model, lora="^w1$", rank=2), at=None))
+    trained = {name for name, role in roles.items() if role is Role.PARAMETER}
+    assert trained == {"w1.lora_A", "w1.lora_B"}
 
 
 def test_frozen_adapters_leave_what_train_names_or_nothing(
