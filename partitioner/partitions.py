@@ -104,6 +104,7 @@ def cut(
     bind: Mapping[str, Binding] | None = None,
     ties: Sequence[tuple[str, str]] = (),
     stop_gradients: str | Sequence[str] = (),
+    dequantize: bool = False,
     class_axis: int | None = None,
     labels: str = LABELS,
     client_target: Target = TRAINING,
@@ -130,10 +131,10 @@ def cut(
     for target in (client_target, server_target):
         if target not in TARGETS:
             raise UsageError(f"there is no target '{target}'; choose portable or training")
-    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     if isinstance(model, ir.Model) and (adjustments or check):
         raise UsageError(
-            "dims, bind and check are for a model as it was given, not for an ir.Model"
+            "dims, bind, dequantize and check are for a model as it was given, not for an ir.Model"
         )
     opened = model if isinstance(model, ir.Model) else open_model(model, adjustments)
     omissions = [] if isinstance(model, ir.Model) else list_omissions(opened)
@@ -235,6 +236,7 @@ def cut_prepared(
         bound=_list_bound(prepared.adjustments),
         ties=prepared.ties,
         stop_gradients=prepared.stop_gradients,
+        dequantize=prepared.adjustments.dequantize,
         class_axis=class_axis,
         labels=labels,
         client_target=client_target,
@@ -267,6 +269,8 @@ def _warn(prepared: PreparedModel, loss: str, output: str, options: LossOptions)
     _say_kept_scalings(prepared)
     _say_repeated_activation(prepared, loss, output, axis)
     _say_batch(prepared)
+    if prepared.dequantized is not None:
+        _log.warning("%s", prepared.dequantized.describe())
     if told := describe_separations(prepared.separations):
         _log.warning("%s", told)
 

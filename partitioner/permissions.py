@@ -215,6 +215,7 @@ def cut(
     bind: Mapping[str, Binding] | None = None,
     ties: Sequence[tuple[str, str]] = (),
     stop_gradients: str | Sequence[str] = (),
+    dequantize: bool = False,
     class_axis: int | None = None,
     labels: str = LABELS,
     client_target: Target = TRAINING,
@@ -261,6 +262,9 @@ def cut(
         ties: pairs of parameters that are trained as one.  Both must have equal values, or one must
             be the transpose of the other.  The first replaces the second.
         stop_gradients: the tensors through which no gradient passes, named as in ``at``.
+        dequantize: whether to replace the integer arithmetic of a quantized model, as
+            ``onnxruntime.quantization`` writes it, by arithmetic with floats, which can be trained.
+            A log message says what was replaced and by how much results changed.
         class_axis: the axis of ``output`` that holds the classes for ``cross-entropy``; by default
             axis 1, or the last axis if its size is known and that of axis 1 is not.
         labels: the name of the labels in the data.
@@ -307,6 +311,7 @@ def cut(
         bind=bind,
         ties=ties,
         stop_gradients=stop_gradients,
+        dequantize=dequantize,
         class_axis=class_axis,
         labels=labels,
         client_target=client_target,

@@ -176,8 +176,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     With these settings, the same model can be cut again or trained without a cut.  ``dims`` and
     ``bound`` contain the sizes and the constant values that the user set for inputs.  ``ties`` are
     pairs of parameters that are treated as one, and no gradient passes through the tensors in
-    ``stop_gradients``.  ``class_axis`` is the axis of the output that represents the classes, and
-    ``labels`` is the name of the array that contains the labels.
+    ``stop_gradients``.  ``dequantize`` is true if floats replaced arithmetic with integers.
+    ``class_axis`` is the axis of the output that represents the classes, and ``labels`` is the name
+    of the array that contains the labels.
     """
 
     at: tuple[str, ...]
@@ -193,6 +194,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     bound: dict[str, list[float]] = {}
     ties: tuple[tuple[str, str], ...] = ()
     stop_gradients: tuple[str, ...] = ()
+    dequantize: bool = False
     class_axis: int | None = None
     labels: str = "labels"
     client_target: Target = TRAINING

@@ -38,6 +38,7 @@ from splitonnx.partitioner.graphs.traversals import (
     walk_back,
 )
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
+from splitonnx.partitioner.normalization.dequantized.replacements import Dequantization
 from splitonnx.partitioner.normalization.parameters import find_input_scalings
 from splitonnx.partitioner.normalization.weights import (
     EVERYTHING,
@@ -61,11 +62,12 @@ class PreparedModel:
     size of 1 was replaced by that of the data (:mod:`batches`).  ``decided`` names the If nodes
     that were replaced by their branch for larger batches (:mod:`batch_decisions`).
     ``separations`` lists the running statistics that got tensors of their own
-    (:mod:`joined_statistics`).  ``adapters`` names the matrices of the model's adapters; if there
-    are any, no other weight is trained unless ``train`` names it.  ``stored`` are the options from
-    the model's file that were applied, and ``missing`` names tensors in these options that the
-    model does not have (:mod:`stored_options`).  The other fields are the options that
-    :func:`prepare` was called with, with the stored options added.
+    (:mod:`joined_statistics`).  ``dequantized`` describes the arithmetic with integers that was
+    replaced.  ``adapters`` names the matrices of the model's adapters; if there are any, no other
+    weight is trained unless ``train`` names it.  ``stored`` are the options from the model's file
+    that were applied, and ``missing`` names tensors in these options that the model does not have
+    (:mod:`stored_options`).  The other fields are the options that :func:`prepare` was called with,
+    with the stored options added.
 
     A cut works on copies of the forms, so a prepared model can be cut any number of times.
     """
@@ -81,6 +83,7 @@ class PreparedModel:
     decided: tuple[str, ...] = ()
     separations: tuple[Separation, ...] = ()
     adapters: tuple[str, ...] = ()
+    dequantized: Dequantization | None = None
     batchnorm: BatchNormModes = None
     dropout: DropoutMode | None = None
     train: tuple[str, ...] = ()
@@ -149,9 +152,9 @@ def prepare(
     (:func:`weights.lift_weights`), and parameters that match ``freeze`` keep their value; ``train``
     takes precedence.  If the model has adapters (:mod:`adapters`), only these are trained, except
     those that ``freeze`` matches, and what ``train`` matches.  ``adjustments`` are the changes that
-    were already made to the model's inputs; inputs bound by them are not trained.  ``ties`` are
-    pairs of parameters to merge (:mod:`ties`).  ``stop_gradients`` names tensors through which no
-    gradient passes (:mod:`gradient_stops`).
+    were already made to the model's inputs; inputs bound by them are not trained.  If they ask for
+    it, integer arithmetic is replaced.  ``ties`` are pairs of parameters to merge (:mod:`ties`).
+    ``stop_gradients`` names tensors through which no gradient passes (:mod:`gradient_stops`).
     Options that the model's file holds are applied as well, where ``train``, ``freeze`` and
     adapters do not decide otherwise (:mod:`stored_options`).
 
@@ -178,6 +181,7 @@ def prepare(
         stop_gradients=stop_gradients,
         stored=stored,
         missing=missing,
+        dequantize=adjustments.dequantize,
     )
     for step in PASSES:
         with naming_as_given(work.given), attribute_errors_to_pass(step.work):
@@ -195,6 +199,7 @@ def prepare(
         decided=tuple(work.decided),
         separations=tuple(work.separations),
         adapters=adapters,
+        dequantized=work.dequantized,
         batchnorm=batchnorm,
         dropout=dropout,
         train=(*train, *pin_names(applied.train)),

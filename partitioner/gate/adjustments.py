@@ -20,18 +20,20 @@ Binding = Number | Sequence[Number] | np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Adjustments:
-    """The changes that a user makes to a model's inputs.
+    """The changes that a user makes to a model before it is prepared.
 
     ``dims`` maps a size, given as a symbol or as ``input:axis``, to a number or a new symbol.
     ``bindings`` maps the name of an input to its constant value: one number for all elements, or
-    one for each element.
+    one for each element.  Both are made before the model is checked.  If ``dequantize`` is true,
+    the gate accepts the operators of quantization tools, and a preparation pass replaces them.
     """
 
     dims: Mapping[str, int | str] = field(default_factory=dict)
     bindings: Mapping[str, Binding] = field(default_factory=dict)
+    dequantize: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.dims or self.bindings)
+        return bool(self.dims or self.bindings or self.dequantize)
 
 
 NONE = Adjustments()

@@ -14,6 +14,7 @@ from onnx import NodeProto
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.operators import STANDARD_DOMAINS
+from splitonnx.partitioner.gate.quantized_operators import refuse_quantized
 from splitonnx.partitioner.gate.walks import label_node, list_nodes
 
 DOMAIN = "com.microsoft"
@@ -75,6 +76,8 @@ def is_fused(node: NodeProto) -> bool:
 
 def refuse_domain(node: NodeProto) -> UnsupportedModel:
     """Return the error to raise for a node if its domain is not one of ONNX's own."""
+    if node.domain == DOMAIN and (error := refuse_quantized(node)) is not None:
+        return error
     if node.domain.split(".")[:2] == DOMAIN.split("."):
         return UnsupportedModel(
             label_node(node),

@@ -28,6 +28,7 @@ from splitonnx.partitioner.gate.fused_operators import claim_fused
 from splitonnx.partitioner.gate.ml_operators import unwrap_maps
 from splitonnx.partitioner.gate.names import check_names, check_texts, check_types
 from splitonnx.partitioner.gate.operators import check_operators, check_opsets
+from splitonnx.partitioner.gate.quantized_operators import TOOLS
 from splitonnx.partitioner.gate.tensors import DataFiles
 from splitonnx.partitioner.gate.walks import list_tensors
 from splitonnx.partitioner.graphs.faults import (
@@ -65,7 +66,8 @@ def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model
             version = check_opsets(proto.opset_import, label)
             check_texts(proto, label)
             proto = claim_fused(unwrap_maps(proto), version)
-            check_operators(proto, version, label)
+            others = TOOLS if adjustments.dequantize else ()
+            check_operators(proto, version, label, others)
             check_types(proto, label)
             for tensor in list_tensors(proto):
                 files.check(tensor)

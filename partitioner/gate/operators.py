@@ -6,7 +6,7 @@ yield too many nodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, OperatorS
 from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.graph_limits import MODEL
 from splitonnx.operators import AXES, EINSUM, EQUATION, KINDS, STANDARD_DOMAINS, WINDOWS
+from splitonnx.partitioner.gate.fused_operators import DOMAIN as FUSED_DOMAIN
 from splitonnx.partitioner.gate.fused_operators import is_fused, refuse_domain
 from splitonnx.partitioner.gate.ml_operators import DOMAIN, ESTIMATORS
 from splitonnx.partitioner.gate.names import refuse_long
@@ -49,8 +50,12 @@ def check_opsets(
     return version
 
 
-def check_operators(model: ModelProto, version: int, label: str) -> None:
+def check_operators(
+    model: ModelProto, version: int, label: str, others: Collection[str] = ()
+) -> None:
     """Check that every operator is known, and that the model's functions can be inlined.
+
+    ``others`` names operators of ONNX Runtime's domain that are accepted, too.
 
     Raises:
         NotAModel: a function is declared twice or called with too many arguments, or an attribute
@@ -69,9 +74,9 @@ def check_operators(model: ModelProto, version: int, label: str) -> None:
     for key, function in functions.items():
         _measure_function(key, functions, sizes, ())
         own = check_opsets(function.opset_import, f"function '{key[1]}'", version)
-        _check_nodes(function.node, functions, own, label)
+        _check_nodes(function.node, functions, own, label, others)
     count, _ = _measure(model.graph.node, functions, sizes, ())
-    _check_nodes(model.graph.node, functions, version, label)
+    _check_nodes(model.graph.node, functions, version, label, others)
     for node in list_nodes(model.graph.node):
         _refuse_references(node, label)
     if count > MODEL.nodes:
@@ -84,7 +89,11 @@ def _check_function(function: FunctionProto, label: str) -> None:
 
 
 def _check_nodes(
-    nodes: Iterable[NodeProto], functions: Mapping[Key, FunctionProto], version: int, label: str
+    nodes: Iterable[NodeProto],
+    functions: Mapping[Key, FunctionProto],
+    version: int,
+    label: str,
+    others: Collection[str],
 ) -> None:
     for node in list_nodes(nodes):
         if (count := len(node.input)) > MODEL.inputs:
@@ -92,7 +101,9 @@ def _check_nodes(
             raise UnsupportedModel(label_node(node), reason, "join some of them in nodes before it")
         called = functions.get(_find_key(node))
         if called is None:
-            _check_attributes(node, _find_schema(node, version), label)
+            is_other = node.domain == FUSED_DOMAIN and node.op_type in others
+            schema = None if is_other else _find_schema(node, version)
+            _check_attributes(node, schema, label)
             if any(a.type in _GRAPHS and a.ref_attr_name for a in node.attribute):
                 raise UnsupportedModel(label_node(node), "it takes a graph from a function's call")
         elif len(node.input) > len(called.input) or len(node.output) > len(called.output):

@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.gate.quantized_operators import STANDARD_TOOLS
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import find_dependents, walk_back
 from splitonnx.partitioner.normalization.fused.packed_weights import unpack_weights
@@ -48,10 +49,11 @@ _SELECTING = frozenset(
 )
 """Operators that may move integers between a QuantizeLinear and its DequantizeLinear."""
 
-INTEGER_ARITHMETIC = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
+INTEGER_ARITHMETIC = frozenset(STANDARD_TOOLS)
 """Operators that compute with integers throughout; a model made of them is in QOperator form."""
 
 _ADVICE = "export the quantised model in QDQ format (QuantizeLinear and DequantizeLinear pairs)"
+_TURN = "turn its weights back into floats with --dequantize (in Python dequantize=True)"
 
 
 def lift_quantized(graph: ir.Graph) -> None:
@@ -181,9 +183,9 @@ def _refuse_integer_arithmetic(graph: ir.Graph, reached: Collection[ir.Value]) -
         if not node.domain and any(value in reached for value in node.inputs):
             raise UnsupportedModel(
                 f"node '{node.name}' ({node.op_type})",
-                "it computes with integers, which carry no gradient back to the parameters before "
-                "it",
-                f"{_ADVICE}, or freeze those",
+                f"it computes with integers, as {STANDARD_TOOLS[node.op_type]} writes it, and they "
+                "carry no gradient back to the parameters before it",
+                f"{_TURN}, or freeze those parameters",
             )
 
 
@@ -199,8 +201,9 @@ def refuse_integer_model(graph: ir.Graph) -> None:
         if node.op_type in INTEGER_ARITHMETIC and not node.domain:
             raise UnsupportedModel(
                 f"node '{node.name}' ({node.op_type})",
-                "its weights are integers, so nothing of this model can be trained",
-                _ADVICE,
+                f"its weights are integers, as {STANDARD_TOOLS[node.op_type]} writes them, so "
+                "nothing of this model can be trained",
+                _TURN,
             )
 
 

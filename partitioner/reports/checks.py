@@ -139,6 +139,7 @@ def check(
     output: str | None = None,
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    dequantize: bool = False,
     dropout: DropoutMode | None = None,
 ) -> Check:
     """Check whether and how a model can be trained.
@@ -148,6 +149,7 @@ def check(
         loss: the loss to try; by default the first loss that fits the output.
         output: the output from which the loss is computed; by default the first float output.
         dims, bind: sizes and values of inputs, as for ``cut``.
+        dequantize: whether to replace integer arithmetic, as for ``cut``.
         dropout: whether Dropout nodes are on, as for ``cut``.
 
     Raises:
@@ -157,7 +159,7 @@ def check(
     """
     if loss is not None and loss not in list_losses():
         raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
-    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     opened = open_model(model, adjustments)
     opset = opened.graph.opset_imports.get("", 0)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
@@ -207,6 +209,7 @@ def _list_remarks(
     noticed = [
         *_note_stored(prepared),
         *remark_on_adapters(prepared),
+        *_note_dequantized(prepared),
         *remark_on_scalings(prepared),
         *remark_on_computed(computed),
         *remark_on_ties(prepared, computed),
@@ -231,6 +234,14 @@ def _compare_samples(
     except (BatchNotFreed, MixedSamples) as error:
         return (str(error),), ()
     return (), tuple(Remark(kind=Kind.BATCH, sentence=note) for note in notes)
+
+
+def _note_dequantized(prepared: PreparedModel) -> Sequence[Remark]:
+    """Return a remark on arithmetic with integers that became arithmetic with floats."""
+    found = prepared.dequantized
+    if found is None:
+        return ()
+    return (Remark(kind=Kind.DEQUANTIZED, sentence=found.describe(), names=found.weights),)
 
 
 def _note_batch(

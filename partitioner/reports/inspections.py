@@ -72,6 +72,7 @@ def inspect(
     sent: Sequence[str] = (),
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    dequantize: bool = False,
     output: str | None = None,
     dropout: DropoutMode | None = None,
 ) -> list[CutCandidate]:
@@ -83,6 +84,7 @@ def inspect(
             fix it. Sizes in bytes cannot be computed if the batch size is not known.
         sent: raw inputs, such as an attention mask, that may be sent together with each tensor.
         dims, bind: sizes and values of inputs, as for ``cut``.
+        dequantize: whether to replace integer arithmetic, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
         dropout: whether Dropout nodes are on, as for ``cut``.
 
@@ -91,7 +93,7 @@ def inspect(
         UnknownTensor, UsageError: a name in ``sent`` is not an input of the model, ``output`` is
             not one of its outputs, or nothing can be trained.
     """
-    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     prepared = prepare(open_model(model, adjustments), dropout=dropout, adjustments=adjustments)
     return list_cuts(prepared, batch, sent, output)
 
@@ -151,6 +153,7 @@ def advise_sent(
     *,
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    dequantize: bool = False,
     output: str | None = None,
 ) -> list[tuple[str, ...]]:
     """List the raw inputs that could be sent together with a tensor to make a cut possible.
@@ -160,7 +163,7 @@ def advise_sent(
     inputs may be sent, the only entry contains all inputs.  Otherwise, or if the search would take
     too long, the list is empty.  The arguments have the same meaning as in :func:`inspect`.
     """
-    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
     inputs = [v.name or "" for v in prepared.inference.graph.inputs]
     raw = [name for name in inputs if name not in prepared.state]

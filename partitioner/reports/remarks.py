@@ -20,6 +20,7 @@ class Kind(StrEnum):
     FROZEN_BATCHNORM = "frozen batchnorm"
     DROPOUT_OFF = "dropout off"
     QUANTIZED = "quantized"
+    DEQUANTIZED = "dequantized"
     SATURATION = "saturation"
     DICTIONARIES = "dictionaries"
     OPTIMIZED = "optimized"

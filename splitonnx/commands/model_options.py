@@ -33,6 +33,15 @@ BindOption = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+DequantizeOption = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Turn a quantized model's arithmetic with integers, which has no gradient, into "
+        "arithmetic with floats.",
+        rich_help_panel=_PANEL,
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +50,7 @@ class ModelOptions:
 
     dim: DimOption = None
     bind: BindOption = None
+    dequantize: DequantizeOption = False
     batchnorm: Annotated[
         list[str] | None,
         typer.Option(

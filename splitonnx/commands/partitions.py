@@ -15,6 +15,7 @@ from splitonnx.commands.groups import spread
 from splitonnx.commands.logs import escape
 from splitonnx.commands.model_options import (
     BindOption,
+    DequantizeOption,
     DimOption,
     ModelOptions,
     read_bindings,
@@ -64,6 +65,7 @@ def check(
     output: OutputOption = None,
     dim: DimOption = None,
     bind: BindOption = None,
+    dequantize: DequantizeOption = False,
     dropout: DropoutOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,6 +80,7 @@ def check(
         output=output,
         dims=read_dims(dim),
         bind=read_bindings(bind),
+        dequantize=dequantize,
         dropout=None if dropout is None else dropout.value,
     )
     if as_json:
@@ -123,6 +126,7 @@ def inspect(
     ] = None,
     dim: DimOption = None,
     bind: BindOption = None,
+    dequantize: DequantizeOption = False,
     output: OutputOption = None,
     dropout: DropoutOption = None,
     as_json: JsonOption = False,
@@ -144,6 +148,7 @@ def inspect(
             sent=sent or (),
             dims=read_dims(dim),
             bind=read_bindings(bind),
+            dequantize=dequantize,
             output=output,
             dropout=None if dropout is None else dropout.value,
         )
@@ -159,6 +164,7 @@ def inspect(
         sent=sent or (),
         dims=read_dims(dim),
         bind=read_bindings(bind),
+        dequantize=dequantize,
         output=output,
         dropout=None if dropout is None else dropout.value,
     )
@@ -172,7 +178,13 @@ def inspect(
 
     advised: list[tuple[str, ...]] = []
     if not sent:
-        advised = advise_sent(model, dims=read_dims(dim), bind=read_bindings(bind), output=output)
+        advised = advise_sent(
+            model,
+            dims=read_dims(dim),
+            bind=read_bindings(bind),
+            dequantize=dequantize,
+            output=output,
+        )
     print(escape(describe_no_cuts(advised)))
 
 
@@ -265,6 +277,7 @@ def cut(
         freeze=freeze or (),
         dims=dims,
         bind=bindings,
+        dequantize=means.dequantize,
         ties=ties,
         stop_gradients=means.stop_gradient or (),
         class_axis=means.class_axis,

@@ -156,6 +156,7 @@ class LocalOptions(ModelOptions):
             freeze=self.freeze or (),
             dims=dims,
             bind=bindings,
+            dequantize=self.dequantize,
             ties=ties,
             stop_gradients=self.stop_gradient or (),
             class_axis=self.class_axis,

@@ -26,6 +26,7 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
     run_session,
     run_split,
 )
+from splitonnx.partitioner.cutting.conformance.dequantized_originals import compare_dequantized
 from splitonnx.partitioner.cutting.conformance.expectations import Expectation, expect
 from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, Difference, measure
@@ -112,7 +113,8 @@ def compare_with_original(
         for batch in freed:  # the original runs with other batches, but makes one sample of them
             inlined = inlined if batch.options else batch.fix(inlined)
     forms = _list_forms(inlined, prepared, bundle, merge(), subject)
-    remarks = [remark for form in forms for remark in _hold(form, subject)]
+    remarks = compare_dequantized(source, prepared.adjustments, subject)
+    remarks += [remark for form in forms for remark in _hold(form, subject)]
     model = Subject(
         name=subject,
         original=forms[0].original,

@@ -18,7 +18,11 @@ from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.gates import ModelSource, read_original
 from splitonnx.partitioner.gate.walks import list_bodies, list_nodes
+from splitonnx.partitioner.graphs.readings import read_model
+from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.normalization.batchnorms import choose_mode
+from splitonnx.partitioner.normalization.dequantized.replacements import dequantize
+from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 
 _RANDOM = frozenset(
     {
@@ -34,6 +38,8 @@ _REPEATING = frozenset({"Concat", "ConstantOfShape", "Expand", "Tile"})
 """Operators that repeat statistics for each sample; stored running statistics depend on none."""
 
 
+_PAIRS_WITH_AXES = 13
+"""The first opset in which DequantizeLinear has a scale for each channel."""
 _TRAINING_MODE = 14
 """The first opset in which BatchNormalization has the attribute ``training_mode``."""
 
@@ -58,6 +64,8 @@ def read_comparable(
 ) -> onnx.ModelProto:
     """Read the original of a prepared model, with the user's adjustments and functions inlined.
 
+    If the user wanted it dequantized, it is returned so.
+
     Raises:
         NotRun: the weights take more than ``most_bytes``, or the model draws random numbers.
         NotAModel: the original model can no longer be read.
@@ -67,7 +75,17 @@ def read_comparable(
     original = copy_original(read_original(source, prepared.adjustments))
     if (node := find_random(original)) is not None:
         raise NotRun(f"node '{node}' draws random numbers")
-    return original
+    return dequantize_original(original) if prepared.adjustments.dequantize else original
+
+
+def dequantize_original(original: onnx.ModelProto, *, is_rounding: bool = False) -> onnx.ModelProto:
+    """Return a dequantized copy of a model, which still rounds activations if ``is_rounding``."""
+    model = read_model(original)
+    inline_functions(model)
+    dequantize(model, is_rounding=is_rounding)
+    if model.opset_imports.get("", 1) < _PAIRS_WITH_AXES:
+        adapt_opset(model)
+    return write_model(model)
 
 
 def find_random(model: onnx.ModelProto) -> str | None:

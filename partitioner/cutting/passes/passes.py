@@ -19,6 +19,7 @@ from splitonnx.partitioner.cutting.passes.batch_decisions import (
     refuse_batch_of_1,
 )
 from splitonnx.partitioner.cutting.passes.batches import MOST_ROUNDS, free_batches
+from splitonnx.partitioner.cutting.passes.dequantizations import lift_integers
 from splitonnx.partitioner.cutting.passes.equal_sizes import join_sizes
 from splitonnx.partitioner.cutting.passes.forms import (
     declare_statistics,
@@ -55,11 +56,7 @@ from splitonnx.partitioner.normalization.explicit_reductions import (
 from splitonnx.partitioner.normalization.fused.replacements import replace_foreign
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.normalization.precisions import widen
-from splitonnx.partitioner.normalization.quantizations import (
-    lift_quantized,
-    pass_gradients,
-    refuse_integer_model,
-)
+from splitonnx.partitioner.normalization.quantizations import pass_gradients, refuse_integer_model
 from splitonnx.partitioner.normalization.recurrence_layouts import normalize_layouts
 from splitonnx.partitioner.normalization.weights import (
     assign_roles,
@@ -229,7 +226,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="given float weights for integers",
-        run=_on_graph(lift_quantized),
+        run=lift_integers,
         requires=_F.INLINED | _F.STORED | _F.NAMED,
         ensures=_F.QUANTIZED,
     ),

@@ -12,6 +12,7 @@ from splitonnx.manifests import Role
 from splitonnx.names import BatchNormModes, DropoutMode
 from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 from splitonnx.partitioner.cutting.passes.stored_options import NONE_STORED, StoredOptions
+from splitonnx.partitioner.normalization.dequantized.replacements import Dequantization
 
 
 class Fact(Flag):
@@ -62,6 +63,8 @@ class Work:
     stop_gradients: Sequence[str] = ()
     stored: StoredOptions = NONE_STORED
     missing: list[str] = field(default_factory=list)
+    dequantize: bool = False
+    dequantized: Dequantization | None = None
     given: frozenset[str] = frozenset()
     weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
     masters: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)

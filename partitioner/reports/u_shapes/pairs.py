@@ -83,6 +83,7 @@ def inspect_pairs(
     sent: Sequence[str] = (),
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    dequantize: bool = False,
     output: str | None = None,
     dropout: DropoutMode | None = None,
 ) -> list[PairCandidate]:
@@ -95,6 +96,7 @@ def inspect_pairs(
             tried.
         sent: raw inputs, such as an attention mask, that may be sent together with each tensor.
         dims, bind: sizes and values of inputs, as for ``cut``.
+        dequantize: whether to replace integer arithmetic, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
         dropout: whether Dropout nodes are on, as for ``cut``.
 
@@ -107,7 +109,7 @@ def inspect_pairs(
         UnknownTensor, UsageError: a name matches nothing, a name in ``sent`` is not an input of the
             model, or ``output`` is not one of its outputs.
     """
-    adjustments = Adjustments(dims=dims or {}, bindings=bind or {})
+    adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     prepared = prepare(open_model(model, adjustments), dropout=dropout, adjustments=adjustments)
     return list_pairs(prepared, at=at, tail_at=tail_at, sent=sent, output=output)
 

@@ -1,0 +1,84 @@
+"""A dequantised model is held against the quantised one before its parts are held against it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from splitonnx.errors import DifferentResult
+from splitonnx.partitioner.cutting.conformance import dequantized_originals
+from splitonnx.partitioner.cutting.conformance.dequantized_originals import compare_dequantized
+from splitonnx.partitioner.cutting.conformance.originals import (
+    dequantize_original,
+    read_comparable,
+)
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut
+from tests.support.quantized_files import Form, build_float, draw, list_kinds, quantize, run
+
+ASKED = Adjustments(dequantize=True)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_the_model_compared_is_the_dequantized_one_if_the_option_is_used() -> None:
+    model = quantize("perceptron", "dynamic")
+    prepared = prepare(open_model(model, ASKED), adjustments=ASKED)
+    assert list_kinds(read_comparable(model, prepared, 1000)) == {"MatMul", "Add", "Relu"}
+    assert compare_dequantized(model, NONE, "the model") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("perceptron", "channels"), ("convolutions", "dynamic"), ("recurrence", "dynamic")],
+)
+def test_the_remark_says_by_how_much_rounding_changed_results(name: str, form: Form) -> None:
+    (remark,) = compare_dequantized(quantize(name, form), ASKED, "the model")
+    start = "--dequantize changed the results of the model by up to "
+    assert remark.startswith(start)
+    assert 1e-4 < float(remark.removeprefix(start).split()[0]) < 0.04
+
+
+def test_a_model_that_is_rounded_with_stored_scales_stays_as_it_was() -> None:
+    (remark,) = compare_dequantized(quantize("pools", "static"), ASKED, "the model")
+    assert remark == "--dequantize left the results of the model as they were"
+
+
+def spoil(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Return a copy of a model in which a weight has other numbers."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    (weight,) = (tensor for tensor in copied.graph.initializer if tensor.name == name)
+    array = numpy_helper.to_array(weight)
+    weight.CopyFrom(numpy_helper.from_array(array[::-1].copy(), name))
+    return copied
+
+
+def test_weights_that_were_turned_wrongly_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = dequantize_original
+
+    def turn_wrongly(model: onnx.ModelProto, *, is_rounding: bool = False) -> onnx.ModelProto:
+        return spoil(turn(model, is_rounding=is_rounding), "W2")
+
+    monkeypatch.setattr(dequantized_originals, "dequantize_original", turn_wrongly)
+    with pytest.raises(DifferentResult, match="the dequantized model differs from the model"):
+        compare_dequantized(quantize("perceptron", "dynamic"), ASKED, "the model")
+    (remark,) = compare_dequantized(quantize("perceptron", "static"), ASKED, "the model")
+    assert "according to ONNX Runtime's integer kernels, which saturate" in remark
+
+
+def test_a_whole_comparison_passes_for_each_form() -> None:
+    for name, form in (("convolutions", "dynamic"), ("convolutions", "static channels")):
+        given: Form = "dynamic" if form == "dynamic" else "static channels"
+        cut(quantize(name, given), at=None, dequantize=True, check=True)
+
+
+def test_an_old_opset_is_raised_where_it_has_no_scales_of_channels() -> None:
+    model = quantize("convolutions", "static channels", 11)
+    compared, x = dequantize_original(model), draw("convolutions")
+    assert compared.opset_import[0].version >= 13
+    np.testing.assert_allclose(run(compared, x), run(model, x), atol=0.02)
+    assert run(build_float("convolutions", 11), x).shape == (6, 3)
