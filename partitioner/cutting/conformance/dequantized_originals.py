@@ -65,7 +65,8 @@ def _refuse_difference(original: onnx.ModelProto, subject: str) -> str:
     """Compare the form that rounds activations with the original.
 
     A difference is an error if onnx's reference evaluator shows it.  ONNX Runtime's integer kernels
-    saturate on some processors, so a difference from these alone is returned as a remark.
+    saturate on some processors, and round inside an LSTM or an attention, which no form repeats.
+    So a difference from these alone is returned as a remark.
     """
     rounding = dequantize_original(original, is_rounding=True)
     sizes, tensor, is_certain = [], "", True
@@ -80,8 +81,8 @@ def _refuse_difference(original: onnx.ModelProto, subject: str) -> str:
         raise DifferentResult(subject, "the dequantized model", tensor, tensor, min(sizes))
     return (
         f"--dequantize changed the results of {subject} by {min(sizes):.1e} of the largest value, "
-        f"in '{tensor}', according to ONNX Runtime's integer kernels, which saturate on some "
-        "processors (docs/quantization.md)"
+        f"in '{tensor}', according to ONNX Runtime's integer kernels, which round "
+        "inside an LSTM, too, and saturate on some processors (docs/quantization.md)"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from splitonnx.partitioner.cutting.passes.given_names import list_names
 from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.normalization.dequantized.replacements import dequantize
 from splitonnx.partitioner.normalization.quantizations import lift_quantized
@@ -11,9 +10,8 @@ from splitonnx.partitioner.normalization.quantizations import lift_quantized
 def lift_integers(work: Work) -> None:
     """Replace the integer weights of a model with float weights, in place.
 
-    Integer arithmetic is replaced only if the user asked for it.  The tensors of the replacement
-    then count as tensors of the user's model, because they have the names of the float model that
-    was quantized.
+    Integer arithmetic is replaced only if the user asked for it.  Tensors that then have the names
+    of the float model again count as tensors of the user's model.
 
     Raises:
         UnsupportedModel: an operator cannot be replaced.
@@ -21,5 +19,5 @@ def lift_integers(work: Work) -> None:
     """
     if work.dequantize:
         work.dequantized = dequantize(work.model)
-        work.given |= list_names(work.model.graph)
+        work.given |= work.dequantized.chosen
     lift_quantized(work.model.graph)

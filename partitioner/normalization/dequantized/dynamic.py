@@ -8,6 +8,7 @@ keep it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -37,9 +38,9 @@ def replace_integer_product(node: ir.Node, weights: FloatWeights) -> None:
     factors = list(_list_factors(node))
     if not factors:
         raise refuse(node, "no Cast and Mul after it multiply its sums by the scales of its inputs")
-    for factor, scales in factors:
-        builder = NodeBuilder(f"{factor.outputs[0].name or factor.name}/float")
-        first, second = _order_scales(node, scales)
+    for factor in factors:
+        builder = NodeBuilder(f"{factor.node.outputs[0].name or factor.node.name}/float")
+        first, second = _order_scales(node, factor.scales)
         settings = check_single(node, _take(node, first, 2))
         x = find_floats(builder, node, weights, take_input(node), settings)
         kind, kept, settings = "MatMul", {}, _take(node, second, 3)
@@ -49,7 +50,10 @@ def replace_integer_product(node: ir.Node, weights: FloatWeights) -> None:
             settings = _take(node, second, 3, (0,))
             _refuse_channels(node, second)
         w = find_floats(builder, node, weights, take_input(node, 1), settings)
-        builder.replace(factor, [builder.ops(kind, [x, w], 1, kept)[0]])
+        made = builder.ops(kind, [x, w], 1, kept)[0]
+        if factor.bias is not None:
+            made = builder.op("Add", made, builder.op("Reshape", factor.bias, factor.shape))
+        builder.replace(factor.node, [made])
 
 
 def _take(node: ir.Node, scale: ir.Value, zero: int, axes: tuple[int, ...] = (-1,)) -> Settings:
@@ -63,20 +67,59 @@ def _refuse_channels(node: ir.Node, scale: ir.Value) -> None:
         raise refuse(node, f"its scale of shape {array.shape} is not one for each channel")
 
 
-def _list_factors(node: ir.Node) -> Iterator[tuple[ir.Node, tuple[ir.Value, ir.Value]]]:
-    """Yield each Mul that multiplies the sums of a node, with the two scales that it applies."""
-    casts = [use.node for use in node.outputs[0].uses() if use.node.op_type == "Cast"]
-    for cast in casts:
-        for use in cast.outputs[0].uses():
-            factor = use.node
-            if factor.op_type != "Mul" or factor.domain:
-                continue
-            scale = factor.inputs[1 - use.idx]
-            maker = None if scale is None else scale.producer()
-            if maker is not None and maker.op_type == "Mul" and not maker.domain:
-                first, second = maker.inputs
-                if first is not None and second is not None:
-                    yield factor, (first, second)
+@dataclass(frozen=True, kw_only=True)
+class _Factor:
+    """A Mul that multiplies sums of integers by two scales.
+
+    ``bias`` was added to the sums, in units of the product of the scales, in the shape ``shape``.
+    """
+
+    node: ir.Node
+    scales: tuple[ir.Value, ir.Value]
+    bias: ir.Value | None
+    shape: ir.Value | None
+
+
+def _list_factors(node: ir.Node) -> Iterator[_Factor]:
+    """Yield each Mul that multiplies the sums of a node, or these and a bias, by two scales."""
+    for use in node.outputs[0].uses():
+        if use.node.op_type == "Cast":
+            yield from _list_products(use.node, None, None)
+        elif use.node.op_type == "Add" and (found := _find_bias(use.node.inputs[1 - use.idx])):
+            casts = [after.node for after in use.node.outputs[0].uses()]
+            for cast in [after for after in casts if after.op_type == "Cast"]:
+                yield from _list_products(cast, *found)
+
+
+def _list_products(
+    cast: ir.Node, bias: ir.Value | None, shape: ir.Value | None
+) -> Iterator[_Factor]:
+    for use in cast.outputs[0].uses():
+        if use.node.op_type != "Mul" or use.node.domain:
+            continue
+        maker = _find_maker(use.node.inputs[1 - use.idx], "Mul")
+        if maker is not None:
+            scales = (take_input(maker), take_input(maker, 1))
+            yield _Factor(node=use.node, scales=scales, bias=bias, shape=shape)
+
+
+def _find_bias(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
+    """Return the floats of a bias that older tools write as integers, and the shape it gets.
+
+    These tools write ``Reshape(Cast(Floor(bias / scale)), shape)``.
+    """
+    reshape = _find_maker(value, "Reshape")
+    maker = reshape
+    for kind in ("Cast", "Floor", "Div"):
+        maker = None if maker is None else _find_maker(maker.inputs[0], kind)
+    if reshape is None or maker is None:
+        return None
+    return take_input(maker), take_input(reshape, 1)
+
+
+def _find_maker(value: ir.Value | None, kind: str) -> ir.Node | None:
+    maker = None if value is None else value.producer()
+    return maker if maker is not None and maker.op_type == kind and not maker.domain else None
 
 
 def _order_scales(node: ir.Node, scales: tuple[ir.Value, ir.Value]) -> tuple[ir.Value, ir.Value]:

@@ -30,7 +30,7 @@ DYNAMIC: Mapping[str, _Formula] = {
 PRODUCTS = frozenset({"ConvInteger", "MatMulInteger"})
 """Operators whose sums a Cast and a Mul turn into floats."""
 _UNPACKED = "MatMulNBits"
-_LEFT_OVER = PRODUCTS | MOVING | {"Cast", "DynamicQuantizeLinear", "Mul"}
+_LEFT_OVER = PRODUCTS | MOVING | {"Add", "Cast", "Div", "DynamicQuantizeLinear", "Floor", "Mul"}
 """Operators that may no longer be needed when products of integers were replaced."""
 
 
@@ -38,12 +38,14 @@ _LEFT_OVER = PRODUCTS | MOVING | {"Cast", "DynamicQuantizeLinear", "Mul"}
 class Dequantization:
     """What was turned: the number of nodes of each operator, and the names of float weights.
 
+    ``chosen`` holds the names of all tensors that have the names of the float model again.
     ``is_dynamic`` is true if activations were rounded by scales computed from the data, and
     ``is_static`` if they were rounded by stored scales.
     """
 
     kinds: Mapping[str, int]
     weights: tuple[str, ...]
+    chosen: frozenset[str]
     is_dynamic: bool
     is_static: bool
 
@@ -93,6 +95,7 @@ def dequantize(model: ir.Model, *, is_rounding: bool = False) -> Dequantization:
     return Dequantization(
         kinds=dict(kinds),
         weights=tuple(weights.names),
+        chosen=frozenset(weights.chosen),
         is_dynamic=any(kind in PRODUCTS or kind in DYNAMIC for kind in kinds),
         is_static=any(kind in static.FORMULAS or kind in static.DIRECT for kind in kinds),
     )

@@ -43,12 +43,14 @@ class FloatWeights:
     """The float weights made for a model.
 
     If ``is_rounding`` is true, activations are still rounded to integers where the model does so.
-    ``taken`` holds the names of all tensors, and ``names`` those of the weights that were made.
+    ``taken`` holds the names of all tensors, ``names`` those of the weights that were made, and
+    ``chosen`` those of weights and activations that have the names of the float model again.
     """
 
     is_rounding: bool
     taken: set[str]
     names: list[str] = field(default_factory=list)
+    chosen: set[str] = field(default_factory=set)
     _made: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
 
     def make(
@@ -167,6 +169,7 @@ class FloatWeights:
             chosen = f"{plain}#float" if count == 1 else f"{plain}#float{count}"
             count += 1
         self.taken.add(chosen)
+        self.chosen.add(chosen)
         return chosen
 
 

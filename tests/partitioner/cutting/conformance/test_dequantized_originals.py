@@ -67,7 +67,7 @@ def test_weights_that_were_turned_wrongly_are_refused(monkeypatch: pytest.Monkey
     with pytest.raises(DifferentResult, match="the dequantized model differs from the model"):
         compare_dequantized(quantize("perceptron", "dynamic"), ASKED, "the model")
     (remark,) = compare_dequantized(quantize("perceptron", "static"), ASKED, "the model")
-    assert "according to ONNX Runtime's integer kernels, which saturate" in remark
+    assert "according to ONNX Runtime's integer kernels, which round" in remark
 
 
 def test_a_whole_comparison_passes_for_each_form() -> None:

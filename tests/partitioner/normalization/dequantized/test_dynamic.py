@@ -194,3 +194,34 @@ def test_tables_of_embeddings_become_float_tables() -> None:
     turned = turn(model)
     assert "EmbedLayerNormalization" in list_kinds(turned)
     np.testing.assert_allclose(run(turned, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_that_older_tools_add_to_the_sums_is_added_to_the_floats() -> None:
+    random = np.random.default_rng(0)
+    weights: dict[str, np.ndarray] = {
+        "K_quantized": random.integers(0, 255, (2, 1, 3)).astype(np.uint8),
+        "K_scale": np.array([0.01], np.float32),
+        "K_zero": np.array(120, np.uint8),
+        "bias": np.array([0.7, -0.4], np.float32),
+        "shape": np.array([1, 2, 1]),
+        "outer": np.array([0, 1, 6]),
+    }
+    op = helper.make_node
+    nodes = [
+        op("Reshape", ["x", "outer"], ["image"]),
+        op("DynamicQuantizeLinear", ["image"], ["q", "q_scale", "q_zero"]),
+        op("ConvInteger", ["q", "K_quantized", "q_zero", "K_zero"], ["sums"], name="conv"),
+        op("Mul", ["q_scale", "K_scale"], ["scale"]),
+        op("Div", ["bias", "scale"], ["steps"]),
+        op("Floor", ["steps"], ["whole"]),
+        op("Cast", ["whole"], ["integers"], to=TensorProto.INT32),
+        op("Reshape", ["integers", "shape"], ["added"]),
+        op("Add", ["sums", "added"], ["total"]),
+        op("Cast", ["total"], ["floats"], to=TensorProto.FLOAT),
+        op("Mul", ["floats", "scale"], ["y"]),
+    ]
+    model, x = close(nodes, weights, 6), draw("perceptron")
+    turned = turn(model)
+    assert list_kinds(turned) == {"Add", "Conv", "Reshape"}
+    assert measure(run(turned, x), run(model, x)) < 0.02
+    assert measure(run(turn(model, is_rounding=True), x), run(model, x)) < 0.005
