@@ -41,6 +41,12 @@ FUSED = frozenset(
 )
 """The fused operators that can be replaced by standard operators."""
 
+WITHOUT = (
+    "export the model without the optimizer: take the file that it read, or set its "
+    "graph_optimization_level to ORT_ENABLE_BASIC"
+)
+"""The advice on operators that cannot be replaced."""
+
 _MISPLACED = frozenset({"LayerNormalization", "SimplifiedLayerNormalization"})
 """Operators that ONNX Runtime accepts in ONNX's own domain, whatever the opset."""
 
@@ -82,7 +88,7 @@ def refuse_domain(node: NodeProto) -> UnsupportedModel:
         return UnsupportedModel(
             label_node(node),
             f"it is an operator of ONNX Runtime ({node.domain}), so this is an optimized model",
-            "export the model without the optimizer",
+            WITHOUT,
         )
     return UnsupportedModel(
         label_node(node),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.gate.fused_operators import WITHOUT
 from splitonnx.partitioner.graphs.builders import known_rank
 
 MOST_STEPS = 1000
@@ -73,7 +74,7 @@ def refuse(node: ir.Node, reason: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type})",
         f"{reason}; it is an operator of ONNX Runtime, so this is an optimized model",
-        "export the model without the optimizer",
+        WITHOUT,
     )
 
 
