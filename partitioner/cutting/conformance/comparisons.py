@@ -26,7 +26,6 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
     run_session,
     run_split,
 )
-from splitonnx.partitioner.cutting.conformance.dequantized_originals import compare_dequantized
 from splitonnx.partitioner.cutting.conformance.expectations import Expectation, expect
 from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, Difference, measure
@@ -44,6 +43,7 @@ from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
     describe_unchecked,
 )
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
+from splitonnx.partitioner.cutting.dequantized_originals import compare_dequantized
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass

@@ -1,4 +1,4 @@
-"""Set the node names, modes and outputs of a model's training form and inference form."""
+"""Set the node names, modes, outputs and float weights of a model and of its two forms."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.graphs.traversals import find_dependents, list_bodies
 from splitonnx.partitioner.normalization.batchnorms import (
     list_batchnorms,
     use_running_statistics,
 )
+from splitonnx.partitioner.normalization.dequantized.replacements import dequantize
 from splitonnx.partitioner.normalization.dropouts import remove_dropouts
+from splitonnx.partitioner.normalization.quantizations import lift_quantized
 
 _KEPT_OUTPUTS = {
     "LayerNormalization": ("mean", "inv_std"),
@@ -87,3 +90,19 @@ def refuse_unkept_statistics(statistics: Collection[str], weights: Collection[st
                 "it is computed in the graph, so it cannot be updated",
                 "train with --batchnorm frozen",
             )
+
+
+def lift_integers(work: Work) -> None:
+    """Replace the integer weights of a model with float weights, in place.
+
+    Integer arithmetic is replaced only if the user asked for it.  Tensors that then have the names
+    of the float model again count as tensors of the user's model.
+
+    Raises:
+        UnsupportedModel: an operator cannot be replaced.
+        UsageError: the user asked for it, but the model does not compute with integers.
+    """
+    if work.dequantize:
+        work.dequantized = dequantize(work.model)
+        work.given |= work.dequantized.chosen
+    lift_quantized(work.model.graph)

@@ -19,11 +19,11 @@ from splitonnx.partitioner.cutting.passes.batch_decisions import (
     refuse_batch_of_1,
 )
 from splitonnx.partitioner.cutting.passes.batches import MOST_ROUNDS, free_batches
-from splitonnx.partitioner.cutting.passes.dequantizations import lift_integers
 from splitonnx.partitioner.cutting.passes.equal_sizes import join_sizes
 from splitonnx.partitioner.cutting.passes.forms import (
     declare_statistics,
     keep_data_outputs,
+    lift_integers,
     make_inference_form,
     name_nodes,
     refuse_unkept_statistics,

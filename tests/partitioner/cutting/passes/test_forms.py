@@ -9,10 +9,14 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.cutting.passes.forms import (
     declare_statistics,
     keep_data_outputs,
+    lift_integers,
     make_inference_form,
     name_nodes,
     refuse_unkept_statistics,
 )
+from splitonnx.partitioner.cutting.passes.work import Work
+from splitonnx.partitioner.normalization.opsets import inline_functions
+from tests.support.quantized_files import quantize
 from tests.support.zoo import ZOO
 
 
@@ -86,3 +90,19 @@ def test_a_statistic_that_the_graph_computes_is_refused() -> None:
     refuse_unkept_statistics({"mean"}, {"mean", "w"})
     with pytest.raises(UnsupportedModel, match=r"'mean'.*--batchnorm frozen"):
         refuse_unkept_statistics({"mean"}, {"w"})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_integer_arithmetic_is_replaced_only_if_the_user_asked_for_it() -> None:
+    found = []
+    for dequantize in (False, True):
+        work = Work(model=ir.from_proto(quantize("perceptron", "dynamic")), dequantize=dequantize)
+        inline_functions(work.model)
+        lift_integers(work)
+        found.append(work)
+    kept, turned = found
+    assert kept.dequantized is None
+    assert "MatMulInteger" in [node.op_type for node in kept.model.graph]
+    assert turned.dequantized is not None
+    assert turned.dequantized.kinds == {"MatMulInteger": 2}
+    assert {"W1", "W2"} <= turned.given

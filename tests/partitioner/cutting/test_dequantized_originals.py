@@ -8,12 +8,12 @@ import pytest
 from onnx import numpy_helper
 
 from splitonnx.errors import DifferentResult
-from splitonnx.partitioner.cutting.conformance import dequantized_originals
-from splitonnx.partitioner.cutting.conformance.dequantized_originals import compare_dequantized
+from splitonnx.partitioner.cutting import dequantized_originals
 from splitonnx.partitioner.cutting.conformance.originals import (
     dequantize_original,
     read_comparable,
 )
+from splitonnx.partitioner.cutting.dequantized_originals import compare_dequantized
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.gate.gates import open_model
