@@ -33,7 +33,11 @@ _Cut = tuple[Sequence[str], Sequence[str]]
 
 @attribute_errors_to_pass("searched for cuts near the one refused")
 def add_advice(
-    error: NotACut, prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str], output: str
+    error: NotACut,
+    prepared: PreparedModel,
+    at: Sequence[str],
+    tail_at: Sequence[str],
+    outputs: Sequence[str],
 ) -> NotACut:
     """Return a copy of the error for a refused cut, with advice on legal cuts added.
 
@@ -43,11 +47,11 @@ def add_advice(
     make the cut legal, or if one of them is not in the user's model.  ``settings`` names the added
     raw inputs that may be settings.  ``others`` names tensors that are legal in place of ``at``.
     """
-    others = list(_find_others(prepared, (at, tail_at), output))
+    others = list(_find_others(prepared, (at, tail_at), outputs))
     if not error.missing:
         return replace(error, others=others)
     for is_back in (False, True) if tail_at else (False,):
-        added = _complete(error, prepared, (at, tail_at), output, is_back)
+        added = _complete(error, prepared, (at, tail_at), outputs, is_back)
         if added is not None:
             settings = _list_settings(prepared, added.raw)
             return replace(added, tensors=error.tensors, others=others, settings=settings)
@@ -65,7 +69,7 @@ def _list_settings(prepared: PreparedModel, raw: Sequence[str]) -> list[str]:
 
 
 def _complete(
-    error: NotACut, prepared: PreparedModel, cut: _Cut, output: str, is_back: bool
+    error: NotACut, prepared: PreparedModel, cut: _Cut, outputs: Sequence[str], is_back: bool
 ) -> NotACut | None:
     """Add the tensors that must cross too, until the cut is legal.
 
@@ -78,7 +82,7 @@ def _complete(
         if not prepared.given.issuperset(missing):
             return None
         cut = (at, [*tail_at, *missing]) if is_back else ([*at, *missing], tail_at)
-        refusal = _try(prepared, cut, output)
+        refusal = _try(prepared, cut, outputs)
         if refusal is None:
             return replace(error, missing=missing, raw=raw, is_back=is_back)
         if not isinstance(refusal, NotACut) or not set(refusal.missing) - set(missing):
@@ -88,7 +92,9 @@ def _complete(
     return None
 
 
-def _try(prepared: PreparedModel, cut: _Cut, output: str) -> CutError | UsageError | None:
+def _try(
+    prepared: PreparedModel, cut: _Cut, outputs: Sequence[str]
+) -> CutError | UsageError | None:
     """Divide both forms of a model, and return the error that refuses this, if there is one."""
     at, tail_at = cut
     try:
@@ -96,7 +102,7 @@ def _try(prepared: PreparedModel, cut: _Cut, output: str) -> CutError | UsageErr
             form = prepared.training if is_training else prepared.inference
             graph = copy_model(form).graph
             partition = (
-                divide_training(prepared, graph, at, tail_at, output)
+                divide_training(prepared, graph, at, tail_at, outputs)
                 if is_training
                 else divide_inference(prepared, graph, at, tail_at)
             )
@@ -107,7 +113,7 @@ def _try(prepared: PreparedModel, cut: _Cut, output: str) -> CutError | UsageErr
     return None
 
 
-def _find_others(prepared: PreparedModel, cut: _Cut, output: str) -> Iterator[str]:
+def _find_others(prepared: PreparedModel, cut: _Cut, outputs: Sequence[str]) -> Iterator[str]:
     """Find the nearest tensors, before and after the refused ones, that divide the model."""
     at, tail_at = cut
     graph = prepared.inference.graph
@@ -124,7 +130,7 @@ def _find_others(prepared: PreparedModel, cut: _Cut, output: str) -> Iterator[st
     after = [name for name, place in places if place > first]
     for names in (before, after):
         for name in names[:_MOST_TRIES]:
-            if _try(prepared, ([name], tail_at), output) is None:
+            if _try(prepared, ([name], tail_at), outputs) is None:
                 yield name
                 break
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -19,6 +19,14 @@ import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import NotACut, UsageError, quote
+from splitonnx.losses import (
+    CROSS_ENTROPY,
+    LABELS,
+    Loss,
+    LossSource,
+    complete_losses,
+    is_plain,
+)
 from splitonnx.manifests import Recipe
 from splitonnx.names import TARGETS, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
@@ -52,8 +60,6 @@ from splitonnx.partitioner.cutting.preparations import (
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.losses import (
-    LABELS,
-    LossOptions,
     describe_scores,
     find_class_axis,
 )
@@ -93,7 +99,7 @@ def cut(
     *,
     at: str | Sequence[str] | None,
     tail_at: str | Sequence[str] = (),
-    loss: str = "cross-entropy",
+    loss: LossSource = CROSS_ENTROPY,
     output: str | None = None,
     optimizer: Optimizer | None = None,
     batchnorm: BatchNormModes = None,
@@ -185,19 +191,18 @@ def _compare(
     return [*remarks, *_list_probabilities(prepared, bundle.manifest.recipe, most_bytes)]
 
 
-def _list_probabilities(prepared: PreparedModel, recipe: Recipe, most_bytes: int) -> list[str]:
-    """Return a remark if a loss of scores gets what looks like probabilities."""
-    loss, output, graph = recipe.loss, recipe.output, prepared.training.graph
-    options = LossOptions(class_axis=recipe.class_axis, labels=recipe.labels)
-    axis = find_class_axis(graph, loss, output, options)
-    likeness = describe_probabilities(prepared, loss, output, axis, most_bytes)
-    if not likeness:
-        return []
-    return [
-        f"{loss} applies a {CONTAINED[loss]} to '{output}', which looks like probabilities: with "
-        f"random inputs and weights, all its values {likeness}; export the model without its last "
-        "activation, or see splitonnx check"
-    ]
+def _list_probabilities(prepared: PreparedModel, recipe: Recipe, most_bytes: int) -> Iterator[str]:
+    """Yield a remark for each loss of scores that gets what looks like probabilities."""
+    for loss in recipe.list_losses():
+        axis = find_class_axis(prepared.training.graph, loss)
+        output = loss.output or ""
+        likeness = describe_probabilities(prepared, loss.kind, output, axis, most_bytes)
+        if likeness:
+            yield (
+                f"{loss.kind} applies a {CONTAINED[loss.kind]} to '{output}', which looks like "
+                f"probabilities: with random inputs and weights, all its values {likeness}; export "
+                "the model without its last activation, or see splitonnx check"
+            )
 
 
 @pause_collection()
@@ -206,7 +211,7 @@ def cut_prepared(
     *,
     at: str | Sequence[str] | None,
     tail_at: str | Sequence[str] = (),
-    loss: str = "cross-entropy",
+    loss: LossSource = CROSS_ENTROPY,
     output: str | None = None,
     optimizer: Optimizer | None = None,
     class_axis: int | None = None,
@@ -222,11 +227,13 @@ def cut_prepared(
     optimizer = optimizer or AdamW(lr=1e-3)
     names_at, names_tail = _list_names(at), _list_names(tail_at)
     output = choose_output(prepared, output)
+    losses = complete_losses(loss, output, class_axis, labels)
+    first, outputs = losses[0], [choose_output(prepared, one.output) for one in losses]
     recipe = Recipe(
         at=names_at,
         tail_at=names_tail,
-        loss=loss,
-        output=output,
+        loss=first.kind,
+        output=first.output or "",
         optimizer=describe_optimizer(optimizer),
         batchnorm=prepared.batchnorm,
         dropout=prepared.dropout,
@@ -237,37 +244,37 @@ def cut_prepared(
         ties=prepared.ties,
         stop_gradients=prepared.stop_gradients,
         dequantize=prepared.adjustments.dequantize,
-        class_axis=class_axis,
-        labels=labels,
+        class_axis=first.class_axis,
+        labels=first.array,
+        losses=() if is_plain(losses) else losses,
         client_target=client_target,
         server_target=server_target,
     )
-    options = LossOptions(class_axis=class_axis, labels=labels)
-    _warn(prepared, loss, output, options)
+    _warn(prepared, losses)
     examine = None if approve is None else partial(approve.check_forward, prepared)
     with naming_as_given(prepared.given):
-        refuse_untrainable(prepared, output)
+        for name in outputs:
+            refuse_untrainable(prepared, name)
         try:
-            training = build_training(
-                prepared, names_at, names_tail, loss, output, options, examine
-            )
+            training = build_training(prepared, names_at, names_tail, losses, examine)
             predict = build_predict(prepared, names_at, names_tail)
         except NotACut as error:
-            raise add_advice(error, prepared, names_at, names_tail, output) from error
+            raise add_advice(error, prepared, names_at, names_tail, outputs) from error
         if approve is not None:
             approve.check(prepared, training, predict)
         return assemble(prepared, training, predict, recipe, optimizer)
 
 
 @attribute_errors_to_pass("searched for what to warn of")
-def _warn(prepared: PreparedModel, loss: str, output: str, options: LossOptions) -> None:
+def _warn(prepared: PreparedModel, losses: Sequence[Loss]) -> None:
     """Log warnings about what the user may not expect of this cut."""
-    axis = find_class_axis(prepared.training.graph, loss, output, options)
-    if axis != 1 and options.class_axis is None:
-        _say_class_axis(prepared, output, axis)
     _say_adapters(prepared)
     _say_kept_scalings(prepared)
-    _say_repeated_activation(prepared, loss, output, axis)
+    for loss in losses:
+        axis = find_class_axis(prepared.training.graph, loss)
+        if axis != 1 and loss.class_axis is None:
+            _say_class_axis(prepared, loss.output or "", axis)
+        _say_repeated_activation(prepared, loss.kind, loss.output or "", axis)
     _say_batch(prepared)
     if prepared.dequantized is not None:
         _log.warning("%s", prepared.dequantized.describe())

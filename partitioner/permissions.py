@@ -21,6 +21,7 @@ from splitonnx.errors import (
     quote,
 )
 from splitonnx.layers import may_mix
+from splitonnx.losses import CROSS_ENTROPY, LABELS, LossSource
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import Optimizer
@@ -28,7 +29,6 @@ from splitonnx.partitioner import partitions
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.differentiation.label_traces import find_positions
-from splitonnx.partitioner.differentiation.losses import LABELS
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -204,7 +204,7 @@ def cut(
     *,
     at: str | Sequence[str] | None,
     tail_at: str | Sequence[str] = (),
-    loss: str = "cross-entropy",
+    loss: LossSource = CROSS_ENTROPY,
     output: str | None = None,
     optimizer: Optimizer | None = None,
     batchnorm: BatchNormModes = None,
@@ -239,9 +239,10 @@ def cut(
         tail_at: the tensors that the server sends back to the client in a U-shaped cut.  The
             client then also has the nodes after these tensors, the loss and the labels.
         loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` if
-            ``output`` is itself the loss; see :func:`losses.attach_loss`.
-        output: the model output from which the loss is computed; by default the first float
-            output.
+            ``output`` is itself the loss; a :class:`Loss`, which has settings such as label
+            smoothing; or several of them, which are added up.
+        output: the model output from which the loss is computed, unless the loss names its own;
+            by default the first float output.
         optimizer: the optimizer that updates the parameters; by default ``AdamW(lr=1e-3)``.
         batchnorm: ``train`` normalizes with batch statistics and updates the running statistics,
             ``frozen`` uses the running statistics; by default each node's own setting applies.  A
@@ -267,7 +268,7 @@ def cut(
             A log message says what was replaced and by how much results changed.
         class_axis: the axis of ``output`` that holds the classes for ``cross-entropy``; by default
             axis 1, or the last axis if its size is known and that of axis 1 is not.
-        labels: the name of the labels in the data.
+        labels: the name of the labels in the data, unless the loss names its own.
         client_target, server_target: ``training`` keeps ONNX Runtime's fused gradient kernels;
             ``portable`` uses only standard ONNX operators, for stock ONNX Runtime.
         send_inputs: the names of the raw inputs that may leave the client.  An input is sent

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from splitonnx import torch as torch
     from splitonnx.bundles import Bundle
     from splitonnx.errors import SplitonnxError
+    from splitonnx.losses import Loss
     from splitonnx.optimizers import SGD, Adam, AdamW
     from splitonnx.partitioner.adaptations import adapt, write_adapted
     from splitonnx.partitioner.merges import merge, write_adapters, write_merged
@@ -37,6 +38,7 @@ __all__ = [
     "Bundle",
     "Client",
     "History",
+    "Loss",
     "Server",
     "SplitonnxError",
     "adapt",
@@ -60,6 +62,7 @@ _HOMES = {
     "Bundle": "bundles",
     "Client": "runtime.client.clients",
     "History": "runtime.client.histories",
+    "Loss": "losses",
     "Server": "runtime.server.servers",
     "SplitonnxError": "errors",
     "adapt": "partitioner.adaptations",

@@ -9,7 +9,7 @@ contain, for example, the session, the phase, the step, the seed and the learnin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -65,7 +65,7 @@ class SentTensor:
     @property
     def name(self) -> str:
         """Return the tensor's kind and name, such as ``activation 'relu1'``."""
-        if self.kind in (LABELS, _WORDS[WireKind.NORM]):
+        if self.kind == _WORDS[WireKind.NORM] or self.tensor == self.kind == LABELS:
             return self.kind
         link = " of" if self.kind == _WORDS[WireKind.GRADIENT] else ""
         return f"{self.kind}{link} '{self.tensor}'"
@@ -102,7 +102,7 @@ def list_sent(
     """
     part = manifest.phase(phase)
     rows = _name_rows(manifest, part)
-    labels = find_labels(manifest)
+    labels = list_labels(manifest)
     wires = [wire for wire in part.wires if wire.sender == sender]
     return Sending(
         phase=phase,
@@ -117,17 +117,17 @@ def list_sent(
     )
 
 
-def find_labels(manifest: PartyManifest) -> str | None:
-    """Return the name of the array that contains the labels, or ``None`` if none is known.
+def list_labels(manifest: PartyManifest) -> tuple[str, ...]:
+    """List the arrays that only the loss reads: labels, and weights of samples.
 
     A server's manifest does not list the client's arrays.  It reveals the labels only if the client
-    sends them: they are the only input that the client sends for training but not for prediction.
+    sends them: they are the only inputs that the client sends for training but not for prediction.
     """
     measured = manifest.phase(EVALUATE)
     predicted = manifest.phase(PREDICT).results
     known = [spec.name for spec in measured.data if spec.name not in predicted]
     sent = _list_inputs(manifest, TRAIN) - _list_inputs(manifest, PREDICT)
-    return next(iter((*known, *sorted(sent))), None)
+    return tuple(dict.fromkeys((*known, *sorted(sent))))
 
 
 def find_batch(manifest: PartyManifest) -> int | None:
@@ -163,13 +163,13 @@ def count_run(
     return passes * (steps + 1), total
 
 
-def _describe(wire: Wire, labels: str | None, rows: str | None, batch: int | None) -> SentTensor:
+def _describe(wire: Wire, labels: Sequence[str], rows: str | None, batch: int | None) -> SentTensor:
     tensor = _strip_port(wire)
     sizes = {} if batch is None else _bind(rows, batch)
     declared = msgspec.structs.replace(
         wire.tensor, shape=tuple(_write(_fill_in(dim, sizes)) for dim in wire.tensor.shape)
     )
-    is_labels = wire.kind is WireKind.INPUT and tensor == labels
+    is_labels = wire.kind is WireKind.INPUT and tensor in labels
     return SentTensor(
         wire=wire.tensor.name,
         tensor=tensor,

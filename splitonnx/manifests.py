@@ -29,6 +29,7 @@ import msgspec
 
 from splitonnx.errors import FormatError
 from splitonnx.json_errors import JSON_ERRORS
+from splitonnx.losses import Loss, complete_losses
 from splitonnx.names import TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.tensors import DTYPES, TensorSpec
 
@@ -178,7 +179,9 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     pairs of parameters that are treated as one, and no gradient passes through the tensors in
     ``stop_gradients``.  ``dequantize`` is true if floats replaced arithmetic with integers.
     ``class_axis`` is the axis of the output that represents the classes, and ``labels`` is the name
-    of the array that contains the labels.
+    of the array that contains the labels.  If there are several losses, or one with other settings,
+    ``losses`` contains them all, and ``loss``, ``output``, ``class_axis`` and ``labels`` describe
+    the first; otherwise ``losses`` is empty, as it is in bundles of earlier versions.
     """
 
     at: tuple[str, ...]
@@ -197,8 +200,15 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     dequantize: bool = False
     class_axis: int | None = None
     labels: str = "labels"
+    losses: tuple[Loss, ...] = ()
     client_target: Target = TRAINING
     server_target: Target = TRAINING
+
+    def list_losses(self) -> tuple[Loss, ...]:
+        """Return all losses with their settings."""
+        if self.losses:
+            return self.losses
+        return complete_losses(self.loss, self.output, self.class_axis, self.labels)
 
 
 class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):

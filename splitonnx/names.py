@@ -10,6 +10,12 @@ CLIENT, SERVER = "client", "server"
 """Names of parties."""
 LOSS = "loss"
 """The name of the loss among the results of a phase."""
+COUNTED, WEIGHT = "@counted", "@weight"
+"""Suffixes of results of an evaluation that say how to combine the means of several batches.
+
+``accuracy@counted`` is the sum of the weights of what ``accuracy`` is the mean of.  If there are
+several losses, ``loss.a@weight`` is the factor of ``loss.a`` in ``loss``.
+"""
 
 Target: TypeAlias = Literal["portable", "training"]
 """The operators of a party's graphs: standard ones only, or also ORT's fused gradient kernels."""

@@ -12,6 +12,7 @@ on numpy and not on ONNX.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, TypeAlias
 
 import msgspec
 import numpy as np
@@ -38,17 +39,21 @@ def name_dtype(dtype: np.dtype[np.generic]) -> str:
     return _NAMES.get(dtype, str(dtype))
 
 
+Bounds: TypeAlias = Annotated[tuple[int, ...], msgspec.Meta(min_length=2, max_length=3)]
+
+
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The declaration of a tensor: its name, element type and shape.
 
     If ``bounds`` is set, the values of an integer tensor must be at least ``bounds[0]`` and less
-    than ``bounds[1]``.
+    than ``bounds[1]``.  A third number is one value that is allowed as well, such as the value of
+    labels that do not count.
     """
 
     name: str
     dtype: str
     shape: tuple[int | str | None, ...]
-    bounds: tuple[int, int] | None = None
+    bounds: Bounds | None = None
 
     def __str__(self) -> str:
         dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
@@ -82,12 +87,19 @@ def check_array(
         array.shape, spec, sizes, is_output=is_output
     ):
         raise ArrayMismatch(spec.name, _describe_expected(array, spec, sizes), describe(array))
-    if spec.bounds is not None and array.size:
-        lower, upper = spec.bounds
-        smallest, largest = int(array.min()), int(array.max())
-        if smallest < lower or largest >= upper:
-            worst = smallest if smallest < lower else largest
-            raise ValueOutOfRange(spec.name, worst, lower, upper)
+    if spec.bounds is not None:
+        _check_bounds(array, spec.name, spec.bounds)
+
+
+def _check_bounds(array: np.ndarray, name: str, bounds: Bounds) -> None:
+    lower, upper, *others = bounds
+    found = array[array != others[0]] if others else array
+    if not found.size:
+        return
+    smallest, largest = int(found.min()), int(found.max())
+    if smallest < lower or largest >= upper:
+        worst = smallest if smallest < lower else largest
+        raise ValueOutOfRange(name, worst, lower, upper, *others)
 
 
 def check_rows(array: np.ndarray, spec: TensorSpec, limit: int) -> None:

@@ -154,15 +154,13 @@ def leave_whole(bundle: Bundle) -> Bundle:
     return cut(
         restore_model(bundle, trained=False),
         at=None,
-        loss=recipe.loss,
+        loss=recipe.list_losses(),
         output=recipe.output,
         optimizer=read_optimizer(recipe.optimizer),
         batchnorm=recipe.batchnorm,
         dropout=recipe.dropout,
         train=pin_names(trained),  # independent of the patterns in the recipe
         freeze=["."],
-        class_axis=recipe.class_axis,
-        labels=recipe.labels,
         client_target=recipe.server_target,
     )
 

@@ -9,7 +9,7 @@ from splitonnx.disclosures import (
     count_run,
     describe_step,
     find_batch,
-    find_labels,
+    list_labels,
     list_sent,
 )
 from splitonnx.manifests import FORMAT, PartyManifest, Phase, Wire, WireKind
@@ -103,7 +103,7 @@ def test_what_comes_in_is_described_as_well() -> None:
 @pytest.mark.parametrize("phase", [TRAIN, PREDICT])
 def test_both_parties_manifests_give_the_same_list(phase: str) -> None:
     client, server = make_manifest(), make_manifest(SERVER)
-    assert find_labels(client) == find_labels(server) == "labels"
+    assert list_labels(client) == list_labels(server) == ("labels",)
     assert list_sent(client, phase, batch=8) == list_sent(server, phase, batch=8)
 
 

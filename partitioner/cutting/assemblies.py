@@ -41,12 +41,7 @@ from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
 from splitonnx.partitioner.cutting.verdicts import check_operators
-from splitonnx.partitioner.differentiation.final_activations import find_activation
-from splitonnx.partitioner.differentiation.losses import (
-    LossOptions,
-    build_evaluation,
-    find_class_axis,
-)
+from splitonnx.partitioner.differentiation.losses import build_evaluation
 from splitonnx.partitioner.differentiation.updates import Norms, build_norms, build_update
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
@@ -348,18 +343,12 @@ def _describe_norms(party: str, norms: Norms, own: Mapping[str, Sequence[TensorS
 
 
 def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedModel) -> _Share:
-    """Build the client's stage that computes the loss and metric of a prediction."""
-    graph, loss = prepared.inference.graph, recipe.loss
-    output = next(v for v in graph.outputs if v.name == recipe.output)
-    options = LossOptions(class_axis=recipe.class_axis, labels=recipe.labels)
-    axis = find_class_axis(graph, loss, recipe.output, options)
-    trained = map_values(prepared.training.graph)[recipe.output]
-    found = find_activation(trained, loss, axis)  # as training decided
-    model, attached = build_evaluation(loss, output, found, options)
+    """Build the client's stage that computes the losses and metrics of a prediction."""
+    inferred, trained = prepared.inference.graph, prepared.training.graph
+    model, outputs, attached = build_evaluation(inferred, trained, recipe.list_losses())
     lower(model.graph)
     label = f"{EVALUATE}"
-    labels = (attached.labels,) if attached.labels else ()
-    data = (declare(output), *labels)
+    data = (*map(declare, outputs), *attached.data.values())
     stage = Stage(
         name=label,
         graph=f"{label}.onnx",

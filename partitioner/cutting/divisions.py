@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from splitonnx.errors import IntegerCut, NotACut
+from splitonnx.errors import IntegerCut, NotACut, quote
 from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.cutting.cuts import Partition, divide, find_lost, survey
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
@@ -26,18 +26,19 @@ def divide_training(
     graph: ir.Graph,
     at: Sequence[str],
     tail_at: Sequence[str],
-    output: str,
+    outputs: Sequence[str],
 ) -> Partition:
     """Divide ``graph``, a copy of the training form, at the tensors that the user named.
 
-    All outputs of ``graph`` except ``output`` are removed, and ``graph`` is rewritten so that each
+    All outputs of ``graph`` except ``outputs`` are removed, and ``graph`` is rewritten so that each
     party computes sizes from its own tensors.
 
     Raises:
         CutError: the tensors do not exist or do not divide the graph.
     """
     cut = _resolve_cut(prepared, graph, at, tail_at)
-    graph.outputs[:] = [map_values(graph)[output]]
+    values = map_values(graph)
+    graph.outputs[:] = [values[name] for name in dict.fromkeys(outputs)]
     first, last = (_keep_needed(graph, values) for values in cut)
     return _divide(prepared, graph, keep_reached(graph, first, last), last)
 
@@ -76,7 +77,7 @@ def _resolve_cut(
 def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]:
     """Return the tensors of the cut that the loss depends on.
 
-    The loss is computed from the only output of ``graph``.
+    The loss is computed from the outputs of ``graph``.
 
     Raises:
         NotACut: the loss depends on none of the tensors, so one party would have no part in
@@ -85,10 +86,10 @@ def _keep_needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> list[ir.Value]
     needed = find_needed(graph)
     kept = [value for value in tensors if value in needed]
     if tensors and not kept:
-        name = graph.outputs[0].name
+        names = quote([value.name or "" for value in graph.outputs])
         raise NotACut(
             [value.name or "" for value in tensors],
-            reason=f"output '{name}', from which the loss is computed, does not depend on them",
+            reason=f"output {names}, from which the loss is computed, does not depend on them",
         )
     return kept
 

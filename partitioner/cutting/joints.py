@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from splitonnx.errors import UsageError
+from splitonnx.losses import Loss
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, LOSS, SERVER
 from splitonnx.partitioner.cutting.divisions import divide_inference, divide_training
@@ -24,12 +25,7 @@ from splitonnx.partitioner.cutting.stages import Crossing
 from splitonnx.partitioner.differentiation.final_activations import skip_activation
 from splitonnx.partitioner.differentiation.gradients import GRADIENT, differentiate
 from splitonnx.partitioner.differentiation.label_traces import trace_labels
-from splitonnx.partitioner.differentiation.losses import (
-    USUAL,
-    LossOptions,
-    attach_loss,
-    find_class_axis,
-)
+from splitonnx.partitioner.differentiation.losses import attach_losses, find_class_axis
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import (
@@ -89,41 +85,43 @@ def build_training(
     prepared: PreparedModel,
     at: Sequence[str],
     tail_at: Sequence[str],
-    loss: str,
-    output: str,
-    options: LossOptions = USUAL,
+    losses: Sequence[Loss],
     examine: Callable[[JointGraph], None] | None = None,
 ) -> JointGraph:
-    """Build the joint graph of training: add the loss and the ports, then differentiate.
+    """Build the joint graph of training: add the losses and the ports, then differentiate.
 
     ``examine`` is called with the graph before gradients and targets are added.  It can raise an
     exception to refuse the cut before the slow differentiation.
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
-    the tensors of the cut.  The loss named ``loss`` is computed, with ``options``, from the output
-    named ``output``.  Nodes that only other outputs need are left out.
+    the tensors of the cut.  Each of ``losses`` names its output.  Nodes that only other outputs
+    need are left out.
     """
     model = copy_model(prepared.training)
     graph = model.graph
-    partition = divide_training(prepared, graph, at, tail_at, output)
-    axis = find_class_axis(graph, loss, output, options)
-    scores = skip_activation(graph, loss, output, {*partition.at, *partition.tail_at}, axis)
+    outputs = [loss.output or "" for loss in losses]
+    partition = divide_training(prepared, graph, at, tail_at, outputs)
+    crossing = {*partition.at, *partition.tail_at}
+    axes = [find_class_axis(graph, loss) for loss in losses]
+    scores = [
+        skip_activation(graph, loss.kind, loss.output or "", crossing, axis)
+        for loss, axis in zip(losses, axes, strict=True)
+    ]
     known = set(graph)
-    attached = attach_loss(graph, loss, scores, options)
+    attached = attach_losses(graph, losses, scores)
     graph.outputs[:] = [value for value in graph.outputs if value.name in attached.results]
     reports = SERVER if partition.at and not partition.tail_at else CLIENT
     server = set(partition.server) | (set(graph) - known if reports == SERVER else set())
-    labels = attached.labels
-    ports = insert_ports(graph, partition, server, labels.name if labels else None)
+    ports = insert_ports(graph, partition, server, attached.data)
     add_safeguards(graph, known, is_training=True)  # the loss's labels have bounds
     commits = _keep_statistics(prepared, graph)
     prune(graph)
 
-    data = _declare_data(prepared, graph, labels)
+    data = _declare_data(prepared, graph, attached.data)
     needed = map_values(graph)  # a tensor that the loss does not need is sent only for prediction
     port_wires = [(port, declare(port.value)) for port in ports if port.value.name in needed]
     if examine is not None:
-        wires = _list_port_wires(graph, port_wires, labels)
+        wires = _list_port_wires(graph, port_wires, attached.data)
         weights = dict.fromkeys(prepared.weights, frozenset[str]())
         examine(
             JointGraph(
@@ -135,7 +133,10 @@ def build_training(
     prevent_wrong_fusions(derived, is_valid=True)  # of Pads without axes, and of gradients
     centre_normalizations(derived)
     gradients = _match_gradients(prepared, derived)
-    wires = [*_list_port_wires(derived, port_wires, labels), *_list_gradients(derived, port_wires)]
+    wires = [
+        *_list_port_wires(derived, port_wires, attached.data),
+        *_list_gradients(derived, port_wires),
+    ]
     made = map_values(derived)
     if reports == SERVER:
         wires += [
@@ -154,7 +155,7 @@ def build_training(
             targets[party].append(made[value])
     return JointGraph(
         graph=derived,
-        wires=tuple(_mark_telling(wires, derived, labels, owners, prepared.gradient_layers)),
+        wires=tuple(_mark_telling(wires, derived, attached.data, owners, prepared.gradient_layers)),
         targets={party: values for party, values in targets.items() if partition.at or values},
         results=attached.results,
         data=data,
@@ -178,7 +179,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     add_safeguards(graph, set(graph), is_training=False)
     prune(graph)
     centre_normalizations(graph)
-    wires = list(_list_port_wires(graph, [(port, declare(port.value)) for port in ports], None))
+    wires = list(_list_port_wires(graph, [(port, declare(port.value)) for port in ports], {}))
     away = [v for v in graph.outputs if v.producer() in partition.server]
     wires += [
         WireSpec(
@@ -196,7 +197,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
         wires=tuple(wires),
         targets=targets,
         results=names,
-        data=_declare_data(prepared, graph, None),
+        data=_declare_data(prepared, graph, {}),
         owners=_trace_owners(prepared, wires, targets),
     )
 
@@ -230,21 +231,22 @@ def _match_gradients(prepared: PreparedModel, derived: ir.Graph) -> dict[str, st
 
 
 def _declare_data(
-    prepared: PreparedModel, graph: ir.Graph, labels: TensorSpec | None
+    prepared: PreparedModel, graph: ir.Graph, arrays: Mapping[str, TensorSpec]
 ) -> dict[str, TensorSpec]:
     raw = [v for v in graph.inputs if v.name not in prepared.state]
-    return {v.name or "": labels if labels and v.name == labels.name else declare(v) for v in raw}
+    return {v.name or "": arrays.get(v.name or "") or declare(v) for v in raw}
 
 
 def _list_port_wires(
-    graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]], labels: TensorSpec | None
+    graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]], arrays: Mapping[str, TensorSpec]
 ) -> list[WireSpec]:
     values = map_values(graph)
     wires = []
     for port, tensor in ports:
-        if labels and port.kind is WireKind.INPUT and tensor.name.startswith(f"{labels.name}@"):
+        array = arrays.get(tensor.name.rpartition("@")[0]) if port.kind is WireKind.INPUT else None
+        if array is not None:
             tensor = TensorSpec(
-                name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, bounds=labels.bounds
+                name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, bounds=array.bounds
             )
         crossing = Crossing(value=values[tensor.name], sender=port.sender, receiver=port.receiver)
         wires.append(WireSpec(crossing=crossing, tensor=tensor, kind=port.kind))
@@ -276,16 +278,16 @@ def _list_gradients(graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]]) -
 def _mark_telling(
     wires: Sequence[WireSpec],
     graph: ir.Graph,
-    labels: TensorSpec | None,
+    labels: Collection[str],
     owners: Mapping[str, frozenset[str]],
     layers: Collection[str],
 ) -> Iterator[WireSpec]:
     """Yield all wires, with those marked that are gradients and tell the server the labels.
 
-    ``layers`` names the weights that mix gradients.
+    ``labels`` names all arrays that the losses read, and ``layers`` the weights that mix gradients.
     """
     own = {n for n, parties in owners.items() if parties == {CLIENT} and n in layers}
-    telling = trace_labels(graph, {labels.name} if labels else (), own)
+    telling = trace_labels(graph, labels, own)
     for wire in wires:
         is_sent = wire.kind is WireKind.GRADIENT and wire.crossing.sender == CLIENT
         yield replace(wire, tells_labels=is_sent and wire.crossing.value in telling)

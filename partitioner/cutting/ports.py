@@ -57,13 +57,16 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
 
 
 def insert_ports(
-    graph: ir.Graph, partition: Partition, server: Collection[ir.Node], labels: str | None = None
+    graph: ir.Graph,
+    partition: Partition,
+    server: Collection[ir.Node],
+    arrays: Collection[str] = (),
 ) -> list[Port]:
-    """Insert a port for every cut tensor of ``partition``, and for labels that the server reads.
+    """Insert a port for every cut tensor of ``partition``, and for arrays that the server reads.
 
     ``server`` holds the server's nodes in the partition, and the nodes of the loss if the server
-    computes the loss.  ``labels`` names the labels, if there are any.  Return the
-    inserted ports.
+    computes the loss.  ``arrays`` names what the loss reads beside the model's outputs: labels and
+    weights of samples.  Return the inserted ports.
 
     Raises:
         NotACut: a subgraph body of a control-flow operator reads a cut tensor.
@@ -78,7 +81,7 @@ def insert_ports(
         if value.is_graph_output():
             value = _split_output(graph, value)
         ports.append(_insert(graph, value, name, SERVER, WireKind.ACTIVATION, server))
-    for value in [v for v in graph.inputs if v.name == labels]:
+    for value in [v for v in graph.inputs if v.name in arrays]:
         if any(use.node in server for use in value.uses()):
             ports.append(_insert(graph, value, value.name or "", CLIENT, WireKind.INPUT, server))
     return ports

@@ -1,69 +1,68 @@
 """Add losses and their metrics to a graph, using standard ONNX operators.
 
-A loss is the mean over the batch.  The labels are read from a graph input, usually named
-``labels``.  This module does not depend on cuts or gradients.
+A loss is the mean over the batch.  Labels and weights of samples are read from graph inputs.  This
+module does not depend on cuts or gradients; :mod:`loss_formulas` has the formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError
-from splitonnx.names import LOSS
+from splitonnx.losses import CROSS_ENTROPY, FROM_MODEL, LABELS, Loss
+from splitonnx.names import COUNTED, LOSS, WEIGHT
+from splitonnx.partitioner.differentiation.class_axes import (
+    choose_class_axis,
+    count_classes,
+    list_dims,
+    list_label_dims,
+    move_classes,
+)
 from splitonnx.partitioner.differentiation.final_activations import (
-    Activation,
+    find_activation,
     invert_activation,
+)
+from splitonnx.partitioner.differentiation.loss_formulas import (
+    ACCURACY,
+    LossInputs,
+    Mean,
+    build_loss,
+    list_formulas,
 )
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.tensors import TensorSpec
 
-LABELS = "labels"
-ACCURACY = "accuracy"
-
 
 @dataclass(frozen=True, kw_only=True)
-class LossOptions:
-    """Options of a loss: the axis of the classes and the name of the labels.
+class AttachedLosses:
+    """Losses that were added to a graph.
 
-    ``class_axis`` is the axis of the scores that holds the classes; if it is ``None``, the axis is
-    derived from the shape of the scores (:func:`choose_class_axis`).  ``labels`` is the name of the
-    labels, both as a graph input and in the data.
+    ``data`` describes the arrays that they read, by name: labels and weights of samples.
+    ``results`` names the graph outputs: the loss, and the metrics.
     """
 
-    class_axis: int | None = None
-    labels: str = LABELS
-
-
-USUAL = LossOptions()
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttachedLoss:
-    """A loss that was added to a graph.
-
-    ``labels`` describes the labels that the loss reads; it is ``None`` if the loss is computed by
-    the model itself.  ``results`` names the loss and, for losses with a metric, the metric.
-    """
-
-    labels: TensorSpec | None
+    data: Mapping[str, TensorSpec]
     results: tuple[str, ...]
 
 
 def list_losses() -> list[str]:
     """List the names of the losses that ``--loss`` accepts."""
-    return [*_LOSSES, "from-model"]
+    return [*list_formulas(), FROM_MODEL]
 
 
-def attach_loss(
-    graph: ir.Graph, loss: str, output: str, options: LossOptions = USUAL
-) -> AttachedLoss:
-    """Add graph outputs that hold ``loss`` and its metric, computed from ``output``.
+def attach_losses(
+    graph: ir.Graph, losses: Sequence[Loss], scores: Sequence[str], *, counting: bool = False
+) -> AttachedLosses:
+    """Add graph outputs that hold the losses and their metrics.
 
-    Return a description of the labels, and the names of the outputs.  The losses are:
+    ``scores`` names the tensor from which each loss is computed.  Several losses are added up, each
+    multiplied by its weight, to the output ``loss``; then ``loss.NAME`` and ``accuracy.NAME`` are
+    each loss's own results.  ``counting`` adds what combines the means of several batches
+    (:data:`COUNTED`).  The losses are:
 
     - ``cross-entropy``: the output (N, C, ...) holds raw scores for C classes; the labels (N, ...)
       are int64 in [0, C); the metric is accuracy.  If the classes are on an axis other than 1,
@@ -74,57 +73,189 @@ def attach_loss(
     - ``from-model``: the output is itself the loss, a scalar.
 
     Raises:
-        UsageError: there is no loss of this name, or ``options`` do not fit the loss.
-        UnsupportedModel: the output does not fit the loss.
+        UsageError: there is no loss of this name, settings do not fit the loss, or two losses read
+            an array in different ways.
+        UnsupportedModel: an output does not fit its loss.
     """
-    value = map_values(graph)[output]
-    labels = fit_loss(graph, loss, output, options)
-    _clear_names(graph, _list_names(loss, value, options))
-    if labels is None:
-        return _adopt_loss(graph, value)
-    source = _make_input(labels)
-    graph.inputs.append(source)
+    values = map_values(graph)
+    sources = [values[name] for name in scores]
+    data = _join_data(
+        spec
+        for loss, source in zip(losses, sources, strict=True)
+        for spec in fit_loss(graph, loss, source.name or "")
+    )
+    for value in _find_hidden(graph, _list_names(losses, sources[0])):
+        value.name = f"{value.name}.model"
+    if [loss.kind for loss in losses] == [FROM_MODEL]:
+        return _adopt_loss(graph, sources[0])
+    inputs = {name: _make_input(spec) for name, spec in data.items()}
+    graph.inputs.extend(inputs.values())
     builder = NodeBuilder("splitonnx.loss")
-    scores = value
-    if loss == CROSS_ENTROPY:
-        scores = _move_classes(builder, value, choose_class_axis(value, options.class_axis))
-    results = _LOSSES[loss](builder, scores, source)
+    means = [
+        _build(builder, loss, source, inputs, counting=counting)
+        for loss, source in zip(losses, sources, strict=True)
+    ]
+    if len(losses) == 1:
+        results = dict(_list_results(means[0], "", counting=counting))
+    else:
+        results = _sum_up(builder, losses, means, counting=counting)
     graph.extend(builder.nodes)
     for name, result in results.items():
         result.name = name
         result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
         graph.outputs.append(result)
-    return AttachedLoss(labels=labels, results=tuple(results))
+    return AttachedLosses(data=data, results=tuple(results))
 
 
-def fit_loss(
-    graph: ir.Graph, loss: str, output: str, options: LossOptions = USUAL
-) -> TensorSpec | None:
-    """Return a description of the labels needed to compute ``loss`` from ``output``.
-
-    Return ``None`` for ``from-model``, which needs no labels.  The graph is not changed.
+def _join_data(specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:
+    """Map the names of arrays to their descriptions; losses may read the same array.
 
     Raises:
-        UsageError, UnsupportedModel: as raised by :func:`attach_loss`.
+        UsageError: two losses read an array as two different things.
     """
+    joined: dict[str, TensorSpec] = {}
+    for spec in specs:
+        known = joined.setdefault(spec.name, spec)
+        if known != spec:
+            raise UsageError(
+                f"the losses read '{spec.name}' as {_describe(known)} and as {_describe(spec)}; "
+                "give each an array of its own"
+            )
+    return joined
+
+
+def _describe(spec: TensorSpec) -> str:
+    return f"{spec}{f' in {list(spec.bounds)}' if spec.bounds else ''}"
+
+
+def _build(
+    builder: NodeBuilder,
+    loss: Loss,
+    source: ir.Value,
+    inputs: Mapping[str, ir.Value],
+    *,
+    counting: bool,
+) -> Mapping[str, Mean]:
+    if loss.kind == FROM_MODEL:
+        return {LOSS: Mean(value=builder.op("Identity", source), counted=None)}
+    scores = source
+    if loss.kind == CROSS_ENTROPY:
+        scores = move_classes(builder, source, choose_class_axis(source, loss.class_axis))
+    labels = inputs[loss.array]
+    weights = None if loss.sample_weights is None else inputs[loss.sample_weights]
+    rank = len(labels.shape or ())
+    reads = LossInputs(scores=scores, labels=labels, weights=weights, rank=rank)
+    return build_loss(builder, loss, reads, counting=counting)
+
+
+def _list_results(
+    means: Mapping[str, Mean], suffix: str, *, counting: bool
+) -> Iterator[tuple[str, ir.Value]]:
+    for name, mean in means.items():
+        yield f"{name}{suffix}", mean.value
+        if counting and mean.counted is not None:
+            yield f"{name}{suffix}{COUNTED}", mean.counted
+
+
+def _sum_up(
+    builder: NodeBuilder,
+    losses: Sequence[Loss],
+    means: Sequence[Mapping[str, Mean]],
+    *,
+    counting: bool,
+) -> dict[str, ir.Value]:
+    """Add losses up, and return the sum and each loss's own results by name."""
+    results: dict[str, ir.Value] = {}
+    terms = []
+    for loss, mean in zip(losses, means, strict=True):
+        weight = builder.number(loss.weight, ir.DataType.FLOAT)
+        terms.append(builder.op("Mul", mean[LOSS].value, weight))
+        results.update(_list_results(mean, f".{loss.name}", counting=counting))
+        if counting:
+            results[f"{LOSS}.{loss.name}{WEIGHT}"] = builder.op("Identity", weight)
+    total = terms[0]
+    for term in terms[1:]:
+        total = builder.op("Add", total, term)
+    return {LOSS: total, **results}
+
+
+def fit_loss(graph: ir.Graph, loss: Loss, scores: str | None = None) -> tuple[TensorSpec, ...]:
+    """Return descriptions of the arrays that a loss reads: the labels, then weights of samples.
+
+    Return nothing for ``from-model``, which reads no arrays.  The graph is not changed.  ``scores``
+    names the tensor that the loss is computed from, if it is not the loss's output.
+
+    Raises:
+        UsageError, UnsupportedModel: as raised by :func:`attach_losses`.
+    """
+    output = scores or loss.output or ""
     value = map_values(graph)[output]
-    if loss != "from-model" and loss not in _LOSSES:
-        raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
-    if loss == "from-model":
+    if loss.kind not in list_losses():
+        raise UsageError(f"there is no loss '{loss.kind}'; choose from {', '.join(list_losses())}")
+    if loss.kind == FROM_MODEL:
         _refuse_no_loss(value)
-    _check_labels(options.labels, graph)
-    _find_hidden(graph, _list_names(loss, value, options))
-    if loss == "from-model":
-        if options != USUAL:
-            raise UsageError("--labels and --class-axis are for other losses than from-model")
-        return None
+    _check_array("--labels", loss.array, graph)
+    if loss.sample_weights is not None:
+        _check_array("--sample-weights", loss.sample_weights, graph)
+    _find_hidden(graph, _list_names([loss], value))
+    _refuse_settings(loss)
+    if loss.kind == FROM_MODEL:
+        return ()
     if value.shape is None or value.dtype is None or not value.dtype.is_floating_point():
-        raise UnsupportedModel(f"output '{output}'", f"{loss} needs a float tensor of known rank")
-    if options.class_axis is not None and loss != CROSS_ENTROPY:
-        raise UsageError(f"--class-axis is for {CROSS_ENTROPY}; {loss} has no classes")
-    if loss == CROSS_ENTROPY:
-        return _describe_classes(value, options)
-    return TensorSpec(name=options.labels, dtype="F32", shape=_dims(value))
+        raise UnsupportedModel(
+            f"output '{output}'", f"{loss.kind} needs a float tensor of known rank"
+        )
+    if loss.kind == CROSS_ENTROPY:
+        labels = _describe_classes(value, loss)
+    else:
+        labels = TensorSpec(name=loss.array, dtype="F32", shape=list_dims(value))
+    return (labels, *_describe_weights(loss, labels))
+
+
+def _refuse_settings(loss: Loss) -> None:
+    """Refuse settings that the loss does not have.
+
+    Raises:
+        UsageError: a setting does not fit the loss.
+    """
+    arrays = {"--labels": loss.labels, "--sample-weights": loss.sample_weights}
+    if loss.kind == FROM_MODEL and any(arrays.values()):
+        names = " and ".join(name for name, given in arrays.items() if given)
+        raise UsageError(f"{names}: {FROM_MODEL} reads no arrays beside the model's inputs")
+    classes = {
+        "--class-axis": loss.class_axis is not None,
+        "--label-smoothing": loss.label_smoothing != 0,
+        "--class-weights": bool(loss.class_weights),
+        "--ignore-index": loss.ignore_index is not None,
+    }
+    unfit = [name for name, given in classes.items() if given]
+    if unfit and loss.kind != CROSS_ENTROPY:
+        raise UsageError(f"{unfit[0]} is for {CROSS_ENTROPY}; {loss.kind} has no classes")
+
+
+def _describe_classes(output: ir.Value, loss: Loss) -> TensorSpec:
+    """Describe labels that are class indices."""
+    axis = choose_class_axis(output, loss.class_axis)
+    classes, ignored = count_classes(output, axis), loss.ignore_index
+    if loss.class_weights and len(loss.class_weights) != classes:
+        raise UsageError(
+            f"--class-weights has {len(loss.class_weights)} numbers, but output '{output.name}' "
+            f"has {classes} classes; give one number for each class"
+        )
+    is_class = ignored is None or 0 <= ignored < classes
+    return TensorSpec(
+        name=loss.array,
+        dtype="I64",
+        shape=list_label_dims(output, axis),
+        bounds=(0, classes) if is_class or ignored is None else (0, classes, ignored),
+    )
+
+
+def _describe_weights(loss: Loss, labels: TensorSpec) -> Iterator[TensorSpec]:
+    if loss.sample_weights is not None:
+        if not labels.shape:
+            raise UsageError("--sample-weights needs an output with one row for each sample")
+        yield TensorSpec(name=loss.sample_weights, dtype="F32", shape=labels.shape[:1])
 
 
 def _refuse_no_loss(value: ir.Value) -> None:
@@ -137,11 +268,11 @@ def _refuse_no_loss(value: ir.Value) -> None:
 
 
 def _write_type(value: ir.Value) -> str:
-    dims = ["?" if dim is None else str(dim) for dim in _dims(value)] if value.shape else []
+    dims = ["?" if dim is None else str(dim) for dim in list_dims(value)] if value.shape else []
     return f"{'of unknown type' if value.dtype is None else value.dtype}[{', '.join(dims)}]"
 
 
-def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
+def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLosses:
     if value.name != LOSS:
         node = ir.node("Identity", [value], name="splitonnx.loss/0_Identity")
         node.outputs[0].name, node.outputs[0].type = LOSS, value.type
@@ -150,39 +281,45 @@ def _adopt_loss(graph: ir.Graph, value: ir.Value) -> AttachedLoss:
         value = node.outputs[0]
     if value not in graph.outputs:
         graph.outputs.append(value)
-    return AttachedLoss(labels=None, results=(LOSS,))
+    return AttachedLosses(data={}, results=(LOSS,))
 
 
-def _list_names(loss: str, output: ir.Value, options: LossOptions) -> Sequence[str]:
-    """List the names that adding a loss gives to values in the graph."""
-    if loss == "from-model":
+def _list_names(losses: Sequence[Loss], output: ir.Value) -> Sequence[str]:
+    """List the names that adding losses gives to values in the graph.
+
+    ``output`` is what the first loss is computed from.
+    """
+    if [loss.kind for loss in losses] == [FROM_MODEL] and losses[0].name is None:
         return () if output.name == LOSS else (LOSS,)
-    return (options.labels, LOSS, ACCURACY)
+    own = [f"{result}.{loss.name}" for loss in losses if loss.name for result in (LOSS, ACCURACY)]
+    arrays = [
+        name
+        for loss in losses
+        if loss.kind != FROM_MODEL
+        for name in (loss.array, loss.sample_weights)
+        if name is not None
+    ]
+    return tuple(dict.fromkeys([*arrays, LOSS, ACCURACY, *own]))
 
 
-def _check_labels(name: str, graph: ir.Graph) -> None:
-    """Check that the labels' name is not used for anything else.
+def _check_array(option: str, name: str, graph: ir.Graph) -> None:
+    """Check that the name of an array that a loss reads is not used for anything else.
 
     Raises:
         UsageError: the name is empty, reserved, or that of a tensor of the model.
     """
+    meant = option.removeprefix("--").replace("-", " ")
     if not name:
-        raise UsageError("--labels is empty; give the name of the labels in the data")
+        raise UsageError(f"{option} is empty; give the name of the {meant} in the data")
     reason = ""
-    if name in (LOSS, ACCURACY):
+    if name.partition(".")[0] in (LOSS, ACCURACY):
         reason = f"training returns its results as '{LOSS}' and '{ACCURACY}'"
     elif "@" in name or name.startswith("splitonnx."):
         reason = "names with '@' or 'splitonnx.' are for what splitonnx adds"
     elif name != LABELS and name in map_values(graph):
         reason = "the model has a tensor of this name"
     if reason:
-        raise UsageError(f"--labels {name}: {reason}; give the labels another name")
-
-
-def _clear_names(graph: ir.Graph, names: Sequence[str]) -> None:
-    """Rename intermediate values of the model whose names are needed for the loss."""
-    for value in _find_hidden(graph, names):
-        value.name = f"{value.name}.model"
+        raise UsageError(f"{option} {name}: {reason}; give the {meant} another name")
 
 
 def _find_hidden(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
@@ -209,158 +346,51 @@ def _make_input(spec: TensorSpec) -> ir.Value:
     return ir.Value(name=spec.name, type=ir.TensorType(dtype), shape=ir.Shape(list(spec.shape)))
 
 
-def _dims(value: ir.Value) -> tuple[int | str | None, ...]:
-    assert value.shape is not None
-    return tuple(d if isinstance(d, int) else d.value for d in value.shape)
-
-
-def find_class_axis(graph: ir.Graph, loss: str, output: str, options: LossOptions = USUAL) -> int:
-    """Return the axis of ``output`` that holds the classes, or 1 for losses without classes.
+def find_class_axis(graph: ir.Graph, loss: Loss) -> int:
+    """Return the axis of the loss's output that holds the classes, or 1 if there are no classes.
 
     Raises:
-        UsageError, UnsupportedModel: the output or the options do not fit the loss.
+        UsageError, UnsupportedModel: the output or the settings do not fit the loss.
     """
-    fit_loss(graph, loss, output, options)
-    if loss != CROSS_ENTROPY:
+    fit_loss(graph, loss)
+    if loss.kind != CROSS_ENTROPY:
         return 1
-    return choose_class_axis(map_values(graph)[output], options.class_axis)
-
-
-def choose_class_axis(output: ir.Value, given: int | None) -> int:
-    """Return the axis of ``output`` that holds the classes, counted from 0.
-
-    If ``given`` is a number, it is the axis; a negative number counts from the end.  If ``given``
-    is ``None``, the result is axis 1, or the last axis if the size of axis 1 is not known.
-
-    Raises:
-        UnsupportedModel: the size of the axis is not known; or axis 1 and the last axis both fit,
-            and the labels would have the same shape for both.
-        UsageError: ``given`` is not an axis of ``output``, or is the axis of the batch.
-    """
-    dims = _dims(output)
-    subject, rank = f"output '{output.name}'", len(dims)
-    if given is not None and not (0 < given < rank or -rank < given < 0):
-        raise UsageError(
-            f"--class-axis {given} is not an axis of {subject} {list(dims)} behind the batch"
-        )
-    axes = (1, rank - 1) if given is None else (given % rank,)
-    fitting = list(dict.fromkeys(axis for axis in axes if rank > 1 and isinstance(dims[axis], int)))
-    if not fitting:
-        raise UnsupportedModel(
-            subject,
-            f"cross-entropy needs scores of shape (N, C, ...) with C known, not {list(dims)}",
-        )
-    if len(fitting) > 1 and _without(dims, fitting[0]) == _without(dims, fitting[1]):
-        raise UnsupportedModel(
-            subject,
-            f"its scores {list(dims)} may have their classes on axis 1 or on the last axis, and "
-            f"labels {list(_without(dims, 1))} fit both",
-            f"say which one is meant with --class-axis 1 or --class-axis {rank - 1}",
-        )
-    return fitting[0]
+    return choose_class_axis(map_values(graph)[loss.output or ""], loss.class_axis)
 
 
 def describe_scores(graph: ir.Graph, output: str) -> str:
     """Return the name and shape of an output as text for error messages."""
-    return f"output '{output}' {list(_dims(map_values(graph)[output]))}"
-
-
-def _without(dims: Sequence[int | str | None], axis: int) -> tuple[int | str | None, ...]:
-    return (*dims[:axis], *dims[axis + 1 :])
-
-
-def _describe_classes(output: ir.Value, options: LossOptions) -> TensorSpec:
-    """Describe labels that are class indices."""
-    dims, axis = _dims(output), choose_class_axis(output, options.class_axis)
-    classes = dims[axis]
-    assert isinstance(classes, int)
-    return TensorSpec(
-        name=options.labels, dtype="I64", shape=_without(dims, axis), bounds=(0, classes)
-    )
-
-
-def _move_classes(builder: NodeBuilder, scores: ir.Value, axis: int) -> ir.Value:
-    """Move the axis of the classes to axis 1."""
-    rank = len(_dims(scores))
-    if axis == 1:
-        return scores
-    order = [0, axis, *(other for other in range(1, rank) if other != axis)]
-    moved = builder.op("Transpose", scores, perm=order)
-    moved.type = scores.type
-    moved.shape = ir.Shape([scores.shape[place] for place in order]) if scores.shape else None
-    return moved
-
-
-def _number(builder: NodeBuilder, number: float) -> ir.Value:
-    return builder.number(number, ir.DataType.FLOAT)
-
-
-def _mean(builder: NodeBuilder, value: ir.Value) -> ir.Value:
-    return builder.op("ReduceMean", value, keepdims=0)
-
-
-def _match_rate(builder: NodeBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
-    return _mean(builder, builder.cast(builder.op("Equal", left, right), ir.DataType.FLOAT))
-
-
-def _cross_entropy(
-    builder: NodeBuilder, scores: ir.Value, labels: ir.Value
-) -> Mapping[str, ir.Value]:
-    # the gradient builder wants the second output, log_prob, declared
-    loss, _ = builder.ops("SoftmaxCrossEntropyLoss", [scores, labels], 2, {"reduction": "mean"})
-    guess = builder.op("ArgMax", scores, axis=1, keepdims=0)
-    return {LOSS: loss, ACCURACY: _match_rate(builder, guess, labels)}
-
-
-def _mse(builder: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
-    difference = builder.op("Sub", output, labels)
-    return {LOSS: _mean(builder, builder.op("Mul", difference, difference))}
-
-
-def _l1(builder: NodeBuilder, output: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
-    return {LOSS: _mean(builder, builder.op("Abs", builder.op("Sub", output, labels)))}
-
-
-def _bce(builder: NodeBuilder, scores: ir.Value, labels: ir.Value) -> Mapping[str, ir.Value]:
-    """Build the binary cross-entropy of scores ``x`` and labels ``y``, and the accuracy.
-
-    The loss is the mean of ``max(x, 0) - x*y + log(1 + exp(-|x|))``.  Here ``max(x, 0)`` is written
-    as ``(x + |x|) / 2``, because then the derivative at 0 is ``1/2 - y``, which is correct: the
-    derivative of Abs at 0 is 0.
-    """
-    size = builder.op("Abs", scores)
-    positive = builder.op("Mul", builder.op("Add", scores, size), _number(builder, 0.5))
-    decay = builder.op("Exp", builder.op("Neg", size))
-    rest = builder.op("Log", builder.op("Add", decay, _number(builder, 1.0)))
-    linear = builder.op("Sub", positive, builder.op("Mul", scores, labels))
-    loss = _mean(builder, builder.op("Add", linear, rest))
-    guess = builder.op("Greater", scores, _number(builder, 0.0))
-    truth = builder.op("Greater", labels, _number(builder, 0.5))
-    return {LOSS: loss, ACCURACY: _match_rate(builder, guess, truth)}
-
-
-_Build = Callable[[NodeBuilder, ir.Value, ir.Value], Mapping[str, ir.Value]]
-CROSS_ENTROPY = "cross-entropy"
-_LOSSES: Mapping[str, _Build] = {
-    CROSS_ENTROPY: _cross_entropy,
-    "mse": _mse,
-    "l1": _l1,
-    "bce-with-logits": _bce,
-}
+    return f"output '{output}' {list(list_dims(map_values(graph)[output]))}"
 
 
 def build_evaluation(
-    loss: str, output: ir.Value, activation: Activation | None, options: LossOptions = USUAL
-) -> tuple[ir.Model, AttachedLoss]:
-    """Build a model that computes the loss and metric from a prediction and its labels.
+    graph: ir.Graph, trained: ir.Graph, losses: Sequence[Loss]
+) -> tuple[ir.Model, tuple[ir.Value, ...], AttachedLosses]:
+    """Build a model that computes the losses and metrics from predictions and their labels.
 
-    ``output`` describes the prediction.  If ``activation`` is given, the prediction is the result
-    of this Softmax or Sigmoid.  The activation's inverse is then applied first,
-    because the loss is computed from raw scores.
+    ``graph`` is the model in inference form.  Return the model, the predictions that it reads, and
+    its losses.  If a prediction is the result of a Softmax or Sigmoid that the loss contains, the
+    activation's inverse is applied first, because the loss is computed from raw scores.  The graph
+    ``trained``, in training form, decides this, as it did for training.
     """
-    source = ir.Value(name=output.name, type=output.type, shape=output.shape)
+    values, decisive = map_values(graph), map_values(trained)
+    outputs = {loss.output or "": values[loss.output or ""] for loss in losses}
+    sources = {
+        name: ir.Value(name=name, type=value.type, shape=value.shape)
+        for name, value in outputs.items()
+    }
     builder = NodeBuilder("splitonnx.scores")
-    scores = source if activation is None else invert_activation(builder, source, activation.kind)
-    graph = ir.Graph([source], [], nodes=builder.nodes, name="evaluate", opset_imports={"": 18})
-    attached = attach_loss(graph, loss, scores.name or "", options)
-    return ir.Model(graph, ir_version=10), attached
+    scores = []
+    for loss in losses:
+        source = sources[loss.output or ""]
+        axis = find_class_axis(graph, loss)
+        found = find_activation(decisive[loss.output or ""], loss.kind, axis)
+        if found is not None:
+            source = invert_activation(builder, source, found.kind)
+        scores.append(source.name or "")
+    made = ir.Graph(
+        list(sources.values()), [], nodes=builder.nodes, name="evaluate", opset_imports={"": 18}
+    )
+    counting = len(losses) > 1 or any(loss.weighs for loss in losses)
+    attached = attach_losses(made, losses, scores, counting=counting)
+    return ir.Model(made, ir_version=10), tuple(outputs.values()), attached

@@ -20,6 +20,7 @@ from splitonnx.errors import (
     TooManyTries,
     UsageError,
 )
+from splitonnx.losses import Loss
 from splitonnx.manifests import Role
 from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
@@ -308,7 +309,7 @@ def _fit_losses(
     fitting, reasons = [], []
     for loss in losses:
         try:
-            fit_loss(prepared.training.graph, loss, output)
+            fit_loss(prepared.training.graph, Loss(kind=loss, output=output))
             fitting.append(loss)
         except ModelError as error:
             reasons.append(str(error))
@@ -324,7 +325,7 @@ def _try_training(
     if faults:
         return faults, ()
     try:
-        joint = build_training(prepared, (), (), loss, output)
+        joint = build_training(prepared, (), (), [Loss(kind=loss, output=output)])
         lower(joint.graph)
     except (ModelError, UsageError) as error:
         return [], (str(error),)

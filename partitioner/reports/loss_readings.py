@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
+from splitonnx.losses import Loss
 from splitonnx.partitioner.cutting.conformance.comparisons import USUAL_BYTES
 from splitonnx.partitioner.cutting.conformance.score_ranges import describe_probabilities
 from splitonnx.partitioner.cutting.preparations import PreparedModel
@@ -49,8 +50,9 @@ def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) 
     if value is None or trained is None:
         return
     if loss in CONTAINED:
+        graph = prepared.training.graph
         unclear = loss == "cross-entropy" and _fits_either_axis(value)  # then it is refused
-        axis = 1 if unclear else find_class_axis(prepared.training.graph, loss, output)
+        axis = 1 if unclear else find_class_axis(graph, Loss(kind=loss, output=output))
         yield from _remark_on_activation(value, trained, losses, axis, prepared.given)
         yield from _remark_on_likeness(prepared, loss, output, axis)
     if loss == "cross-entropy" or _fits_either_axis(value):

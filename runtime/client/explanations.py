@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.disclosures import LABELS, RAW_INPUT, Sending, SentTensor, find_labels, list_sent
+from splitonnx.disclosures import LABELS, RAW_INPUT, Sending, SentTensor, list_labels, list_sent
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, Phase, Role
 from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER
@@ -140,7 +140,7 @@ def _explain_array(
 ) -> ArrayExplanation:
     ways = []
     kept = {s.tensor.name for s in party.manifest.state if s.role is not Role.OPTIMIZER}
-    is_labels = spec.name == find_labels(party.manifest)
+    is_labels = spec.name in list_labels(party.manifest)
     for tensor in leaves.tensors:
         dependence = flow.find_dependence(spec.name, tensor.wire, is_labels=is_labels)
         if dependence is not None:

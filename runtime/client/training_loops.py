@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import defaultdict
 
 import msgspec
 import numpy as np
 
-from splitonnx.disclosures import find_labels
+from splitonnx.disclosures import list_labels
 from splitonnx.errors import StepsLost
 from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN
+from splitonnx.runtime.client.dataset_means import DatasetMeans
 from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.client.options import FitOptions, LearningRate
@@ -131,26 +131,25 @@ class TrainingLoop:
     def evaluate(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
         """Return the mean of each metric over all samples of a dataset.
 
-        A metric of a batch is a mean over its labels, so batches with more labels count more.
+        Batches weigh by what counted in them (:class:`DatasetMeans`).
         """
-        totals: dict[str, float] = defaultdict(float)
-        counted = 0
+        means = DatasetMeans()
         for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
             outputs = self.perform(PREDICT, batch)
-            size = self._weigh(batch)
-            for name, value in self.perform(EVALUATE, {**batch, **outputs}).items():
-                totals[name] += float(value) * size
-            counted += size
-        return {name: total / counted for name, total in totals.items()}
+            results = self.perform(EVALUATE, {**batch, **outputs})
+            means.add({n: float(v) for n, v in results.items()}, self._weigh(batch))
+        return means.compute()
 
     def _count_samples(self, phase: str, batch: Batch) -> int:
         """Count the rows of the labels, or of the first input if there are none."""
-        name = find_labels(self._manifest) or self._manifest.phase(phase).data[0].name
+        labels = list_labels(self._manifest)
+        name = labels[0] if labels else self._manifest.phase(phase).data[0].name
         return len(np.atleast_1d(batch[name]))
 
     def _weigh(self, batch: Batch) -> int:
-        labels = find_labels(self._manifest)
-        return self._count_samples(PREDICT, batch) if labels is None else batch[labels].size
+        """Count the labels, or the samples if there are no labels."""
+        labels = list_labels(self._manifest)
+        return batch[labels[0]].size if labels else self._count_samples(PREDICT, batch)
 
     def perform(
         self, phase: str, data: Batch, learning_rate: LearningRate = None

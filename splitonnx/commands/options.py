@@ -32,13 +32,15 @@ class Target(StrEnum):
     TRAINING = names.TRAINING
 
 
-_RECIPE = "What is trained, and how"
+RECIPE_PANEL = "What is trained, and how"
+"""The heading of these options in the help."""
 
 LossOption = Annotated[
     str | None,
     typer.Option(
-        help="cross-entropy (default), mse, l1, bce-with-logits or from-model.",
-        rich_help_panel=_RECIPE,
+        help="cross-entropy, mse, l1, bce-with-logits or from-model; the first that fits by "
+        "default.",
+        rich_help_panel=RECIPE_PANEL,
     ),
 ]
 OutputOption = Annotated[
@@ -47,12 +49,12 @@ OutputOption = Annotated[
         "--output",
         metavar="NAME",
         help="The model output that the loss is taken of; the first by default.",
-        rich_help_panel=_RECIPE,
+        rich_help_panel=RECIPE_PANEL,
     ),
 ]
 OptimizerOption = Annotated[
     str | None,
-    typer.Option(help="sgd, adam or adamw (default).", rich_help_panel=_RECIPE),
+    typer.Option(help="sgd, adam or adamw (default).", rich_help_panel=RECIPE_PANEL),
 ]
 GiveUpAfterOption = Annotated[
     float | None,
@@ -64,21 +66,21 @@ GiveUpAfterOption = Annotated[
     ),
 ]
 LearningRateOption = Annotated[
-    float | None, typer.Option("--lr", help="Learning rate.", rich_help_panel=_RECIPE)
+    float | None, typer.Option("--lr", help="Learning rate.", rich_help_panel=RECIPE_PANEL)
 ]
 MomentumOption = Annotated[
-    float | None, typer.Option(help="Momentum of sgd.", rich_help_panel=_RECIPE)
+    float | None, typer.Option(help="Momentum of sgd.", rich_help_panel=RECIPE_PANEL)
 ]
 WeightDecayOption = Annotated[
-    float | None, typer.Option(help="Weight decay.", rich_help_panel=_RECIPE)
+    float | None, typer.Option(help="Weight decay.", rich_help_panel=RECIPE_PANEL)
 ]
 ClipNormOption = Annotated[
     float | None,
-    typer.Option(help="Clip gradients to this global norm.", rich_help_panel=_RECIPE),
+    typer.Option(help="Clip gradients to this global norm.", rich_help_panel=RECIPE_PANEL),
 ]
 DropoutOption = Annotated[
     Dropout | None,
-    typer.Option(help="On or off; by default as the model says.", rich_help_panel=_RECIPE),
+    typer.Option(help="On or off; by default as the model says.", rich_help_panel=RECIPE_PANEL),
 ]
 TrainOption = Annotated[
     list[str] | None,
@@ -86,7 +88,7 @@ TrainOption = Annotated[
         metavar="REGEX",
         help="Train what it finds: parameters in spite of --freeze, or constants that would "
         "not be trained; repeatable.",
-        rich_help_panel=_RECIPE,
+        rich_help_panel=RECIPE_PANEL,
     ),
 ]
 FreezeOption = Annotated[
@@ -94,7 +96,7 @@ FreezeOption = Annotated[
     typer.Option(
         metavar="REGEX",
         help="Parameters whose name it finds keep their value; repeatable.",
-        rich_help_panel=_RECIPE,
+        rich_help_panel=RECIPE_PANEL,
     ),
 ]
 ClientTargetOption = Annotated[
@@ -102,11 +104,11 @@ ClientTargetOption = Annotated[
     typer.Option(
         help="ORT's fused gradient kernels (training, default) or standard operators for any "
         "ONNX Runtime (portable).",
-        rich_help_panel=_RECIPE,
+        rich_help_panel=RECIPE_PANEL,
     ),
 ]
 ServerTargetOption = Annotated[
-    Target | None, typer.Option(help="The same for the server.", rich_help_panel=_RECIPE)
+    Target | None, typer.Option(help="The same for the server.", rich_help_panel=RECIPE_PANEL)
 ]
 
 ModelArgument = Annotated[Path, typer.Argument(help="The ONNX model.")]

@@ -13,6 +13,7 @@ from splitonnx.commands import disclosures, printing
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.groups import spread
 from splitonnx.commands.logs import escape
+from splitonnx.commands.loss_options import LossOptions
 from splitonnx.commands.model_options import (
     BindOption,
     DequantizeOption,
@@ -228,7 +229,8 @@ def cut(
             "whose tail has no layer of weights.",
         ),
     ] = False,
-    loss: LossOption = None,
+    *,
+    losses: LossOptions,
     output: OutputOption = None,
     optimizer: OptimizerOption = None,
     lr: LearningRateOption = None,
@@ -238,7 +240,6 @@ def cut(
     dropout: DropoutOption = None,
     train: TrainOption = None,
     freeze: FreezeOption = None,
-    *,
     means: ModelOptions,
     client_target: ClientTargetOption = None,
     server_target: ServerTargetOption = None,
@@ -268,7 +269,7 @@ def cut(
         model,
         at=at,
         tail_at=tail_at or (),
-        loss=loss or "cross-entropy",
+        loss=losses.read_losses(),
         output=output,
         optimizer=optimizing,
         batchnorm=batchnorm,

@@ -136,7 +136,8 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
         )
     _print(table)
     rate = f"lr {recipe.optimizer['lr']:g}"
-    _print(f"{path}: {shape}, {recipe.loss}, {recipe.optimizer['name']} {rate}")
+    losses = " + ".join(loss.kind for loss in recipe.list_losses())
+    _print(f"{path}: {shape}, {losses}, {recipe.optimizer['name']} {rate}")
 
 
 def print_written(path: Path, size: int) -> None:

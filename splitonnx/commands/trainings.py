@@ -18,6 +18,7 @@ from splitonnx.commands import printing
 from splitonnx.commands.disclosures import RunDisclosure
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.groups import list_given, spread
+from splitonnx.commands.loss_options import LossOptions
 from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims
 from splitonnx.commands.options import (
     BatchSizeOption,
@@ -29,7 +30,6 @@ from splitonnx.commands.options import (
     FreezeOption,
     GiveUpAfterOption,
     JsonOption,
-    LossOption,
     MomentumOption,
     OptimizerOption,
     OutputOption,
@@ -92,7 +92,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalOptions(ModelOptions):
+class LocalOptions(ModelOptions, LossOptions):
     """The options for ``--local``: how to train an uncut model, and where to write the result."""
 
     merged: Annotated[
@@ -106,7 +106,6 @@ class LocalOptions(ModelOptions):
         ),
     ] = None
     force: ForceOption = False
-    loss: LossOption = None
     output: OutputOption = None
     optimizer: OptimizerOption = None
     momentum: MomentumOption = None
@@ -141,13 +140,14 @@ class LocalOptions(ModelOptions):
             clip_norm=self.clip_norm,
         )
         batchnorm, ties = self.read_batchnorm(), self.read_ties()
+        losses = self.read_losses()
         dims, bindings = read_dims(self.dim), read_bindings(self.bind)
         if self.merged is not None:
             refuse_existing(self.merged, force=self.force)
         return splitonnx.cut(
             model,
             at=None,
-            loss=self.loss or "cross-entropy",
+            loss=losses,
             output=self.output,
             optimizer=optimizer,
             batchnorm=batchnorm,

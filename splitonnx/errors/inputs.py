@@ -43,9 +43,13 @@ class ValueOutOfRange(DataError):
     value: int
     lower: int
     upper: int
+    other: int | None = None
 
     def __str__(self) -> str:
-        return f"'{self.name}' holds {self.value}; allowed are {self.lower} to {self.upper - 1}"
+        other = "" if self.other is None else f", and {self.other}"
+        return (
+            f"'{self.name}' holds {self.value}; allowed are {self.lower} to {self.upper - 1}{other}"
+        )
 
 
 @dataclass(eq=False)

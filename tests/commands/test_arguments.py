@@ -12,7 +12,7 @@ from tests.support.commands import AT, MODEL, Command
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--loss", "mse", "--loss", "l1"], "--loss is given twice, and takes one value"),
+        (["--lr", "1", "--lr", "2"], "--lr is given twice, and takes one value"),
         (["-o", "a", "--bundle", "b"], "--bundle is given twice"),
         (["--check", "--no-check"], "--check is given twice"),
         (["--labels", ""], "--labels is empty; give it a value, or leave it out"),

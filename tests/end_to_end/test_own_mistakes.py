@@ -184,7 +184,7 @@ IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
     (preparations.choose_output, "the model", "searched for the output of the loss"),
     (losses.find_class_axis, "the model", "searched for what to warn of"),
     (cuts.divide, *TRAINED),
-    (losses.attach_loss, *TRAINED),
+    (losses.attach_losses, *TRAINED),
     (ports.insert_ports, *TRAINED),
     (safeguards._check_rows, "node 'h_node' (Conv)", "guarded against data that crash its kernel"),
     (gradients._name_permutations, *TRAINED),

@@ -25,6 +25,7 @@ import numpy as np
 
 from splitonnx.bundles import Bundle
 from splitonnx.codecs import encode_tensors
+from splitonnx.losses import Loss, LossSource
 from splitonnx.names import PORTABLE, TRAINING, Target
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
@@ -51,7 +52,7 @@ class Case:
 
     at: str | tuple[str, ...]
     tail_at: str | tuple[str, ...] = ()
-    loss: str = "cross-entropy"
+    loss: LossSource = "cross-entropy"
     freeze: tuple[str, ...] = ()
     dims: Mapping[str, int | str] = field(default_factory=dict)
     ties: tuple[tuple[str, str], ...] = ()
@@ -112,6 +113,7 @@ CASES = {
     "17_gathernd_batch": Case(at=("a", "idx")),
     "20_gnn": Case(at="r", batches=draw_graphs),
     "22_if_batch_one": Case(at="a"),
+    "23_ignore": Case(at="a", tail_at="b", loss=Loss(ignore_index=-100, label_smoothing=0.1)),
     "24_bn_small_batch": Case(at="r", freeze=("^b1$",)),  # its gradient is nothing but rounding
     "29_batch_axis_1": Case(at="Y", loss="mse", batches=take_columns),
     "30_lost_tie": Case(at="e", tail_at="m", ties=(("shared.weight", "onnx::MatMul_1430"),)),

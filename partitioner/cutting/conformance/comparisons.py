@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import DifferentResult, quote
+from splitonnx.losses import FROM_MODEL
 from splitonnx.manifests import KEY
 from splitonnx.names import PORTABLE
 from splitonnx.partitioner.cutting.conformance.dataflow import (
@@ -119,7 +120,7 @@ def compare_with_original(
         name=subject,
         original=forms[0].original,
         freed=prepared.freed,
-        has_loss=bundle.manifest.recipe.loss == "from-model",
+        has_loss=any(loss.kind == FROM_MODEL for loss in bundle.manifest.recipe.list_losses()),
     )
     for batch in freed:
         remarks += compare_samples(batch, model, forms[0].made)

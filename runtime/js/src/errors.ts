@@ -57,8 +57,10 @@ export class ValueOutOfRange extends DataError {
     readonly value: number | bigint,
     readonly lower: number,
     readonly upper: number,
+    readonly other?: number,
   ) {
-    super(`'${array}' holds ${value}; allowed are ${lower} to ${upper - 1}`);
+    const more = other === undefined ? "" : `, and ${other}`;
+    super(`'${array}' holds ${value}; allowed are ${lower} to ${upper - 1}${more}`);
   }
 }
 

@@ -45,7 +45,9 @@ const readDimension: Decoder<number | string | null> = readNullable((value, path
 );
 const readBounds: Decoder<readonly number[]> = (value, path) => {
   const bounds = readList(readInteger)(value, path);
-  if (bounds.length !== 2) throw new SyntaxError(`${path} should be two integers`);
+  if (bounds.length !== 2 && bounds.length !== 3) {
+    throw new SyntaxError(`${path} should be two or three integers`);
+  }
   return bounds;
 };
 const readTensorSpec: Decoder<TensorSpec> = readRecord({

@@ -57,7 +57,10 @@ export interface NdArray {
 /** Arrays by name; a Map, since the names may come from others and be anything. */
 export type NdArrays = ReadonlyMap<string, NdArray>;
 
-/** A tensor as declared; `bounds` is a half-open range for an integer tensor's values. */
+/**
+ * A tensor as declared; `bounds` is a half-open range for an integer tensor's values, and one more
+ * value that is allowed, if there are three numbers.
+ */
 export interface TensorSpec {
   readonly name: string;
   readonly dtype: string;
@@ -161,7 +164,7 @@ export function checkArray(
   if (array.dtype !== spec.dtype || !fitsShape(array.shape, spec.shape, sizes, isOutput)) {
     throw new ArrayMismatch(spec.name, describeExpected(array, spec, sizes), describe(array));
   }
-  if (spec.bounds !== null) checkBounds(array, spec.name, spec.bounds[0]!, spec.bounds[1]!);
+  if (spec.bounds !== null) checkBounds(array, spec.name, spec.bounds);
 }
 
 function describeExpected({ shape }: NdArray, spec: TensorSpec, sizes: Sizes): string {
@@ -175,9 +178,13 @@ function describeExpected({ shape }: NdArray, spec: TensorSpec, sizes: Sizes): s
   return expected + (isEmpty ? " without an empty dimension" : "");
 }
 
-function checkBounds(array: NdArray, name: string, lower: number, upper: number): void {
+function checkBounds(array: NdArray, name: string, bounds: readonly number[]): void {
+  const [lower, upper, other] = bounds as [number, number, number?];
   for (const value of array.data) {
     // Numbers and big integers compare with each other exactly.
-    if (value < lower || value >= upper) throw new ValueOutOfRange(name, value, lower, upper);
+    const isWithin = value >= lower && value < upper;
+    if (!isWithin && (other === undefined || Number(value) !== other)) {
+      throw new ValueOutOfRange(name, value, lower, upper, other);
+    }
   }
 }

@@ -6,11 +6,13 @@ import { test } from "node:test";
 
 import { LONGEST_DELAY, listDelays } from "../src/channels/retries.js";
 import { decodeTensors, encodeTensors } from "../src/codecs.js";
+import { DatasetMeans } from "../src/client/dataset_means.js";
 import { Dataflow } from "../src/engine/dataflows.js";
-import { FormatError, NormTooLarge, NotFinite } from "../src/errors.js";
+import { FormatError, NormTooLarge, NotFinite, ValueOutOfRange } from "../src/errors.js";
 import { LARGEST, fitsShape } from "../src/expressions.js";
 import { hashBytes, hashPlainly } from "../src/hashes.js";
 import type { Phase } from "../src/manifests.js";
+import { checkArray } from "../src/tensors.js";
 import { checkFinite, checkNorm } from "../src/wire/validation.js";
 import { makeArray, sameBytes } from "./fixtures.js";
 
@@ -125,4 +127,33 @@ test("stages run as their inputs come, and values go when nothing needs them", (
   progress.arrive(["w.new"]);
   assert.deepEqual(progress.release(["a", "back"]), ["a", "back"]);
   assert.ok(progress.isFinished);
+});
+
+test("batches weigh by their size or by what counted, and a mean of nothing is 0", () => {
+  const means = new DatasetMeans();
+  means.add(new Map(Object.entries({ loss: 1, accuracy: 0.5, "accuracy@counted": 3 })), 4);
+  means.add(new Map(Object.entries({ loss: 4, accuracy: 1, "accuracy@counted": 1 })), 2);
+  assert.deepEqual(means.compute(), { loss: 2, accuracy: 0.625 });
+  const none = new DatasetMeans();
+  none.add(new Map(Object.entries({ loss: 0, "loss@counted": 0 })), 4);
+  assert.deepEqual(none.compute(), { loss: 0 });
+});
+
+test("a sum of losses is the sum of their means", () => {
+  const means = new DatasetMeans();
+  const weights = { "loss.a@weight": 0.5, "loss.b@weight": 2 };
+  const first = { loss: 2.5, "loss.a": 1, "loss.a@counted": 1, "loss.b": 1, ...weights };
+  means.add(new Map(Object.entries(first)), 2);
+  const second = { loss: 5, "loss.a": 2, "loss.a@counted": 3, "loss.b": 2, ...weights };
+  means.add(new Map(Object.entries(second)), 2);
+  assert.deepEqual(means.compute(), { loss: 3.875, "loss.a": 1.75, "loss.b": 1.5 });
+});
+
+test("labels are classes, or the one value that is allowed beside them", () => {
+  const spec = { name: "labels", dtype: "I64", shape: ["N"], bounds: [0, 4, -100] };
+  const labels = (...values: number[]) => makeArray("I64", [values.length], values);
+  checkArray(labels(0, -100, 3), spec, new Map());
+  const told = /'labels' holds -1; allowed are 0 to 3, and -100/;
+  assert.throws(() => checkArray(labels(-1), spec, new Map()), told);
+  assert.throws(() => checkArray(labels(4), spec, new Map()), ValueOutOfRange);
 });

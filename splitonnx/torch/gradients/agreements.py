@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from splitonnx.errors import SplitonnxError, WrongExport, flatten, list_some
+from splitonnx.losses import FROM_MODEL, Loss
 from splitonnx.partitioner.cutting.conformance.dataflow import NotRun, run_session
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
 from splitonnx.partitioner.cutting.joints import JointGraph, build_training
@@ -186,7 +187,7 @@ def _measure(
 ) -> dict[str, float]:
     """Return the relative difference of each gradient in the trial in which it is smallest."""
     prepared = training.prepare(stops, is_training=trials[0].is_training)
-    joint = build_training(prepared, (), (), "from-model", _SUM)
+    joint = build_training(prepared, (), (), [Loss(kind=FROM_MODEL, output=_SUM)])
     smallest: dict[str, float] = {}
     for trial in trials:
         found = _compute(prepared, joint, trial, layout)

@@ -39,14 +39,14 @@ def build_heads() -> PreparedModel:
 def test_a_cut_that_the_loss_does_not_depend_on_is_refused() -> None:
     prepared = build_heads()
     with pytest.raises(NotACut, match="output 'y', from which the loss is computed, does not"):
-        divide_training(prepared, copy_model(prepared.training).graph, ("z",), (), "y")
+        divide_training(prepared, copy_model(prepared.training).graph, ("z",), (), ["y"])
 
 
 def test_a_raw_input_that_another_output_needs_crosses_for_prediction_alone() -> None:
     prepared = prepare(open_model(load_model("34_passed_through")))
     at = ("b", "x")
     (output,) = [v.name or "" for v in prepared.training.graph.outputs if v.name != "x"][:1]
-    trained = divide_training(prepared, copy_model(prepared.training).graph, at, (), output)
+    trained = divide_training(prepared, copy_model(prepared.training).graph, at, (), [output])
     predicted = divide_inference(prepared, copy_model(prepared.inference).graph, at, ())
     assert [value.name for value in trained.at] == ["b"]
     assert [value.name for value in predicted.at] == ["b", "x"]

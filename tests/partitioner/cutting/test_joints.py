@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from splitonnx.errors import UsageError
+from splitonnx.losses import Loss
 from splitonnx.manifests import WireKind
 from splitonnx.partitioner.cutting.joints import (
     JointGraph,
@@ -23,7 +24,7 @@ def prepare_entry(name: str, **settings: object) -> PreparedModel:
 def join(name: str, at: tuple[str, ...], tail_at: tuple[str, ...] = ()) -> JointGraph:
     prepared = prepare_entry(name)
     output = prepared.inference.graph.outputs[0].name or ""
-    return build_training(prepared, at, tail_at, ZOO[name].loss, output)
+    return build_training(prepared, at, tail_at, [Loss(kind=ZOO[name].loss, output=output)])
 
 
 def list_wires(joint: JointGraph) -> dict[str, tuple[str, str, WireKind]]:
@@ -75,7 +76,7 @@ def test_an_identity_of_the_model_is_not_mistaken_for_a_port(is_first: bool) -> 
     joined = net.op("Add", body, net.op("Tanh", "skip", out="t"), out="sum")
     net.op("MatMul", joined, net.weight("w3", 5, 3), out="y")
     prepared = prepare(open_model(net.finish({"x": (FLOAT, ["N", 6])}, "y", 3)))
-    joint = build_training(prepared, ["a"], ["b"], "cross-entropy", "y")
+    joint = build_training(prepared, ["a"], ["b"], [Loss(output="y")])
     assert list_wires(joint).keys() == {"a@server", "b@client", "a@server_grad", "b@client_grad"}
     readers = {v.name: {u.node.op_type for u in v.uses()} for n in joint.graph for v in n.outputs}
     assert "Tanh" not in readers["a@server"]  # the skip stays with the client
@@ -102,7 +103,7 @@ def test_without_a_cut_the_client_computes_all_and_nothing_crosses() -> None:
 def test_the_first_part_of_frozen_weights_gets_no_gradient() -> None:
     prepared = prepare_entry("chain", freeze=["^[wb][01]$"])
     output = prepared.inference.graph.outputs[0].name or ""
-    joint = build_training(prepared, ("act1",), (), "cross-entropy", output)
+    joint = build_training(prepared, ("act1",), (), [Loss(output=output)])
     assert "act1@server_grad" not in list_wires(joint)
     assert not {"w0", "b1"} & joint.gradients.keys()
 
@@ -119,7 +120,7 @@ def test_nothing_to_train_is_said() -> None:
     prepared = prepare_entry("chain", freeze=["."])
     output = prepared.inference.graph.outputs[0].name or ""
     with pytest.raises(UsageError, match="nothing is left to train"):
-        build_training(prepared, ("act1",), (), "cross-entropy", output)
+        build_training(prepared, ("act1",), (), [Loss(output=output)])
 
 
 def test_a_prediction_sends_the_activation_up_and_the_output_down() -> None:

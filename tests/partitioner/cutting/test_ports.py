@@ -23,7 +23,7 @@ def cut_graph(
     first, last = resolve_names(graph, at), resolve_names(graph, tail_at)
     partition = divide(graph, first, last, state=frozenset())
     server = set(partition.server)
-    return graph, insert_ports(graph, partition, server, labels), server
+    return graph, insert_ports(graph, partition, server, [labels] if labels else ()), server
 
 
 def find_readers(graph: ir.Graph, name: str) -> set[str]:
@@ -101,10 +101,10 @@ def test_labels_cross_only_where_the_server_reads_them() -> None:
     graph = ir.from_proto(ZOO["two_inputs"].build()).graph
     values = map_values(graph)
     partition = divide(graph, [values["ta"], values["b"]], state=frozenset())
-    assert len(insert_ports(graph, partition, set(), "a")) == 2
+    assert len(insert_ports(graph, partition, set(), ["a"])) == 2
     graph = ir.from_proto(ZOO["two_inputs"].build()).graph
     partition = divide(graph, [map_values(graph)["both"]], state=frozenset())
-    ports = insert_ports(graph, partition, set(graph), "a")
+    ports = insert_ports(graph, partition, set(graph), ["a"])
     assert [port.value.name for port in ports] == ["both@server", "a@server"]
     assert ports[1].kind is WireKind.INPUT
 

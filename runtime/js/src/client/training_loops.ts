@@ -9,6 +9,7 @@ import { StepsLost } from "../errors.js";
 import { EVALUATE, PREDICT, TRAIN, findPhase } from "../manifests.js";
 import type { DataPosition } from "../storage/checkpoints.js";
 import type { NdArrays, TensorSpec } from "../tensors.js";
+import { DatasetMeans } from "./dataset_means.js";
 import { countSamples, dealInOrder } from "./datasets.js";
 import type { Dataset } from "./datasets.js";
 import { History } from "./histories.js";
@@ -68,21 +69,17 @@ export class TrainingLoop {
   /**
    * Compute each metric's mean over all samples of a dataset.
    *
-   * A metric of a batch is a mean over its labels, so batches with more labels weigh more.
+   * Batches weigh by what counted in them (`DatasetMeans`).
    */
   async evaluate(dataset: Dataset, batchSize: number): Promise<Record<string, number>> {
-    const totals = new Map<string, number>();
-    let counted = 0;
+    const means = new DatasetMeans();
     for await (const batch of dataset.batches(dealInOrder(batchSize))) {
       const outputs = await this.perform(PREDICT, batch);
       const size = batch.get(this.#labels ?? "")?.data.length ?? this.#countSamples(PREDICT, batch);
       const metrics = await this.perform(EVALUATE, new Map([...batch, ...outputs]));
-      for (const [name, { data }] of metrics) {
-        totals.set(name, (totals.get(name) ?? 0) + Number(data[0]) * size);
-      }
-      counted += size;
+      means.add(new Map([...metrics].map(([name, { data }]) => [name, Number(data[0])])), size);
     }
-    return Object.fromEntries([...totals].map(([name, total]) => [name, total / counted]));
+    return means.compute();
   }
 
   /**

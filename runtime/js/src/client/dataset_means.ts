@@ -1,0 +1,41 @@
+/**
+ * Combine the means of batches into the means of a dataset.
+ *
+ * A result `r` of a batch is a mean, and `r@counted` says how much it weighs: what counted, such as
+ * the labels that are not ignored.  Without it, the mean weighs as much as the batch has labels.
+ * If several losses are added up, `loss.a@weight` is the factor of `loss.a`.
+ */
+
+import { COUNTED, LOSS, WEIGHT } from "../engine/executors.js";
+
+/** The means of all results over the batches that were added so far. */
+export class DatasetMeans {
+  readonly #totals = new Map<string, number>();
+  readonly #counted = new Map<string, number>();
+  readonly #weights = new Map<string, number>();
+
+  /** Add the results of a batch with `size` labels. */
+  add(results: ReadonlyMap<string, number>, size: number): void {
+    for (const [name, value] of results) {
+      if (name.endsWith(WEIGHT)) {
+        this.#weights.set(name.slice(0, -WEIGHT.length), value);
+      } else if (!name.endsWith(COUNTED)) {
+        const counted = results.get(name + COUNTED) ?? size;
+        this.#totals.set(name, (this.#totals.get(name) ?? 0) + value * counted);
+        this.#counted.set(name, (this.#counted.get(name) ?? 0) + counted);
+      }
+    }
+  }
+
+  /** Return the mean of each result; it is 0 if nothing counted. */
+  compute(): Record<string, number> {
+    const means = new Map(
+      [...this.#totals].map(([name, total]) => [name, total / (this.#counted.get(name) || 1)]),
+    );
+    if (this.#weights.size) {
+      const terms = [...this.#weights].map(([name, weight]) => weight * (means.get(name) ?? 0));
+      means.set(LOSS, terms.reduce((sum, term) => sum + term, 0));
+    }
+    return Object.fromEntries(means);
+  }
+}
