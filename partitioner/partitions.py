@@ -59,9 +59,11 @@ from splitonnx.partitioner.cutting.preparations import (
 )
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
-from splitonnx.partitioner.differentiation.losses import (
+from splitonnx.partitioner.differentiation.loss_arrays import (
+    LossGraphs,
     describe_scores,
     find_class_axis,
+    list_reads,
 )
 from splitonnx.partitioner.differentiation.squashings import find_repeated_activation
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
@@ -70,6 +72,7 @@ from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import find_movers, map_values
+from splitonnx.partitioner.loss_files import read_loss_files
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.normalization.weights import make_pattern
 
@@ -193,7 +196,7 @@ def _compare(
 
 def _list_probabilities(prepared: PreparedModel, recipe: Recipe, most_bytes: int) -> Iterator[str]:
     """Yield a remark for each loss of scores that gets what looks like probabilities."""
-    for loss in recipe.list_losses():
+    for loss in (loss for loss in recipe.list_losses() if loss.kind in CONTAINED):
         axis = find_class_axis(prepared.training.graph, loss)
         output = loss.output or ""
         likeness = describe_probabilities(prepared, loss.kind, output, axis, most_bytes)
@@ -226,9 +229,11 @@ def cut_prepared(
     """
     optimizer = optimizer or AdamW(lr=1e-3)
     names_at, names_tail = _list_names(at), _list_names(tail_at)
-    output = choose_output(prepared, output)
-    losses = complete_losses(loss, output, class_axis, labels)
-    first, outputs = losses[0], [choose_output(prepared, one.output) for one in losses]
+    losses = complete_losses(loss, choose_output(prepared, output), class_axis, labels)
+    losses, graphs = read_loss_files(prepared, losses, output)
+    first = losses[0]
+    outputs = [name for one in losses for name in list_reads(one, graphs)]
+    outputs = [choose_output(prepared, name) for name in dict.fromkeys(outputs)]
     recipe = Recipe(
         at=names_at,
         tail_at=names_tail,
@@ -250,28 +255,28 @@ def cut_prepared(
         client_target=client_target,
         server_target=server_target,
     )
-    _warn(prepared, losses)
+    _warn(prepared, losses, graphs)
     examine = None if approve is None else partial(approve.check_forward, prepared)
     with naming_as_given(prepared.given):
         for name in outputs:
             refuse_untrainable(prepared, name)
         try:
-            training = build_training(prepared, names_at, names_tail, losses, examine)
+            training = build_training(prepared, names_at, names_tail, losses, examine, graphs)
             predict = build_predict(prepared, names_at, names_tail)
         except NotACut as error:
             raise add_advice(error, prepared, names_at, names_tail, outputs) from error
         if approve is not None:
             approve.check(prepared, training, predict)
-        return assemble(prepared, training, predict, recipe, optimizer)
+        return assemble(prepared, training, predict, recipe, optimizer, losses, graphs)
 
 
 @attribute_errors_to_pass("searched for what to warn of")
-def _warn(prepared: PreparedModel, losses: Sequence[Loss]) -> None:
+def _warn(prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs) -> None:
     """Log warnings about what the user may not expect of this cut."""
     _say_adapters(prepared)
     _say_kept_scalings(prepared)
     for loss in losses:
-        axis = find_class_axis(prepared.training.graph, loss)
+        axis = find_class_axis(prepared.training.graph, loss, graphs)
         if axis != 1 and loss.class_axis is None:
             _say_class_axis(prepared, loss.output or "", axis)
         _say_repeated_activation(prepared, loss.kind, loss.output or "", axis)

@@ -239,7 +239,8 @@ def cut(
         tail_at: the tensors that the server sends back to the client in a U-shaped cut.  The
             client then also has the nodes after these tensors, the loss and the labels.
         loss: ``cross-entropy``, ``mse``, ``l1``, ``bce-with-logits``, or ``from-model`` if
-            ``output`` is itself the loss; a :class:`Loss`, which has settings such as label
+            ``output`` is itself the loss; the path of an ``.onnx`` file of one's own that computes
+            it; a :class:`Loss`, which has settings such as label
             smoothing; or several of them, which are added up.
         output: the model output from which the loss is computed, unless the loss names its own;
             by default the first float output.

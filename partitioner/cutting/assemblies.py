@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.chunks import iter_chunks
+from splitonnx.losses import Loss
 from splitonnx.manifests import (
     FORMAT,
     KEY,
@@ -39,8 +40,10 @@ from splitonnx.optimizers import Optimizer
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
 from splitonnx.partitioner.cutting.verdicts import check_operators
+from splitonnx.partitioner.differentiation.loss_arrays import NO_GRAPHS, LossGraphs
 from splitonnx.partitioner.differentiation.losses import build_evaluation
 from splitonnx.partitioner.differentiation.updates import Norms, build_norms, build_update
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -69,16 +72,18 @@ def assemble(
     predict: JointGraph,
     recipe: Recipe,
     optimizer: Optimizer,
+    losses: Sequence[Loss],
+    graphs: LossGraphs = NO_GRAPHS,
 ) -> Bundle:
     """Build the bundle of a prepared model from its joint graphs for training and prediction.
 
     ``recipe`` holds the options of the cut, and is stored in the bundle.  ``optimizer`` updates the
-    trained parameters.
+    trained parameters.  ``graphs`` holds those of ``losses`` that are the user's own.
     """
     targets = {CLIENT: recipe.client_target}
     if recipe.at:
         targets[SERVER] = recipe.server_target
-    evaluation = _share_evaluation(predict, recipe, prepared)
+    evaluation = _share_evaluation(prepared, losses, graphs)
     stages = {name: _cut_phase(joint) for name, joint in ((TRAIN, training), (PREDICT, predict))}
     parties = {}
     for party, target in targets.items():
@@ -342,10 +347,13 @@ def _describe_norms(party: str, norms: Norms, own: Mapping[str, Sequence[TensorS
     return Wire(tensor=tensor, sender=party, receiver=other, kind=WireKind.NORM)
 
 
-def _share_evaluation(predict: JointGraph, recipe: Recipe, prepared: PreparedModel) -> _Share:
+def _share_evaluation(
+    prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs
+) -> _Share:
     """Build the client's stage that computes the losses and metrics of a prediction."""
     inferred, trained = prepared.inference.graph, prepared.training.graph
-    model, outputs, attached = build_evaluation(inferred, trained, recipe.list_losses())
+    model, outputs, attached = build_evaluation(inferred, trained, losses, graphs)
+    add_safeguards(model.graph, attached.nodes, is_training=False)
     lower(model.graph)
     label = f"{EVALUATE}"
     data = (*map(declare, outputs), *attached.data.values())

@@ -25,7 +25,13 @@ from splitonnx.partitioner.cutting.stages import Crossing
 from splitonnx.partitioner.differentiation.final_activations import skip_activation
 from splitonnx.partitioner.differentiation.gradients import GRADIENT, differentiate
 from splitonnx.partitioner.differentiation.label_traces import trace_labels
-from splitonnx.partitioner.differentiation.losses import attach_losses, find_class_axis
+from splitonnx.partitioner.differentiation.loss_arrays import (
+    NO_GRAPHS,
+    LossGraphs,
+    find_class_axis,
+    list_reads,
+)
+from splitonnx.partitioner.differentiation.losses import attach_losses
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import (
@@ -87,6 +93,7 @@ def build_training(
     tail_at: Sequence[str],
     losses: Sequence[Loss],
     examine: Callable[[JointGraph], None] | None = None,
+    graphs: LossGraphs = NO_GRAPHS,
 ) -> JointGraph:
     """Build the joint graph of training: add the losses and the ports, then differentiate.
 
@@ -94,26 +101,27 @@ def build_training(
     exception to refuse the cut before the slow differentiation.
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` and ``tail_at`` name
-    the tensors of the cut.  Each of ``losses`` names its output.  Nodes that only other outputs
-    need are left out.
+    the tensors of the cut.  Each of ``losses`` names its output, and ``graphs`` holds those from
+    files.  Nodes that only other outputs need are left out.
     """
     model = copy_model(prepared.training)
     graph = model.graph
-    outputs = [loss.output or "" for loss in losses]
+    outputs = [name for loss in losses for name in list_reads(loss, graphs)]
     partition = divide_training(prepared, graph, at, tail_at, outputs)
     crossing = {*partition.at, *partition.tail_at}
-    axes = [find_class_axis(graph, loss) for loss in losses]
+    axes = [find_class_axis(graph, loss, graphs) for loss in losses]
     scores = [
         skip_activation(graph, loss.kind, loss.output or "", crossing, axis)
         for loss, axis in zip(losses, axes, strict=True)
     ]
     known = set(graph)
-    attached = attach_losses(graph, losses, scores)
+    attached = attach_losses(graph, losses, scores, graphs)
     graph.outputs[:] = [value for value in graph.outputs if value.name in attached.results]
     reports = SERVER if partition.at and not partition.tail_at else CLIENT
     server = set(partition.server) | (set(graph) - known if reports == SERVER else set())
     ports = insert_ports(graph, partition, server, attached.data)
-    add_safeguards(graph, known, is_training=True)  # the loss's labels have bounds
+    guarded = {*known, *attached.nodes}  # the labels of all other losses have bounds
+    add_safeguards(graph, guarded, is_training=True)
     commits = _keep_statistics(prepared, graph)
     prune(graph)
 

@@ -68,10 +68,11 @@ def _inline(model: ir.Model) -> None:
             InlinePass()(model)
 
 
-def adapt_opset(model: ir.Model) -> None:
+def adapt_opset(model: ir.Model, wanted: int | None = None) -> None:
     """Convert a model to an opset between 18 and 21 and to IR version 10, in place.
 
-    The model must not contain functions.
+    The model must not contain functions.  ``wanted`` is the opset, if another model has one that
+    this model must have, too.
 
     Raises:
         UnsupportedModel: an operator cannot be converted; the error names the operator.
@@ -81,7 +82,7 @@ def adapt_opset(model: ir.Model) -> None:
     nodes = list_nodes(model.graph)
     for node in nodes:
         node.version = node.version or own
-    target = _choose_target(nodes, own)
+    target = _choose_target(nodes, own) if wanted is None else wanted
     if any(node.version != target for node in nodes):
         infer_shapes(model, check_type=False)
         for _ in range(_MOST_ROUNDS):

@@ -35,7 +35,7 @@ from splitonnx.partitioner.cutting.preparations import (
     prepare,
 )
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
-from splitonnx.partitioner.differentiation.losses import fit_loss, list_losses
+from splitonnx.partitioner.differentiation.loss_arrays import fit_loss, list_losses
 from splitonnx.partitioner.differentiation.untrained import explain_untrained
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model

@@ -17,7 +17,7 @@ from splitonnx.partitioner.cutting.conformance.comparisons import USUAL_BYTES
 from splitonnx.partitioner.cutting.conformance.score_ranges import describe_probabilities
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
-from splitonnx.partitioner.differentiation.losses import find_class_axis
+from splitonnx.partitioner.differentiation.loss_arrays import find_class_axis
 from splitonnx.partitioner.differentiation.spelled_activations import find_spelled
 from splitonnx.partitioner.differentiation.squashings import (
     SQUASHING,

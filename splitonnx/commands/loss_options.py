@@ -24,8 +24,8 @@ class LossOptions:
         list[str] | None,
         typer.Option(
             metavar="NAME[,SETTING=VALUE...]",
-            help="cross-entropy (default), mse, l1, bce-with-logits or from-model; with settings, "
-            f"as {_FORM}; repeatable, to add several up.",
+            help="cross-entropy (default), mse, l1, bce-with-logits or from-model, or an .onnx "
+            f"file of your own; with settings, as {_FORM}; repeatable, to add several up.",
             rich_help_panel=RECIPE_PANEL,
         ),
     ] = None

@@ -25,7 +25,7 @@ from splitonnx.partitioner.cutting.candidates import bisections
 from splitonnx.partitioner.cutting.conformance import samples
 from splitonnx.partitioner.cutting.conformance.expectations import expect
 from splitonnx.partitioner.cutting.passes import batches
-from splitonnx.partitioner.differentiation import gradients, losses, updates
+from splitonnx.partitioner.differentiation import gradients, loss_arrays, losses, updates
 from splitonnx.partitioner.gate import forms, gates, names
 from splitonnx.partitioner.inference import evaluations, folds, shapes
 from splitonnx.partitioner.lowerings import activations as lowered_activations
@@ -182,7 +182,7 @@ IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
     (weights.assign_roles, "the model", "given the roles of its weights"),
     (activations.rewrite_elu, "node 'elu_node' (Elu)", "rewritten"),
     (preparations.choose_output, "the model", "searched for the output of the loss"),
-    (losses.find_class_axis, "the model", "searched for what to warn of"),
+    (loss_arrays.find_class_axis, "the model", "searched for what to warn of"),
     (cuts.divide, *TRAINED),
     (losses.attach_losses, *TRAINED),
     (ports.insert_ports, *TRAINED),
@@ -203,7 +203,7 @@ IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
 ]
 IN_A_CHECK: Sequence[tuple[Callable[..., object], str, str]] = [
     (diagnoses._miss_batchnorms, "the model", "searched for what is missing from its training"),
-    (losses.fit_loss, "the model", "tried with the losses"),
+    (loss_arrays.fit_loss, "the model", "tried with the losses"),
     (gradients.list_undifferentiable, "the model", "tried in training"),
     (suspects.find_computed, *REPORTED),
     (formulas.describe_formula, *REPORTED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -92,3 +93,35 @@ def test_where_torch_has_no_number_a_batch_counts_nothing() -> None:
     scores = torch.from_numpy(predict(draw_weights(), data["x"]))
     assert torch.isnan(torch.nn.functional.cross_entropy(scores, torch.from_numpy(data["labels"])))
     assert train_once(loss, data, {"at": None})[0]["loss"] == 0
+
+
+class Focal(torch.nn.Module):  # type: ignore[misc,name-defined]
+    """A loss as people write their own."""
+
+    def forward(self, scores: Any, labels: Any) -> Any:
+        """Compute the focal loss."""
+        term = torch.nn.functional.cross_entropy(scores, labels, reduction="none")
+        return ((1 - torch.exp(-term)) ** 2 * term).mean()
+
+
+@pytest.mark.parametrize("is_dynamo", [False, True], ids=["script", "dynamo"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_exported_by_torch_trains_as_in_torch(tmp_path: Path, is_dynamo: bool) -> None:
+    data = draw_data(Loss())
+    example = (torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64))
+    names = {"input_names": ["scores", "labels"], "output_names": ["loss"], "dynamo": is_dynamo}
+    path = tmp_path / "focal.onnx"
+    if is_dynamo:
+        batch = torch.export.Dim("batch")
+        torch.onnx.export(Focal(), example, path, dynamic_shapes=[{0: batch}, {0: batch}], **names)
+    else:
+        axes = {"scores": {0: "batch"}, "labels": {0: "batch"}}
+        torch.onnx.export(Focal(), example, path, dynamic_axes=axes, **names)
+    weights = {name: torch.tensor(a, requires_grad=True) for name, a in draw_weights().items()}
+    scores = torch.tanh(torch.from_numpy(data["x"]) @ weights["w1"]) @ weights["w2"]
+    value = Focal()(scores, torch.from_numpy(data["labels"]))
+    value.backward()
+    results, gradients = train_once(Loss(kind=str(path)), data, {"at": "hidden"})
+    assert results["loss"] == pytest.approx(float(value.detach()), abs=1e-6)
+    for name, weight in weights.items():
+        np.testing.assert_allclose(gradients[name], weight.grad.numpy(), atol=1e-6)

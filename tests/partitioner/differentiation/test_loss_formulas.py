@@ -11,7 +11,7 @@ import pytest
 import splitonnx
 from splitonnx.bundles import Bundle
 from splitonnx.disclosures import list_labels, list_sent
-from splitonnx.errors import LabelsNotPermitted, UnsupportedModel, UsageError, ValueOutOfRange
+from splitonnx.errors import LabelsNotPermitted, ValueOutOfRange
 from splitonnx.losses import Loss
 from splitonnx.names import Target
 from splitonnx.optimizers import SGD
@@ -20,7 +20,6 @@ from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import MemoryTransport, connect_in_memory
-from splitonnx.tensors import TensorSpec
 from splitonnx.verifications import verify
 from tests.support.loss_references import (
     build_network,
@@ -167,30 +166,6 @@ def test_labels_other_than_classes_and_the_ignored_one_are_refused(
         train_once(loss, data, where)
 
 
-@pytest.mark.parametrize(
-    ("loss", "told"),
-    [
-        (Loss(kind="mse", label_smoothing=0.1), "--label-smoothing is for cross-entropy"),
-        (Loss(kind="l1", class_weights=(1.0,)), "--class-weights is for cross-entropy"),
-        (Loss(kind="bce-with-logits", ignore_index=0), "--ignore-index is for cross-entropy"),
-        (Loss(class_weights=(1.0, 2.0)), "2 numbers, but output 'scores' has 4 classes"),
-        (Loss(sample_weights=""), "--sample-weights is empty"),
-        (Loss(sample_weights="x"), "the model has a tensor of this name"),
-        (Loss(sample_weights="labels"), "the losses read 'labels' as I64"),
-        (Loss(kind="hinge"), "there is no loss 'hinge'"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_setting_that_does_not_fit_is_refused(loss: Loss, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
-        cut(build_network(), at=None, loss=loss)
-
-
-def test_a_loss_of_the_model_reads_no_arrays() -> None:
-    with pytest.raises(UnsupportedModel, match="a loss is a float32 scalar"):
-        cut(build_network(), at=None, loss=Loss(kind="from-model", sample_weights="trust"))
-
-
 BOTH = [
     Loss(output="scores", label_smoothing=0.1, weight=0.5),
     Loss(output="scores2", labels="side", ignore_index=-100, weight=2.0, name="aside"),
@@ -277,15 +252,6 @@ def test_split_training_is_verified_with_the_same_losses() -> None:
     data = draw_both(rows=16)
     bundle = cut(build_network(outputs=2), loss=BOTH, at="product", tail_at="hidden", check=False)
     assert verify(bundle, data, steps=3, batch_size=4).ok
-
-
-def test_several_losses_may_share_their_labels_but_not_in_two_meanings() -> None:
-    shared = [Loss(), Loss(kind="cross-entropy", label_smoothing=0.5, name="soft")]
-    assert cut(build_network(), at=None, loss=shared).client.manifest.phase("train").data[1:] == (
-        TensorSpec(name="labels", dtype="I64", shape=("N",), bounds=(0, 4)),
-    )
-    with pytest.raises(UsageError, match="read 'labels' as I64"):
-        cut(build_network(), at=None, loss=["cross-entropy", "mse"])
 
 
 def test_labels_and_weights_of_samples_leave_only_when_named() -> None:
