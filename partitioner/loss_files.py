@@ -40,7 +40,9 @@ def read_loss_files(
         UnsupportedModel: a file is not a loss of this model.
         UsageError: a loss from a file does not read the output that the user named for it.
     """
-    graphs = {loss.graph: _read(prepared, loss.graph) for loss in losses if loss.graph is not None}
+    graphs: dict[bytes | str, LossGraph] = {
+        loss.graph: _read(prepared, loss.graph) for loss in losses if loss.graph is not None
+    }
     completed = []
     for loss in losses:
         if loss.graph is not None:

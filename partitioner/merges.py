@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError, count_some
+from splitonnx.losses import FROM_MODEL
 from splitonnx.manifests import Role
 from splitonnx.outputs import check_output
 from splitonnx.partitioner.adapter_files import write_note_file
@@ -21,6 +22,7 @@ from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.lowerings.integer_kernels import describe_saturation
 from splitonnx.partitioner.model_files import serialize_model, write_model
+from splitonnx.partitioner.model_losses import drop_losses
 from splitonnx.partitioner.normalization.quantizations import fold_quantized
 from splitonnx.partitioner.normalization.weights import restore_weights
 
@@ -187,6 +189,7 @@ def _join(bundle: Bundle) -> ir.Model:
     model = restore_model(bundle)
     _note_changes(model, bundle)
     make_inference_form(model.graph)
+    _drop_losses(bundle, model.graph)
     fold_quantized(model.graph)
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():  # such as Dropout's ratio
@@ -195,3 +198,12 @@ def _join(bundle: Bundle) -> ir.Model:
     if (remark := describe_saturation(model.graph)) is not None:
         _log.warning("the merged model: %s", remark)
     return model
+
+
+def _drop_losses(bundle: Bundle, graph: ir.Graph) -> None:
+    """Remove the model's own losses, and their labels, if prediction does without them."""
+    losses = bundle.manifest.recipe.list_losses()
+    names = {loss.output for loss in losses if loss.kind == FROM_MODEL}
+    predicted = {spec.name for spec in bundle.client.manifest.outputs}
+    if dropped := [name for name in names if name is not None and name not in predicted]:
+        drop_losses(graph, dropped)

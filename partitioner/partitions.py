@@ -74,6 +74,7 @@ from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import find_movers, map_values
 from splitonnx.partitioner.loss_files import read_loss_files
 from splitonnx.partitioner.merges import merge
+from splitonnx.partitioner.model_losses import list_predicted, separate_losses
 from splitonnx.partitioner.normalization.weights import make_pattern
 
 NO_CHECK = "SPLITONNX_NO_CHECK"
@@ -262,12 +263,14 @@ def cut_prepared(
             refuse_untrainable(prepared, name)
         try:
             training = build_training(prepared, names_at, names_tail, losses, examine, graphs)
-            predict = build_predict(prepared, names_at, names_tail)
+            predicted, own = separate_losses(prepared, losses, [*names_at, *names_tail])
+            cuts = [list_predicted(predicted, names, prepared) for names in (names_at, names_tail)]
+            predict = build_predict(predicted, *cuts)
         except NotACut as error:
             raise add_advice(error, prepared, names_at, names_tail, outputs) from error
         if approve is not None:
             approve.check(prepared, training, predict)
-        return assemble(prepared, training, predict, recipe, optimizer, losses, graphs)
+        return assemble(predicted, training, predict, recipe, optimizer, losses, {**graphs, **own})
 
 
 @attribute_errors_to_pass("searched for what to warn of")

@@ -40,8 +40,15 @@ class LossGraph:
     weights: Mapping[str, ir.TensorProtocol]
 
 
-LossGraphs = Mapping[bytes, LossGraph]
-"""Maps the files of losses to what they hold."""
+LossGraphs = Mapping[bytes | str, LossGraph]
+"""Maps the files of losses to what they hold, or a model's output to the loss that it is."""
+
+
+def find_graph(loss: Loss, graphs: LossGraphs) -> LossGraph | None:
+    """Return the graph of a loss that has one of its own."""
+    if loss.kind not in (FROM_FILE, FROM_MODEL):
+        return None
+    return graphs.get((loss.output or "") if loss.graph is None else loss.graph)
 
 
 def list_losses() -> list[str]:
@@ -55,9 +62,8 @@ NO_GRAPHS: LossGraphs = {}
 
 def list_reads(loss: Loss, graphs: LossGraphs) -> tuple[str, ...]:
     """List the outputs of the model that a loss reads."""
-    if loss.graph is not None:
-        return graphs[loss.graph].outputs
-    return (loss.output or "",)
+    file = find_graph(loss, graphs)
+    return (loss.output or "",) if file is None else file.outputs
 
 
 def fit_loss(
@@ -71,15 +77,15 @@ def fit_loss(
     Raises:
         UsageError, UnsupportedModel: as raised by :func:`attach_losses`.
     """
-    output = scores or loss.output or ""
+    output = scores or list_reads(loss, graphs)[0]
     value = map_values(graph)[output]
-    if loss.graph is not None:
+    file = find_graph(loss, graphs)
+    if file is not None:
         _refuse_settings(loss)
-        arrays = graphs[loss.graph].arrays
-        for spec in arrays:
+        for spec in file.arrays if loss.kind == FROM_FILE else ():
             _check_array("--loss", spec.name, graph)
         find_hidden(graph, list_new_names([loss], value, graphs))
-        return arrays
+        return file.arrays
     if loss.kind not in list_losses():
         raise UsageError(f"there is no loss '{loss.kind}'; choose from {', '.join(list_losses())}")
     if loss.kind == FROM_MODEL:

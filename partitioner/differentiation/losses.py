@@ -26,6 +26,7 @@ from splitonnx.partitioner.differentiation.loss_arrays import (
     LossGraph,
     LossGraphs,
     find_class_axis,
+    find_graph,
     find_hidden,
     fit_loss,
     list_new_names,
@@ -93,21 +94,21 @@ def attach_losses(
     reads = [{name: values[name] for name in list_reads(loss, graphs)} for loss in losses]
     for value in find_hidden(graph, list_new_names(losses, sources[0], graphs)):
         value.name = f"{value.name}.model"
-    if [loss.kind for loss in losses] == [FROM_MODEL]:
+    if [loss.kind for loss in losses] == [FROM_MODEL] and not graphs:
         return _adopt_loss(graph, sources[0])
     inputs = {name: _make_input(spec) for name, spec in data.items()}
     graph.inputs.extend(inputs.values())
     builder = NodeBuilder("splitonnx.loss")
     counting = evaluating and (
-        len(losses) > 1 or any(loss.weighs or loss.graph is not None for loss in losses)
+        len(losses) > 1 or any(loss.weighs or find_graph(loss, graphs) for loss in losses)
     )
     means, own = [], []
     for number, (loss, source) in enumerate(zip(losses, sources, strict=True)):
-        if loss.graph is None:
+        file = find_graph(loss, graphs)
+        if file is None:
             means.append(_build(builder, loss, source, inputs, counting=counting))
             continue
         known = {**reads[number], **inputs}
-        file = graphs[loss.graph]
         model = file.inference if evaluating else file.training
         made = _graft(builder, model, file, known, f"splitonnx.loss.{number}/")
         own += made
@@ -279,9 +280,9 @@ def build_evaluation(
     builder = NodeBuilder("splitonnx.scores")
     scores = []
     for loss in losses:
-        source = sources[loss.output or ""]
-        axis = find_class_axis(graph, loss, graphs)
-        found = find_activation(decisive[loss.output or ""], loss.kind, axis)
+        first = list_reads(loss, graphs)[0]
+        source, axis = sources[first], find_class_axis(graph, loss, graphs)
+        found = find_activation(decisive[first], loss.kind, axis)
         if found is not None:
             source = invert_activation(builder, source, found.kind)
         scores.append(source.name or "")

@@ -7,7 +7,7 @@ of an optimization in ONNX Runtime, never of the user.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,11 +15,13 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
+from splitonnx.disclosures import list_labels
 from splitonnx.errors import DifferentResult, quote
 from splitonnx.losses import FROM_MODEL
 from splitonnx.manifests import KEY
 from splitonnx.names import PORTABLE
 from splitonnx.partitioner.cutting.conformance.dataflow import (
+    Level,
     Made,
     NotRun,
     expose,
@@ -76,10 +78,14 @@ _ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Form:
-    """The original model in its form for inference or training, and what is compared with it."""
+    """The original model in its form for inference or training, and what is compared with it.
+
+    ``left_out`` names outputs that are left out on purpose.
+    """
 
     original: onnx.ModelProto
     made: Sequence[Made]
+    left_out: Collection[str] = ()
 
 
 @attribute_errors_to_pass("compared with the model given")
@@ -141,15 +147,18 @@ def _list_forms(
     inference = copy_original(inlined)
     set_inference_modes(inference)
     trace = partial(run, prepared.inference, True)
-    predict, infer = partial(run_split, bundle), partial(run_session, merged, level="all")
+    predict, infer = partial(run_split, bundle), partial(_run_merged, bundle, merged, level="all")
     predicting = [
         Made(label="what the parts predict", run=partial(predict, subject=subject), trace=trace),
         Made(label="the merged model", run=partial(infer, subject=subject), trace=trace),
     ]
     if find_upper_ends(inlined):
-        usual = partial(run_session, merged, subject=subject, level="usual")
+        usual = partial(_run_merged, bundle, merged, subject=subject, level="usual")
         predicting.append(Made(label=_USUAL, run=usual, trace=trace, advice=_ADVICE))
     recipe = bundle.manifest.recipe
+    predicted = {spec.name for spec in bundle.client.manifest.outputs}
+    own = {loss.output or "" for loss in recipe.list_losses() if loss.kind == FROM_MODEL}
+    left_out = own - predicted  # the model's losses, which are not predicted
     if recipe.client_target == PORTABLE:  # an export is optimized at this level
         export = partial(predict, subject=subject, level="basic")
         predicting.append(Made(label="what exported parts predict", run=export, trace=trace))
@@ -157,7 +166,7 @@ def _list_forms(
     if is_random or not set_training_modes(
         inlined, recipe.batchnorm, recipe.dropout, prepared.separations
     ):
-        return [_Form(original=inference, made=predicting)]
+        return [_Form(original=inference, made=predicting, left_out=left_out)]
     training = Made(
         label="the model prepared for training",
         run=partial(run, prepared.training, False),
@@ -165,11 +174,20 @@ def _list_forms(
         has_all=False,
     )
     if inlined == inference:  # one evaluation serves both
-        return [_Form(original=inference, made=[*predicting, training])]
+        return [_Form(original=inference, made=[*predicting, training], left_out=left_out)]
     return [
-        _Form(original=inference, made=predicting),
+        _Form(original=inference, made=predicting, left_out=left_out),
         _Form(original=inlined, made=[training]),
     ]
+
+
+def _run_merged(
+    bundle: Bundle, merged: bytes, batches: Sequence[Arrays], subject: str, level: Level
+) -> list[Arrays]:
+    """Run the merged model, which may lack the labels of the model's own loss."""
+    labels = list_labels(bundle.client.manifest)
+    given = [{n: a for n, a in batch.items() if n not in labels} for batch in batches]
+    return run_session(merged, given, subject, level=level)
 
 
 def _hold(form: _Form, subject: str) -> list[str]:
@@ -195,7 +213,8 @@ def _hold(form: _Form, subject: str) -> list[str]:
         except NotRun as error:
             remarks.append(f"{made.label} does not run on inputs that {subject} takes: {error}")
             continue
-        if made.has_all and (missing := expectation.find_missing(found)):
+        missing = [name for name in expectation.find_missing(found) if name not in form.left_out]
+        if made.has_all and missing:
             remarks.append(f"{made.label} leaves out {quote(missing)}, an output of {subject}")
         if (remark := _hold_made(made, found, expectation, subject)) is not None:
             remarks.append(remark)
