@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from splitonnx.errors import UsageError
@@ -68,3 +69,11 @@ def test_a_recipe_keeps_losses_and_writes_a_plain_one_as_before() -> None:
     read = decode_manifest(encode_manifest(manifest), BundleManifest, "manifest.json")
     assert read.recipe.list_losses() == complete_losses(losses[0], "scores", None, "labels")
     assert (read.recipe.loss, read.recipe.output) == ("cross-entropy", "scores")
+
+
+def test_a_recipe_of_an_earlier_version_has_its_one_loss() -> None:
+    manifest = cut(build_network(), at=None, loss="mse", labels="target").manifest
+    earlier = msgspec.json.decode(encode_manifest(manifest))
+    del earlier["recipe"]["losses"], earlier["sha256"]
+    read = decode_manifest(msgspec.json.encode(earlier), BundleManifest, "manifest.json")
+    assert read.recipe.list_losses() == (Loss(kind="mse", output="scores", labels="target"),)

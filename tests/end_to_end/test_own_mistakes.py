@@ -19,7 +19,15 @@ import pytest
 from splitonnx.bundles import Bundle
 from splitonnx.errors import InternalModelError, InternalRuntimeError, RemoteFault, SplitonnxError
 from splitonnx.faults import LOGGER
-from splitonnx.partitioner import lowerings, merges, partitions, permissions, rewrites
+from splitonnx.partitioner import (
+    loss_files,
+    lowerings,
+    merges,
+    model_losses,
+    partitions,
+    permissions,
+    rewrites,
+)
 from splitonnx.partitioner.cutting import cuts, joints, ports, preparations, safeguards, stages
 from splitonnx.partitioner.cutting.candidates import bisections
 from splitonnx.partitioner.cutting.conformance import samples
@@ -198,6 +206,8 @@ IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
     (stages.cut_stages, *WRITTEN),
     (updates.build_update, *WRITTEN),
     (samples.iter_draws, "the model", "compared with the model given"),
+    (loss_files.read_loss_files, "the model", "given the losses from files"),
+    (model_losses.separate_losses, "the model", "separated from its loss"),
     (merges.collect_weights, "the model", "given its weights again"),
     (quantizations.fold_quantized, "the model", "merged"),
 ]
