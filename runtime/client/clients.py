@@ -7,7 +7,6 @@ client's part.  Without a server, the client trains an unsplit model.
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -33,14 +32,21 @@ from splitonnx.runtime.client.datasets import (
     open_dataset,
 )
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
-from splitonnx.runtime.client.options import FitOptions, LearningRate, require_positive
+from splitonnx.runtime.client.options import (
+    FitOptions,
+    LearningRate,
+    fit_schedule,
+    require_positive,
+)
+from splitonnx.runtime.client.predictions import join_outputs
 from splitonnx.runtime.client.runners import TaskRunner, WhenUnsaved
 from splitonnx.runtime.client.training_loops import TrainingLoop
 from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.checkpoints import DataPosition
+from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.runtime.wire.transports import Transport
+from splitonnx.schedules import Schedule
 from splitonnx.tensors import TensorSpec
 
 _ALREADY_TRAINING = "this client is already training"
@@ -176,6 +182,7 @@ class Client:
         batch_size: int = 32,
         eval_data: DataSource | None = None,
         learning_rate: LearningRate = None,
+        schedule: Schedule | None = None,
         shuffle: bool = True,
         checkpoint_every: int | None = None,
         when_unsaved: WhenUnsaved = "stop",
@@ -200,6 +207,7 @@ class Client:
             eval_data: the data on which the model is evaluated after each epoch.
             learning_rate: a number, or a function that computes the rate from the number of steps
                 so far; by default, the optimizer's own learning rate.
+            schedule: multiplies the learning rate in each step; see :mod:`splitonnx.schedules`.
             shuffle: use a different random order of the data in each epoch.
             checkpoint_every: number of steps between checkpoints, which both sides write to their
                 folders; by default, no checkpoints are written.
@@ -219,8 +227,8 @@ class Client:
             UnfinishedRun: the folder contains an interrupted run; resume it, or use ``restart``.
             FolderInUse: another client is training in the folder.
             UsageError: a number is out of range; another call of this method is still running; or
-                the resumed run started with a different seed, batch size, shuffling or number of
-                samples.
+                the resumed run started with a different seed, batch size, shuffling, number of
+                samples or schedule.
             NotSaved: a checkpoint or the trained state cannot be saved.
             StepsLost: the server lost steps that were performed before this call, or repeatedly
                 lost the same steps.
@@ -233,11 +241,16 @@ class Client:
         held_out = None if eval_data is None else open_dataset(eval_data)
         if held_out is not None:
             held_out.check(self._evaluation_data())
+        specs = self._phase(TRAIN).data
+        rates = fit_schedule(
+            schedule, learning_rate, training, specs, epochs=epochs, batch_size=batch_size
+        )
         options = FitOptions(
             training=training,
             held_out=held_out,
             epochs=epochs,
             learning_rate=learning_rate,
+            rates=rates,
             checkpoint_every=checkpoint_every,
             when_unsaved=when_unsaved,
             save=save,
@@ -251,6 +264,7 @@ class Client:
             seed=self._seed,
             shuffle=shuffle,
             samples=training.size,
+            schedule="" if rates is None else str(rates),
         )
         with self._training():
             if save:
@@ -310,17 +324,7 @@ class Client:
                 dimension; use :meth:`predict_batches`.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        parts: dict[str, list[np.ndarray]] = defaultdict(list)
-        for outputs in self.predict_batches(data, batch_size=batch_size):
-            for name, array in outputs.items():
-                parts[name].append(np.atleast_1d(array))
-        for name, arrays in parts.items():
-            if len({array.shape[1:] for array in arrays}) > 1:
-                raise UsageError(
-                    f"the batches' outputs '{name}' differ in more than their first dimension; "
-                    "take them one by one with predict_batches"
-                )
-        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+        return join_outputs(self.predict_batches(data, batch_size=batch_size))
 
     def predict_batches(
         self, data: DataSource, *, batch_size: int = 32

@@ -49,11 +49,11 @@ class Dataset(ABC):
             UnusableData: a file of a folder with one file per batch does not fit.
         """
 
-    def count_batches(self, batch_size: int) -> int | None:
+    def count_batches(self, batch_size: int, *, drop_last: bool = False) -> int | None:
         """Return the number of batches in an epoch, or ``None`` if it is not known."""
         if self.size is None or self.has_own_batches:
             return self.size
-        return math.ceil(self.size / batch_size)
+        return self.size // batch_size if drop_last else math.ceil(self.size / batch_size)
 
     @abstractmethod
     def batches(

@@ -16,8 +16,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     ``step`` counts the steps since the bundle was created, starting from 1.  ``epoch`` counts the
     epochs of the training run, starting from 0, and ``batch`` counts the batches of the epoch,
     starting from 1.  ``loss`` is the batch's mean loss before the update, and ``metrics`` contains
-    the other results of the step.  ``seconds`` is the wall time of the step.  ``bytes_up`` and
-    ``bytes_down`` are the numbers of bytes that the client sent and received during the step.
+    the other results of the step.  ``learning_rate`` is the rate of the update.  ``seconds`` is the
+    wall time of the step.  ``bytes_up`` and ``bytes_down`` are the numbers of bytes that the client
+    sent and received during the step.
     """
 
     step: int
@@ -25,6 +26,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
     loss: float
     metrics: dict[str, float]
+    learning_rate: float
     samples: int
     seconds: float
     bytes_up: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,6 +10,8 @@ from splitonnx.errors import UsageError
 from splitonnx.runtime.client.datasets import Dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.runners import WhenUnsaved
+from splitonnx.schedules import RatePlan, Schedule, plan_rates
+from splitonnx.tensors import TensorSpec
 
 LearningRate: TypeAlias = float | Callable[[int], float] | None
 """A constant, a function of the number of updates so far, or ``None`` for the optimizer's rate."""
@@ -19,13 +21,15 @@ LearningRate: TypeAlias = float | Callable[[int], float] | None
 class FitOptions:
     """The options of :meth:`Client.fit`; see that method for their meaning.
 
-    ``training`` is that method's ``data``, and ``held_out`` is its ``eval_data``.
+    ``training`` is that method's ``data``, ``held_out`` is its ``eval_data``, and ``rates`` is its
+    ``schedule``, fitted to the length of the run.
     """
 
     training: Dataset
     held_out: Dataset | None
     epochs: int
     learning_rate: LearningRate
+    rates: RatePlan | None
     checkpoint_every: int | None
     when_unsaved: WhenUnsaved
     save: bool
@@ -42,3 +46,36 @@ def require_positive(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"{name} must be at least 1, not {count}")
+
+
+def has_fixed_rows(specs: Sequence[TensorSpec]) -> bool:
+    """Return whether an array has a fixed number of rows, so that smaller batches do not fit."""
+    return any(isinstance(size, int) for spec in specs for size in spec.shape[:1])
+
+
+def fit_schedule(
+    schedule: Schedule | None,
+    learning_rate: LearningRate,
+    training: Dataset,
+    specs: Sequence[TensorSpec],
+    *,
+    epochs: int,
+    batch_size: int,
+) -> RatePlan | None:
+    """Fit a schedule to the length of a run; ``specs`` are the arrays that a step needs.
+
+    Raises:
+        UsageError: the learning rate is a function, the number of steps is not known in advance,
+            or the warmup is not shorter than the run.
+    """
+    if schedule is None:
+        return None
+    if callable(learning_rate):
+        raise UsageError("a schedule needs a learning rate that is a number, not a function")
+    batches = training.count_batches(batch_size, drop_last=has_fixed_rows(specs))
+    if batches is None:
+        raise UsageError(
+            "a schedule needs data whose number of batches is known; without, compute the "
+            "learning rate with a function of the step"
+        )
+    return plan_rates(schedule, epochs=epochs, steps_per_epoch=batches)

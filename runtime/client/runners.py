@@ -21,7 +21,7 @@ from splitonnx.names import TRAIN
 from splitonnx.runtime.channels.channels import Channel
 from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.checkpoints import DataPosition
+from splitonnx.runtime.storage.positions import DataPosition
 
 WhenUnsaved: TypeAlias = Literal["stop", "continue"]
 """What training does if a checkpoint cannot be written."""

@@ -17,10 +17,10 @@ from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN
 from splitonnx.runtime.client.dataset_means import DatasetMeans
 from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
-from splitonnx.runtime.client.options import FitOptions, LearningRate
+from splitonnx.runtime.client.options import FitOptions, LearningRate, has_fixed_rows
 from splitonnx.runtime.client.runners import TaskRunner
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.checkpoints import DataPosition
+from splitonnx.runtime.storage.positions import DataPosition
 
 MOST_RETURNS = 100
 """How many times in a row the server may lose steps without any new step in between."""
@@ -75,19 +75,17 @@ class TrainingLoop:
         self, options: FitOptions, position: DataPosition, history: History
     ) -> DataPosition:
         """Train from a position to the end of its epoch and evaluate; return the next position."""
-        fixed = any(
-            isinstance(d, int) for s in self._manifest.phase(TRAIN).data for d in s.shape[:1]
-        )
         batches = options.training.batches(
             position.batch_size,
             seed=position.seed,
             epoch=position.epoch,
             shuffle=position.shuffle,
-            drop_last=fixed,
+            drop_last=has_fixed_rows(self._manifest.phase(TRAIN).data),
         )
         for batch in itertools.islice(batches, position.batch, None):
+            rate = self._find_rate(options, position)
             position = msgspec.structs.replace(position, batch=position.batch + 1)
-            record = self._record_step(batch, position, options.learning_rate)
+            record = self._record_step(batch, position, rate)
             history.steps.append(record)
             if options.on_step is not None:
                 options.on_step(record)
@@ -103,7 +101,7 @@ class TrainingLoop:
         return msgspec.structs.replace(position, epoch=position.epoch + 1, batch=0)
 
     def _record_step(
-        self, batch: Batch, position: DataPosition, learning_rate: LearningRate
+        self, batch: Batch, position: DataPosition, learning_rate: float
     ) -> StepRecord:
         up, down = self._runner.traffic
         start = time.perf_counter()
@@ -117,6 +115,7 @@ class TrainingLoop:
             batch=position.batch,
             loss=metrics.pop(LOSS),
             metrics=metrics,
+            learning_rate=learning_rate,
             samples=self._count_samples(TRAIN, batch),
             seconds=seconds,
             bytes_up=sent - up,
@@ -159,8 +158,15 @@ class TrainingLoop:
         ``learning_rate`` is a number, or a function that computes the rate from the number of steps
         so far; ``None`` means the optimizer's own learning rate.
         """
-        step = self._executor.step
-        rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        return self._runner.perform(
-            phase, data, self._manifest.learning_rate if rate is None else float(rate)
-        )
+        return self._runner.perform(phase, data, self._choose_rate(learning_rate))
+
+    def _choose_rate(self, given: LearningRate) -> float:
+        rate = given(self._executor.step) if callable(given) else given
+        return self._manifest.learning_rate if rate is None else float(rate)
+
+    def _find_rate(self, options: FitOptions, position: DataPosition) -> float:
+        """Return the learning rate of the step that begins at a position in the data."""
+        rate = self._choose_rate(options.learning_rate)
+        if options.rates is None:
+            return rate
+        return rate * options.rates.get_factor(position.epoch, position.batch)

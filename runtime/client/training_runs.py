@@ -22,9 +22,9 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoints import (
     Checkpoint,
     CheckpointStore,
-    DataPosition,
     list_sessions,
 )
+from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.states import check_home
 
 # msgspec crashes if two threads use a type for the first time at the same moment
@@ -173,18 +173,18 @@ class TrainingRun:
         ``start``.
 
         Raises:
-            UsageError: the resumed run started with a different seed, batch size, shuffling or
-                number of samples.
+            UsageError: the resumed run started with a different seed, batch size, shuffling, number
+                of samples or learning-rate schedule.
         """
         kept = self.position
         if kept is None:
             return start
-        for field in ("batch_size", "seed", "shuffle", "samples"):
+        for field in ("batch_size", "seed", "shuffle", "samples", "schedule"):
             before, now = getattr(kept, field), getattr(start, field)
             if before != now:
                 raise UsageError(
-                    f"the run was begun with {field.replace('_', ' ')} {before}, not {now}; "
-                    "resume it with the same"
+                    f"the run was begun with {field.replace('_', ' ')} {_show(before)}, not "
+                    f"{_show(now)}; resume it with the same"
                 )
         self.position = None
         return kept
@@ -221,6 +221,10 @@ def find_unfinished(party: PartyBundle) -> Checkpoint | None:
         if steps and not (session == party.session and steps[0] <= party.step):
             return store.read(steps[0])
     return None
+
+
+def _show(setting: object) -> object:
+    return "none" if setting == "" else setting
 
 
 def _open_store(party: PartyBundle, session: str) -> CheckpointStore | None:

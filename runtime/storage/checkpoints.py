@@ -33,6 +33,7 @@ from splitonnx.codecs import decode_tensors
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
 from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.manifests import PartyManifest
+from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.states import (
     MAX_HEADER,
     check_finite_state,
@@ -59,22 +60,6 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Stamp = tuple[int, int, int]
 
 _log = logging.getLogger(__name__)
-
-
-class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The position in the data at which the next step begins; only clients use it.
-
-    ``epoch`` counts from 0, and ``batch`` is the number of batches of this epoch that are already
-    done.  The other fields describe how the data are split and shuffled, and must not change when
-    training resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
-    """
-
-    epoch: _Count
-    batch: _Count
-    batch_size: _Count
-    seed: int
-    shuffle: bool
-    samples: _Count | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

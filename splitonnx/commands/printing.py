@@ -324,6 +324,7 @@ class Bar(TrainingDisplay):
         assert self._task is not None
         figures = {"loss": record.loss, **record.metrics}
         text = [f"{name} {value:.4f}" for name, value in figures.items()]
+        text.append(f"lr {record.learning_rate:.3g}")
         text.append(f"{record.samples_per_second:,.0f} samples/s")
         if record.bytes_up or record.bytes_down:
             up, down = format_bytes(record.bytes_up), format_bytes(record.bytes_down)

@@ -45,6 +45,7 @@ from splitonnx.commands.options import (
     make_optimizer,
     refuse_both,
 )
+from splitonnx.commands.schedules import ScheduleOptions
 from splitonnx.commands.security import ClientSecurity
 from splitonnx.errors import UsageError
 from splitonnx.names import CLIENT
@@ -189,6 +190,7 @@ def train(
     ] = None,
     *,
     run: RunOptions,
+    rates: ScheduleOptions,
     give_up_after: GiveUpAfterOption = None,
     threads: ThreadsOption = None,
     trusted: TrustedOption = False,
@@ -206,6 +208,7 @@ def train(
     refuse_both("--resume", "--restart", run.resume, run.restart)
     if run.lr is not None and not 0 <= run.lr < math.inf:
         raise UsageError(f"--lr must be at least 0 and finite, not {run.lr:g}")
+    schedule = rates.read()
     if local:
         _refuse_remote(server, run, trusted, give_up_after)
         bundle = whole.prepare(source, run.lr)
@@ -247,6 +250,7 @@ def train(
                 batch_size=batch_size,
                 eval_data=held_out,
                 learning_rate=run.lr,
+                schedule=schedule,
                 checkpoint_every=run.checkpoint_every if has_checkpoints else None,
                 when_unsaved="stop" if run.when_unsaved is WhenUnsaved.STOP else "continue",
                 restart=run.restart,

@@ -26,6 +26,7 @@ def record(step: int, *, traffic: int = 2_000) -> StepRecord:
         batch=step,
         loss=1 / step,
         metrics={"accuracy": 0.25},
+        learning_rate=0.1,
         samples=8,
         seconds=0.5,
         bytes_up=traffic,
@@ -149,8 +150,9 @@ def test_a_bar_moves_on_stderr_and_sums_up_on_stdout(capsys: Capture) -> None:
 def test_a_run_that_resumes_does_not_begin_at_0(capsys: Capture) -> None:
     bar = Bar(epochs=2)
     resumed = StepRecord(
-        step=9, epoch=1, batch=1, loss=1, metrics={}, samples=1, seconds=1, bytes_up=0, bytes_down=0
-    )
+        step=9, epoch=1, batch=1, loss=1, metrics={}, learning_rate=0.1, samples=1, seconds=1,
+        bytes_up=0, bytes_down=0,
+    )  # fmt: skip
     with bar.showing(8):
         bar.show_step(resumed)
     assert "5/8" in capsys.readouterr().err

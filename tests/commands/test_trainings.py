@@ -88,12 +88,22 @@ def test_a_model_left_whole_trains_locally(command: Command, data: Path, tmp_pat
     assert os.listdir(trained.parent) == ["trained.onnx"]
 
 
+def test_the_learning_rate_follows_a_schedule(command: Command, data: Path) -> None:
+    out = command.succeed(
+        "train", MODEL, "--local", "--data", data, "--batch-size", 8, "--epochs", 2, "--lr", 0.1,
+        "--lr-schedule", "linear", "--warmup", 2, "--json",
+    )  # fmt: skip
+    rates = [json.loads(line)["learning_rate"] for line in out.splitlines()]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.075, 0.05, 0.025])
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["--server", "ws://127.0.0.1:1", "--local"], "--local and --server exclude each other"),
         (["--local", "--json", "--quiet"], "--json and --quiet exclude each other"),
         (["--local", "--force"], "-o"),
+        (["--local", "--lr-schedule", "step"], "step=step-size:30epochs"),
         ([], "--server"),
         (["--server", "ws://127.0.0.1:1", "--loss", "mse"], "--loss"),
         (["--server", "ws://127.0.0.1:1", "--freeze", "x", "-o", "t.onnx"], "-o, --freeze"),

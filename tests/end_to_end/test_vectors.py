@@ -35,7 +35,8 @@ def read(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["messages", "quantized_stage", "refusals", "replies", "shapes", "shuffles"]
+    "name",
+    ["messages", "quantized_stage", "refusals", "replies", "schedules", "shapes", "shuffles"],
 )
 def test_the_vectors_are_fresh(name: str) -> None:
     built = getattr(builders, f"build_{name}")()

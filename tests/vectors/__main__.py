@@ -21,10 +21,11 @@ def write(folder: Path) -> None:
         ("quantized_stage", builders.build_quantized_stage()),
         ("refusals", builders.build_refusals()),
         ("replies", builders.build_replies()),
+        ("schedules", builders.build_schedules()),
         ("shapes", builders.build_shapes()),
         ("shuffles", builders.build_shuffles()),
     ):
-        indent = None if name == "shapes" else 1  # many are small
+        indent = None if name in ("schedules", "shapes") else 1  # many are small
         text = json.dumps(value, indent=indent, ensure_ascii=False)
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     tiny.split_bundle().save(folder / "whole", overwrite=True)

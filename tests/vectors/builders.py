@@ -21,6 +21,15 @@ from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.wire.protocols import list_wires
+from splitonnx.schedules import (
+    CosineSchedule,
+    Epochs,
+    LinearSchedule,
+    OneCycleSchedule,
+    Schedule,
+    StepSchedule,
+    plan_rates,
+)
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
 from tests import test_codecs, test_messages
 from tests.runtime.gate import test_gate_bytes, test_gates
@@ -279,6 +288,41 @@ def _try_shape(
         "declared": declared, "shape": shape, "sizes": sizes, "is_output": is_output,
         "bound": bound, "error": error,
     }  # fmt: skip
+
+
+def build_schedules() -> list[dict[str, object]]:
+    """Schedules as TypeScript spells them, and their factors in 2 epochs of 5 steps."""
+    half: dict[str, object] = {"epochs": 0.5}
+    cases: list[tuple[dict[str, object], Schedule]] = [
+        ({"kind": "constant", "warmup": half}, Schedule(warmup=Epochs(0.5))),
+        ({"kind": "cosine"}, CosineSchedule()),
+        (
+            {"kind": "cosine", "warmup": 4, "warmupFactor": 0.25, "endFactor": 0.1},
+            CosineSchedule(warmup=4, warmup_factor=0.25, end_factor=0.1),
+        ),
+        ({"kind": "linear", "endFactor": 0.1}, LinearSchedule(end_factor=0.1)),
+        ({"kind": "step", "stepSize": 4}, StepSchedule(step_size=4)),
+        (
+            {"kind": "step", "stepSize": half, "gamma": 0.5, "warmup": 1},
+            StepSchedule(step_size=Epochs(0.5), gamma=0.5, warmup=1),
+        ),
+        ({"kind": "one-cycle"}, OneCycleSchedule()),
+        (
+            {"kind": "one-cycle", "pctStart": 0, "divFactor": 10, "finalDivFactor": 100},
+            OneCycleSchedule(pct_start=0, div_factor=10, final_div_factor=100),
+        ),
+        ({"kind": "one-cycle", "pctStart": 1}, OneCycleSchedule(pct_start=1)),
+    ]
+    plans = [(spelled, plan_rates(one, epochs=2, steps_per_epoch=5)) for spelled, one in cases]
+    return [
+        {
+            "schedule": spelled,
+            "factors": [
+                round(plan.get_factor(epoch, step), 12) for epoch in range(2) for step in range(5)
+            ],
+        }
+        for spelled, plan in plans
+    ]
 
 
 def build_shuffles() -> list[dict[str, object]]:

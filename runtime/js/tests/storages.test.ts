@@ -180,7 +180,9 @@ describe("a session's checkpoints", () => {
 
   test("are read back with their place in the data", async () => {
     const { store, make } = await open(new MemoryStorage());
-    const position = { epoch: 1, batch: 2, batchSize: 8, seed: 3, shuffle: true, samples: null };
+    const position = {
+      epoch: 1, batch: 2, batchSize: 8, seed: 3, shuffle: true, samples: null, schedule: "cosine",
+    };
     await store.write({ ...make(5), position });
     assert.deepEqual((await store.read(session, 5)).position, position);
   });

@@ -6,6 +6,8 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 
 import { loadBundle } from "../src/bundles.js";
+import { planRates } from "../src/client/schedules.js";
+import type { Schedule } from "../src/client/schedules.js";
 import { shuffleRows } from "../src/client/shuffles.js";
 import { decodeTensors } from "../src/codecs.js";
 import { spell } from "../src/decoders.js";
@@ -153,6 +155,18 @@ test("a bundle with nameless dimensions on its wires is refused", () => {
   manifest.phases[0]!.wires[0]!.tensor.shape[1] = null;
   const content = new TextEncoder().encode(JSON.stringify(manifest));
   assert.throws(() => decodeManifest(content, "manifest.json"), /cut the model again/);
+});
+
+test("learning rates follow a schedule as in Python", () => {
+  const cases = readVectors<{ schedule: Schedule; factors: number[] }[]>("schedules");
+  assert.ok(cases.length > 5);
+  for (const { schedule, factors } of cases) {
+    const plan = planRates(schedule, 2, 5);
+    for (const [step, factor] of factors.entries()) {
+      const made = plan.getFactor(Math.floor(step / 5), step % 5);
+      assert.ok(Math.abs(made - factor) <= 1e-12, `${plan.description}: ${made}, not ${factor}`);
+    }
+  }
 });
 
 test("rows are shuffled as numpy shuffles them", () => {

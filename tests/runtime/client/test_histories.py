@@ -16,6 +16,7 @@ def record(step: int, *, epoch: int = 0, seconds: float = 0.5) -> StepRecord:
         batch=step,
         loss=1 / step,
         metrics={"accuracy": 0.25},
+        learning_rate=0.1,
         samples=8,
         seconds=seconds,
         bytes_up=100,

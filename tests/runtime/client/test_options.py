@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 
 from splitonnx.errors import UsageError
 from splitonnx.runtime.client.datasets import open_dataset
-from splitonnx.runtime.client.options import FitOptions, require_positive
+from splitonnx.runtime.client.options import FitOptions, fit_schedule, require_positive
+from splitonnx.schedules import CosineSchedule
+from splitonnx.tensors import TensorSpec
 from tests.support import tiny
 
 
@@ -29,6 +32,7 @@ def test_the_options_of_a_fit_do_not_change_while_it_runs() -> None:
         held_out=None,
         epochs=2,
         learning_rate=None,
+        rates=None,
         checkpoint_every=None,
         when_unsaved="stop",
         save=False,
@@ -37,3 +41,22 @@ def test_the_options_of_a_fit_do_not_change_while_it_runs() -> None:
     )
     with pytest.raises(FrozenInstanceError):
         options.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("rows", "steps"), [("N", 6), (4, 4)])
+def test_a_schedule_counts_the_steps_of_the_run_that_it_is_for(rows: int | str, steps: int) -> None:
+    data = open_dataset({"x": np.zeros((10, 3), np.float32)})
+    specs = [TensorSpec(name="x", dtype="F32", shape=(rows, 3))]
+    plan = fit_schedule(CosineSchedule(), 0.1, data, specs, epochs=2, batch_size=4)
+    assert plan is not None
+    assert plan.steps == steps
+    assert fit_schedule(None, 0.1, data, specs, epochs=2, batch_size=4) is None
+
+
+def test_a_schedule_needs_a_rate_and_a_number_of_steps() -> None:
+    data = open_dataset({"x": np.zeros((10, 3), np.float32)})
+    with pytest.raises(UsageError, match="a number, not a function"):
+        fit_schedule(CosineSchedule(), lambda step: 0.1, data, [], epochs=2, batch_size=4)
+    batches = open_dataset([{"x": np.zeros((2, 3), np.float32)}])
+    with pytest.raises(UsageError, match="number of batches is known"):
+        fit_schedule(CosineSchedule(), 0.1, batches, [], epochs=2, batch_size=4)

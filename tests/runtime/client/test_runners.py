@@ -16,7 +16,7 @@ from splitonnx.runtime.client.runners import TaskRunner
 from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.checkpoints import DataPosition
+from splitonnx.runtime.storage.positions import DataPosition
 from tests.support import tiny
 
 

@@ -18,7 +18,8 @@ from splitonnx.runtime.client.options import FitOptions
 from splitonnx.runtime.client.training_loops import MOST_RETURNS, TrainingLoop
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.checkpoints import DataPosition
+from splitonnx.runtime.storage.positions import DataPosition
+from splitonnx.schedules import CosineSchedule, Epochs, StepSchedule, plan_rates
 from tests.support import tiny
 
 DATA = {
@@ -83,6 +84,7 @@ class Loop:
             held_out=None,
             epochs=1,
             learning_rate=None,
+            rates=None,
             checkpoint_every=None,
             when_unsaved="stop",
             save=False,
@@ -134,6 +136,24 @@ def test_the_learning_rate_may_follow_the_updates(loop: Loop) -> None:
     assert loop.runner.rates[5:] == [0.5] * 5
     loop.fit()
     assert loop.runner.rates[10:] == [tiny.RATE] * 5
+
+
+def test_a_schedule_multiplies_the_rate_of_each_step_and_the_records_say_it(loop: Loop) -> None:
+    plan = plan_rates(StepSchedule(step_size=Epochs(1), gamma=0.5), epochs=2, steps_per_epoch=5)
+    history = loop.fit(epochs=2, learning_rate=0.8, rates=plan)
+    assert loop.runner.rates == [0.8] * 5 + [0.4] * 5
+    assert [record.learning_rate for record in history.steps] == loop.runner.rates
+    loop.fit(rates=plan)
+    assert loop.runner.rates[10:] == [tiny.RATE] * 5
+
+
+def test_a_run_that_resumes_has_the_rates_of_one_that_was_not_interrupted(loop: Loop) -> None:
+    plan = plan_rates(CosineSchedule(warmup=3), epochs=2, steps_per_epoch=5)
+    whole = Loop()
+    whole.fit(epochs=2, rates=plan)
+    position = DataPosition(epoch=1, batch=2, batch_size=4, seed=0, shuffle=False, samples=18)
+    loop.fit(position, epochs=2, rates=plan)
+    assert loop.runner.rates == whole.runner.rates[7:]
 
 
 def test_checkpoints_come_every_so_many_steps_of_the_bundle_s_life(loop: Loop) -> None:

@@ -14,6 +14,7 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.histories import StepRecord
 from splitonnx.runtime.server.servers import Server
+from splitonnx.schedules import CosineSchedule, Schedule, plan_rates
 from tests.support.zoo import ZOO
 
 DATA = ZOO["dropout"].data(40)
@@ -176,6 +177,35 @@ def test_a_run_goes_on_with_the_batches_that_it_began_with(folder: Path) -> None
             pytest.raises(UsageError, match="batch size 8, not 4"),
         ):
             client.fit(DATA, epochs=EPOCHS, batch_size=4)
+
+
+def test_a_run_goes_on_with_the_schedule_that_it_began_with(folder: Path) -> None:
+    def train(client: Client, schedule: Schedule | None, *, stops: bool = False) -> list[float]:
+        def stop(record: StepRecord) -> None:
+            if stops and record.step == 6:
+                raise KeyboardInterrupt
+
+        history = client.fit(
+            DATA, epochs=EPOCHS, batch_size=BATCH, schedule=schedule, checkpoint_every=EVERY,
+            on_step=stop,
+        )  # fmt: skip
+        return [record.learning_rate for record in history.steps]
+
+    schedule = CosineSchedule(warmup=5)
+    plan = plan_rates(schedule, epochs=EPOCHS, steps_per_epoch=STEPS // EPOCHS)
+    with serve(folder) as server:
+        with pytest.raises(KeyboardInterrupt), open_client(folder, server) as client:
+            train(client, schedule, stops=True)
+        with (
+            open_client(folder, server, resume=True) as client,
+            pytest.raises(UsageError, match=r"begun with schedule cosine.*over 15 steps, not none"),
+        ):
+            train(client, None)
+        with open_client(folder, server, resume=True) as client:
+            rates = train(client, schedule)
+            base = client.manifest.learning_rate
+    factors = [plan.get_factor(step // 5, step % 5) for step in range(EVERY, STEPS)]
+    assert rates == [base * factor for factor in factors]
 
 
 def test_resuming_what_was_finished_makes_no_step(

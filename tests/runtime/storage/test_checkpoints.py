@@ -18,12 +18,8 @@ from safetensors.numpy import load_file
 from splitonnx.checksums import encode_with_checksum
 from splitonnx.errors import BundleError, NotSaved, UsageError
 from splitonnx.manifests import PartyManifest
-from splitonnx.runtime.storage.checkpoints import (
-    Checkpoint,
-    CheckpointStore,
-    DataPosition,
-    list_sessions,
-)
+from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore, list_sessions
+from splitonnx.runtime.storage.positions import DataPosition
 from tests.support import tiny
 
 SESSION = "0123456789abcdef" * 2

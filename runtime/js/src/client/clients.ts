@@ -18,10 +18,17 @@ import type { DataPosition } from "../storage/checkpoints.js";
 import { defaultStorage } from "../storage/storages.js";
 import { concatenate } from "../tensors.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
-import { checkBatch, checkFinite, dealInOrder, openDataset, takeBatch } from "./datasets.js";
+import {
+  checkBatch,
+  checkFinite,
+  dealInOrder,
+  hasFixedRows,
+  openDataset,
+  takeBatch,
+} from "./datasets.js";
 import type { Batch, DataSource } from "./datasets.js";
 import type { History } from "./histories.js";
-import { checkNumbers, requirePositive } from "./options.js";
+import { checkNumbers, fitSchedule, requirePositive } from "./options.js";
 import type {
   ConnectOptions,
   FitOptions,
@@ -149,7 +156,7 @@ export class SplitClient {
    * @throws UnfinishedRun: a run was interrupted; resume it, or `restart`.
    * @throws StorageInUse: another client trains with the storage.
    * @throws UsageError: a number is out of its range; another fit of this client runs; a run would
-   *   be resumed with other data, batches or seed.
+   *   be resumed with other data, batches, seed or schedule.
    * @throws NotSaved: a checkpoint cannot be written.
    * @throws StepsLost: the server lost steps that were made before this fit began, or the same
    *   ones again and again.
@@ -162,10 +169,12 @@ export class SplitClient {
     training.check(this.#phase(TRAIN).data);
     const heldOut = evalData && openDataset(evalData);
     heldOut?.check(this.#evaluationData());
+    const rates = fitSchedule(options, training, hasFixedRows(this.#phase(TRAIN).data));
     this.#requireIdle();
     this.#isTraining = true;
     try {
-      const history = await this.#train({ ...options, epochs, training, heldOut }, batchSize);
+      const resolved = { ...options, epochs, training, heldOut, rates };
+      const history = await this.#train(resolved, batchSize);
       if (options.save) await this.#runner.run.release();
       return history;
     } catch (error) {
@@ -190,6 +199,7 @@ export class SplitClient {
       seed: this.#seed,
       shuffle: options.shuffle ?? true,
       samples: options.training.size,
+      schedule: options.rates?.description ?? "",
     };
     return this.#loop.fit(options, run.takePosition(start));
   }

@@ -196,3 +196,8 @@ export function countSamples(
   const array: NdArray | undefined = batch.get(labels ?? specs[0]?.name ?? "");
   return array?.shape[0] ?? 1;
 }
+
+/** Return whether an array has a fixed number of rows, so that smaller batches do not fit. */
+export function hasFixedRows(specs: readonly TensorSpec[]): boolean {
+  return specs.some((spec) => typeof spec.shape[0] === "number");
+}

@@ -12,6 +12,8 @@ export interface StepRecord {
   readonly loss: number;
   /** What else the phase reports. */
   readonly metrics: Readonly<Record<string, number>>;
+  /** The rate of the update. */
+  readonly learningRate: number;
   readonly samples: number;
   /** Wall time. */
   readonly seconds: number;

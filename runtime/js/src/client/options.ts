@@ -10,6 +10,8 @@ import type { StateStorage } from "../storage/storages.js";
 import type { DataSource, Dataset } from "./datasets.js";
 import type { Evaluation, StepRecord } from "./histories.js";
 import type { WhenUnsaved } from "./runners.js";
+import { planRates } from "./schedules.js";
+import type { RatePlan, Schedule } from "./schedules.js";
 
 /** Tensors by name, as they are given out. */
 export type Outputs = Record<string, OutputTensor>;
@@ -62,6 +64,8 @@ export interface FitOptions {
   /** Evaluated after each epoch. */
   readonly evalData?: DataSource | undefined;
   readonly learningRate?: LearningRate | undefined;
+  /** Multiplies the learning rate in each step; the data must be arrays, whose size is known. */
+  readonly schedule?: Schedule | undefined;
   /** Steps between two checkpoints, which both sides keep; none by default. */
   readonly checkpointEvery?: number | undefined;
   /** Whether training stops, as it does by default, where one cannot be written. */
@@ -83,6 +87,34 @@ export interface ResolvedFitOptions extends FitOptions {
   readonly training: Dataset;
   readonly heldOut: Dataset | undefined;
   readonly epochs: number;
+  readonly rates: RatePlan | undefined;
+}
+
+/**
+ * Fit the schedule of a fit to its length.
+ *
+ * `dropLast` says that a smaller last batch is left out.
+ *
+ * @throws UsageError: the learning rate is a function, the number of steps is not known in advance,
+ *   or a setting is out of its range.
+ */
+export function fitSchedule(
+  { schedule, learningRate, epochs = 1, batchSize = 32 }: FitOptions,
+  { size }: Dataset,
+  dropLast: boolean,
+): RatePlan | undefined {
+  if (!schedule) return undefined;
+  if (typeof learningRate === "function") {
+    throw new UsageError("a schedule needs a learning rate that is a number, not a function");
+  }
+  if (size === null) {
+    throw new UsageError(
+      "a schedule needs data whose number of batches is known; without, compute the learning " +
+        "rate with a function of the step",
+    );
+  }
+  const batches = size / batchSize;
+  return planRates(schedule, epochs, dropLast ? Math.floor(batches) : Math.ceil(batches));
 }
 
 /**

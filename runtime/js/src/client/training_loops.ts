@@ -10,7 +10,7 @@ import { EVALUATE, PREDICT, TRAIN, findPhase } from "../manifests.js";
 import type { DataPosition } from "../storage/checkpoints.js";
 import type { NdArrays, TensorSpec } from "../tensors.js";
 import { DatasetMeans } from "./dataset_means.js";
-import { countSamples, dealInOrder } from "./datasets.js";
+import { countSamples, dealInOrder, hasFixedRows } from "./datasets.js";
 import type { Dataset } from "./datasets.js";
 import { History } from "./histories.js";
 import type { StepRecord } from "./histories.js";
@@ -92,9 +92,18 @@ export class TrainingLoop {
     batch: NdArrays,
     { rate, expected }: { rate?: LearningRate | undefined; expected?: number } = {},
   ): Promise<NdArrays> {
-    const chosen = typeof rate === "function" ? rate(expected ?? this.#step) : rate;
-    const learningRate = chosen ?? this.#runner.executor.manifest.learningRate;
+    const learningRate = this.#chooseRate(rate, expected ?? this.#step);
     return this.#runner.perform(phase, batch, { learningRate, expected });
+  }
+
+  #chooseRate(given: LearningRate | undefined, step: number): number {
+    const chosen = typeof given === "function" ? given(step) : given;
+    return chosen ?? this.#runner.executor.manifest.learningRate;
+  }
+
+  /** Return the learning rate of the step that begins at a position in the data. */
+  #findRate({ learningRate, rates }: ResolvedFitOptions, { epoch, batch }: DataPosition): number {
+    return this.#chooseRate(learningRate, this.#expected) * (rates?.getFactor(epoch, batch) ?? 1);
   }
 
   get #step(): number {
@@ -121,12 +130,13 @@ export class TrainingLoop {
     position: DataPosition,
     history: History,
   ): Promise<DataPosition> {
-    const dropLast = this.#dataOf(TRAIN).some((spec) => typeof spec.shape[0] === "number");
+    const dropLast = hasFixedRows(this.#dataOf(TRAIN));
     let [number, skipped] = [0, position.batch];
     for await (const batch of options.training.batches({ ...position, dropLast })) {
       if (number++ < skipped) continue;
+      const rate = this.#findRate(options, position);
       position = { ...position, batch: position.batch + 1 };
-      const record = await this.#recordStep(batch, position, options.learningRate);
+      const record = await this.#recordStep(batch, position, rate);
       history.steps.push(record);
       await options.onStep?.(record);
       this.#checkCourse();
@@ -142,7 +152,7 @@ export class TrainingLoop {
   async #recordStep(
     batch: NdArrays,
     { epoch, batch: number }: DataPosition,
-    rate: LearningRate | undefined,
+    rate: number,
   ): Promise<StepRecord> {
     const [up, down] = this.#runner.traffic;
     const begun = performance.now();
@@ -159,6 +169,7 @@ export class TrainingLoop {
       batch: number,
       loss,
       metrics,
+      learningRate: rate,
       samples: this.#countSamples(TRAIN, batch),
       seconds,
       bytesUp: sent - up,

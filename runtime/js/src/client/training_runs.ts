@@ -174,11 +174,11 @@ export class TrainingRun {
   takePosition(start: DataPosition): DataPosition {
     const kept = this.position;
     if (!kept) return start;
-    for (const field of ["batchSize", "seed", "shuffle", "samples"] as const) {
+    for (const field of ["batchSize", "seed", "shuffle", "samples", "schedule"] as const) {
       if (kept[field] !== start[field]) {
         throw new UsageError(
-          `the run was begun with ${field} ${kept[field]}, not ${start[field]}; resume it with ` +
-            "the same",
+          `the run was begun with ${field} ${show(kept[field])}, not ${show(start[field])}; ` +
+            "resume it with the same",
         );
       }
     }
@@ -214,6 +214,10 @@ export class TrainingRun {
     const tensors = executor.state();
     return { session: this.session, step, tensors, position, written: Date.now() };
   }
+}
+
+function show(setting: unknown): string {
+  return setting === "" ? "none" : String(setting);
 }
 
 /** Find the newest checkpoint of the run that was written last, unless it was finished. */

@@ -37,6 +37,7 @@ const readDataPosition = readRecord({
   seed: readInteger,
   shuffle: readFlag,
   samples: readNullable(readCount),
+  schedule: readOptional(readText, ""),
 });
 /**
  * Where the next step begins in the data.
@@ -193,6 +194,7 @@ export class CheckpointStore {
         seed: position.seed,
         shuffle: position.shuffle,
         samples: position.samples,
+        schedule: position.schedule,
       },
     };
     try {

@@ -1,0 +1,27 @@
+"""Positions in the training data, which a client's checkpoints contain."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The position in the data at which the next step begins; only clients use it.
+
+    ``epoch`` counts from 0, and ``batch`` is the number of batches of this epoch that are already
+    done.  The other fields describe how the data are split and shuffled, and must not change when
+    training resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
+    ``schedule`` describes the learning-rate schedule; it is empty without one.
+    """
+
+    epoch: _Count
+    batch: _Count
+    batch_size: _Count
+    seed: int
+    shuffle: bool
+    samples: _Count | None
+    schedule: str = ""
