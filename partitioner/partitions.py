@@ -29,7 +29,7 @@ from splitonnx.losses import (
 )
 from splitonnx.manifests import Recipe
 from splitonnx.names import TARGETS, TRAINING, BatchNormModes, DropoutMode, Target
-from splitonnx.optimizers import AdamW, Optimizer, describe_optimizer
+from splitonnx.optimizers import AdamW, Optimizer, assign_groups, describe_optimizer
 from splitonnx.partitioner.advice import add_advice
 from splitonnx.partitioner.cutting.assemblies import assemble
 from splitonnx.partitioner.cutting.conformance.comparisons import (
@@ -261,6 +261,7 @@ def cut_prepared(
     with naming_as_given(prepared.given):
         for name in outputs:
             refuse_untrainable(prepared, name)
+        assign_groups(optimizer.groups, prepared.trainable)  # before the slow step
         try:
             training = build_training(prepared, names_at, names_tail, losses, examine, graphs)
             predicted, own = separate_losses(prepared, losses, [*names_at, *names_tail])

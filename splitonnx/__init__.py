@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
     from splitonnx.errors import SplitonnxError
     from splitonnx.losses import Loss
-    from splitonnx.optimizers import SGD, Adam, AdamW
+    from splitonnx.optimizers import SGD, Adam, AdamW, ParameterGroup
     from splitonnx.partitioner.adaptations import adapt, write_adapted
     from splitonnx.partitioner.merges import merge, write_adapters, write_merged
     from splitonnx.partitioner.permissions import cut
@@ -39,6 +39,7 @@ __all__ = [
     "Client",
     "History",
     "Loss",
+    "ParameterGroup",
     "Server",
     "SplitonnxError",
     "adapt",
@@ -63,6 +64,7 @@ _HOMES = {
     "Client": "runtime.client.clients",
     "History": "runtime.client.histories",
     "Loss": "losses",
+    "ParameterGroup": "optimizers",
     "Server": "runtime.server.servers",
     "SplitonnxError": "errors",
     "adapt": "partitioner.adaptations",

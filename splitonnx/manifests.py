@@ -31,6 +31,7 @@ from splitonnx.errors import FormatError
 from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.losses import Loss, complete_losses
 from splitonnx.names import TRAINING, BatchNormModes, DropoutMode, Target
+from splitonnx.optimizers import Description
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
@@ -188,7 +189,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     tail_at: tuple[str, ...]
     loss: str
     output: str
-    optimizer: dict[str, float | str | None]
+    optimizer: Description
     batchnorm: BatchNormModes = None
     dropout: DropoutMode | None = None
     train: tuple[str, ...] = ()

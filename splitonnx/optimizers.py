@@ -1,6 +1,8 @@
 """Optimizers, described by their kind and hyperparameters; this module computes nothing.
 
-Semantics and defaults are those of torch.optim, so that settings can be copied from PyTorch.
+Semantics and defaults are those of torch.optim, so that settings can be copied from PyTorch.  Like
+torch's parameter groups, ``groups`` have a learning rate and weight decay of their own; the last
+group that matches a parameter applies.
 Gradient clipping (``clip_norm``) uses the global norm over all parameters of all parties, as
 ``torch.nn.utils.clip_grad_norm_`` does.
 """
@@ -8,10 +10,17 @@ Gradient clipping (``clip_norm``) uses the global norm over all parameters of al
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import TypeAlias
 
-from splitonnx.errors import UsageError
+from splitonnx.errors import UsageError, list_some
+
+Settings: TypeAlias = dict[str, float | str | None]
+"""The settings of an optimizer or of a parameter group, by name."""
+Description: TypeAlias = dict[str, float | str | list[Settings] | None]
+"""An optimizer's kind and settings; those of its parameter groups are a list under ``groups``."""
 
 
 def _check(name: str, value: float, *, lower: float, upper: float | None = None) -> None:
@@ -27,6 +36,31 @@ def _check_clip(clip_norm: float | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """The parameters whose name ``pattern`` finds (``re.search``), and how they are updated.
+
+    Their learning rate is the optimizer's, multiplied by ``lr_factor``.  ``weight_decay`` replaces
+    the optimizer's; ``None`` keeps it.
+    """
+
+    pattern: str
+    lr_factor: float = 1.0
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UsageError(
+                f"the pattern '{self.pattern}' of a parameter group is not a regular expression: "
+                f"{error}"
+            ) from error
+        _check("lr_factor", self.lr_factor, lower=0)
+        if self.weight_decay is not None:
+            _check("weight_decay", self.weight_decay, lower=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SGD:
     """Stochastic gradient descent with optional momentum and weight decay.
 
@@ -38,6 +72,7 @@ class SGD:
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    groups: Sequence[ParameterGroup] = ()
 
     def __post_init__(self) -> None:
         _check("lr", self.lr, lower=0)
@@ -59,6 +94,7 @@ class Adam:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float | None = None
+    groups: Sequence[ParameterGroup] = ()
 
     def __post_init__(self) -> None:
         _check("lr", self.lr, lower=0)
@@ -90,12 +126,18 @@ def list_optimizers() -> list[str]:
     return list(_KINDS)
 
 
-def describe_optimizer(optimizer: Optimizer) -> dict[str, float | str | None]:
+def describe_optimizer(optimizer: Optimizer) -> Description:
     """Convert an optimizer to a dictionary of its settings; the key ``name`` contains its kind."""
-    return {"name": type(optimizer).__name__.lower(), **asdict(optimizer)}
+    settings = {key: value for key, value in asdict(optimizer).items() if key != "groups"}
+    described: Description = {"name": type(optimizer).__name__.lower(), **settings}
+    if optimizer.groups:
+        described["groups"] = [asdict(group) for group in optimizer.groups]
+    return described
 
 
-def read_optimizer(description: Mapping[str, float | str | None]) -> Optimizer:
+def read_optimizer(
+    description: Mapping[str, float | str | Sequence[Mapping[str, float | str | None]] | None],
+) -> Optimizer:
     """Build an optimizer from a dictionary of settings; missing settings get their defaults.
 
     Raises:
@@ -105,9 +147,45 @@ def read_optimizer(description: Mapping[str, float | str | None]) -> Optimizer:
     kind = _KINDS.get(str(name))
     if kind is None:
         raise UsageError(f"there is no optimizer '{name}'; choose from {', '.join(_KINDS)}")
-    settings = {key: value for key, value in description.items() if key != "name"}
-    known = [field.name for field in fields(kind)]
+    settings = {key: value for key, value in description.items() if key not in ("name", "groups")}
+    known = [field.name for field in fields(kind) if field.name != "groups"]
+    _check_known(str(name), settings, known)
+    groups = tuple(map(_read_group, description.get("groups") or ()))  # type: ignore[arg-type]
+    return kind(**settings, groups=groups)  # type: ignore[arg-type]  # values by the class
+
+
+def _read_group(settings: Mapping[str, float | str | None]) -> ParameterGroup:
+    _check_known("a parameter group", settings, [field.name for field in fields(ParameterGroup)])
+    return ParameterGroup(**settings)  # type: ignore[arg-type]  # values by the class
+
+
+def _check_known(owner: str, settings: Collection[str], known: Sequence[str]) -> None:
     for key in settings:
         if key not in known:
-            raise UsageError(f"{name} has no setting '{key}'; it has {', '.join(known)}")
-    return kind(**settings)  # type: ignore[arg-type]  # keys are checked, values by the class
+            raise UsageError(f"{owner} has no setting '{key}'; it has {', '.join(known)}")
+
+
+def assign_groups(
+    groups: Sequence[ParameterGroup], parameters: Collection[str]
+) -> dict[str, ParameterGroup]:
+    """Map each parameter that is in a group to its group, the last one that matches its name.
+
+    Raises:
+        UsageError: a group has no parameter.
+    """
+    assigned: dict[str, ParameterGroup] = {}
+    for group in groups:
+        found = [name for name in parameters if re.search(group.pattern, name)]
+        if not found:
+            raise UsageError(
+                f"--param-group {group.pattern}: it finds no parameter that is trained; those are "
+                f"{list_some(list(parameters))}"
+            )
+        assigned |= dict.fromkeys(found, group)
+    for group in groups:
+        if not any(one is group for one in assigned.values()):
+            raise UsageError(
+                f"--param-group {group.pattern} has no effect: later groups have all parameters "
+                "that it finds; put it behind them, or leave it out"
+            )
+    return assigned

@@ -17,6 +17,8 @@ from splitonnx.optimizers import (
     Adam,
     AdamW,
     Optimizer,
+    ParameterGroup,
+    assign_groups,
     describe_optimizer,
     read_optimizer,
 )
@@ -161,7 +163,18 @@ def test_clipping_scales_by_the_global_norm_of_all_parties(scale: float) -> None
 
 
 @pytest.mark.parametrize(
-    "optimizer", [SGD(lr=0.5, momentum=0.1), Adam(clip_norm=2.0), AdamW(lr=1e-4, eps=1e-6)]
+    "optimizer",
+    [
+        SGD(lr=0.5, momentum=0.1),
+        Adam(clip_norm=2.0),
+        AdamW(lr=1e-4, eps=1e-6),
+        AdamW(
+            groups=(
+                ParameterGroup(pattern="bias$", weight_decay=0),
+                ParameterGroup(pattern="^head", lr_factor=10),
+            )
+        ),
+    ],
 )
 def test_a_description_gives_the_same_optimizer_back(optimizer: Optimizer) -> None:
     assert read_optimizer(describe_optimizer(optimizer)) == optimizer
@@ -189,3 +202,36 @@ def test_a_setting_without_an_end_is_refused() -> None:
     for setting in ("lr", "weight_decay", "clip_norm"):
         with pytest.raises(UsageError, match=f"{setting} must be .* finite, not inf"):
             read_optimizer({"name": "sgd", setting: float("inf")})
+
+
+def test_the_last_group_that_matches_a_parameter_applies() -> None:
+    every = ParameterGroup(pattern=".", weight_decay=0.1)
+    head = ParameterGroup(pattern="^head", lr_factor=10)
+    names = ["head.weight", "body.weight"]
+    assert assign_groups([every, head], names) == {"head.weight": head, "body.weight": every}
+    assert assign_groups([head], names) == {"head.weight": head}
+    assert assign_groups([], names) == {}
+
+
+def test_a_group_without_a_parameter_is_refused_and_some_parameters_are_named() -> None:
+    every, head = ParameterGroup(pattern="."), ParameterGroup(pattern="^head")
+    with pytest.raises(UsageError, match=r"\^tail: it finds no parameter.*'head.weight', 'b'"):
+        assign_groups([ParameterGroup(pattern="^tail")], ["head.weight", "b"])
+    with pytest.raises(UsageError, match=r"\^head has no effect: later groups"):
+        assign_groups([head, every], ["head.weight", "b"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"pattern": "("}, "'\\(' of a parameter group is not a regular expression"),
+        ({"pattern": "a", "lr_factor": -1.0}, "lr_factor must be at least 0"),
+        ({"pattern": "a", "weight_decay": float("nan")}, "weight_decay must be at least 0"),
+        ({"pattern": "a", "momentum": 0.5}, "a parameter group has no setting 'momentum'"),
+    ],
+)
+def test_settings_of_a_group_that_make_no_sense_are_refused(
+    settings: dict[str, float | str | None], expected: str
+) -> None:
+    with pytest.raises(UsageError, match=expected):
+        read_optimizer({"name": "sgd", "groups": [settings]})

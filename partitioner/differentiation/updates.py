@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.manifests import LEARNING_RATE, STEP, Role, StateSpec
-from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
+from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, assign_groups
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.tensors import TensorSpec
 
@@ -90,16 +90,17 @@ def build_update(
 ) -> Update:
     """Build the graph that updates ``parameters``.
 
-    ``gradients`` maps each parameter to the name of its gradient.  If ``optimizer.clip_norm`` is
-    set, the graph also reads the squared norms that ``norms`` describes.  A ``portable`` graph uses
-    double precision only if a parameter has double precision, because ONNX Runtime has no such
-    kernels for GPUs in browsers.
+    ``gradients`` maps each parameter of the model to the name of its gradient.  If
+    ``optimizer.clip_norm`` is set, the graph also reads the squared norms that ``norms`` describes.
+    A ``portable`` graph uses double precision only if a parameter has double precision, because
+    ONNX Runtime has no such kernels for GPUs in browsers.
     """
     builder = _Graph("update")
     rate = builder.input(LEARNING_RATE, "F32", ())
     clip = _clip_factor(builder, optimizer, norms)
     is_single = portable and all(spec.dtype != "F64" for spec in parameters)
     shared = _SharedTerms(builder, optimizer, rate, _SINGLE if is_single else _DOUBLE)
+    groups = assign_groups(optimizer.groups, gradients)
     state: list[StateSpec] = []
     outputs: dict[str, ir.Value] = {}
     for spec in parameters:
@@ -107,8 +108,9 @@ def build_update(
         gradient = builder.input(gradients[spec.name], spec.dtype, spec.shape)
         if clip is not None:
             gradient = builder.op("Mul", gradient, builder.cast(clip, _DTYPES[spec.dtype]))
+        rule = shared.choose_rule(groups.get(spec.name))
         step = _update_sgd if isinstance(optimizer, SGD) else _update_adam
-        for name, value in step(builder, spec, parameter, gradient, optimizer, shared).items():
+        for name, value in step(builder, spec, parameter, gradient, optimizer, rule).items():
             value.type, value.shape = parameter.type, parameter.shape
             outputs[name + NEXT] = value
             if name != spec.name:
@@ -138,33 +140,71 @@ def _clip_factor(builder: _Graph, optimizer: Optimizer, norms: Norms | None) -> 
     return builder.op("Min", factor, builder.number(1.0, _SINGLE))
 
 
-class _SharedTerms:
-    """The scalars that the updates of all parameters share; each is computed only once."""
+class _Rule:
+    """The scalars of the update of one group of parameters; each is computed only once."""
 
     def __init__(
-        self, builder: _Graph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
+        self, builder: _Graph, scalars: Mapping[str, ir.Value], weight_decay: float
     ) -> None:
+        self.weight_decay = weight_decay
         self._builder = builder
+        self._scalars = scalars
         self._terms: dict[tuple[str, ir.DataType], ir.Value] = {}
-        self._scalars = {"rate": rate}
-        if isinstance(optimizer, Adam):
-            betas = (optimizer.beta1, optimizer.beta2)
-            step = builder.cast(builder.input(STEP, "I64", ()), _SINGLE)
-            correct = _correct_single if exact is _SINGLE else _correct_double
-            first, second = correct(builder, betas, step)
-            wide = builder.cast(rate, exact)
-            decay = builder.op("Mul", wide, builder.number(optimizer.weight_decay, exact))
-            self._scalars |= {
-                "step_size": builder.op("Div", wide, first),
-                "spread": builder.op("Sqrt", second),
-                "keep": builder.op("Sub", builder.number(1.0, exact), decay),
-            }
 
     def get(self, name: str, dtype: ir.DataType) -> ir.Value:
         """Return the scalar ``name`` in ``dtype``; the cast is built only once."""
         if (name, dtype) not in self._terms:
             self._terms[name, dtype] = self._builder.cast(self._scalars[name], dtype)
         return self._terms[name, dtype]
+
+
+class _SharedTerms:
+    """The scalars that the updates of all parameters share, and the rules of parameter groups."""
+
+    def __init__(
+        self, builder: _Graph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
+    ) -> None:
+        self._builder = builder
+        self._optimizer = optimizer
+        self._rate = rate
+        self._exact = exact
+        self._corrections: Sequence[ir.Value] = ()
+        if isinstance(optimizer, Adam):
+            betas = (optimizer.beta1, optimizer.beta2)
+            step = builder.cast(builder.input(STEP, "I64", ()), _SINGLE)
+            correct = _correct_single if exact is _SINGLE else _correct_double
+            self._corrections = correct(builder, betas, step)
+        self._spread: ir.Value | None = None
+        self._rules: dict[tuple[float, float], _Rule] = {}
+
+    def choose_rule(self, group: ParameterGroup | None) -> _Rule:
+        """Return the scalars of a group, or those of the parameters that are in no group."""
+        factor = 1.0 if group is None else group.lr_factor
+        decay = self._optimizer.weight_decay
+        if group is not None and group.weight_decay is not None:
+            decay = group.weight_decay
+        if (factor, decay) not in self._rules:
+            scalars = self._build_scalars(factor, decay)
+            self._rules[factor, decay] = _Rule(self._builder, scalars, decay)
+        return self._rules[factor, decay]
+
+    def _build_scalars(self, factor: float, weight_decay: float) -> dict[str, ir.Value]:
+        builder, exact, rate = self._builder, self._exact, self._rate
+        if not self._corrections:
+            return {"rate": rate if factor == 1 else self._scale(factor)}
+        first, second = self._corrections
+        wide = builder.cast(rate, exact) if factor == 1 else self._scale(factor)
+        decay = builder.op("Mul", wide, builder.number(weight_decay, exact))
+        step_size = builder.op("Div", wide, first)
+        if self._spread is None:
+            self._spread = builder.op("Sqrt", second)
+        keep = builder.op("Sub", builder.number(1.0, exact), decay)
+        return {"step_size": step_size, "spread": self._spread, "keep": keep}
+
+    def _scale(self, factor: float) -> ir.Value:
+        """Multiply the learning rate by a group's factor, in the precision of the scalars."""
+        wide = self._builder.cast(self._rate, self._exact)
+        return self._builder.op("Mul", wide, self._builder.number(factor, self._exact))
 
 
 def _correct_double(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
@@ -216,17 +256,17 @@ def _update_sgd(
     parameter: ir.Value,
     gradient: ir.Value,
     optimizer: Optimizer,
-    shared: _SharedTerms,
+    rule: _Rule,
 ) -> dict[str, ir.Value]:
     assert isinstance(optimizer, SGD)
     outputs = {}
-    direction = _decay_gradient(builder, spec, parameter, gradient, optimizer.weight_decay)
+    direction = _decay_gradient(builder, spec, parameter, gradient, rule.weight_decay)
     if optimizer.momentum:
         name = f"{spec.name}#momentum"
         velocity = builder.input(name, spec.dtype, spec.shape)
         kept = builder.op("Mul", velocity, builder.number(optimizer.momentum, _DTYPES[spec.dtype]))
         direction = outputs[name] = builder.op("Add", kept, direction)
-    change = builder.op("Mul", direction, shared.get("rate", _DTYPES[spec.dtype]))
+    change = builder.op("Mul", direction, rule.get("rate", _DTYPES[spec.dtype]))
     return {spec.name: builder.op("Sub", parameter, change), **outputs}
 
 
@@ -236,7 +276,7 @@ def _update_adam(
     parameter: ir.Value,
     gradient: ir.Value,
     optimizer: Optimizer,
-    shared: _SharedTerms,
+    rule: _Rule,
 ) -> dict[str, ir.Value]:
     """Build the update of one parameter by Adam or AdamW.
 
@@ -246,10 +286,10 @@ def _update_adam(
     assert isinstance(optimizer, Adam)
     dtype = _DTYPES[spec.dtype]
     if isinstance(optimizer, AdamW):
-        if optimizer.weight_decay:
-            parameter = builder.op("Mul", parameter, shared.get("keep", dtype))
+        if rule.weight_decay:
+            parameter = builder.op("Mul", parameter, rule.get("keep", dtype))
     else:
-        gradient = _decay_gradient(builder, spec, parameter, gradient, optimizer.weight_decay)
+        gradient = _decay_gradient(builder, spec, parameter, gradient, rule.weight_decay)
 
     def blend(name: str, beta: float, value: ir.Value) -> ir.Value:
         old = builder.input(name, spec.dtype, spec.shape)
@@ -259,9 +299,9 @@ def _update_adam(
     first, second = f"{spec.name}#exp_avg", f"{spec.name}#exp_avg_sq"
     mean = blend(first, optimizer.beta1, gradient)
     square = blend(second, optimizer.beta2, builder.op("Mul", gradient, gradient))
-    spread = builder.op("Div", builder.op("Sqrt", square), shared.get("spread", dtype))
+    spread = builder.op("Div", builder.op("Sqrt", square), rule.get("spread", dtype))
     ratio = builder.op("Div", mean, builder.op("Add", spread, builder.number(optimizer.eps, dtype)))
-    change = builder.op("Mul", ratio, shared.get("step_size", dtype))
+    change = builder.op("Mul", ratio, rule.get("step_size", dtype))
     return {spec.name: builder.op("Sub", parameter, change), first: mean, second: square}
 
 

@@ -23,6 +23,7 @@ from splitonnx.errors import (
 from splitonnx.losses import Loss
 from splitonnx.manifests import Role
 from splitonnx.names import DropoutMode
+from splitonnx.optimizers import ParameterGroup, assign_groups
 from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.joints import build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
@@ -90,14 +91,23 @@ class OperatorUse:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AppliedGroup:
+    """A parameter group, and the names of the trained parameters to which it applies."""
+
+    group: ParameterGroup
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """The result of :func:`check`.
 
     ``losses`` names the losses that fit the output.  ``obstacles`` holds one sentence for each
     reason why the model cannot be trained; if it is empty, the model can be trained.  ``layers``
-    lists the weights by layer.  ``remarks`` describe what the export changed, and where training
-    may differ from what the model's author intended; they may include options of ``cut``.  If
-    finding all cuts would take too long, ``cuts`` is empty, and a remark gives the reason.
+    lists the weights by layer, and ``groups`` the parameter groups that were given.  ``remarks``
+    describe what the export changed, and where training may differ from what the model's author
+    intended; they may include options of ``cut``.  If finding all cuts would take too long,
+    ``cuts`` is empty, and a remark gives the reason.
 
     These fields count the elements of weights:
 
@@ -124,6 +134,7 @@ class Check:
     statistics: int
     conditional: int
     layers: tuple[Layer, ...]
+    groups: tuple[AppliedGroup, ...]
     cuts: tuple[CutCandidate, ...]
 
     @property
@@ -142,6 +153,7 @@ def check(
     bind: Mapping[str, Binding] | None = None,
     dequantize: bool = False,
     dropout: DropoutMode | None = None,
+    groups: Sequence[ParameterGroup] = (),
 ) -> Check:
     """Check whether and how a model can be trained.
 
@@ -152,11 +164,13 @@ def check(
         dims, bind: sizes and values of inputs, as for ``cut``.
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         dropout: whether Dropout nodes are on, as for ``cut``.
+        groups: the optimizer's parameter groups.
 
     Raises:
         NotAModel, ForbiddenExternalData: the model cannot be read.
         UnsupportedModel: the model cannot be prepared; the message names the node.
-        UsageError: ``loss`` is not the name of a loss, or the model has no such ``output``.
+        UsageError: ``loss`` is not the name of a loss, the model has no such ``output``, or a
+            group has no parameter.
     """
     if loss is not None and loss not in list_losses():
         raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
@@ -197,7 +211,22 @@ def check(
         statistics=_count(prepared, roles, Role.BUFFER),
         conditional=_count_conditional(prepared),
         layers=list_layers(prepared, doubts, roles),
+        groups=_apply_groups(groups, [n for n, role in roles.items() if role is Role.PARAMETER]),
         cuts=cuts,
+    )
+
+
+def _apply_groups(
+    groups: Sequence[ParameterGroup], parameters: Sequence[str]
+) -> tuple[AppliedGroup, ...]:
+    """List the parameters of each group, in the order in which the groups were given."""
+    assigned = assign_groups(groups, parameters)
+    return tuple(
+        AppliedGroup(
+            group=group,
+            parameters=tuple(name for name in parameters if assigned.get(name) is group),
+        )
+        for group in groups
     )
 
 

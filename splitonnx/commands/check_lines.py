@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from splitonnx.partitioner.reports.checks import Check
+    from splitonnx.partitioner.reports.checks import AppliedGroup, Check
     from splitonnx.partitioner.reports.layers import Layer
     from splitonnx.partitioner.reports.remarks import Remark
 
@@ -89,6 +89,8 @@ def format_check(check: Check, path: Path, width: int | None) -> Iterator[str]:
         f"parameters: {check.parameters:,} to train, {check.frozen:,} frozen{without}, "
         f"{check.statistics:,} running statistics{f', {inner}' if check.conditional else ''}"
     )
+    for applied in check.groups:
+        yield from _wrap(_describe_group(applied), width, "", " " * 8)
     if not any(remark.kind is Kind.CUTS_NOT_LISTED for remark in check.remarks):
         yield f"single-tensor cuts: {len(check.cuts)} (see splitonnx inspect)"
     if check.losses:
@@ -96,6 +98,19 @@ def format_check(check: Check, path: Path, width: int | None) -> Iterator[str]:
     yield from format_remarks(check.remarks, width)
     for obstacle in check.obstacles:
         yield from _wrap(f"in the way: {obstacle}", width, "", " " * 8)
+
+
+def _describe_group(applied: AppliedGroup) -> str:
+    """Describe a parameter group: its pattern, its settings and its parameters."""
+    group = applied.group
+    settings = [f"learning rate x {group.lr_factor:g}"] if group.lr_factor != 1 else []
+    if group.weight_decay is not None:
+        settings.append(f"weight decay {group.weight_decay:g}")
+    count = len(applied.parameters)
+    return (
+        f"group {group.pattern} ({', '.join(settings) or 'as all others'}): {count} "
+        f"{'parameter' if count == 1 else 'parameters'}, {_list(applied.parameters)}"
+    )
 
 
 def _join(layers: Sequence[Layer]) -> list[tuple[str, list[Layer]]]:

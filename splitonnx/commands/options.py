@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,7 @@ import typer
 from splitonnx import names
 from splitonnx.commands.logs import LogFormat, LogLevel
 from splitonnx.errors import UsageError
-from splitonnx.optimizers import Optimizer, read_optimizer
+from splitonnx.optimizers import Optimizer, ParameterGroup, read_optimizer
 
 if TYPE_CHECKING:
     from splitonnx.runtime.client.datasets import Dataset
@@ -34,6 +35,7 @@ class Target(StrEnum):
 
 RECIPE_PANEL = "What is trained, and how"
 """The heading of these options in the help."""
+_GROUP_SETTINGS = ("lr-factor", "weight-decay")
 
 LossOption = Annotated[
     str | None,
@@ -77,6 +79,16 @@ WeightDecayOption = Annotated[
 ClipNormOption = Annotated[
     float | None,
     typer.Option(help="Clip gradients to this global norm.", rich_help_panel=RECIPE_PANEL),
+]
+ParamGroupOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--param-group",
+        metavar="REGEX=SETTING:VALUE,...",
+        help="A learning-rate factor or weight decay of its own where REGEX finds the parameter's "
+        "name, such as bias$=lr-factor:0.1,weight-decay:0; repeatable, the last one applies.",
+        rich_help_panel=RECIPE_PANEL,
+    ),
 ]
 DropoutOption = Annotated[
     Dropout | None,
@@ -175,12 +187,15 @@ def make_optimizer(
     momentum: float | None,
     weight_decay: float | None,
     clip_norm: float | None,
+    groups: Sequence[str] | None = None,
 ) -> Optimizer:
     """Build an optimizer from command-line options; options that are ``None`` get their defaults.
 
+    ``groups`` are the values of ``--param-group``.
+
     Raises:
-        UsageError: the optimizer is unknown or lacks an option that was given, or a value is out
-            of range.
+        UsageError: the optimizer is unknown or lacks an option that was given, or a value is
+            malformed or out of range.
     """
     settings = {
         "lr": lr,
@@ -189,7 +204,40 @@ def make_optimizer(
         "clip_norm": clip_norm,
     }
     given = {key: value for key, value in settings.items() if value is not None}
-    return read_optimizer({"name": name or "adamw", **given})
+    optimizer = read_optimizer({"name": name or "adamw", **given})
+    return replace(optimizer, groups=read_groups(groups))
+
+
+def read_groups(given: Sequence[str] | None) -> tuple[ParameterGroup, ...]:
+    """Return the parameter groups from ``--param-group`` options.
+
+    Raises:
+        UsageError: an option is malformed, or a value is out of range.
+    """
+    return tuple(_read_group(text) for text in given or ())
+
+
+def _read_group(text: str) -> ParameterGroup:
+    pattern, _, rest = text.rpartition("=")
+    settings: dict[str, float] = {}
+    for item in rest.split(","):
+        setting, _, value = item.partition(":")
+        if not pattern or setting in settings or setting not in _GROUP_SETTINGS:
+            raise UsageError(
+                f"--param-group {text}: write it as REGEX=lr-factor:NUMBER,weight-decay:NUMBER, or "
+                "with one of the two"
+            )
+        try:
+            settings[setting] = float(value)
+        except ValueError as error:
+            raise UsageError(
+                f"--param-group {text}: '{value}' is not a number, for {setting}"
+            ) from error
+    return ParameterGroup(
+        pattern=pattern,
+        lr_factor=settings.get("lr-factor", 1.0),
+        weight_decay=settings.get("weight-decay"),
+    )
 
 
 def refuse_both(first: str, second: str, *given: object) -> None:

@@ -38,6 +38,7 @@ from splitonnx.commands.options import (
     MomentumOption,
     OptimizerOption,
     OutputOption,
+    ParamGroupOption,
     QuietOption,
     SeedOption,
     ServerTargetOption,
@@ -46,6 +47,7 @@ from splitonnx.commands.options import (
     WeightDecayOption,
     choose_batch_size,
     make_optimizer,
+    read_groups,
     refuse_both,
 )
 from splitonnx.commands.pairs import print_pairs
@@ -68,12 +70,14 @@ def check(
     bind: BindOption = None,
     dequantize: DequantizeOption = False,
     dropout: DropoutOption = None,
+    param_group: ParamGroupOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check whether a model can be trained; list the rewritten operators and any obstacles.
 
     The exit code is 1 if the model cannot be trained.
     """
+    groups = read_groups(param_group)
     pause_to_the_end()
     found = splitonnx.check(
         model,
@@ -83,6 +87,7 @@ def check(
         bind=read_bindings(bind),
         dequantize=dequantize,
         dropout=None if dropout is None else dropout.value,
+        groups=groups,
     )
     if as_json:
         printing.print_json(found)
@@ -237,6 +242,7 @@ def cut(
     momentum: MomentumOption = None,
     weight_decay: WeightDecayOption = None,
     clip_norm: ClipNormOption = None,
+    param_group: ParamGroupOption = None,
     dropout: DropoutOption = None,
     train: TrainOption = None,
     freeze: FreezeOption = None,
@@ -259,7 +265,12 @@ def cut(
     """Cut a model into a client part and a server part that can be trained together."""
     refuse_both("--json", "--quiet", as_json, quiet)
     optimizing = make_optimizer(
-        optimizer, lr=lr, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm
+        optimizer,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        groups=param_group,
     )
     batchnorm, ties = means.read_batchnorm(), means.read_ties()
     dims, bindings = read_dims(means.dim), read_bindings(means.bind)

@@ -135,9 +135,13 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
             "\n".join(sends),
         )
     _print(table)
-    rate = f"lr {recipe.optimizer['lr']:g}"
+    from splitonnx.optimizers import read_optimizer
+
+    optimizer = read_optimizer(recipe.optimizer)
+    groups = f", parameter groups: {len(optimizer.groups)}" if optimizer.groups else ""
+    rate = f"lr {optimizer.lr:g}"
     losses = " + ".join(loss.kind for loss in recipe.list_losses())
-    _print(f"{path}: {shape}, {losses}, {recipe.optimizer['name']} {rate}")
+    _print(f"{path}: {shape}, {losses}, {recipe.optimizer['name']} {rate}{groups}")
 
 
 def print_written(path: Path, size: int) -> None:

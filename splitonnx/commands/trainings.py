@@ -33,6 +33,7 @@ from splitonnx.commands.options import (
     MomentumOption,
     OptimizerOption,
     OutputOption,
+    ParamGroupOption,
     QuietOption,
     SeedOption,
     ServerOption,
@@ -112,6 +113,7 @@ class LocalOptions(ModelOptions, LossOptions):
     momentum: MomentumOption = None
     weight_decay: WeightDecayOption = None
     clip_norm: ClipNormOption = None
+    param_group: ParamGroupOption = None
     dropout: DropoutOption = None
     train: TrainOption = None
     freeze: FreezeOption = None
@@ -139,6 +141,7 @@ class LocalOptions(ModelOptions, LossOptions):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
+            groups=self.param_group,
         )
         batchnorm, ties = self.read_batchnorm(), self.read_ties()
         losses = self.read_losses()

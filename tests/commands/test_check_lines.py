@@ -10,7 +10,7 @@ from splitonnx.commands.check_lines import MOST_ROWS, format_layers, format_rema
 from splitonnx.manifests import Role
 from splitonnx.partitioner.reports.layers import Layer, LayerWeight
 from splitonnx.partitioner.reports.remarks import Kind, Remark
-from tests.support.commands import Command
+from tests.support.commands import MODEL, Command
 from tests.support.small_models import MODELS
 
 
@@ -85,3 +85,23 @@ def test_the_command_shows_layers_reasons_and_options(command: Command) -> None:
     ]
     doubts = {w["name"]: w["doubt"] for layer in found["layers"] for w in layer["weights"]}
     assert {name for name, doubt in doubts.items() if doubt} == {"mean", "std", "pe", "dft"}
+
+
+def test_the_command_shows_the_parameters_of_each_group(command: Command) -> None:
+    groups = (
+        "--param-group", "=weight-decay:0", "--param-group", "mean=lr-factor:1",
+    )  # fmt: skip
+    assert "write it as REGEX=lr-factor" in command.fail("check", MODEL, *groups)
+    out = command.succeed(
+        "check", MODEL,
+        "--param-group", "bias$=weight-decay:0",
+        "--param-group", r"^head\.linear\.bias$=lr-factor:10,weight-decay:0.1",
+    )  # fmt: skip
+    lines = [line for line in out.splitlines() if line.startswith("group ")]
+    assert lines[0].startswith("group bias$ (weight decay 0): ")
+    assert "head.linear.bias" not in lines[0]
+    assert lines[1:] == [
+        r"group ^head\.linear\.bias$ (learning rate x 10, weight decay 0.1): 1 parameter, "
+        "head.linear.bias"
+    ]
+    assert "finds no parameter" in command.fail("check", MODEL, "--param-group", "tail=lr-factor:2")

@@ -7,9 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from splitonnx.commands.options import choose_batch_size, make_optimizer, refuse_both
+from splitonnx.commands.options import (
+    choose_batch_size,
+    make_optimizer,
+    read_groups,
+    refuse_both,
+)
 from splitonnx.errors import UsageError
-from splitonnx.optimizers import SGD, AdamW
+from splitonnx.optimizers import SGD, AdamW, ParameterGroup
 from splitonnx.runtime.client.datasets import open_dataset
 from tests.support.commands import AT, MODEL, Command
 
@@ -58,3 +63,30 @@ def test_a_batch_size_is_for_data_that_are_not_divided_into_batches() -> None:
     assert choose_batch_size(8, rows) == choose_batch_size(8, batches, rows) == 8
     with pytest.raises(UsageError, match="--batch-size has no effect"):
         choose_batch_size(8, batches, batches)
+
+
+def test_parameter_groups_are_read_behind_the_last_equals_sign() -> None:
+    assert read_groups(None) == ()
+    assert read_groups(["bias$=weight-decay:0", "a=b=lr-factor:0.1,weight-decay:1e-3"]) == (
+        ParameterGroup(pattern="bias$", weight_decay=0),
+        ParameterGroup(pattern="a=b", lr_factor=0.1, weight_decay=1e-3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("bias$", "write it as REGEX=lr-factor"),
+        ("bias$=", "write it as REGEX=lr-factor"),
+        ("=lr-factor:1", "write it as REGEX=lr-factor"),
+        ("b=lr:1", "write it as REGEX=lr-factor"),
+        ("b=lr-factor:1,lr-factor:2", "write it as REGEX=lr-factor"),
+        ("b=lr-factor:fast", "'fast' is not a number, for lr-factor"),
+        ("b=lr-factor", "'' is not a number, for lr-factor"),
+        ("b=weight-decay:-1", "weight_decay must be at least 0"),
+        ("(=weight-decay:0", "not a regular expression"),
+    ],
+)
+def test_a_malformed_parameter_group_is_refused(text: str, expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        read_groups([text])

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import gc
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
+from splitonnx.bundles import Bundle
 from splitonnx.errors import NotAModel, UnknownTensor, UsageError
 from splitonnx.names import Target
-from splitonnx.optimizers import SGD, AdamW, describe_optimizer
+from splitonnx.optimizers import (
+    SGD,
+    AdamW,
+    ParameterGroup,
+    describe_optimizer,
+    read_optimizer,
+)
 from splitonnx.partitioner.cutting.preparations import choose_output, prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut, cut_prepared
 from splitonnx.partitioner.reports.inspections import list_cuts
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import verify
 from tests.support.zoo import FLOAT, INT64, ZOO, Net
 
@@ -106,6 +120,47 @@ def test_a_split_model_trains_as_the_whole() -> None:
     bundle = cut(entry.build(), at="r1", tail_at="sum", server_target="portable")
     found = verify(bundle, entry.data(12), steps=2, batch_size=6)
     assert found.largest_difference <= 1e-6
+
+
+def test_parameter_groups_have_rates_of_their_own_on_both_sides(tmp_path: Path) -> None:
+    """One step of SGD moves a parameter by its gradient, times the group's rate."""
+    entry = ZOO["residual"]
+    data = dict(entry.data(8))
+
+    def take_step(bundle: Bundle) -> dict[str, np.ndarray]:
+        assert bundle.server is not None
+        link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
+        with Client(bundle.client, link, threads=1) as client:
+            client.step(data)
+            link.drain()
+            after = {**client.state(), **link.executor.state()}
+        before = {**bundle.client.state(), **bundle.server.state()}
+        return {name: after[name].astype(np.float64) - before[name] for name in before}
+
+    def cut_with(groups: Sequence[ParameterGroup]) -> Bundle:
+        return cut(entry.build(), at="r1", tail_at="sum", optimizer=SGD(lr=0.5, groups=groups))
+
+    plain = take_step(cut_with([]))
+    groups = (
+        ParameterGroup(pattern=".", lr_factor=0.5),
+        ParameterGroup(pattern=f"^{re.escape(list(plain)[-1])}$", lr_factor=0.25),
+    )
+    bundle = cut_with(groups)
+    bundle.save(tmp_path / "bundle")
+    loaded = Bundle.load(tmp_path / "bundle")
+    assert read_optimizer(loaded.manifest.recipe.optimizer) == SGD(lr=0.5, groups=groups)
+    for name, change in take_step(loaded).items():
+        factor = 0.25 if name == list(plain)[-1] else 0.5
+        np.testing.assert_allclose(change, factor * plain[name], rtol=1e-4, atol=1e-7)
+        assert np.any(change)
+    assert verify(loaded, data, steps=2, batch_size=4).largest_difference <= 1e-6
+
+
+def test_a_group_that_finds_no_trained_parameter_is_refused() -> None:
+    optimizer = SGD(groups=(ParameterGroup(pattern="^b0$"),))
+    assert cut(ZOO["chain"].build(), at="act1", optimizer=optimizer)
+    with pytest.raises(UsageError, match=r"--param-group \^b0\$: it finds no parameter that is"):
+        cut(ZOO["chain"].build(), at="act1", optimizer=optimizer, freeze=["^b0$"])
 
 
 def test_the_loss_is_taken_of_the_first_float_output_unless_one_is_named() -> None:

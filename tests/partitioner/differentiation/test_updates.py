@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from splitonnx.manifests import LEARNING_RATE, STEP, Role
-from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer
+from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup
 from splitonnx.partitioner.differentiation.updates import (
     NEXT,
     Norms,
@@ -69,6 +70,16 @@ def draw_gradients(count: int) -> list[Arrays]:
     ]
 
 
+def find_settings(optimizer: Optimizer, name: str) -> tuple[float, float]:
+    """The rate and the weight decay of a parameter, as of a torch optimizer with that group."""
+    rate, decay = RATE, optimizer.weight_decay
+    for group in optimizer.groups:
+        if re.search(group.pattern, name):
+            rate = RATE * group.lr_factor
+            decay = optimizer.weight_decay if group.weight_decay is None else group.weight_decay
+    return rate, decay
+
+
 def refer(optimizer: Optimizer, steps: Sequence[Arrays]) -> list[Arrays]:
     """The formulas of torch.optim, in float64."""
     values = {name: array.astype(np.float64) for name, array in start().items()}
@@ -78,21 +89,21 @@ def refer(optimizer: Optimizer, steps: Sequence[Arrays]) -> list[Arrays]:
     for number, gradients in enumerate(steps, 1):
         for name in values:
             g = gradients[GRADIENTS[name]].astype(np.float64)
-            p, decay = values[name], optimizer.weight_decay
+            p, (rate, decay) = values[name], find_settings(optimizer, name)
             if isinstance(optimizer, AdamW):
-                p = p * (1 - RATE * decay)
+                p = p * (1 - rate * decay)
             else:
                 g = g + decay * p
             if isinstance(optimizer, SGD):
                 first[name] = optimizer.momentum * first[name] + g
-                values[name] = p - RATE * first[name]
+                values[name] = p - rate * first[name]
                 continue
             assert isinstance(optimizer, Adam)
             first[name] = optimizer.beta1 * first[name] + (1 - optimizer.beta1) * g
             second[name] = optimizer.beta2 * second[name] + (1 - optimizer.beta2) * g**2
             mean = first[name] / (1 - optimizer.beta1**number)
             square = second[name] / (1 - optimizer.beta2**number)
-            values[name] = p - RATE * mean / (np.sqrt(square) + optimizer.eps)
+            values[name] = p - rate * mean / (np.sqrt(square) + optimizer.eps)
         history.append(dict(values))
     return history
 
@@ -105,6 +116,18 @@ OPTIMIZERS = [
     AdamW(lr=RATE),
     AdamW(lr=RATE, weight_decay=0.0),
     AdamW(lr=RATE, beta1=0.0, weight_decay=0.3),
+    SGD(lr=RATE, momentum=0.9, weight_decay=0.1, groups=[ParameterGroup(pattern="b", lr_factor=2)]),
+    SGD(lr=RATE, groups=[ParameterGroup(pattern="w", lr_factor=0.1, weight_decay=0.3)]),
+    Adam(lr=RATE, groups=[ParameterGroup(pattern="w", weight_decay=0.3)]),
+    AdamW(
+        lr=RATE,
+        weight_decay=0.3,
+        groups=[
+            ParameterGroup(pattern=".", lr_factor=0.5),
+            ParameterGroup(pattern="b", weight_decay=0),
+        ],
+    ),
+    AdamW(lr=RATE, weight_decay=0.3, groups=[ParameterGroup(pattern="w", lr_factor=0)]),
 ]
 
 
@@ -139,6 +162,13 @@ def test_a_portable_update_has_no_double_precision() -> None:
         graph = build_update(SPECS, GRADIENTS, AdamW(), portable=portable).graph
         casts = {n.attributes.get_int("to", 0) for n in graph if n.op_type == "Cast"}
         assert (ir.DataType.DOUBLE.value in casts) is not portable
+
+
+def test_a_group_may_have_parameters_of_the_other_party_alone() -> None:
+    optimizer = SGD(lr=RATE, groups=[ParameterGroup(pattern="^b$", lr_factor=0.5)])
+    made = build_update(SPECS[:1], GRADIENTS, optimizer)
+    plain = build_update(SPECS[:1], GRADIENTS, SGD(lr=RATE))
+    assert [node.op_type for node in made.graph] == [node.op_type for node in plain.graph]
 
 
 def test_the_state_that_an_optimizer_keeps_is_declared_and_replaced() -> None:
