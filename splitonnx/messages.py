@@ -124,19 +124,26 @@ class Save(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The client's request that the server save its state at ``step``.
 
     When the server has saved its state, the client saves its own.  ``publish`` means that the state
-    is not only a checkpoint to go back to, but also the outcome of the training.
+    is not only a checkpoint to go back to, but also the outcome of the training.  ``keep`` means
+    that the client may want to return to this step at the end of training; the server keeps its
+    newest two such checkpoints, however many come after them.
     """
 
     session: str
     step: Count
     publish: bool = False
+    keep: bool = False
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The server's reply to :class:`Save`: its state was saved."""
+    """The server's reply to :class:`Save`: its state was saved.
+
+    ``keep`` is that of the request; a server that does not know it leaves it out.
+    """
 
     session: str
     step: Count
+    keep: bool = False
 
 
 class Unsaved(msgspec.Struct, frozen=True, kw_only=True, tag=True):

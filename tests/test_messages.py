@@ -52,6 +52,8 @@ EVERY: list[Message] = [
     Welcome(session="s", digest="d", step=3, wires={"train": (WIRE,)}),
     TASK,
     Save(session="s", step=3, publish=True),
+    Save(session="s", step=3, keep=True),
+    Saved(session="s", step=3, keep=True),
     Saved(session="s", step=3),
     Unsaved(session="s", step=3, reason="no space left"),
     Fault(code="StaleConnection", reason="später", newest=3),

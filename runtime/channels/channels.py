@@ -19,19 +19,14 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 from splitonnx.errors import (
-    BatchTooLarge,
     ConnectionLost,
     LocalProtocolError,
-    NotFinite,
-    NotPermitted,
     ProtocolError,
-    RemoteFault,
     RemoteProtocolError,
     ServerBusy,
     SplitonnxError,
     StaleConnection,
     StepsLost,
-    TaskTooLarge,
 )
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import (
@@ -48,6 +43,7 @@ from splitonnx.messages import (
     Welcome,
 )
 from splitonnx.names import TRAIN
+from splitonnx.runtime.channels.faults import translate_fault
 from splitonnx.runtime.channels.open_tasks import OpenTask
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import Protocol, list_wires
@@ -124,6 +120,11 @@ class Channel:
         self._lost_at = None  # nothing was lost before the start
 
     @property
+    def can_reconnect(self) -> bool:
+        """Return whether the channel can open connections."""
+        return self._dial is not None
+
+    @property
     def traffic(self) -> tuple[int, int]:
         """Return how many bytes have been sent and received so far, across all connections."""
         sent, received = self._past_traffic
@@ -191,17 +192,17 @@ class Channel:
                     self._last = None  # the server is past that step
                 return tensors
 
-    def save(self, step: int, *, publish: bool = False) -> str:
+    def save(self, step: int, *, publish: bool = False, keep: bool = False) -> str:
         """Ask the server to save its state at ``step``; return the reason for failure, or ``""``.
 
-        ``publish`` means that the server also saves the state as the outcome of the training.
+        ``publish`` makes the state the outcome, too; ``keep`` is for :meth:`return_to_step`.
 
         Raises:
             StepsLost, ConnectionLost, RemoteFault: see :meth:`receive_wires`.
         """
         while True:
             try:
-                self._send(Save(session=self.session, step=step, publish=publish))
+                self._send(Save(session=self.session, step=step, publish=publish, keep=keep))
                 answer = self._receive_saved()
             except ConnectionLost as error:
                 self._reconnect(error)
@@ -209,7 +210,22 @@ class Channel:
             if answer.step != step:
                 raise RemoteProtocolError(f"it saved step {answer.step}, not {step}")
             self._note_progress()
-            return answer.reason if isinstance(answer, Unsaved) else ""
+            if isinstance(answer, Unsaved):
+                return answer.reason
+            return "its version cannot keep the best state" if keep and not answer.keep else ""
+
+    def return_to_step(self) -> None:
+        """Connect again, so that the server goes back to the client's step, an earlier one.
+
+        Raises:
+            StepsLost: the server does not have that step any more; the client must go back further.
+            ConnectionLost: the server could not be reached in time.
+        """
+        self._hang_up()
+        self.step = self._find_server(None)
+        self._note_progress()
+        if self.step != self._find_resume_point().step:
+            raise StepsLost(self.step)
 
     def close(self, *, for_good: bool = True) -> None:
         """End the session with a Bye message and close the connection; may be called twice.
@@ -380,21 +396,5 @@ class Channel:
             raise ConnectionLost("the server", "the connection is closed")
         message, tensors = self._protocol.receive(self._transport.receive())
         if isinstance(message, Fault):
-            raise _translate(message, self._generation)
+            raise translate_fault(message, self._generation)
         return message, tensors
-
-
-def _translate(fault: Fault, generation: int) -> SplitonnxError:
-    if fault.code == StaleConnection.__name__:
-        return StaleConnection(generation, fault.newest)
-    if fault.code == ServerBusy.__name__:
-        return ServerBusy(fault.reason)
-    if fault.code == NotFinite.__name__:
-        return NotFinite(fault.subject, f"{fault.reason}, at the server")
-    if fault.code == BatchTooLarge.__name__:
-        return BatchTooLarge(fault.subject, fault.needed, fault.limit)
-    if fault.code == NotPermitted.__name__:
-        return NotPermitted(fault.subject, fault.reason)
-    if fault.code == TaskTooLarge.__name__:
-        return TaskTooLarge(fault.needed, fault.limit)
-    return RemoteFault(fault.code, fault.reason)

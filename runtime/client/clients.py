@@ -35,6 +35,7 @@ from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.client.options import (
     FitOptions,
     LearningRate,
+    check_stopping,
     fit_schedule,
     require_positive,
 )
@@ -47,6 +48,7 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.runtime.wire.transports import Transport
 from splitonnx.schedules import Schedule
+from splitonnx.stopping import EarlyStopping
 from splitonnx.tensors import TensorSpec
 
 _ALREADY_TRAINING = "this client is already training"
@@ -184,6 +186,7 @@ class Client:
         learning_rate: LearningRate = None,
         schedule: Schedule | None = None,
         shuffle: bool = True,
+        stopping: EarlyStopping | None = None,
         checkpoint_every: int | None = None,
         when_unsaved: WhenUnsaved = "stop",
         restart: bool = False,
@@ -209,6 +212,7 @@ class Client:
                 so far; by default, the optimizer's own learning rate.
             schedule: multiplies the learning rate in each step; see :mod:`splitonnx.schedules`.
             shuffle: use a different random order of the data in each epoch.
+            stopping: return to the best evaluation's state; see :mod:`splitonnx.stopping`.
             checkpoint_every: number of steps between checkpoints, which both sides write to their
                 folders; by default, no checkpoints are written.
             when_unsaved: what to do if a checkpoint cannot be written: ``"stop"`` or
@@ -228,7 +232,7 @@ class Client:
             FolderInUse: another client is training in the folder.
             UsageError: a number is out of range; another call of this method is still running; or
                 the resumed run started with a different seed, batch size, shuffling, number of
-                samples or schedule.
+                samples, schedule or early stopping.
             NotSaved: a checkpoint or the trained state cannot be saved.
             StepsLost: the server lost steps that were performed before this call, or repeatedly
                 lost the same steps.
@@ -241,6 +245,8 @@ class Client:
         held_out = None if eval_data is None else open_dataset(eval_data)
         if held_out is not None:
             held_out.check(self._evaluation_data())
+        metrics = () if held_out is None else self._phase(EVALUATE).results
+        check_stopping(stopping, metrics, can_return=self._runner.can_return)
         specs = self._phase(TRAIN).data
         rates = fit_schedule(
             schedule, learning_rate, training, specs, epochs=epochs, batch_size=batch_size
@@ -251,6 +257,7 @@ class Client:
             epochs=epochs,
             learning_rate=learning_rate,
             rates=rates,
+            stopping=stopping,
             checkpoint_every=checkpoint_every,
             when_unsaved=when_unsaved,
             save=save,
@@ -265,11 +272,12 @@ class Client:
             shuffle=shuffle,
             samples=training.size,
             schedule="" if rates is None else str(rates),
+            stopping="" if stopping is None else str(stopping),
         )
         with self._training():
             if save:
                 self._run.hold()  # fail now rather than after training
-            if checkpoint_every is not None:
+            if checkpoint_every is not None or stopping is not None:
                 self._run.begin_run(restart=restart)
             self._executor.prepare(TRAIN)
             if on_start is not None:

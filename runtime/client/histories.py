@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import msgspec
 
+from splitonnx.runtime.storage.positions import Best
+
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The record of one training step.
@@ -50,11 +52,16 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
 
 
-class History(msgspec.Struct, frozen=True, kw_only=True):
-    """The records of one call to :meth:`Client.fit`, in chronological order."""
+class History(msgspec.Struct, kw_only=True):
+    """The records of one call to :meth:`Client.fit`, in chronological order.
+
+    ``best`` is the evaluation whose state the client has at the end, if the best one was kept.  The
+    steps after it are in ``steps``, too.
+    """
 
     steps: list[StepRecord] = []
     evaluations: list[Evaluation] = []
+    best: Best | None = None
 
     @property
     def samples_per_second(self) -> float:

@@ -11,6 +11,7 @@ from splitonnx.runtime.client.datasets import Dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.runners import WhenUnsaved
 from splitonnx.schedules import RatePlan, Schedule, plan_rates
+from splitonnx.stopping import EarlyStopping
 from splitonnx.tensors import TensorSpec
 
 LearningRate: TypeAlias = float | Callable[[int], float] | None
@@ -30,6 +31,7 @@ class FitOptions:
     epochs: int
     learning_rate: LearningRate
     rates: RatePlan | None
+    stopping: EarlyStopping | None
     checkpoint_every: int | None
     when_unsaved: WhenUnsaved
     save: bool
@@ -79,3 +81,27 @@ def fit_schedule(
             "learning rate with a function of the step"
         )
     return plan_rates(schedule, epochs=epochs, steps_per_epoch=batches)
+
+
+def check_stopping(
+    stopping: EarlyStopping | None, metrics: Sequence[str], *, can_return: bool
+) -> None:
+    """Check that evaluations have the metric of early stopping, and that both sides can go back.
+
+    ``metrics`` are the numbers that an evaluation computes; without evaluations there are none.
+
+    Raises:
+        UsageError: there are no evaluations, they do not compute that metric, or the client has
+            only a given connection.
+    """
+    if stopping is None:
+        return
+    if not can_return:
+        raise UsageError("early stopping needs a server's URL or a function that connects")
+    if not metrics:
+        raise UsageError("early stopping needs data to evaluate on: pass eval_data (--eval-data)")
+    if stopping.metric not in metrics:
+        raise UsageError(
+            f"there is no metric '{stopping.metric}' to stop by; an evaluation has "
+            f"{', '.join(metrics)}"
+        )

@@ -86,8 +86,12 @@ class TaskRunner:
         if kind is not None and not issubclass(kind, StepsLost):
             self.close()
 
-    def checkpoint(self, position: DataPosition, when_unsaved: WhenUnsaved) -> None:
-        """Make both sides write a checkpoint, one after the other.
+    def checkpoint(
+        self, position: DataPosition, when_unsaved: WhenUnsaved, *, keep: bool = False
+    ) -> bool:
+        """Make both sides write a checkpoint, one after the other; return whether both did.
+
+        ``keep`` means that :meth:`return_to` may return to this step later.
 
         Each side keeps its two newest checkpoints.  As long as neither side gets two checkpoints
         ahead of the other, both have a checkpoint of the same step.  Therefore, if the client could
@@ -99,15 +103,35 @@ class TaskRunner:
         """
         try:
             if self.run.is_behind:
-                self.run.write(self.executor, position)
-                self._save_remotely()
+                self.run.write(self.executor, position, keep=keep)
+                self._save_remotely(keep=keep)
             else:
-                self._save_remotely()
-                self.run.write(self.executor, position)
+                self._save_remotely(keep=keep)
+                self.run.write(self.executor, position, keep=keep)
         except NotSaved as error:
             if when_unsaved == "stop":
                 raise
             _logger.warning("%s; training continues", error)
+            return False
+        return True
+
+    def return_to(self, step: int) -> None:
+        """Make both sides go back to an earlier step, which :meth:`checkpoint` was told to keep.
+
+        Raises:
+            BundleError: the client's state of that step is not there any more.
+            StepsLost, ProtocolError: see :meth:`perform`.
+        """
+        self._require_open()
+        with self._going_back():
+            self.position = self.run.go_back(self.executor, step)
+            if self._channel is not None:
+                self._channel.return_to_step()
+
+    @property
+    def can_return(self) -> bool:
+        """Return whether both sides can go back to an earlier step when they are told to."""
+        return self._channel is None or self._channel.can_reconnect
 
     def publish(self) -> None:
         """Make the server and then the client save their states as the outcome of the training.
@@ -158,11 +182,11 @@ class TaskRunner:
                 return self.executor.finish(key)
             self.executor.deliver(key, self._remote().receive_wires())
 
-    def _save_remotely(self, *, publish: bool = False) -> None:
+    def _save_remotely(self, *, publish: bool = False, keep: bool = False) -> None:
         if self._channel is None:
             return
         with self._going_back():
-            reason = self._channel.save(self.executor.step, publish=publish)
+            reason = self._channel.save(self.executor.step, publish=publish, keep=keep)
         if reason:
             raise NotSaved("the server's folder", reason)
 

@@ -6,6 +6,7 @@ The task runner performs the tasks and communicates with the server.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 
 import msgspec
@@ -20,7 +21,7 @@ from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.client.options import FitOptions, LearningRate, has_fixed_rows
 from splitonnx.runtime.client.runners import TaskRunner
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.positions import DataPosition
+from splitonnx.runtime.storage.positions import Best, DataPosition
 
 MOST_RETURNS = 100
 """How many times in a row the server may lose steps without any new step in between."""
@@ -53,8 +54,9 @@ class TrainingLoop:
         farthest, returns = first, 0
         while True:
             try:
-                while position.epoch < options.epochs:
+                while position.epoch < options.epochs and not _has_stopped(options, position):
                     position = self._train_epoch(options, position, history)
+                position = self._return_to_best(options, position, history)
                 self._runner.position = position
                 if options.save:
                     self._runner.publish()
@@ -98,7 +100,43 @@ class TrainingLoop:
             history.evaluations.append(evaluation)
             if options.on_epoch is not None:
                 options.on_epoch(evaluation)
-        return msgspec.structs.replace(position, epoch=position.epoch + 1, batch=0)
+            return self._judge(options, evaluation, position)
+        return _begin_next_epoch(position)
+
+    def _judge(
+        self, options: FitOptions, evaluation: Evaluation, position: DataPosition
+    ) -> DataPosition:
+        """Keep the state on both sides if it is the best so far; return the next position."""
+        following = _begin_next_epoch(position)
+        stopping, best = options.stopping, position.best
+        if stopping is None:
+            return following
+        value = evaluation.metrics[stopping.metric]
+        if best is None or stopping.is_better(value, best.value):
+            newest = Best(
+                epoch=evaluation.epoch,
+                step=self._executor.step,
+                value=value if math.isfinite(value) else None,
+            )
+            better = msgspec.structs.replace(following, best=newest)
+            is_kept = self._runner.checkpoint(better, options.when_unsaved, keep=True)
+            return better if is_kept else following
+        waiting = msgspec.structs.replace(best, waited=best.waited + 1)
+        return msgspec.structs.replace(following, best=waiting)
+
+    def _return_to_best(
+        self, options: FitOptions, position: DataPosition, history: History
+    ) -> DataPosition:
+        """Make both sides go back to the best state, and return the position after the last epoch.
+
+        After that position, a run that is resumed makes no further steps.
+        """
+        history.best = position.best
+        if position.best is None:
+            return position
+        if position.best.step != self._executor.step:
+            self._runner.return_to(position.best.step)
+        return msgspec.structs.replace(position, epoch=max(position.epoch, options.epochs))
 
     def _record_step(
         self, batch: Batch, position: DataPosition, learning_rate: float
@@ -170,3 +208,13 @@ class TrainingLoop:
         if options.rates is None:
             return rate
         return rate * options.rates.get_factor(position.epoch, position.batch)
+
+
+def _begin_next_epoch(position: DataPosition) -> DataPosition:
+    return msgspec.structs.replace(position, epoch=position.epoch + 1, batch=0)
+
+
+def _has_stopped(options: FitOptions, position: DataPosition) -> bool:
+    """Return whether training stops early at a position."""
+    stopping, best = options.stopping, position.best
+    return stopping is not None and best is not None and stopping.is_over(best.waited)

@@ -19,11 +19,8 @@ from splitonnx.folder_locks import FolderLock
 from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.runtime.channels.channels import ResumePoint
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.checkpoints import (
-    Checkpoint,
-    CheckpointStore,
-    list_sessions,
-)
+from splitonnx.runtime.storage.checkpoint_files import list_sessions
+from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.states import check_home
 
@@ -45,6 +42,7 @@ class TrainingRun:
         self.is_behind = False
         self._party = party
         self._lock: FolderLock | None = None
+        self._kept: tuple[int, Mapping[str, np.ndarray], DataPosition | None] | None = None
         self._origin, self._start = party.session, party.step
         self._state: Mapping[str, np.ndarray] = party.state()
         self._store = _open_store(party, session)
@@ -105,8 +103,13 @@ class TrainingRun:
         except BundleError:  # they may exist but be unreadable
             return True
 
-    def write(self, executor: Executor, position: DataPosition | None) -> None:
+    def write(
+        self, executor: Executor, position: DataPosition | None, *, keep: bool = False
+    ) -> None:
         """Write the executor's state and the position in the data to disk as a durable checkpoint.
+
+        ``keep`` means that the client may return to this step at the end of training.  A bundle
+        that exists only in memory keeps such a state in memory.
 
         Raises:
             NotSaved: the checkpoint cannot be written; earlier checkpoints are kept.
@@ -114,7 +117,10 @@ class TrainingRun:
             FolderInUse: another client is training in the folder.
         """
         if self._store is None:
-            raise BundleError("bundle in memory", "it has no folder to keep checkpoints in")
+            if not keep:
+                raise BundleError("bundle in memory", "it has no folder to keep checkpoints in")
+            self._kept = (executor.step, executor.state(), position)
+            return
         self.hold()
         self.is_behind = True
         if self._party.path is not None:
@@ -125,7 +131,8 @@ class TrainingRun:
                 step=executor.step,
                 tensors=executor.state(),
                 position=position,
-            )
+            ),
+            keep=keep,
         )
         self.is_behind = False
 
@@ -154,14 +161,19 @@ class TrainingRun:
         Raises:
             BundleError: the state of ``step`` was not kept.
         """
+        is_on_disk = self._store is not None and step in self._store.steps()
+        is_in_memory = self._kept is not None and step == self._kept[0]
+        if not is_on_disk and not is_in_memory and step != self._start:
+            raise BundleError(f"session {self.session}", f"no state of step {step} was kept")
         if self._store is not None:
             self._store.rewind(step)
-        if self._store is not None and step in self._store.steps():
-            checkpoint = self._store.read(step)
-            executor.restore(checkpoint.tensors, step)
-            return checkpoint.position
-        if step != self._start:
-            raise BundleError(f"session {self.session}", f"no state of step {step} was kept")
+            if is_on_disk:
+                checkpoint = self._store.read(step)
+                executor.restore(checkpoint.tensors, step)
+                return checkpoint.position
+        if self._kept is not None and is_in_memory:
+            executor.restore(self._kept[1], step)
+            return self._kept[2]
         executor.restore(self._state, step)
         return None
 
@@ -174,12 +186,12 @@ class TrainingRun:
 
         Raises:
             UsageError: the resumed run started with a different seed, batch size, shuffling, number
-                of samples or learning-rate schedule.
+                of samples, learning-rate schedule or early stopping.
         """
         kept = self.position
         if kept is None:
             return start
-        for field in ("batch_size", "seed", "shuffle", "samples", "schedule"):
+        for field in ("batch_size", "seed", "shuffle", "samples", "schedule", "stopping"):
             before, now = getattr(kept, field), getattr(start, field)
             if before != now:
                 raise UsageError(

@@ -179,7 +179,7 @@ class Session:
             if self._store is None:
                 raise BundleError("bundle in memory", "it has no folder to save the state in")
             with self._saving(self._store, publish=message.publish):
-                self._store.write(self._make_checkpoint())
+                self._store.write(self._make_checkpoint(), keep=message.keep)
                 if message.publish:
                     self.executor.publish(session=self.id, owner=self.owner)
                     self._published = message.step
@@ -187,7 +187,7 @@ class Session:
             _logger.error("session %s: %s", self.id, error)  # the client may not learn the path
             return Unsaved(session=self.id, step=message.step, reason=error.reason)
         self._saved = message.step
-        return Saved(session=self.id, step=message.step)
+        return Saved(session=self.id, step=message.step, keep=message.keep)
 
     def finish(self) -> None:
         """End the session for good; if its current state was published, delete its checkpoints."""

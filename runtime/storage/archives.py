@@ -22,7 +22,8 @@ import numpy as np
 
 from splitonnx.errors import DiskQuotaUsed, ForeignSession
 from splitonnx.manifests import PartyManifest, StateSpec
-from splitonnx.runtime.storage.checkpoints import CheckpointStore, list_folders
+from splitonnx.runtime.storage.checkpoint_files import list_folders
+from splitonnx.runtime.storage.checkpoints import CheckpointStore
 from splitonnx.states import (
     STATE,
     check_home,

@@ -4,6 +4,7 @@ A session's checkpoints are safetensors files in their own folder::
 
     <party folder>/sessions/<session>/
         <step>.safetensors       the newest checkpoints, two by default
+        <step>.best.safetensors  the newest two that training may return to at its end
         stopped.safetensors      the state at a graceful stop, if there was one
 
 Each file is written atomically and durably, and contains a SHA-256 checksum of its content.  A file
@@ -16,8 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,14 @@ from splitonnx.codecs import decode_tensors
 from splitonnx.errors import BundleError, FormatError, NotSaved, UsageError
 from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.manifests import PartyManifest
+from splitonnx.runtime.storage.checkpoint_files import (
+    SESSIONS,
+    STEP,
+    STOPPED,
+    is_best,
+    list_names,
+    name_step,
+)
 from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.states import (
     MAX_HEADER,
@@ -44,9 +51,6 @@ from splitonnx.states import (
 )
 
 FORMAT = "splitonnx.checkpoint/1"
-SESSIONS = "sessions"
-"""The name of the folder in a party's folder that contains a folder for each session."""
-STOPPED = "stopped.safetensors"
 KEPT = 2
 """How many checkpoints are kept per session.
 
@@ -54,7 +58,6 @@ The parties write their checkpoints one after the other.  So the newest checkpoi
 side only, and the one before it is needed to continue.
 """
 
-_STEP = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
 _FACTS = "splitonnx"
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Stamp = tuple[int, int, int]
@@ -118,11 +121,12 @@ class CheckpointStore:
         self._whole: dict[tuple[str, _Stamp], int] = {}
         self._broken: set[tuple[str, _Stamp]] = set()
 
-    def write(self, checkpoint: Checkpoint) -> None:
+    def write(self, checkpoint: Checkpoint, *, keep: bool = False) -> None:
         """Write a checkpoint atomically, then delete those of later steps and the oldest ones.
 
-        The newest ``kept`` checkpoints remain.  The state of an earlier graceful stop is deleted.
-        Once this method returns, the checkpoint survives a power failure.
+        The newest ``kept`` checkpoints remain, and the newest ``KEPT`` of those that were written
+        with ``keep``.  The state of an earlier graceful stop is deleted.  Once this method returns,
+        the checkpoint survives a power failure.
 
         Raises:
             NotSaved: the checkpoint contains NaN or infinity or cannot be written, or later ones
@@ -130,10 +134,11 @@ class CheckpointStore:
             BundleError: the tensors do not match the manifest, or the checkpoint belongs to another
                 session or owner.
         """
-        self._put(checkpoint, _name_step(checkpoint.step))
+        self._put(checkpoint, name_step(checkpoint.step, keep=keep))
         self.rewind(checkpoint.step)
-        whole = sorted(self._find_steps(), reverse=True)[: self._kept]
-        self._discard(path for step, path in self._list_steps() if step < whole[-1])
+        if keep:  # it replaces an ordinary one of the same step
+            self._discard([self.folder / name_step(checkpoint.step)])
+        self._discard(self._find_obsolete())
         self._discard([self.folder / STOPPED])
 
     def write_stopped(self, checkpoint: Checkpoint) -> None:
@@ -154,7 +159,7 @@ class CheckpointStore:
         Raises:
             BundleError: the folder cannot be read.
         """
-        found = set(self._find_steps())
+        found = self._find_steps()
         stopped = self.folder / STOPPED
         if stopped.exists() and (step := self._check(stopped)) is not None:
             found.add(step)
@@ -168,7 +173,7 @@ class CheckpointStore:
         Raises:
             BundleError: there is no checkpoint of that step, or the checkpoint is invalid.
         """
-        path = self.folder / _name_step(step)
+        path = self._locate(step)
         stopped = self.folder / STOPPED
         if stopped.exists() and (not path.exists() or self._check(path) is None):
             path = stopped
@@ -188,15 +193,16 @@ class CheckpointStore:
 
     def list_files(self) -> list[Path]:
         """Return the paths of all checkpoints, valid or not."""
-        names = _list_names(self.folder)
-        return [self.folder / name for name in names if name == STOPPED or _STEP.fullmatch(name)]
+        names = list_names(self.folder)
+        return [self.folder / name for name in names if name == STOPPED or STEP.fullmatch(name)]
 
     def estimate_growth(self, nbytes: int) -> int:
         """Estimate how many more bytes the files will occupy after a checkpoint is written.
 
         ``nbytes`` is the new checkpoint's size; the sizes of replaced checkpoints are subtracted.
         """
-        older = [path for _, path in sorted(self._list_steps(), reverse=True)[self._kept - 1 :]]
+        paths = [path for _, path in sorted(self._list_steps(), reverse=True)]
+        older = [path for path in paths[self._kept - 1 :] if not is_best(path)]
         return nbytes - sum(path.stat().st_size for path in older if path.exists())
 
     def rewind(self, step: int) -> None:
@@ -303,7 +309,8 @@ class CheckpointStore:
             raise BundleError(str(path), "it is a checkpoint of another bundle")
         if facts.session != self.session:
             raise BundleError(str(path), f"it is a checkpoint of session '{facts.session}'")
-        if path.name not in (STOPPED, _name_step(facts.step)):
+        step = facts.step
+        if path.name not in (STOPPED, name_step(step), name_step(step, keep=True)):
             raise BundleError(str(path), f"it is the checkpoint of step {facts.step}")
 
     def _check(self, path: Path) -> int | None:
@@ -320,15 +327,35 @@ class CheckpointStore:
                 _log.warning("checkpoint left out: %s", error)
         return self._whole.get(key)
 
-    def _find_steps(self) -> list[int]:
-        """List the steps of valid checkpoints, in no particular order."""
-        return [step for step, path in self._list_steps() if self._check(path) is not None]
+    def _locate(self, step: int) -> Path:
+        """Return the path of the checkpoint of a step; one to return to is later in the data."""
+        best = self.folder / name_step(step, keep=True)
+        return best if self._check(best) is not None else self.folder / name_step(step)
+
+    def _find_obsolete(self) -> list[Path]:
+        """List the checkpoints that are neither among the newest nor kept to return to."""
+        newest = sorted(self._find_steps(), reverse=True)[: self._kept]
+        best = [
+            step
+            for step, path in self._list_steps()
+            if is_best(path) and self._check(path) is not None
+        ]
+        kept = sorted(best, reverse=True)[:KEPT]
+        return [
+            path
+            for step, path in self._list_steps()
+            if step < newest[-1] and not (is_best(path) and step in kept)
+        ]
+
+    def _find_steps(self) -> set[int]:
+        """Return the steps of valid checkpoints."""
+        return {step for step, path in self._list_steps() if self._check(path) is not None}
 
     def _list_steps(self) -> list[tuple[int, Path]]:
         return [
             (int(match[1]), self.folder / name)
-            for name in _list_names(self.folder)
-            if (match := _STEP.fullmatch(name))
+            for name in list_names(self.folder)
+            if (match := STEP.fullmatch(name))
         ]
 
     def _discard(self, paths: Iterable[Path]) -> None:
@@ -338,46 +365,6 @@ class CheckpointStore:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 _log.warning("%s is left: %s", path, error.strerror)
-
-
-def list_sessions(folder: Path) -> tuple[str, ...]:
-    """Return the sessions that have a checkpoint in a party's folder, most recently written first.
-
-    The checkpoints are not validated.
-
-    Raises:
-        BundleError: the folder cannot be read.
-    """
-    written: list[tuple[int, str]] = []
-    for session in list_folders(folder):
-        place = folder / SESSIONS / session
-        names = [n for n in _list_names(place) if n == STOPPED or _STEP.fullmatch(n)]
-        with contextlib.suppress(FileNotFoundError):  # the session ended meanwhile
-            times = [(place / name).stat().st_mtime_ns for name in names]
-            written += [(max(times), session)] if times else []
-    return tuple(session for _, session in sorted(written, reverse=True))
-
-
-def list_folders(folder: Path) -> list[str]:
-    """Return the sessions that have a folder in a party's folder, in no particular order.
-
-    Raises:
-        BundleError: the folder cannot be read.
-    """
-    return [name for name in _list_names(folder / SESSIONS) if is_session(name)]
-
-
-def _name_step(step: int) -> str:
-    return f"{step}.safetensors"
-
-
-def _list_names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise BundleError(str(folder), f"it cannot be read: {error.strerror}") from error
 
 
 def _stamp(path: Path) -> _Stamp:

@@ -9,13 +9,28 @@ import msgspec
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
+class Best(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The best evaluation of a run so far, at whose state training ends.
+
+    ``epoch`` is the number of its epoch, starting from 0, and ``step`` the step after that epoch.
+    ``value`` is the metric, or ``None`` if it was not finite.  ``waited`` counts the evaluations
+    since then.
+    """
+
+    epoch: _Count
+    step: _Count
+    value: float | None
+    waited: _Count = 0
+
+
 class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The position in the data at which the next step begins; only clients use it.
 
     ``epoch`` counts from 0, and ``batch`` is the number of batches of this epoch that are already
     done.  The other fields describe how the data are split and shuffled, and must not change when
     training resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
-    ``schedule`` describes the learning-rate schedule; it is empty without one.
+    ``schedule`` and ``stopping`` describe the learning-rate schedule and when training stops early;
+    they are empty without.  ``best`` is the best evaluation before this position.
     """
 
     epoch: _Count
@@ -25,3 +40,5 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     shuffle: bool
     samples: _Count | None
     schedule: str = ""
+    stopping: str = ""
+    best: Best | None = None

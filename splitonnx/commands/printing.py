@@ -118,6 +118,8 @@ def summarize_bundle(bundle: Bundle) -> dict[str, Any]:
 
 def print_bundle(bundle: Bundle, path: Path) -> None:
     """Print a table of what each party trains, runs and sends in one training step."""
+    from splitonnx.optimizers import read_optimizer
+
     summary = summarize_bundle(bundle)
     recipe = bundle.manifest.recipe
     shape = "U-shaped" if recipe.tail_at else "vanilla"
@@ -135,13 +137,11 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
             "\n".join(sends),
         )
     _print(table)
-    from splitonnx.optimizers import read_optimizer
-
     optimizer = read_optimizer(recipe.optimizer)
     groups = f", parameter groups: {len(optimizer.groups)}" if optimizer.groups else ""
-    rate = f"lr {optimizer.lr:g}"
+    rate = f"{recipe.optimizer['name']} lr {optimizer.lr:g}"
     losses = " + ".join(loss.kind for loss in recipe.list_losses())
-    _print(f"{path}: {shape}, {losses}, {recipe.optimizer['name']} {rate}{groups}")
+    _print(f"{path}: {shape}, {losses}, {rate}{groups}")
 
 
 def print_written(path: Path, size: int) -> None:
@@ -285,7 +285,8 @@ class Lines(TrainingDisplay):
         print_json_lines([evaluation])
 
     def summarize(self, history: History, saved: str) -> None:
-        """Print nothing, because the lines already contain everything."""
+        """Print the evaluation whose state was kept, if there is one; the rest was printed."""
+        print_json_lines([] if history.best is None else [{"best": history.best}])
 
 
 class Bar(TrainingDisplay):
@@ -370,6 +371,9 @@ class Bar(TrainingDisplay):
             table.add_column(heading, justify="right")
         table.add_row(*figures.values())
         _print(table)
+        if history.best is not None:
+            best = f"epoch {history.best.epoch + 1}, step {history.best.step}"
+            _print(f"the weights are those after {best}, the best ones")
         _print(saved)
 
     def _name_epoch(self, epoch: int) -> str:

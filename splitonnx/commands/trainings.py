@@ -48,8 +48,9 @@ from splitonnx.commands.options import (
 )
 from splitonnx.commands.schedules import ScheduleOptions
 from splitonnx.commands.security import ClientSecurity
+from splitonnx.commands.stopping import StoppingOptions
 from splitonnx.errors import UsageError
-from splitonnx.names import CLIENT
+from splitonnx.names import CLIENT, EVALUATE
 
 if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
@@ -194,6 +195,7 @@ def train(
     *,
     run: RunOptions,
     rates: ScheduleOptions,
+    stops: StoppingOptions,
     give_up_after: GiveUpAfterOption = None,
     threads: ThreadsOption = None,
     trusted: TrustedOption = False,
@@ -211,7 +213,7 @@ def train(
     refuse_both("--resume", "--restart", run.resume, run.restart)
     if run.lr is not None and not 0 <= run.lr < math.inf:
         raise UsageError(f"--lr must be at least 0 and finite, not {run.lr:g}")
-    schedule = rates.read()
+    schedule, stopping = rates.read(), stops.read()
     if local:
         _refuse_remote(server, run, trusted, give_up_after)
         bundle = whole.prepare(source, run.lr)
@@ -219,6 +221,7 @@ def train(
         _refuse_local(server, whole)
         bundle = None
     from splitonnx.runtime.client.datasets import open_dataset
+    from splitonnx.runtime.client.options import check_stopping
     from splitonnx.runtime.workers.heaps import exempt_loaded
 
     display = printing.choose_display(as_json=as_json, quiet=quiet, epochs=run.epochs)
@@ -232,6 +235,8 @@ def train(
         give_up_after=give_up_after,
         trusted=trusted,
     ) as client:
+        metrics = () if eval_data is None else client.manifest.phase(EVALUATE).results
+        check_stopping(stopping, metrics, can_return=True)
         dataset = open_dataset(data)
         held_out = None if eval_data is None else open_dataset(eval_data)
         batch_size = choose_batch_size(
@@ -254,6 +259,7 @@ def train(
                 eval_data=held_out,
                 learning_rate=run.lr,
                 schedule=schedule,
+                stopping=stopping,
                 checkpoint_every=run.checkpoint_every if has_checkpoints else None,
                 when_unsaved="stop" if run.when_unsaved is WhenUnsaved.STOP else "continue",
                 restart=run.restart,

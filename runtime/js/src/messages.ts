@@ -79,14 +79,18 @@ const FIELDS = {
     seed: readCount,
     learningRate: readNumber,
   }),
-  /** Client: write your state at `step` to disk, durably; then I write mine. */
+  /**
+   * Client: write your state at `step` to disk, durably; then I write mine.  `keep`: I may return
+   * to this step at the end.
+   */
   Save: readRecord({
     session: readText,
     step: readCount,
     publish: readOptional(readFlag, false),
+    keep: readOptional(readFlag, false),
   }),
-  /** Server: done. */
-  Saved: readRecord({ session: readText, step: readCount }),
+  /** Server: done.  `keep` is that of the request; a server that does not know it leaves it out. */
+  Saved: readRecord({ session: readText, step: readCount, keep: readOptional(readFlag, false) }),
   /** Server: it could not be written; what was saved before is kept, and training may continue. */
   Unsaved: readRecord({ session: readText, step: readCount, reason: readText }),
   /** Either: this went wrong here, and this connection ends.  `code` is the error's name. */

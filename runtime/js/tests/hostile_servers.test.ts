@@ -57,7 +57,9 @@ const LIES: [string, Lies, new (...facts: never[]) => Error][] = [
   ],
   [
     "what was not asked for",
-    { reply: (asked) => ({ message: { type: "Saved", session: asked.session, step: 0 } }) },
+    {
+      reply: ({ session }) => ({ message: { type: "Saved", session, step: 0, keep: false } }),
+    },
     client.RemoteProtocolError,
   ],
   ["an answer out of turn", { reply: (a) => reply(a, { turn: 1 }) }, client.RemoteProtocolError],

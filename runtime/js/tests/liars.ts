@@ -98,7 +98,7 @@ export class Liar {
     this.heard.push(message.type);
     if (message.type === "Save") {
       const { session, step } = message;
-      const saved = { type: "Saved", session, step } as const;
+      const saved = { type: "Saved", session, step, keep: false } as const;
       const said = this.lies.saved?.(saved) ?? saved;
       this.#say(socket, said === HANG_UP ? HANG_UP : { message: said });
     }

@@ -11,8 +11,16 @@ import pytest
 
 from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
-from splitonnx.errors import ConnectionLost, RemoteProtocolError
-from splitonnx.messages import TaskKey, Tensors, Welcome, decode_message, encode_message
+from splitonnx.errors import ConnectionLost, RemoteProtocolError, StepsLost
+from splitonnx.messages import (
+    Save,
+    Saved,
+    TaskKey,
+    Tensors,
+    Welcome,
+    decode_message,
+    encode_message,
+)
 from splitonnx.runtime.channels.channels import Channel, ResumePoint
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import list_wires
@@ -41,6 +49,8 @@ class Fleeting:
         manifest = self._bundle.client.manifest
         wires = list_wires(manifest)
         welcome = Welcome(session=SESSION, digest=manifest.digest, step=0, wires=wires)
+        if isinstance(self._sent, Save):
+            return b"".join(encode_message(Saved(session=SESSION, step=self._sent.step)))
         said = self._sent if isinstance(self._sent, Tensors) else welcome
         return b"".join(encode_message(said))
 
@@ -157,3 +167,33 @@ def test_a_server_that_brings_nothing_new_and_hangs_up_is_given_up_in_the_end(an
         with pytest.raises(ConnectionLost):
             (channel.receive_wires if answers else ask)()
     assert now == pytest.approx(30.0)
+
+
+def test_a_server_that_does_not_know_how_to_keep_a_state_did_not_save_it() -> None:
+    bundle = tiny.split_bundle()
+    channel = Channel(
+        lambda: Fleeting(bundle, 0),
+        manifest=bundle.client.manifest,
+        session=SESSION,
+        find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
+        backoff=Backoff(),
+    )
+    assert channel.save(0) == ""
+    assert "cannot keep the best state" in channel.save(0, keep=True)
+
+
+def test_a_server_that_lost_the_state_to_return_to_has_lost_steps() -> None:
+    bundle = tiny.split_bundle()
+    points = [ResumePoint(origin="", start=0, step=0, kept=())]
+    channel = Channel(
+        lambda: Fleeting(bundle, 0),
+        manifest=bundle.client.manifest,
+        session=SESSION,
+        find_resume_point=lambda: points[-1],
+        backoff=Backoff(),
+    )
+    assert channel.can_reconnect
+    channel.return_to_step()
+    points.append(ResumePoint(origin="", start=0, step=5, kept=(5, 0)))
+    with pytest.raises(StepsLost):
+        channel.return_to_step()

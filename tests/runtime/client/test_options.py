@@ -9,8 +9,14 @@ import pytest
 
 from splitonnx.errors import UsageError
 from splitonnx.runtime.client.datasets import open_dataset
-from splitonnx.runtime.client.options import FitOptions, fit_schedule, require_positive
+from splitonnx.runtime.client.options import (
+    FitOptions,
+    check_stopping,
+    fit_schedule,
+    require_positive,
+)
 from splitonnx.schedules import CosineSchedule
+from splitonnx.stopping import EarlyStopping
 from splitonnx.tensors import TensorSpec
 from tests.support import tiny
 
@@ -33,6 +39,7 @@ def test_the_options_of_a_fit_do_not_change_while_it_runs() -> None:
         epochs=2,
         learning_rate=None,
         rates=None,
+        stopping=None,
         checkpoint_every=None,
         when_unsaved="stop",
         save=False,
@@ -60,3 +67,15 @@ def test_a_schedule_needs_a_rate_and_a_number_of_steps() -> None:
     batches = open_dataset([{"x": np.zeros((2, 3), np.float32)}])
     with pytest.raises(UsageError, match="number of batches is known"):
         fit_schedule(CosineSchedule(), 0.1, batches, [], epochs=2, batch_size=4)
+
+
+def test_early_stopping_needs_an_evaluation_with_its_metric_and_a_way_back() -> None:
+    stopping = EarlyStopping(metric="f1")
+    check_stopping(stopping, ["loss", "f1"], can_return=True)
+    check_stopping(None, [], can_return=False)
+    with pytest.raises(UsageError, match="eval_data"):
+        check_stopping(stopping, [], can_return=True)
+    with pytest.raises(UsageError, match="no metric 'f1' to stop by; an evaluation has loss, mae"):
+        check_stopping(stopping, ["loss", "mae"], can_return=True)
+    with pytest.raises(UsageError, match="a function that connects"):
+        check_stopping(stopping, ["f1"], can_return=False)

@@ -51,7 +51,7 @@ class Server:
         grad = 2 * difference / difference.size @ self.state["W2"].T.astype(np.float32)
         return {"h.grad": grad, "loss": np.mean(difference**2)}
 
-    def save(self, step: int, *, publish: bool = False) -> str:
+    def save(self, step: int, *, publish: bool = False, keep: bool = False) -> str:
         self.calls.append(f"{'publish' if publish else 'save'} {step}")
         return self.why_unsaved
 

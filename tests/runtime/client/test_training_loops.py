@@ -18,8 +18,9 @@ from splitonnx.runtime.client.options import FitOptions
 from splitonnx.runtime.client.training_loops import MOST_RETURNS, TrainingLoop
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.storage.positions import DataPosition
+from splitonnx.runtime.storage.positions import Best, DataPosition
 from splitonnx.schedules import CosineSchedule, Epochs, StepSchedule, plan_rates
+from splitonnx.stopping import EarlyStopping
 from tests.support import tiny
 
 DATA = {
@@ -39,6 +40,8 @@ class Runner:
         self.position: DataPosition | None = None
         self.traffic = (0, 0)
         self.calls: list[str] = []
+        self.kept: dict[int, DataPosition] = {}
+        self.losses: list[float] = []
         self.rates: list[float] = []
         self.batches: list[np.ndarray] = []
         self.fails: Callable[[int], None] = lambda step: None
@@ -56,12 +59,22 @@ class Runner:
             step = self._executor.step
             return {"loss": np.array(step), "accuracy": np.array(0.5), "y": np.zeros((4, 2))}
         if phase == EVALUATE:
-            return {"loss": np.array(data["labels"].mean()), "mae": np.array(1.0)}
+            loss = self.losses.pop(0) if self.losses else data["labels"].mean()
+            return {"loss": np.array(loss), "mae": np.array(1.0)}
         return {"y": np.zeros((len(data["x"]), 2), np.float32)}
 
-    def checkpoint(self, position: DataPosition, when_unsaved: str) -> None:
+    def checkpoint(self, position: DataPosition, when_unsaved: str, *, keep: bool = False) -> bool:
+        if keep:
+            self.kept[self._executor.step] = position
+            self.calls.append(f"keep {self._executor.step}")
+            return True
         self.position = position
         self.calls.append(f"checkpoint {self._executor.step} {when_unsaved}")
+        return True
+
+    def return_to(self, step: int) -> None:
+        self.calls.append(f"return to {step}")
+        self.position, self._executor.step = self.kept[step], step
 
     def publish(self) -> None:
         self.calls.append("publish")
@@ -85,6 +98,7 @@ class Loop:
             epochs=1,
             learning_rate=None,
             rates=None,
+            stopping=None,
             checkpoint_every=None,
             when_unsaved="stop",
             save=False,
@@ -154,6 +168,54 @@ def test_a_run_that_resumes_has_the_rates_of_one_that_was_not_interrupted(loop: 
     position = DataPosition(epoch=1, batch=2, batch_size=4, seed=0, shuffle=False, samples=18)
     loop.fit(position, epochs=2, rates=plan)
     assert loop.runner.rates == whole.runner.rates[7:]
+
+
+ONE = open_dataset({name: array[:4] for name, array in DATA.items()})
+"""Held-out data of one batch, so that the losses of the runner are those of the evaluations."""
+
+
+def stop_by_loss(patience: int | None) -> EarlyStopping:
+    return EarlyStopping(metric="loss", patience=patience)
+
+
+def test_training_stops_when_patience_is_over_and_ends_at_the_best_state(loop: Loop) -> None:
+    loop.runner.losses = [3, 1, 2, 1, 0]
+    history = loop.fit(epochs=9, held_out=ONE, stopping=stop_by_loss(2), save=True)
+    assert [evaluation.metrics["loss"] for evaluation in history.evaluations] == [3, 1, 2, 1]
+    assert history.best == Best(epoch=1, step=10, value=1, waited=2)
+    assert loop.runner.calls == ["keep 5", "keep 10", "return to 10", "publish"]
+    assert loop.executor.step == 10
+    assert loop.runner.position is not None
+    assert loop.runner.position.epoch == 9  # a run that is resumed makes no further step
+
+
+def test_the_best_state_may_be_kept_without_stopping(loop: Loop) -> None:
+    loop.runner.losses = [3, 1, 2, 2, 2]
+    history = loop.fit(epochs=5, held_out=ONE, stopping=stop_by_loss(None))
+    assert (len(history.evaluations), loop.executor.step) == (5, 10)
+
+
+def test_at_the_best_state_nothing_is_returned_to(loop: Loop) -> None:
+    loop.runner.losses = [3, float("nan"), 1]
+    loop.fit(epochs=3, held_out=ONE, stopping=stop_by_loss(2))
+    assert loop.runner.calls == ["keep 5", "keep 15"]
+
+
+def test_a_first_loss_that_is_not_finite_is_replaced_by_any_other(loop: Loop) -> None:
+    loop.runner.losses = [float("nan"), 7]
+    history = loop.fit(epochs=2, held_out=ONE, stopping=stop_by_loss(2))
+    assert history.best == Best(epoch=1, step=10, value=7)
+
+
+def test_a_run_that_resumes_goes_on_waiting(loop: Loop) -> None:
+    loop.runner.losses = [2, 2]
+    best = Best(epoch=0, step=5, value=1, waited=1)
+    start = msgspec.structs.replace(START, epoch=2, best=best)
+    loop.runner.kept[5] = START
+    loop.executor.step = 10
+    history = loop.fit(start, epochs=9, held_out=ONE, stopping=stop_by_loss(3))
+    assert [evaluation.epoch for evaluation in history.evaluations] == [2, 3]
+    assert loop.runner.calls == ["return to 5"]
 
 
 def test_checkpoints_come_every_so_many_steps_of_the_bundle_s_life(loop: Loop) -> None:

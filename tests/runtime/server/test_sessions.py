@@ -73,6 +73,15 @@ def test_saving_in_memory_is_refused_and_saving_to_disk_is_answered(
     assert (tmp_path / "bundle" / "server" / "state.safetensors").exists()
 
 
+def test_a_state_to_keep_is_kept_and_the_reply_says_so(bundle: Bundle, tmp_path: Path) -> None:
+    bundle.save(tmp_path / "bundle")
+    caller = Caller(Bundle.load(tmp_path / "bundle"))
+    kept = Saved(session=SESSION, step=0, keep=True)
+    assert caller.say(Save(session=SESSION, step=0, keep=True)) == [kept]
+    folder = tmp_path / "bundle" / "server" / "sessions" / SESSION
+    assert [path.name for path in folder.iterdir()] == ["0.best.safetensors"]
+
+
 @pytest.mark.parametrize("step", [1, 7])
 def test_a_step_at_which_the_server_is_not_is_not_saved(bundle: Bundle, step: int) -> None:
     expect_fault(

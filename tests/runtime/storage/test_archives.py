@@ -18,7 +18,8 @@ from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.storage.archives import DAY
-from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore, list_folders
+from splitonnx.runtime.storage.checkpoint_files import list_folders
+from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.states import State, list_outcomes, read_state, write_state
 from tests.support import tiny
 from tests.support.registries import ANN, BOB, advance, greet, open_registry

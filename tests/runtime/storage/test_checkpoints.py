@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from splitonnx.checksums import encode_with_checksum
 from splitonnx.errors import BundleError, NotSaved, UsageError
 from splitonnx.manifests import PartyManifest
-from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore, list_sessions
+from splitonnx.runtime.storage.checkpoint_files import list_sessions
+from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.runtime.storage.positions import DataPosition
 from tests.support import tiny
 
@@ -98,6 +99,38 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     store = write_steps(tmp_path, 5, 10, 15, 120)
     assert store.steps() == (120, 15)
     assert names(tmp_path) == {"120.safetensors", "15.safetensors"}
+
+
+def test_the_newest_two_to_return_to_are_kept_however_many_come_after_them(tmp_path: Path) -> None:
+    store = write_steps(tmp_path, 5)
+    for step in (5, 10, 15):
+        store.write(checkpoint(step), keep=True)
+    assert names(tmp_path) == {"15.best.safetensors", "10.best.safetensors"}
+    for step in (20, 25, 30):
+        store.write(checkpoint(step))
+    assert open_store(tmp_path).steps() == (30, 25, 15, 10)
+    assert_equal(store.read(10).tensors, state(10))
+    store.rewind(10)
+    assert store.steps() == (10,)
+    store.remove()
+    assert not (tmp_path / "sessions" / SESSION).exists()
+
+
+def test_a_checkpoint_to_return_to_is_not_one_of_another_step(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.write(checkpoint(5), keep=True)
+    place(tmp_path, "5.best.safetensors").rename(place(tmp_path, "6.best.safetensors"))
+    assert open_store(tmp_path).steps() == ()
+
+
+def test_a_step_to_return_to_and_written_again_is_the_one_later_in_the_data(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.write(checkpoint(5), keep=True)
+    other = replace(checkpoint(5), position=None)
+    store.write(other)
+    assert store.read(5).position == POSITION
+    place(tmp_path, "5.best.safetensors").write_bytes(b"broken")
+    assert open_store(tmp_path).read(5).position is None
 
 
 def test_as_many_are_kept_as_are_asked_for(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ export class Channel {
   async save(step: number, { publish }: { publish: boolean }): Promise<string> {
     const session = this.#options.session;
     const { message } = await this.#again(() => {
-      this.#send({ type: "Save", session, step, publish });
+      this.#send({ type: "Save", session, step, publish, keep: false });
       return this.#receive("Saved", "Unsaved");
     });
     if (message.step !== step) {
