@@ -12,7 +12,12 @@ from types import ModuleType
 
 from splitonnx.errors import MissingExtra
 
-_EXTRAS = {"onnx": "cpu", "onnx_ir": "cpu", "onnxruntime": "portable"}
+_EXTRAS = {
+    "onnx": "cpu",
+    "onnx_ir": "cpu",
+    "onnxruntime": "portable",
+    "tensorboardX": "tensorboard",
+}
 """The smallest extra that installs each package."""
 
 

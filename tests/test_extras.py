@@ -26,7 +26,13 @@ def test_what_is_installed_is_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "extra"), [("onnx", "cpu"), ("onnx_ir", "cpu"), ("onnxruntime", "portable")]
+    ("package", "extra"),
+    [
+        ("onnx", "cpu"),
+        ("onnx_ir", "cpu"),
+        ("onnxruntime", "portable"),
+        ("tensorboardX", "tensorboard"),
+    ],
 )
 def test_the_smallest_extra_that_brings_a_package_is_named_with_what_wants_it(
     package: str, extra: str, monkeypatch: pytest.MonkeyPatch

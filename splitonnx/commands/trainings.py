@@ -49,6 +49,7 @@ from splitonnx.commands.options import (
 from splitonnx.commands.schedules import ScheduleOptions
 from splitonnx.commands.security import ClientSecurity
 from splitonnx.commands.stopping import StoppingOptions
+from splitonnx.commands.training_logs import TrainingLogOptions, call_both
 from splitonnx.errors import UsageError
 from splitonnx.names import CLIENT, EVALUATE
 
@@ -196,6 +197,7 @@ def train(
     run: RunOptions,
     rates: ScheduleOptions,
     stops: StoppingOptions,
+    logs: TrainingLogOptions,
     give_up_after: GiveUpAfterOption = None,
     threads: ThreadsOption = None,
     trusted: TrustedOption = False,
@@ -249,6 +251,7 @@ def train(
         has_checkpoints = not local and run.checkpoint_every > 0
         exempt_loaded()
         with (
+            logs.open(step=client.steps, resumes=run.resume or run.restart) as log,
             display.showing(None if batches is None else run.epochs * batches),
             _telling_how_to_resume(client, has_checkpoints),
         ):
@@ -265,8 +268,10 @@ def train(
                 restart=run.restart,
                 save=bundle is None,
                 on_start=None if local or quiet else partial(disclosure.show, as_json=as_json),
-                on_step=display.show_step,
-                on_epoch=display.show_evaluation,
+                on_step=call_both(display.show_step, log.add_step) if log else display.show_step,
+                on_epoch=call_both(display.show_evaluation, log.add_evaluation)
+                if log
+                else display.show_evaluation,
             )
         if bundle is not None:
             whole.write(bundle, client)
