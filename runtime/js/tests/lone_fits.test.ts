@@ -96,6 +96,23 @@ describe("the storage is free after", () => {
     await client.close();
   });
 
+  test("a run resumed with another schedule, and its own has the rates of the whole run", async () => {
+    const schedule = { kind: "linear", warmup: 1 } as const;
+    const plan = { ...PLAN, checkpointEvery: 1, learningRate: 3 };
+    const stop = new AbortController();
+    const onStep = ({ step }: { step: number }) => void (step === 2 && stop.abort());
+    const first = await open();
+    const begun = await first.fit(DATA, { ...plan, schedule, signal: stop.signal, onStep });
+    await first.close();
+    const client = await open({ resume: true });
+    await assert.rejects(client.fit(DATA, plan), /begun with schedule linear.*4 steps, not none/);
+    await expectFree();
+    const rest = await client.fit(DATA, { ...plan, schedule });
+    const rates = [...begun.steps, ...rest.steps].map(({ learningRate }) => learningRate);
+    assert.deepEqual(rates.map((rate) => Math.round(rate * 1e6) / 1e6), [0, 3, 2, 1]);
+    await client.close();
+  });
+
   test("an error that a callback throws", async () => {
     const client = await open();
     const onStep = () => {

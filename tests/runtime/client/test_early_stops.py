@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,11 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import NotSaved, UsageError
 from splitonnx.optimizers import SGD
 from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.channels.channels import Channel
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.histories import History, StepRecord
+from splitonnx.runtime.client.runners import TaskRunner
+from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
@@ -110,6 +113,64 @@ def test_an_interrupted_run_waits_on_and_ends_alike(
         history = train(client, stopping=STOPPING, checkpoint_every=1)
     assert history.best is not None
     assert history.best.epoch == 1
+    expect_best(folder, best)
+
+
+def kill(*arguments: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def kill_where_it_keeps(
+    write: Callable[..., None],
+) -> Callable[..., None]:
+    """Do as a client that is killed when its server wrote the second best state, and it did not."""
+
+    def write_or_die(run: TrainingRun, *arguments: object, keep: bool = False) -> None:
+        executor = arguments[0]
+        assert isinstance(executor, Executor)
+        if keep and executor.step > PER_EPOCH:
+            raise KeyboardInterrupt
+        write(run, *arguments, keep=keep)
+
+    return write_or_die
+
+
+@pytest.mark.parametrize("where", ["at the best", "before the server returns", "before saving"])
+def test_a_client_that_is_killed_between_the_halves_ends_alike(
+    folder: Path, best: Mapping[str, np.ndarray], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, serve(folder) as server:
+        if where == "at the best":
+            patch.setattr(TrainingRun, "write", kill_where_it_keeps(TrainingRun.write))
+        elif where == "before the server returns":
+            patch.setattr(Channel, "return_to_step", kill)
+        else:
+            patch.setattr(TaskRunner, "publish", kill)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            Client(folder / "client", server.url, threads=1) as client,
+        ):
+            train(client, stopping=STOPPING, checkpoint_every=2)
+    with (
+        serve(folder, resume=True) as server,
+        Client(folder / "client", server.url, threads=1, resume=True, give_up_after=20) as client,
+    ):
+        train(client, stopping=STOPPING, checkpoint_every=2)
+    expect_best(folder, best)
+
+
+def test_a_server_that_lost_the_best_state_makes_both_find_it_again(
+    folder: Path, best: Mapping[str, np.ndarray]
+) -> None:
+    def lose(record: StepRecord) -> None:
+        if record.step == 11 and not lost:
+            lost.extend((folder / "server").glob("sessions/*/6.best.safetensors"))
+            lost[0].unlink()
+
+    lost: list[Path] = []
+    with serve(folder) as server, Client(folder / "client", server.url, threads=1) as client:
+        history = train(client, stopping=STOPPING, on_step=lose)
+    assert [record.step for record in history.steps] == list(range(1, 13))
     expect_best(folder, best)
 
 
