@@ -1,4 +1,4 @@
-"""Copy the subgraph body of a control-flow node, such as a Loop, into the surrounding graph."""
+"""Copy the body of a control-flow node, such as a Loop, into a graph, and build Scan nodes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.builders import Attribute, NodeBuilder
 
 
 def copy_body(
@@ -37,3 +37,33 @@ def copy_body(
             value.name = f"{prefix}/{value.name}" if value.name else value.name
             value.shape = None  # a body's shapes may differ from those of this run
     return [*constants.nodes, *nodes], [bindings.get(value, value) for value in outputs]
+
+
+def build_scan(
+    builder: NodeBuilder,
+    body: ir.Graph,
+    states: Sequence[ir.Value],
+    rows: Sequence[ir.Value],
+    *,
+    backwards: bool = False,
+) -> Sequence[ir.Value]:
+    """Build a Scan, and return the last states and the stacked outputs of its steps.
+
+    ``states`` are the first states, and ``rows`` the sequences, of which each step reads one row
+    along the first axis.  ``backwards`` means that the Scan starts at the end of all sequences,
+    those that it computes included.
+    """
+    stacked = len(body.outputs) - len(states)
+    attributes: dict[str, Attribute] = {
+        "body": ir.AttrGraph("body", body),
+        "num_scan_inputs": len(rows),
+    }
+    if backwards:
+        attributes["scan_input_directions"] = [1] * len(rows)
+        attributes["scan_output_directions"] = [1] * stacked
+    return builder.ops("Scan", [*states, *rows], len(body.outputs), attributes)
+
+
+def runs_backwards(node: ir.Node) -> bool:
+    """Return whether a Scan of :func:`build_scan` starts at the end of its sequences."""
+    return any(node.attributes.get_ints("scan_input_directions", []) or [])

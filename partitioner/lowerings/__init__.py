@@ -24,6 +24,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_rank
 from splitonnx.partitioner.graphs.tables import count_constants
+from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.lowerings import (
     activations,
@@ -91,10 +92,15 @@ def lower(graph: ir.Graph, *, defective: bool = False) -> None:
     Raises:
         UnsupportedModel: an operator has no lowering, or its lowering needs an unknown shape.
     """
-    opset = graph.opset_imports[""]
+    _lower(graph, graph.opset_imports[""], defective=defective)
+
+
+def _lower(graph: ir.Graph, opset: int, *, defective: bool) -> None:
     nodes = list(graph)
     with _reading_outputs(graph), count_constants():
         for node in nodes:
+            for body in list_bodies(node):
+                _lower(body, opset, defective=defective)
             with attribute_errors_to(node, "looked up among standard operators", is_valid=True):
                 if is_standard(node, opset) or (defective and not is_defective(node)):
                     continue

@@ -121,14 +121,17 @@ def optimize(content: bytes, parameters: Sequence[str]) -> bytes:
     return optimized
 
 
-def build_gradients(content: bytes, parameters: Sequence[str], loss: str) -> bytes:
-    """Return a model that also computes the gradients of ``loss`` with respect to ``parameters``.
+def build_gradients(
+    content: bytes, parameters: Sequence[str], loss: str, ends: Sequence[str] = ()
+) -> bytes:
+    """Return a model that also computes the gradients with respect to ``parameters``.
 
-    ``loss`` is the name of a value, and ``parameters`` contains the names of the trained
-    parameters.
+    ``parameters`` contains names of values.  ``loss`` is the name of the scalar to differentiate,
+    or empty.  The model itself provides the gradients of the values named in ``ends``, which are
+    named ``<end>_grad``, and they are passed on.
     """
-    options, wanted = _make_options(), set(parameters)
-    builder = _import_builder().GradientGraphBuilder(content, {loss}, wanted, loss, options)
+    options, wanted, sources = _make_options(), set(parameters), {*ends, *filter(None, [loss])}
+    builder = _import_builder().GradientGraphBuilder(content, sources, wanted, loss, options)
     builder.build()
     joint: bytes = builder.get_model()
     return joint

@@ -1,21 +1,27 @@
-"""Rewrite LSTM, GRU and RNN by unrolling them in time.
+"""Rewrite LSTM, GRU and RNN as a Scan over time.
 
 A single matrix product multiplies the inputs of all steps by their weights, for both directions at
-once.  Each step then needs only one more product, that of the hidden state and its weights.  The
-sequence length must be known, but the batch size may be unknown.  Sequences of different lengths
-are masked: after its end, a sequence keeps its state, and its outputs are zero.  The batch-first
-layout is converted earlier, by :mod:`recurrence_layouts`.
+once.  Each step of the Scan then needs only one more product, that of the hidden state and its
+weights.  Neither the sequence length nor the batch size need be known.  Sequences of different
+lengths are masked: after its end, a sequence keeps its state, and its outputs are zero.  The
+batch-first layout is converted earlier, by :mod:`recurrence_layouts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
+from splitonnx.partitioner.graphs.bodies import build_scan
+from splitonnx.partitioner.graphs.builders import (
+    DIFFERENTIABLE,
+    NodeBuilder,
+    known_array,
+    known_dims,
+)
 from splitonnx.partitioner.rewrites.cells import (
     Cell,
     RecurrentState,
@@ -26,9 +32,6 @@ from splitonnx.partitioner.rewrites.cells import (
     step_rnn,
 )
 
-MOST_STEPS = 2_000
-"""The most steps of all recurrent nodes of a model together; each step becomes about 20 nodes."""
-
 Values = Sequence[ir.Value | None]
 Step = Callable[[NodeBuilder, Cell, Sequence[ir.Value], RecurrentState], RecurrentState]
 
@@ -38,7 +41,6 @@ class _Layer:
     """The sizes and inputs of a recurrent node; inputs that the node does not have are ``None``."""
 
     node: ir.Node
-    steps: int
     size: int
     hidden: int
     directions: int
@@ -52,7 +54,7 @@ class _Layer:
 
 
 def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Unroll an RNN in time; onnxruntime-training cannot train it in any other form.
+    """Rewrite an RNN as a Scan for each direction, for which :mod:`differentiation` has a gradient.
 
     Each step computes H' = f(X W^T + H R^T + b) from the input X and the previous state H.  W and R
     are the weights, b is the sum of the biases, and f is the activation function.
@@ -61,11 +63,11 @@ def rewrite_rnn(builder: NodeBuilder, node: ir.Node) -> Values:
     bias = _add_biases(builder, layer, 1)
     inputs = [[x] for x in _project(builder, layer, layer.weights, bias, [1])]
     cells = _make_cells(builder, layer, layer.recurrent, ["Tanh"])
-    return _unroll(builder, layer, step_rnn, cells, inputs)
+    return _run(builder, layer, step_rnn, cells, inputs)
 
 
 def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Unroll a GRU in time; onnxruntime-training cannot train it in any other form.
+    """Rewrite a GRU as a Scan for each direction, for which :mod:`differentiation` has a gradient.
 
     If the attribute ``linear_before_reset`` is set, the reset gate also applies to the recurrent
     bias, and therefore this bias is kept separate from the bias of the input.
@@ -80,13 +82,11 @@ def rewrite_gru(builder: NodeBuilder, node: ir.Node) -> Values:
         bias, step = _add_biases(builder, layer, 3), step_gru
         cells = _make_cells(builder, layer, layer.recurrent, functions, parts=(2, 1))
     inputs = _project(builder, layer, layer.weights, bias, [2, 1])
-    return _unroll(
-        builder, layer, step, cells, [inputs[i : i + 2] for i in range(0, len(inputs), 2)]
-    )
+    return _run(builder, layer, step, cells, [inputs[i : i + 2] for i in range(0, len(inputs), 2)])
 
 
 def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
-    """Unroll an LSTM in time; onnxruntime-training cannot train it in any other form.
+    """Rewrite an LSTM as a Scan for each direction; :mod:`differentiation` has a gradient for it.
 
     If the attribute ``input_forget`` is set, the forget gate is computed from the input gate, and
     the weights of the forget gate are removed.
@@ -100,33 +100,7 @@ def rewrite_lstm(builder: NodeBuilder, node: ir.Node) -> Values:
         bias = None if bias is None else _drop_forget(builder, layer, bias)
     inputs = [[x] for x in _project(builder, layer, weights, bias, [3 if coupled else 4])]
     cells = _make_cells(builder, layer, recurrent, ["Sigmoid", "Tanh", "Tanh"], coupled=coupled)
-    return _unroll(builder, layer, step_lstm, cells, inputs)
-
-
-def refuse_long(nodes: Iterable[ir.Node]) -> None:
-    """Raise an error if the recurrent nodes in ``nodes`` have too many time steps to be unrolled.
-
-    Raises:
-        UnsupportedModel: all nodes together have more than :data:`MOST_STEPS` steps; the error
-            names the node with the most steps.
-    """
-    steps = {node: _count_steps(node) for node in nodes if node.op_type in ("GRU", "LSTM", "RNN")}
-    total = sum(steps.values())
-    if total > MOST_STEPS:
-        node = max(steps, key=lambda longest: steps[longest])
-        raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
-            f"it can be trained only unrolled, and has {steps[node]} of {total} steps; at most "
-            f"{MOST_STEPS} in all are written out",
-            "export the model with shorter sequences, or freeze the parameters up to it",
-        )
-
-
-def _count_steps(node: ir.Node) -> int:
-    x = node.inputs[0] if node.inputs else None
-    dims = None if x is None else known_dims(x)
-    length = dims[0] if dims else None
-    return (length or 0) * (2 if _read_direction(node) == "bidirectional" else 1)
+    return _run(builder, layer, step_lstm, cells, inputs)
 
 
 def _read_layer(node: ir.Node, *, states: int) -> _Layer:
@@ -135,20 +109,13 @@ def _read_layer(node: ir.Node, *, states: int) -> _Layer:
     assert x is not None
     assert weights is not None
     assert recurrent is not None
-    dims, sizes, hidden = known_dims(x), known_dims(weights), known_dims(recurrent)
-    if dims is None or dims[0] is None:
-        raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
-            "it can be trained only unrolled, and its sequence length is not known",
-            "fix it with --dim NAME=SIZE, or export the model with a fixed sequence length",
-        )
+    sizes, hidden = known_dims(weights), known_dims(recurrent)
     if sizes is None or hidden is None or sizes[2] is None or hidden[2] is None:
         raise UnsupportedModel(
             f"node '{node.name}' ({node.op_type})", "the shapes of its weights are not known"
         )
     return _Layer(
         node=node,
-        steps=dims[0],
         size=sizes[2],
         hidden=hidden[2],
         directions=2 if _read_direction(node) == "bidirectional" else 1,
@@ -209,8 +176,8 @@ def _project(
     weights: ir.Value,
     bias: ir.Value | None,
     groups: Sequence[int],
-) -> list[Sequence[ir.Value]]:
-    """Return X W^T + b: per direction and group of gates, one (N, gates * H) value per step."""
+) -> list[ir.Value]:
+    """Return X W^T + b: a value of shape (T, N, gates * H) per direction and group of gates."""
     rows = builder.op("Reshape", layer.x, builder.integers([-1, layer.size]))  # (TN, I)
     count = layer.directions * sum(groups) * layer.hidden
     weights = builder.op("Reshape", weights, builder.integers([count, layer.size]))
@@ -225,23 +192,20 @@ def _project(
     return [_part_steps(builder, layer, p, size) for p, size in zip(parts, sizes, strict=True)]
 
 
-def _part_steps(
-    builder: NodeBuilder, layer: _Layer, value: ir.Value, size: int
-) -> Sequence[ir.Value]:
-    """Split a value of shape (TN, size) into T values of shape (N, size)."""
-    if layer.steps == 1:
-        return [value]
-    attributes = {"axis": 0, "num_outputs": layer.steps}
-    parts = builder.ops("Split", [value], layer.steps, attributes)
-    for part in parts:
-        _note(layer, part, size)
-    return parts
+def _part_steps(builder: NodeBuilder, layer: _Layer, value: ir.Value, size: int) -> ir.Value:
+    """Reshape a value of shape (TN, size) to (T, N, size)."""
+    shape = builder.op("Concat", builder.shape(layer.x, 0, 2), builder.integers([size]), axis=0)
+    return _note(layer, builder.op("Reshape", value, shape), 0, size)
 
 
-def _note(layer: _Layer, value: ir.Value, size: int) -> None:
-    """Set the shape of a value to (N, size), with the name of the batch size if it is not known."""
-    assert layer.x.shape is not None
-    value.type, value.shape = layer.x.type, ir.Shape([layer.x.shape[1], size])
+def _note(layer: _Layer, value: ir.Value, start: int, size: int) -> ir.Value:
+    """Declare a value to have the dimensions of X from ``start`` to the batch, and then ``size``.
+
+    Dimensions that are not known keep their names.
+    """
+    dims = [None, None] if layer.x.shape is None else [*layer.x.shape[:2]]
+    value.type, value.shape = layer.x.type, ir.Shape([*dims[start:], size])
+    return value
 
 
 def _make_cells(
@@ -285,56 +249,82 @@ def _make_cells(
     return cells
 
 
-def _unroll(
+def _run(
     builder: NodeBuilder,
     layer: _Layer,
     step: Step,
     cells: Sequence[Cell],
-    inputs: Sequence[Sequence[Sequence[ir.Value]]],
+    inputs: Sequence[Sequence[ir.Value]],
 ) -> Values:
     """Compute all directions and return Y, Y_h and Y_c.
 
-    ``inputs`` is indexed by direction, group of gates, and step.
+    ``inputs`` is indexed by direction and group of gates.
     """
-    masks = _make_masks(builder, layer)
+    mask = _make_mask(builder, layer)
     starts = _read_states(builder, layer)
-    zero = builder.number(0.0, layer.x.dtype)
     sequences, ends = [], []
     for index, cell in enumerate(cells):
+        first = [start[index] for start in starts]
+        body = _write_step(layer, step, cell, inputs[index], mask, index)
+        rows = [*inputs[index], *([] if mask is None else [mask])]
         backwards = index == 1 or _read_direction(layer.node) == "reverse"
-        state: RecurrentState = tuple(start[index] for start in starts)
-        shown: dict[int, ir.Value] = {}
-        for time in reversed(range(layer.steps)) if backwards else range(layer.steps):
-            new = step(builder, cell, [group[time] for group in inputs[index]], state)
-            mask = masks[time]
-            shown[time] = new[0]
-            if mask is not None:
-                shown[time] = builder.op("Where", mask, new[0], zero)
-                pairs = zip(new, state, strict=True)
-                new = tuple(builder.op("Where", mask, after, before) for after, before in pairs)
-            state = new
-        sequences.append([shown[time] for time in range(layer.steps)])
-        ends.append(state)
-    outputs: list[ir.Value | None] = [_stack_sequences(builder, layer, sequences)]
-    for values in zip(*ends, strict=True):
-        rows = [builder.op("Unsqueeze", value, builder.integers([0])) for value in values]
-        outputs.append(rows[0] if len(rows) == 1 else builder.op("Concat", *rows, axis=0))
-    return outputs
+        *last, sequence = build_scan(builder, body, first, rows, backwards=backwards)
+        builder.nodes[-1].metadata_props[DIFFERENTIABLE] = "1"
+        if mask is not None:
+            zero = builder.number(0.0, layer.x.dtype)
+            sequence = builder.op("Where", mask, sequence, zero)
+        sequences.append(sequence)
+        ends.append(last)
+    return [
+        _stack(builder, sequences, 1),
+        *(_stack(builder, v, 0) for v in zip(*ends, strict=True)),
+    ]
 
 
-def _stack_sequences(
-    builder: NodeBuilder, layer: _Layer, sequences: Sequence[Sequence[ir.Value]]
-) -> ir.Value | None:
-    """Return Y of shape (T, D, N, H), or ``None`` if it is not used."""
-    output = layer.node.outputs[0]
-    if not output.uses() and not output.is_graph_output():
-        return None
-    axes = builder.integers([0, 1])
-    stacked = []
-    for sequence in sequences:
-        rows = [builder.op("Unsqueeze", value, axes) for value in sequence]
-        stacked.append(rows[0] if len(rows) == 1 else builder.op("Concat", *rows, axis=0))
-    return stacked[0] if len(stacked) == 1 else builder.op("Concat", *stacked, axis=1)
+def _stack(builder: NodeBuilder, values: Sequence[ir.Value], axis: int) -> ir.Value:
+    rows = [builder.op("Unsqueeze", value, builder.integers([axis])) for value in values]
+    return rows[0] if len(rows) == 1 else builder.op("Concat", *rows, axis=axis)
+
+
+def _write_step(
+    layer: _Layer,
+    step: Step,
+    cell: Cell,
+    inputs: Sequence[ir.Value],
+    mask: ir.Value | None,
+    direction: int,
+) -> ir.Graph:
+    """Write one step of a direction as the body of a Scan.
+
+    The body gets the previous states and the step's row of each of ``inputs`` and of ``mask``.  It
+    returns the next states, and once more the first of them.
+    """
+    name = f"{layer.node.outputs[0].name or layer.node.name}/step{direction}"
+    builder = NodeBuilder(name)
+    states = [_declare(layer, f"{name}/state{i}", layer.hidden) for i in range(len(layer.states))]
+    rows = [
+        ir.Value(
+            name=f"{name}/row{i}", type=value.type, shape=ir.Shape(list(value.shape or ())[1:])
+        )
+        for i, value in enumerate(inputs)
+    ]
+    new = step(builder, cell, rows, tuple(states))
+    given = [*states, *rows]
+    if mask is not None:
+        given.append(_declare(layer, f"{name}/mask", 1, ir.DataType.BOOL))
+        pairs = zip(new, states, strict=True)
+        new = tuple(builder.op("Where", given[-1], after, before) for after, before in pairs)
+    results = [builder.op("Identity", value) for value in (*new, new[0])]
+    for value in results:
+        _note(layer, value, 1, layer.hidden)
+    return ir.Graph(given, results, nodes=builder.nodes, name=name)
+
+
+def _declare(layer: _Layer, name: str, size: int, dtype: ir.DataType | None = None) -> ir.Value:
+    value = _note(layer, ir.Value(name=name), 1, size)
+    if dtype is not None:
+        value.type = ir.TensorType(dtype)
+    return value
 
 
 def _read_states(builder: NodeBuilder, layer: _Layer) -> list[Sequence[ir.Value]]:
@@ -349,23 +339,26 @@ def _read_states(builder: NodeBuilder, layer: _Layer) -> list[Sequence[ir.Value]
             batch = builder.shape(layer.x, 1, 2)
             shape = builder.op("Concat", batch, builder.integers([layer.hidden]), axis=0)
             zero = builder.op("Expand", builder.number(0.0, layer.x.dtype), shape)
-            _note(layer, zero, layer.hidden)
+            _note(layer, zero, 1, layer.hidden)
         found.append([zero] * layer.directions)
     return found
 
 
-def _make_masks(builder: NodeBuilder, layer: _Layer) -> list[ir.Value | None]:
-    """Return a mask of shape (N, 1) per step, true for sequences that have not ended.
+def _make_mask(builder: NodeBuilder, layer: _Layer) -> ir.Value | None:
+    """Return a mask of shape (T, N, 1), which is true for sequences that have not ended.
 
-    The mask is ``None`` if no sequence has ended.
+    Return ``None`` if no sequence ends before the last step.
     """
-    masks: list[ir.Value | None] = [None] * layer.steps
     if layer.lengths is None:
-        return masks
-    constant = ir.convenience.get_const_tensor(layer.lengths)
-    shortest = 0 if constant is None else int(constant.numpy().min(initial=layer.steps))
-    column = builder.op("Unsqueeze", layer.lengths, builder.integers([1]))
-    for time in range(shortest, layer.steps):
-        limit = builder.number(time, ir.DataType.INT32)
-        masks[time] = builder.op("Greater", column, limit)
-    return masks
+        return None
+    constant = known_array(layer.lengths)
+    dims = known_dims(layer.x)
+    steps = None if dims is None else dims[0]
+    if constant is not None and steps is not None and (constant >= steps).all():
+        return None
+    length = builder.op("Squeeze", builder.shape(layer.x, 0, 1), builder.integers([0]))
+    times = builder.op("Range", builder.integer(0), length, builder.integer(1))
+    column = builder.op("Unsqueeze", times, builder.integers([1, 2]))  # (T, 1, 1)
+    lengths = builder.op("Cast", layer.lengths, to=ir.DataType.INT64.value)
+    row = builder.op("Unsqueeze", lengths, builder.integers([0, 2]))  # (1, N, 1)
+    return builder.op("Greater", row, column)

@@ -34,6 +34,7 @@ from splitonnx.partitioner.cutting.conformance import samples
 from splitonnx.partitioner.cutting.conformance.expectations import expect
 from splitonnx.partitioner.cutting.passes import batches
 from splitonnx.partitioner.differentiation import gradients, loss_arrays, losses, updates
+from splitonnx.partitioner.differentiation.derived import derivations
 from splitonnx.partitioner.gate import forms, gates, names
 from splitonnx.partitioner.inference import evaluations, folds, shapes
 from splitonnx.partitioner.lowerings import activations as lowered_activations
@@ -96,9 +97,9 @@ PLACES = {
         opsets, "_choose_target", None, "the model", "brought to opset 18 to 21",
     ),
     "the gradients' reading": (
-        gradients, "_read_derived", None, "the model", "read from the gradient builder",
+        derivations, "_read_derived", None, "the model", "read from the gradient builder",
     ),
-    "a pass around the gradients": (gradients, "_annotate", None, "the model", "differentiated"),
+    "a pass around the gradients": (derivations, "_annotate", None, "the model", "differentiated"),
     "a pass after them": (joints, "_match_gradients", None, "the model", "differentiated"),
     "the gate's own reader": (gates, "read_model", None, "the model", "checked by the gate"),
     "the reading of types": (
@@ -154,7 +155,7 @@ def test_a_pass_that_names_no_node_itself_is_told_of_the_one_that_it_was_at(
     def find_shape(node: ir.Node) -> None:
         fail(node)
 
-    monkeypatch.setattr(gradients, "_find_shape", find_shape)
+    monkeypatch.setattr(derivations, "_find_shape", find_shape)
     with pytest.raises(InternalModelError) as caught:
         cut(ZOO["batchnorm_trained"].build(), at=None)
     check_owned(
@@ -195,7 +196,7 @@ IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
     (losses.attach_losses, *TRAINED),
     (ports.insert_ports, *TRAINED),
     (safeguards._check_rows, "node 'h_node' (Conv)", "guarded against data that crash its kernel"),
-    (gradients._name_permutations, *TRAINED),
+    (derivations._name_permutations, *TRAINED),
     (lowered_activations.lower_relu_grad, "(ReluGrad)", "lowered"),
     (pools.lower_max_pool_grad, "(MaxPoolGrad)", "lowered"),
     (pools.lower_average_pool_grad, "(AveragePoolGrad)", "lowered"),

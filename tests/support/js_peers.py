@@ -84,6 +84,12 @@ def take_columns(data: Arrays) -> list[Arrays]:
     return [{name: array[:, i:j] for name, array in data.items()} for i, j in bounds]
 
 
+def take_lengths(data: Arrays) -> list[Arrays]:
+    """Cut sequences to other lengths for each batch: all of theirs, one step, and three."""
+    bounds = ((0, 8, 7), (8, 11, 1), (11, 24, 3))
+    return [{"x": data["x"][i:j, :k], "labels": data["labels"][i:j]} for i, j, k in bounds]
+
+
 def draw_graphs(data: Arrays) -> list[Arrays]:
     """Draw graphs of other sizes beside the one given."""
     random = np.random.default_rng(0)
@@ -106,7 +112,7 @@ CASES = {
     "07_softmax_identity": Case(at="b"),
     "08_buffers": Case(at="c", freeze=("^(pe|dft)$",)),
     "09_identity_transpose": Case(at="b"),
-    "11_lstm_dynamic_time": Case(at="h", dims={"T": 7}),
+    "11_lstm_dynamic_time": Case(at="h", batches=take_lengths),
     "12_batch_baked": Case(at="a"),
     "13_instancenorm_as_bn": Case(at="rl"),
     "16_scalar_axes": Case(at="a"),

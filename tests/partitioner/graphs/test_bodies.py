@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from splitonnx.partitioner.graphs.bodies import copy_body
+from splitonnx.partitioner.graphs.bodies import build_scan, copy_body, runs_backwards
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 FLOAT = TensorProto.FLOAT
 
@@ -127,3 +130,32 @@ def test_the_body_itself_is_left_as_it_was() -> None:
     copied, _ = copy_body(get_body(model), "run", find(model, "number", "go_on", "x"))
     assert all(node.graph is None for node in copied)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_scan_sums_up_from_either_end(backwards: bool) -> None:
+    def declare(name: str, *dims: int) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(dims))
+
+    state, row, first, rows = (
+        declare("a", 2),
+        declare("b", 2),
+        declare("s", 2),
+        declare("x", 3, 2),
+    )
+    inner, outer = NodeBuilder("step"), NodeBuilder("scan")
+    total = inner.op("Add", state, row)
+    results = [inner.op("Identity", total), inner.op("Identity", total)]
+    for value in results:
+        value.type, value.shape = state.type, state.shape
+    body = ir.Graph([state, row], results, nodes=inner.nodes, name="step")
+    made = build_scan(outer, body, [first], [rows], backwards=backwards)
+    assert runs_backwards(outer.nodes[0]) == backwards
+    graph = ir.Graph([first, rows], made, nodes=outer.nodes, opset_imports={"": 18}, name="g")
+    model = ir.to_proto(ir.Model(graph, ir_version=9))
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    last, sums = session.run(None, {"s": np.ones(2, np.float32), "x": x})
+    expected = np.cumsum(x[::-1], 0)[::-1] if backwards else np.cumsum(x, 0)
+    np.testing.assert_array_equal(sums, expected + 1)
+    np.testing.assert_array_equal(last, x.sum(0) + 1)

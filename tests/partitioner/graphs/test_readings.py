@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from splitonnx.partitioner.differentiation import gradients
+from splitonnx.partitioner.differentiation.derived import derivations
 from splitonnx.partitioner.graphs.readings import copy_model, read_model
 from splitonnx.partitioner.partitions import cut
 from tests.partitioner.graphs.test_transcripts import build_noted
@@ -31,7 +31,7 @@ def list_differentiated(monkeypatch: pytest.MonkeyPatch) -> Iterator[onnx.ModelP
         seen.append(proto)
         return read_model(proto)
 
-    monkeypatch.setattr(gradients, "read_model", spy)
+    monkeypatch.setattr(derivations, "read_model", spy)
     for entry in ZOO.values():
         cut(entry.build(), at=None, loss=entry.loss)
         yield seen[-1]

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from splitonnx import extras
 from splitonnx.errors import MissingExtra, NativeCrash, ProcessFailed, WrongRuntime
-from splitonnx.partitioner.differentiation import gradients
+from splitonnx.partitioner.differentiation.derived import derivations
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.native import natives, workers
@@ -155,7 +155,7 @@ def test_a_runtime_that_cannot_differentiate_is_told(
     def refuse(*_: object) -> bytes:
         raise Refused(kind, "")
 
-    monkeypatch.setattr(gradients, "call", refuse)
+    monkeypatch.setattr(derivations, "call", refuse)
     with pytest.raises(error, match=r"splitonnx\[cpu\]"):
         cut(ZOO["chain"].build(), at="act1", loss="mse")
 
@@ -167,8 +167,8 @@ def test_no_extra_is_advised_where_it_brings_no_gradients(
     def refuse(*_: object) -> bytes:
         raise Refused(kind, "")
 
-    monkeypatch.setattr(gradients, "call", refuse)
-    for module in (gradients, extras):
+    monkeypatch.setattr(derivations, "call", refuse)
+    for module in (derivations, extras):
         monkeypatch.setattr(module, "has_training_wheel", lambda: False)
     with pytest.raises(MissingExtra, match="cut the model on such a machine"):
         cut(ZOO["chain"].build(), at="act1", loss="mse")

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN unrolled, against a numpy loop that ONNX Runtime's own kernels agree with."""
+"""LSTM, GRU and RNN by Scans, against a numpy loop that ONNX Runtime's own kernels agree with."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
+from splitonnx.bundles import Bundle
 from splitonnx.errors import UnsupportedModel
+from splitonnx.names import Target
 from splitonnx.partitioner.partitions import cut
+from tests.support.case_trials import STEP, TARGETS, run_step
 from tests.support.differentiations import hold_gradients
+from tests.support.oracles import differentiate_numerically
 from tests.support.zoo import FLOAT, Net
 
 Arrays = Mapping[str, np.ndarray]
@@ -274,14 +279,80 @@ def test_only_the_last_state_is_used(kind: str) -> None:
     )
 
 
-def test_a_sequence_of_unknown_length_is_refused() -> None:
-    net = Net()
-    scaled = net.op("Mul", "x", net.weight("scale", 1, 1, 2), out="scaled")
-    names = [net.weight("w", 1, 20, 2), net.weight("r", 1, 20, 5)]
-    net.op("LSTM", scaled, *names, out="y", hidden_size=5)
-    model = net.finish({"x": (FLOAT, ["T", "N", 2])}, "y", 1, "N", 5)
-    with pytest.raises(UnsupportedModel, match="export the model with a fixed sequence length"):
-        cut(model, at=None, loss="mse")
+def write_dynamic(kind: str, attributes: Attributes, arrays: Arrays) -> onnx.ModelProto:
+    """Write a model that knows neither the length nor the batch size of any of its inputs.
+
+    All that has no batch is a parameter; the loss is the sum of the squares of all outputs.
+    """
+    node = make_node(kind, attributes, arrays)
+    sizes: dict[str, list[str | int]] = {"x": ["T", "N", 2], "lens": ["N"]}
+    sizes |= {name: [arrays["w"].shape[0], "N", 5] for name in ("h", "c")}
+    if attributes.get("layout"):
+        sizes = {n: [s[1], s[0], s[2]] if len(s) > 1 else s for n, s in sizes.items()}
+    nodes = [node]
+    for name in node.output:
+        nodes.append(helper.make_node("ReduceSumSquare", [name], [f"{name}.sum"], keepdims=0))
+    nodes.append(helper.make_node("Sum", [f"{name}.sum" for name in node.output], ["total"]))
+    graph = helper.make_graph(
+        nodes,
+        "dynamic",
+        [
+            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), sizes[n])
+            for n, a in arrays.items()
+            if n in sizes
+        ],
+        [helper.make_tensor_value_info("total", FLOAT, [])],
+        [numpy_helper.from_array(a, n) for n, a in arrays.items() if n not in sizes],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def hold_dynamic(bundle: Bundle, kind: str, attributes: Attributes, arrays: Arrays) -> None:
+    """Hold gradients of a few entries of each parameter against differences of the numpy loop."""
+    outputs = ["y", "yh", "yc"] if kind == "LSTM" else ["y", "yh"]
+    wide = {n: a.astype(np.float64) if a.dtype.kind == "f" else a for n, a in arrays.items()}
+
+    def measure() -> float:
+        found = evaluate(kind, attributes, wide)
+        return sum(float(np.sum(found[name] ** 2)) for name in outputs)
+
+    found = run_step(bundle, arrays)
+    assert float(found["loss"]) == pytest.approx(measure(), rel=1e-5)
+    for name in set(arrays) - {"x", "h", "c", "lens"}:
+        gradient = found[f"{name}_grad"]
+        scale = max(float(np.abs(gradient).max()), 1e-3)
+        for index, slope in differentiate_numerically(measure, wide[name], entries=3):
+            assert abs(float(gradient[index]) - slope) <= 1e-3 * scale, f"{name}{index}"
+
+
+LAYOUTS: list[tuple[str, str, dict[str, Any]]] = [
+    (kind, "blhc" if kind == "LSTM" else "blh", {"layout": 1, "direction": "bidirectional"})
+    for kind in GATES
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("kind", "optional", "attributes"), [*CASES, *LAYOUTS], ids=_name)
+def test_lengths_and_batches_that_only_the_data_know(
+    kind: str, optional: str, attributes: dict[str, Any], target: Target
+) -> None:
+    """One bundle takes sequences of 4 steps, one step alone, and one sequence alone."""
+    arrays = dict(draw(kind, attributes, optional))
+    model = write_dynamic(kind, attributes, arrays)
+    bundle = cut(model, at=None, loss="from-model", client_target=target)
+    hold_dynamic(bundle, kind, attributes, arrays)
+    time = attributes.get("layout", 0)
+    single = {**arrays, "x": np.take(arrays["x"], [2], time)}
+    if "lens" in arrays:
+        single["lens"] = np.array([1, 1, 0], np.int32)
+    hold_dynamic(bundle, kind, attributes, single)
+    row = {
+        n: np.take(a, [1], 0 if n == "lens" else 0 if time else 1)
+        if n in ("x", "h", "c", "lens")
+        else a
+        for n, a in arrays.items()
+    }
+    hold_dynamic(bundle, kind, attributes, row)
 
 
 def test_an_unknown_activation_is_refused() -> None:
@@ -294,11 +365,28 @@ def test_an_unknown_activation_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", GATES)
-def test_a_recurrence_of_too_many_steps_is_refused_before_it_is_unrolled(kind: str) -> None:
+def test_a_recurrence_of_many_steps_is_a_few_nodes(kind: str) -> None:
     net = Net()
     size = GATES[kind] * 3
     net.op(kind, "x", net.weight("w", 1, size, 4), net.weight("r", 1, size, 3), out="y",
            hidden_size=3)  # fmt: skip
     model = net.finish({"x": (FLOAT, [10_000, 2, 4])}, "y", 1, 2, 3)
-    with pytest.raises(UnsupportedModel, match=rf"\({kind}\).* 10000 of 10000 steps; at most"):
-        cut(model, at=None, loss="mse")
+    bundle = cut(model, at=None, loss="mse")
+    graph = onnx.load_from_string(bundle.client.graphs[STEP]).graph
+    assert [node.op_type for node in graph.node].count("Scan") == 2
+    assert len(graph.node) < 60
+
+
+@pytest.mark.parametrize("frozen", ["^[wr]$", "^[rb]$", "^w$"])
+@pytest.mark.parametrize("kind", GATES)
+def test_what_is_not_frozen_is_trained(kind: str, frozen: str) -> None:
+    arrays = draw(kind, {}, "b")
+    model = write_dynamic(kind, {}, arrays)
+    bundle = cut(model, at=None, loss="from-model", freeze=[frozen])
+    found, whole = (run_step(b, arrays) for b in (bundle, cut(model, at=None, loss="from-model")))
+    trained = {name for name in "wrb" if f"{name}_grad" in found}
+    assert trained == {name for name in "wrb" if name not in frozen}
+    for name in trained:
+        np.testing.assert_allclose(
+            found[f"{name}_grad"], whole[f"{name}_grad"], rtol=1e-5, atol=1e-6
+        )

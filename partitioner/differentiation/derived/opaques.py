@@ -8,7 +8,8 @@ switched to training mode, which changes its results, and quantized operators ar
 LSTM, GRU, and nodes with subgraph bodies are called *opaque* here.  If no gradient passes through
 an opaque node, its results can be treated as data.  The node is then removed: its results become
 graph inputs, and the values that it reads become graph outputs.  After differentiation, the node is
-inserted again unchanged.  The caller must make sure that no gradient passes through opaque nodes.
+inserted again unchanged.  The caller must make sure that no gradient passes through opaque nodes,
+except where it supplies that gradient itself (:mod:`supplied_gradients`).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def is_opaque(node: ir.Node) -> bool:
 def take_out_opaques(graph: ir.Graph) -> Opaques:
     """Remove every opaque node from a graph, and return what is needed to insert them again.
 
-    No gradient may pass through an opaque node.
+    A gradient may pass through an opaque node only if the caller supplies it.
     """
     nodes = dict.fromkeys(node for node in graph if is_opaque(node))
     if not nodes:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from splitonnx.partitioner.cutting.preparations import prepare
-from splitonnx.partitioner.differentiation.shared_scales import separate_scales
+from splitonnx.partitioner.differentiation.derived.shared_scales import separate_scales
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut_prepared
 from tests.support.case_trials import TARGETS, run_step

@@ -1,0 +1,103 @@
+"""Small models with a Scan, and their gradients by differences in float64.
+
+A step reads the state ``a`` and the row ``b``, both (2, 3), and the values ``w`` (3, 3), ``v``
+(3, 3) and ``p`` (3) around the Scan.  It makes the next state ``n`` and the row ``y``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from splitonnx.partitioner.differentiation.gradients import differentiate
+from splitonnx.partitioner.graphs.builders import DIFFERENTIABLE
+from splitonnx.partitioner.inference.shapes import infer_shapes
+from splitonnx.partitioner.lowerings import lower
+from splitonnx.partitioner.rewrites import rewrite
+from tests.support.oracles import differentiate_numerically, to_double
+
+Arrays = Mapping[str, np.ndarray]
+
+_HEAD = """
+<ir_version: 9, opset_import: ["" : 18]>
+scans (float[N, 3] s, float[T, N, 3] x, float[3, 3] w, float[3, 3] v, float[3] p) => (float loss)
+{
+"""
+_SCAN = """
+    last, rows = Scan <num_scan_inputs = 1, {directions}
+        body = step (float[N, 3] a, float[N, 3] b) => (float[N, 3] n, float[N, 3] y) {{ {step} }}
+    > (s, x)
+"""
+LOSS = """
+    total = ReduceSumSquare <keepdims = 0> (last)
+    bent = Tanh (rows)
+    other = ReduceSum <keepdims = 0> (bent)
+    loss = Add (total, other)
+"""
+_BACKWARDS = "scan_input_directions = [1], scan_output_directions = [1],"
+SHAPES = {"s": (2, 3), "x": (4, 2, 3), "w": (3, 3), "v": (3, 3), "p": (3,)}
+
+
+def write_scan(step: str, loss: str = LOSS, *, backwards: bool = False) -> onnx.ModelProto:
+    """Write a model with a Scan of ``step``, and ``loss`` behind it."""
+    scan = _SCAN.format(step=step, directions=_BACKWARDS if backwards else "")
+    return onnx.parser.parse_model(f"{_HEAD}{scan}{loss}}}")
+
+
+def read(model: onnx.ModelProto, trained: Sequence[str]) -> ir.Model:
+    """Read a model whose Scans may be differentiated, and rewrite what lies around them."""
+    made = ir.from_proto(model)
+    infer_shapes(made)
+    rewrite(made, trained)
+    for node in made.graph:
+        if node.op_type == "Scan":
+            node.name = node.outputs[0].name
+            node.metadata_props[DIFFERENTIABLE] = "1"
+    return made
+
+
+def draw(length: int = 4) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(6)
+    shapes = SHAPES | {"x": (length, 2, 3)}
+    return {n: random.normal(0, 0.8, shape).astype(np.float32) for n, shape in shapes.items()}
+
+
+def run(model: onnx.ModelProto, feeds: Arrays) -> dict[str, np.ndarray]:
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    names = [value.name for value in session.get_outputs()]
+    used = {value.name for value in session.get_inputs()}
+    found = session.run(None, {n: a for n, a in feeds.items() if n in used})
+    return dict(zip(names, map(np.asarray, found), strict=True))
+
+
+def hold_gradients(
+    model: onnx.ModelProto, trained: list[str], *, length: int = 4
+) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """Hold gradients, as derived and in standard operators, against differences of the model.
+
+    The model runs in float64 for the differences.  Return the derived model and what it gave.
+    """
+    feeds = draw(length)
+    wide = {name: array.astype(np.float64) for name, array in feeds.items()}
+    double = to_double(model)
+
+    def measure() -> float:
+        return float(run(double, wide)["loss"])
+
+    joint = differentiate(read(model, trained), trained, "loss")
+    found = run(ir.to_proto(joint), feeds)
+    lowered = joint.clone()
+    lower(lowered.graph)
+    for results in (found, run(ir.to_proto(lowered), feeds)):
+        assert {f"{name}_grad" for name in trained} | {"loss"} == set(results)
+        for name in trained:
+            gradient = results[f"{name}_grad"]
+            assert gradient.shape == feeds[name].shape
+            scale = max(1.0, float(np.abs(gradient).max()))
+            for index, slope in differentiate_numerically(measure, wide[name], entries=6):
+                assert abs(gradient[index] - slope) <= 1e-4 * scale, (name, index)
+    return joint, found
