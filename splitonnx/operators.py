@@ -84,6 +84,8 @@ KINDS = frozenset(
     {"dtype", "output_datatype", "output_dtype", "softmax_precision", "stash_type", "to"}
 )
 """Attributes that name an element type."""
+SCAN, SEQUENCES = "Scan", "num_scan_inputs"
+"""The operator, and its attribute that says how many of its inputs are sequences."""
 EINSUM = "Einsum"
 EQUATION = re.compile(rb"(?:[A-Za-z, ]|\.\.\.)*(?:->(?:[A-Za-z ]|\.\.\.)*)?")
 """The pattern of a valid Einsum equation; onnx's shape inference may loop forever on others."""

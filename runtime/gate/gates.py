@@ -143,10 +143,12 @@ class _Gate:
         self._count_up()
         self._subject = f"node number {self._count}"
         operator = domain = ""
+        arguments = 0
         attributes: list[Place] = []
         for name, start, stop in self._reader.read(place, schemas.NODE):
             if name == "argument":
                 self._read_name((start, stop))
+                arguments += 1
             elif name == "result":
                 self._give(self._read_name((start, stop)), given)
             elif name == "name":
@@ -164,6 +166,20 @@ class _Gate:
         self._check_operator(operator, domain)
         for attribute in attributes:
             self._check_attribute(attribute, depth, einsum=operator == operators.EINSUM)
+        if operator == operators.SCAN:
+            self._check_scan(attributes, arguments)
+
+    def _check_scan(self, attributes: list[Place], arguments: int) -> None:
+        """Check the number of sequences: if there are fewer inputs, ONNX Runtime may crash."""
+        for attribute in attributes:
+            label = ""
+            for name, start, stop in self._reader.read(attribute, schemas.ATTRIBUTE):
+                if name == "name":
+                    label = self._read_name((start, stop))
+                elif name == "integers" and label == operators.SEQUENCES:
+                    for count in map(to_signed, self._list_numbers((start, stop))):
+                        if not 1 <= count <= arguments:
+                            self.refuse(f"it reads {count} sequences, but has {arguments} inputs")
 
     def _check_operator(self, operator: str, domain: str) -> None:
         if domain not in self._imported:

@@ -192,6 +192,7 @@ def test_onnx_runtime_never_sees_what_is_refused(
         (write(helper.make_node("Conv", ["x"], ["p"], kernel_shape=[-1])), "kernel_shape below 1"),
         (write(helper.make_node("Softmax", ["x"], ["p"], axis=99)), "axis names"),
         (write(helper.make_node("GatherND", ["x"], ["p"], batch_dims=-1)), "batch dim"),
+        (write(helper.make_node("Scan", ["x", "w"], ["p"], num_scan_inputs=3)), "reads 3 sequ"),
         (write(helper.make_node("Cast", ["x"], ["p"], to=77)), "element type"),
         (write(helper.make_node("Einsum", ["x"], ["p"], equation="i1")), "equation"),
         (write(helper.make_node("Add", ["x\n"], ["p"])), "control characters"),
@@ -203,6 +204,12 @@ def test_onnx_runtime_never_sees_what_is_refused(
 )  # fmt: skip
 def test_a_graph_that_is_none_of_a_bundle_is_refused(content: bytes, reason: str) -> None:
     refuse(content, reason)
+
+
+@pytest.mark.parametrize("count", [-1, 0, 4, 1 << 40])
+def test_a_scan_of_more_sequences_than_inputs_is_refused(count: int) -> None:
+    node = helper.make_node("Scan", ["x", "w", "w"], ["p"], num_scan_inputs=count)
+    refuse(write(node), f"reads {count} sequences, but has 3 inputs")
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,13 @@ class Gate {
     this.#countUp();
     this.#subject = `node number ${this.#count}`;
     let [operator, domain] = ["", ""];
+    let inputs = 0;
     const attributes: Place[] = [];
     for (const found of this.#reader.read(place, schemas.NODE)) {
-      if (found.name === "argument") this.#readName(found.place);
-      else if (found.name === "result") this.#give(this.#readName(found.place), results);
+      if (found.name === "argument") {
+        this.#readName(found.place);
+        inputs++;
+      } else if (found.name === "result") this.#give(this.#readName(found.place), results);
       else if (found.name === "name") this.#subject = `node '${this.#readName(found.place)}'`;
       else if (found.name === "operator") operator = this.#readName(found.place);
       else if (found.name === "domain") domain = this.#readName(found.place);
@@ -149,6 +152,23 @@ class Gate {
     }
     this.#checkOperator(operator, domain);
     for (const attribute of attributes) this.#checkAttribute(attribute, operator, depth);
+    if (operator === "Scan") this.#checkScan(attributes, inputs);
+  }
+
+  /** Check the number of sequences: if there are fewer inputs, ONNX Runtime may crash. */
+  #checkScan(attributes: readonly Place[], inputs: number): void {
+    for (const attribute of attributes) {
+      let label = "";
+      for (const found of this.#reader.read(attribute, schemas.ATTRIBUTE)) {
+        if (found.name === "name") label = this.#readName(found.place);
+        else if (found.name === "integers" && label === "num_scan_inputs") {
+          for (const count of this.#listNumbers(found)) {
+            if (count >= 1 && count <= inputs) continue;
+            this.refuse(`it reads ${count} sequences, but has ${inputs} inputs`);
+          }
+        }
+      }
+    }
   }
 
   #checkOperator(operator: string, domain: string): void {
