@@ -16,9 +16,13 @@ from splitonnx.errors import ForbiddenOperator, UnsupportedModel
 from splitonnx.names import Target
 from splitonnx.partitioner.cutting import assemblies
 from splitonnx.partitioner.cutting.joints import JointGraph
+from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.cutting.stages import StageCut
+from splitonnx.partitioner.cutting.verdicts import check_operators
+from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.gate.gates import check_graph
+from tests.support.case_trials import TARGETS
 from tests.support.zoo import FLOAT, Net
 
 
@@ -123,19 +127,30 @@ def test_a_mistake_leaves_no_bundle_and_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def spoil_branch(graph: ir.Graph) -> None:
+    (branching,) = (node for node in graph if node.op_type == "If")
+    (node,) = branching.attributes["then_branch"].as_graph()
+    node.op_type, node.domain = "FastGelu", "com.microsoft"
+    graph.opset_imports["com.microsoft"] = 1
+
+
 def test_a_portable_part_has_no_training_operator_in_a_body(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def spoil(graph: ir.Graph) -> None:
-        (branching,) = (node for node in graph if node.op_type == "If")
-        (node,) = branching.attributes["then_branch"].as_graph()
-        node.op_type, node.domain = "FastGelu", "com.microsoft"
-        graph.opset_imports["com.microsoft"] = 1
+    plant(monkeypatch, spoil_branch)
+    found = {}
+    for target in TARGETS:
+        bundle = cut(build(), at=None, client_target=target)
+        found[target] = b"FastGelu" in bundle.client.graphs["model.predict.onnx"]
+    assert found == {"training": True, "portable": False}
 
-    plant(monkeypatch, spoil)
+
+def test_a_training_operator_that_was_not_lowered_is_refused_in_a_body() -> None:
+    graph = prepare(open_model(build())).inference.graph
+    spoil_branch(graph)
+    check_operators("model.predict", graph, is_portable=False)
     with pytest.raises(ForbiddenOperator, match="FastGelu"):
-        cut(build(), at=None, client_target="portable")
-    cut(build(), at=None, client_target="training")
+        check_operators("model.predict", graph, is_portable=True)
 
 
 @pytest.mark.parametrize("target", ["training", "portable"])
