@@ -84,11 +84,11 @@ _WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
 def lower(graph: ir.Graph, *, defective: bool = False) -> None:
     """Replace, in place, all operators that standard ONNX Runtime or its mobile builds lack.
 
-    Operators in the subgraph bodies of control-flow nodes are replaced as well.
-    If ``defective`` is true, replace only the operators that :func:`is_defective` finds, because
-    their kernels in onnxruntime-training 1.19.2 may fail.  The outputs of replaced nodes keep their
-    names.  A dynamic batch size remains dynamic; other sizes are taken from the shapes that the
-    graph declares, if it does.
+    Operators in the subgraph bodies of control-flow nodes are replaced as well.  If ``defective``
+    is true, replace only the operators that :func:`is_defective` finds, because their kernels in
+    onnxruntime-training 1.19.2 may fail.  The outputs of replaced nodes keep their names.  A
+    dynamic batch size remains dynamic; other sizes are taken from the shapes that the graph
+    declares, if it does.
 
     Raises:
         UnsupportedModel: an operator has no lowering, or its lowering needs an unknown shape.
