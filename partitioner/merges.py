@@ -143,7 +143,7 @@ def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
     Raises:
         ModelError: the skeleton is not a valid model.
     """
-    model = open_model(bundle.skeleton)
+    model = open_model(bundle.skeleton, is_marked=True)
     restore_weights(model.graph, collect_weights(bundle, trained=trained))
     return model
 
