@@ -57,7 +57,8 @@ from splitonnx.partitioner.cutting.preparations import (
     describe_adapters,
     prepare,
 )
-from splitonnx.partitioner.differentiation.final_activations import CONTAINED
+from splitonnx.partitioner.differentiation.activations.final_activations import CONTAINED
+from splitonnx.partitioner.differentiation.activations.squashings import find_repeated_activation
 from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.loss_arrays import (
     LossGraphs,
@@ -65,7 +66,6 @@ from splitonnx.partitioner.differentiation.loss_arrays import (
     find_class_axis,
     list_reads,
 )
-from splitonnx.partitioner.differentiation.squashings import find_repeated_activation
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.exporters import OmissionKind, advise, list_omissions
 from splitonnx.partitioner.gate.gates import ModelSource, open_model

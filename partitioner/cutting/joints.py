@@ -22,8 +22,8 @@ from splitonnx.partitioner.cutting.ports import Port, declare, insert_ports
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.stages import Crossing
+from splitonnx.partitioner.differentiation.activations.final_activations import skip_activation
 from splitonnx.partitioner.differentiation.derived.supplied_gradients import GRADIENT
-from splitonnx.partitioner.differentiation.final_activations import skip_activation
 from splitonnx.partitioner.differentiation.gradients import differentiate
 from splitonnx.partitioner.differentiation.label_traces import trace_labels
 from splitonnx.partitioner.differentiation.loss_arrays import (

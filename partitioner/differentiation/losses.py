@@ -14,13 +14,13 @@ import onnx_ir as ir
 from splitonnx.errors import UsageError
 from splitonnx.losses import CROSS_ENTROPY, FROM_MODEL, Loss
 from splitonnx.names import COUNTED, LOSS, WEIGHT
+from splitonnx.partitioner.differentiation.activations.final_activations import (
+    find_activation,
+    invert_activation,
+)
 from splitonnx.partitioner.differentiation.class_axes import (
     choose_class_axis,
     move_classes,
-)
-from splitonnx.partitioner.differentiation.final_activations import (
-    find_activation,
-    invert_activation,
 )
 from splitonnx.partitioner.differentiation.loss_arrays import (
     LossGraph,
