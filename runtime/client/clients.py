@@ -29,6 +29,7 @@ from splitonnx.runtime.client.datasets import (
     DataSource,
     check_batch,
     check_finite,
+    join_outputs,
     open_dataset,
 )
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
@@ -39,7 +40,6 @@ from splitonnx.runtime.client.options import (
     fit_schedule,
     require_positive,
 )
-from splitonnx.runtime.client.predictions import join_outputs
 from splitonnx.runtime.client.runners import TaskRunner, WhenUnsaved
 from splitonnx.runtime.client.training_loops import TrainingLoop
 from splitonnx.runtime.client.training_runs import TrainingRun
