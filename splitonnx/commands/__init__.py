@@ -15,7 +15,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from splitonnx.commands import adaptations, disclosures, partitions, security, services, trainings
+from splitonnx.commands import (
+    adaptations,
+    disclosures,
+    outputs,
+    partitions,
+    security,
+    services,
+    trainings,
+)
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
 from splitonnx.commands.logs import silencing
 from splitonnx.commands.streams import (
@@ -54,9 +62,9 @@ for command in (
     security.token,
     trainings.train,
     services.predict,
-    partitions.merge,
+    outputs.merge,
     partitions.verify,
-    partitions.export,
+    outputs.export,
 ):
     app.command(cls=Command, epilog=f"Example: {EXAMPLES[command.__name__]}")(command)
 
