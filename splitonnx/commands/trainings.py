@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import printing
 from splitonnx.commands.disclosures import RunDisclosure
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.groups import list_given, spread
@@ -49,6 +48,7 @@ from splitonnx.commands.options import (
 from splitonnx.commands.schedules import ScheduleOptions
 from splitonnx.commands.security import ClientSecurity
 from splitonnx.commands.stopping import StoppingOptions
+from splitonnx.commands.training_displays import choose_display
 from splitonnx.commands.training_logs import TrainingLogOptions, call_both
 from splitonnx.errors import UsageError
 from splitonnx.names import CLIENT, EVALUATE
@@ -226,7 +226,7 @@ def train(
     from splitonnx.runtime.client.options import check_stopping
     from splitonnx.runtime.workers.heaps import exempt_loaded
 
-    display = printing.choose_display(as_json=as_json, quiet=quiet, epochs=run.epochs)
+    display = choose_display(as_json=as_json, quiet=quiet, epochs=run.epochs)
     with splitonnx.Client(
         source if bundle is None else bundle.client,
         server,
