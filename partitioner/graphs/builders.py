@@ -18,6 +18,9 @@ DETACHED = "splitonnx.detached"
 DIFFERENTIABLE = "splitonnx.differentiable"
 """Metadata key of a Scan whose step can be differentiated, so that a gradient may pass through."""
 
+HIDDEN = "splitonnx.hidden"
+"""Metadata key of a node that is hidden from the gradient builder, which gets its gradient."""
+
 Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.Attr
 
 

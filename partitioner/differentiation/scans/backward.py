@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
-from splitonnx.partitioner.differentiation.derived.supplied_gradients import GRADIENT
+from splitonnx.partitioner.differentiation.derived.supplied_gradients import GRADIENT, write_nodes
 from splitonnx.partitioner.differentiation.scans.bodies import BodyWriter
 from splitonnx.partitioner.differentiation.scans.steps import DerivedStep, Product, Step
 from splitonnx.partitioner.graphs.bodies import build_scan, runs_backwards
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.transcripts import write_node
 from splitonnx.partitioner.graphs.traversals import list_inputs, map_values
 
 
@@ -73,13 +72,7 @@ class BackwardScan:
 
     def serialize(self) -> list[onnx.NodeProto]:
         """Return the nodes as protobuf messages."""
-        protos = []
-        for node in self._builder.nodes:
-            inputs = ["" if value is None else _name(value) for value in node.inputs]
-            proto = write_node(node, inputs, [_name(value) for value in node.outputs])
-            proto.name = node.name or ""
-            protos.append(proto)
-        return protos
+        return write_nodes(self._builder.nodes)
 
     def _refer(self, value: ir.Value, suffix: str = "") -> ir.Value:
         """Return a value that stands for a value around the Scan, or for its gradient."""

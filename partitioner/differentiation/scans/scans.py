@@ -13,8 +13,8 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.partitioner.differentiation.derived.supplied_gradients import (
-    GRADIENT,
     SuppliedGradients,
+    add_argument,
 )
 from splitonnx.partitioner.differentiation.scans.backward import BackwardScan, DerivedScan
 from splitonnx.partitioner.differentiation.scans.bodies import BodyWriter
@@ -55,7 +55,7 @@ def supply_gradients(model: ir.Model, parameters: Collection[str], loss: str) ->
         results += [_name(scan.outputs[name]) for name in scan.ends]
         written = BackwardScan(scan, stacked)
         for value, gradient in written.gradients.items():
-            arguments.append(_add_argument(graph, value, gradient))
+            arguments.append(add_argument(graph, value, gradient))
         nodes += written.serialize()
     return SuppliedGradients(nodes=nodes, results=results, arguments=arguments)
 
@@ -121,19 +121,6 @@ def _replace_forward(graph: ir.Graph, scan: DerivedScan) -> dict[ir.Value, ir.Va
         if value.shape is not None:
             sequence.shape = ir.Shape([length, *value.shape])
     return stacked | dict(zip(rows, sequences, strict=True))
-
-
-def _add_argument(graph: ir.Graph, value: ir.Value, gradient: ir.Value) -> str:
-    """Add a copy of ``value`` to a graph, with its gradient as an input; return the copy's name.
-
-    ``gradient`` is what the gradient will be named after.
-    """
-    name = _name(gradient).removesuffix(GRADIENT)
-    copy = ir.Value(name=name, type=value.type, shape=value.shape)
-    graph.append(ir.Node("", "Identity", [value], outputs=[copy], name=name))
-    graph.outputs.append(copy)
-    graph.inputs.append(ir.Value(name=_name(gradient), type=value.type, shape=value.shape))
-    return name
 
 
 def _name(value: ir.Value) -> str:

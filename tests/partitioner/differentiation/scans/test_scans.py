@@ -9,7 +9,6 @@ from splitonnx.errors import NotDifferentiable
 from splitonnx.partitioner.differentiation.gradients import differentiate
 from splitonnx.partitioner.differentiation.scans.scans import supply_gradients
 from splitonnx.partitioner.graphs.traversals import list_bodies
-from splitonnx.partitioner.rewrites import rewrite
 from tests.partitioner.differentiation.scans.scan_models import (
     hold_gradients,
     read,
@@ -112,11 +111,4 @@ def test_a_scan_of_the_model_itself_is_refused_by_name() -> None:
     model = ir.from_proto(write_scan(STEPS["products"]))
     next(node for node in model.graph if node.op_type == "Scan").name = "mine"
     with pytest.raises(NotDifferentiable, match="'mine' \\(Scan\\)"):
-        differentiate(model, ["w"], "loss")
-
-
-def test_a_mark_in_a_file_makes_no_scan_differentiable() -> None:
-    model = read(write_scan(STEPS["products"]), EVERY)
-    rewrite(model, EVERY)
-    with pytest.raises(NotDifferentiable, match="Scan"):
         differentiate(model, ["w"], "loss")
