@@ -18,6 +18,7 @@ import typer
 from splitonnx.commands import (
     adaptations,
     disclosures,
+    evaluations,
     outputs,
     partitions,
     security,
@@ -61,6 +62,7 @@ for command in (
     services.serve,
     security.token,
     trainings.train,
+    evaluations.evaluate,
     services.predict,
     outputs.merge,
     partitions.verify,

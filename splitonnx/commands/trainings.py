@@ -29,6 +29,7 @@ from splitonnx.commands.options import (
     FreezeOption,
     GiveUpAfterOption,
     JsonOption,
+    MetricOption,
     MomentumOption,
     OptimizerOption,
     OutputOption,
@@ -51,7 +52,7 @@ from splitonnx.commands.stopping import StoppingOptions
 from splitonnx.commands.training_displays import choose_display
 from splitonnx.commands.training_logs import TrainingLogOptions, call_both
 from splitonnx.errors import UsageError
-from splitonnx.names import CLIENT, EVALUATE
+from splitonnx.names import CLIENT
 
 if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
@@ -193,6 +194,7 @@ def train(
     eval_data: Annotated[
         Path | None, typer.Option(help="Held-out data, evaluated after each epoch.")
     ] = None,
+    metric: MetricOption = None,
     *,
     run: RunOptions,
     rates: ScheduleOptions,
@@ -223,7 +225,7 @@ def train(
         _refuse_local(server, whole)
         bundle = None
     from splitonnx.runtime.client.datasets import open_dataset
-    from splitonnx.runtime.client.options import check_stopping
+    from splitonnx.runtime.client.options import choose_measures
     from splitonnx.runtime.workers.heaps import exempt_loaded
 
     display = choose_display(as_json=as_json, quiet=quiet, epochs=run.epochs)
@@ -237,8 +239,8 @@ def train(
         give_up_after=give_up_after,
         trusted=trusted,
     ) as client:
-        metrics = () if eval_data is None else client.manifest.phase(EVALUATE).results
-        check_stopping(stopping, metrics, can_return=True)
+        has_data, names = eval_data is not None, metric or ()
+        choose_measures(client.manifest, names, stopping, has_data=has_data, can_return=True)
         dataset = open_dataset(data)
         held_out = None if eval_data is None else open_dataset(eval_data)
         batch_size = choose_batch_size(
@@ -260,6 +262,7 @@ def train(
                 epochs=run.epochs,
                 batch_size=batch_size,
                 eval_data=held_out,
+                metrics=names,
                 learning_rate=run.lr,
                 schedule=schedule,
                 stopping=stopping,
