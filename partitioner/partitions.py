@@ -75,6 +75,10 @@ from splitonnx.partitioner.graphs.traversals import find_movers, map_values
 from splitonnx.partitioner.loss_files import read_loss_files
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.model_losses import list_predicted, separate_losses
+from splitonnx.partitioner.normalization.dequantized.stored import (
+    describe_stored_integers,
+    find_stored_integers,
+)
 from splitonnx.partitioner.normalization.weights import make_pattern
 
 NO_CHECK = "SPLITONNX_NO_CHECK"
@@ -152,6 +156,8 @@ def cut(
         omissions = [one for one in omissions if one.kind is not OmissionKind.FROZEN_BATCHNORM]
     if omissions:
         _log.warning("%s", advise(opened, omissions))
+    if (stored := find_stored_integers(opened.graph)) and not dequantize:
+        _log.warning("%s", describe_stored_integers(stored))
     prepared = prepare(
         opened,
         batchnorm=batchnorm,

@@ -178,7 +178,11 @@ def check(
     opened = open_model(model, adjustments)
     opset = opened.graph.opset_imports.get("", 0)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
-    exported = [one for one in diagnose(opened) if not (dropout and one.kind is Kind.DROPOUT_OFF)]
+    exported = diagnose(opened)
+    if dropout:
+        exported = [one for one in exported if one.kind is not Kind.DROPOUT_OFF]
+    if dequantize:
+        exported = [one for one in exported if one.kind is not Kind.STORED_INTEGERS]
     prepared = prepare(opened, dropout=dropout, adjustments=adjustments)
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())

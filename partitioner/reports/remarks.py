@@ -21,6 +21,7 @@ class Kind(StrEnum):
     DROPOUT_OFF = "dropout off"
     QUANTIZED = "quantized"
     DEQUANTIZED = "dequantized"
+    STORED_INTEGERS = "stored integers"
     SATURATION = "saturation"
     DICTIONARIES = "dictionaries"
     OPTIMIZED = "optimized"
