@@ -85,7 +85,7 @@ def open_model(
                 raise
             raise NotAModel(label, explain(error)) from error
         _map_external(model, files)
-        _forget_negative_dims(model.graph)
+        _forget_unknown_dims(model.graph)
         if not is_marked:
             forget_marks(model)
     return model
@@ -190,9 +190,16 @@ def _map_external(model: ir.Model, files: DataFiles) -> None:
                     node.attributes[name] = ir.AttrTensor(name, files.read(held))
 
 
-def _forget_negative_dims(graph: ir.Graph) -> None:
-    """Replace negative dimensions by unknown ones; some exporters write -1 for a dynamic size."""
+def _forget_unknown_dims(graph: ir.Graph) -> None:
+    """Replace dimensions that stand for an unknown size by unknown ones.
+
+    For a dynamic size, some exporters write -1 or ``?``; two of those need not be equal.
+    """
     for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
-        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
-            dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
+        if value.shape is not None and any(map(_is_unknown, value.shape)):
+            dims = [None if _is_unknown(dim) else dim for dim in value.shape]
             value.shape = ir.Shape(dims)
+
+
+def _is_unknown(dim: int | ir.SymbolicDim) -> bool:
+    return dim < 0 if isinstance(dim, int) else dim.value == "?"
