@@ -176,13 +176,9 @@ def check(
         raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     opened = open_model(model, adjustments)
-    opset = opened.graph.opset_imports.get("", 0)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
-    exported = diagnose(opened)
-    if dropout:
-        exported = [one for one in exported if one.kind is not Kind.DROPOUT_OFF]
-    if dequantize:
-        exported = [one for one in exported if one.kind is not Kind.STORED_INTEGERS]
+    settled = {Kind.DROPOUT_OFF: dropout, Kind.STORED_INTEGERS: dequantize}
+    exported = [one for one in diagnose(opened) if not settled.get(one.kind)]
     prepared = prepare(opened, dropout=dropout, adjustments=adjustments)
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
@@ -196,7 +192,7 @@ def check(
     roles = find_roles(prepared, output)
     untrained = [name for name, role in roles.items() if role is not prepared.roles[name]]
     return Check(
-        opset=opset,
+        opset=opened.graph.opset_imports.get("", 0),
         producer=producer,
         output=output,
         losses=losses,
