@@ -77,7 +77,7 @@ def try_network(network: Network, folder: Path) -> dict[str, Any]:
     row = {"name": network.name, **describe(network, model)}
     try:
         row |= train(network, model, work)
-        judge(row)
+        expect_training(row)
     except NotTrainable as reason:
         row["obstacle"] = str(reason)
     shutil.rmtree(work)  # bundles take several times the space of the weights
@@ -193,7 +193,7 @@ def train(network: Network, model: Path, work: Path) -> dict[str, Any]:
     }
 
 
-def judge(row: Mapping[str, Any]) -> None:
+def expect_training(row: Mapping[str, Any]) -> None:
     """Raise unless training did something: finite losses that change, and most weights with them.
 
     Numbers of 8 bits count as weights: where a model stores those, it is they that were trained.
