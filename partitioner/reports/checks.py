@@ -177,8 +177,8 @@ def check(
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     opened = open_model(model, adjustments)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
-    settled = {Kind.DROPOUT_OFF: dropout, Kind.STORED_INTEGERS: dequantize}
-    exported = [one for one in diagnose(opened) if not settled.get(one.kind)]
+    decided = {Kind.DROPOUT_OFF: dropout, Kind.STORED_INTEGERS: dequantize}
+    exported = [one for one in diagnose(opened) if not decided.get(one.kind)]
     prepared = prepare(opened, dropout=dropout, adjustments=adjustments)
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
