@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import splitonnx
+from splitonnx.errors import UsageError
 from splitonnx.partitioner.normalization.dequantized.replacements import dequantize
 from splitonnx.partitioner.normalization.dequantized.stored import find_stored_integers
 from splitonnx.partitioner.reports.checks import check
@@ -71,6 +72,38 @@ def test_a_scale_that_would_widen_the_integers_is_left() -> None:
     given.graph.initializer[3].CopyFrom(numpy_helper.from_array(np.ones((2, 5, 3), "f4"), "s2"))
     model = ir.from_proto(given)
     assert dequantize(model).weights == ("w1",)
+
+
+@pytest.mark.parametrize("scales", [1, 3])
+def test_rows_are_read_from_a_float_table_if_one_number_scales_it(scales: int) -> None:
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("Cast", ["rows"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "scale"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [
+            numpy_helper.from_array(random.integers(-9, 9, (7, 3), np.int8), "table"),
+            numpy_helper.from_array(np.linspace(0.5, 1, scales, dtype="f4"), "scale"),
+        ],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17)]
+    given = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    model = ir.from_proto(given)
+    assert find_stored_integers(model.graph) == {"table": 21}
+    if scales > 1:
+        with pytest.raises(UsageError, match="scale stored ones, and this one does not"):
+            dequantize(model)
+        return
+    assert dequantize(model).weights == ("table#float",)
+    made, ids = ir.to_proto(model), {"ids": np.array([6, 0, 3])}
+    assert made.graph.node[0].op_type == "Gather"
+    (expected,), (actual,) = (ReferenceEvaluator(one).run(None, ids) for one in (given, made))
+    np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
 
 
 def test_the_float_weights_are_trained_split_as_they_are_whole() -> None:
