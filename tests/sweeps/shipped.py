@@ -43,6 +43,8 @@ WEIGHTS = frozenset(
     }
 )
 """The element types of weights."""
+FEW = 6
+"""How many options or tensors are shown in a cell."""
 _OF_CUT = ("--freeze", "--train", "--class-axis", "--stop-gradient", "--batchnorm")
 """Options that ``check`` and ``inspect`` do not have."""
 
@@ -135,7 +137,7 @@ def describe(network: Network, path: Path) -> dict[str, Any]:
         "opset": next(entry.version for entry in model.opset_import if not entry.domain),
         "nodes": sum(1 for graph in list_graphs(model.graph) for _ in graph.node),
         "weights": count_weights(model),
-        "options": " ".join((*network.options, f"--loss {network.loss}")),
+        "options": [*network.options, f"--loss {network.loss}"],
     }
 
 
@@ -186,7 +188,7 @@ def train(network: Network, model: Path, work: Path) -> dict[str, Any]:
     *steps, verdict = map(json.loads, printed.splitlines())
     return {
         "at": places,
-        "options": " ".join((*network.options, *sent, *loss)),
+        "options": [*network.options, *sent, f"--loss {network.loss}"],
         "losses": [step["split_loss"] for step in steps],
         "difference": verdict["largest_difference"],
         **count_moved(Bundle.load(bundle), data),
@@ -305,22 +307,28 @@ def list_parameters(bundle: Bundle) -> Iterator[tuple[str, np.ndarray]]:
 
 def print_row(row: Mapping[str, Any]) -> None:
     """Print a network as a row of docs/networks.md, and below it what stands in the way."""
-    options = f"`{row['options']}`" if row["options"] else ""
     cells = [row["package"], row["file"], row["kind"], row["producer"], row["opset"], row["nodes"]]
     if "obstacle" in row:
-        cells += ["-", "-", options, "-", "-", "-"]
+        cells += ["-", "-", quote_some(row["options"]), "-", "-", "-"]
     else:
         cells += [
             f"{row['parameters']:,}",
             f"{row['moved']}/{row['tensors']}",
-            options,
-            ", ".join(f"`{place}`" for place in row["at"]),
+            quote_some(row["options"]),
+            quote_some(row["at"]),
             ", ".join(f"{loss:.4g}" for loss in row["losses"]),
             f"{row['difference']:.1e}" if row["difference"] else "0",
         ]
     print("|", " | ".join(map(str, [*cells, row["seconds"]])), "|", flush=True)
     if "obstacle" in row:
         print("    ", row["obstacle"], flush=True)
+
+
+def quote_some(words: Sequence[str]) -> str:
+    """Return words for a cell of a table, with the number of the others if there are many."""
+    shown = words if len(words) <= FEW else [*words[: FEW - 2], words[-1]]
+    more = f" ({len(words) - len(shown)} more)" if len(shown) < len(words) else ""
+    return " ".join(f"`{word}`" for word in shown) + more
 
 
 if __name__ == "__main__":
