@@ -45,7 +45,7 @@ WEIGHTS = frozenset(
 """The element types of weights."""
 FEW = 6
 """How many options or tensors are shown in a cell."""
-_OF_CUT = ("--freeze", "--train", "--class-axis", "--stop-gradient", "--batchnorm")
+_OF_CUT = ("--tail-at", "--freeze", "--train", "--class-axis", "--stop-gradient", "--batchnorm")
 """Options that ``check`` and ``inspect`` do not have."""
 
 
