@@ -96,6 +96,8 @@ def put_back_opaques(graph: onnx.GraphProto, taken: Opaques) -> None:
     The nodes are appended, so the caller must sort the graph.
     """
     _drop(graph.input, taken.results)
+    hidden = [value for value in graph.output if value.name in taken.exposed]
+    graph.value_info.extend(value for value in hidden if value.HasField("type"))  # a copy of each
     _drop(graph.output, taken.exposed)
     known = {name for node in graph.node for name in node.output}
     known.update(tensor.name for tensor in graph.initializer)

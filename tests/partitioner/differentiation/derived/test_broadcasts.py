@@ -7,6 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from splitonnx.partitioner.differentiation.derived.broadcasts import supply_broadcasts
+from splitonnx.partitioner.differentiation.derived.opaques import (
+    put_back_opaques,
+    take_out_opaques,
+)
 from splitonnx.partitioner.graphs.builders import HIDDEN
 from tests.support.derivatives import assert_differentiable, close_net
 from tests.support.zoo import Net
@@ -81,3 +85,17 @@ def test_only_what_gets_a_gradient_is_copied() -> None:
     assert [node.outputs[0].name for node in graph if HIDDEN in node.metadata_props] == [
         *supplied.results
     ]
+
+
+def test_what_was_known_of_an_operand_s_shape_is_kept() -> None:
+    """The builder's graph declares it as an output, and outputs that stand for others go again."""
+    graph = ir.from_proto(close_net(build("Mul", 1), DATA)).graph
+    graph.inputs.extend(graph.initializers.values())
+    supply_broadcasts(graph, {"w"}, {"y"})
+    taken = take_out_opaques(graph)
+    written = ir.to_proto(graph)
+    before = {value.name: value.type for value in written.output}
+    put_back_opaques(written, taken)
+    after = {value.name: value.type for value in written.value_info}
+    assert {"all", "few"} <= before.keys()
+    assert [after[name] for name in ("all", "few")] == [before[name] for name in ("all", "few")]
