@@ -32,6 +32,11 @@ from splitonnx.names import TARGETS, TRAINING, BatchNormModes, DropoutMode, Targ
 from splitonnx.optimizers import AdamW, Optimizer, assign_groups, describe_optimizer
 from splitonnx.partitioner.advice import add_advice
 from splitonnx.partitioner.cutting.assemblies import assemble
+from splitonnx.partitioner.cutting.carried_states.declarations import Pairs, list_pairs
+from splitonnx.partitioner.cutting.carried_states.placements import (
+    check_readers,
+    leave_out_states,
+)
 from splitonnx.partitioner.cutting.conformance.comparisons import (
     MOST_BYTES,
     USUAL_BYTES,
@@ -118,6 +123,7 @@ def cut(
     bind: Mapping[str, Binding] | None = None,
     ties: Sequence[tuple[str, str]] = (),
     stop_gradients: str | Sequence[str] = (),
+    states: Pairs = (),
     dequantize: bool = False,
     class_axis: int | None = None,
     labels: str = LABELS,
@@ -167,6 +173,7 @@ def cut(
         adjustments=adjustments,
         ties=ties,
         stop_gradients=_list_names(stop_gradients),
+        states=list_pairs(states),
     )
     for note in describe_stored(prepared.stored, prepared.missing):
         _log.warning("%s", note)
@@ -241,6 +248,7 @@ def cut_prepared(
     first = losses[0]
     outputs = [name for one in losses for name in list_reads(one, graphs)]
     outputs = [choose_output(prepared, name) for name in dict.fromkeys(outputs)]
+    prepared = leave_out_states(prepared, outputs)
     recipe = Recipe(
         at=names_at,
         tail_at=names_tail,
@@ -255,6 +263,7 @@ def cut_prepared(
         bound=_list_bound(prepared.adjustments),
         ties=prepared.ties,
         stop_gradients=prepared.stop_gradients,
+        states=prepared.states,
         dequantize=prepared.adjustments.dequantize,
         class_axis=first.class_axis,
         labels=first.array,
@@ -273,6 +282,7 @@ def cut_prepared(
             predicted, own = separate_losses(prepared, losses, [*names_at, *names_tail])
             cuts = [list_predicted(predicted, names, prepared) for names in (names_at, names_tail)]
             predict = build_predict(predicted, *cuts)
+            check_readers(prepared, names_at, training.owners, predict.owners)
         except NotACut as error:
             raise add_advice(error, prepared, names_at, names_tail, outputs) from error
         if approve is not None:

@@ -73,7 +73,7 @@ class Role(StrEnum):
 
     PARAMETER = "parameter"  # trained
     FROZEN = "frozen"  # a weight that keeps its value
-    BUFFER = "buffer"  # BatchNormalization's running statistics
+    BUFFER = "buffer"  # replaced by each step: running statistics, and what a model hands itself
     OPTIMIZER = "optimizer"  # starts at zero; not part of weights.safetensors
 
 
@@ -207,7 +207,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     With these settings, the same model can be cut again or trained without a cut.  ``dims`` and
     ``bound`` contain the sizes and the constant values that the user set for inputs.  ``ties`` are
     pairs of parameters that are treated as one, and no gradient passes through the tensors in
-    ``stop_gradients``.  ``dequantize`` is true if floats replaced arithmetic with integers.
+    ``stop_gradients``.  ``states`` are pairs of an output and the input that it replaces after each
+    training step.  ``dequantize`` is true if floats replaced arithmetic with integers.
     ``class_axis`` is the axis of the output that represents the classes, and ``labels`` is the name
     of the array that contains the labels.  If there are several losses, or one with other settings,
     ``losses`` contains them all, and ``loss``, ``output``, ``class_axis`` and ``labels`` describe
@@ -227,6 +228,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     bound: dict[str, list[float]] = {}
     ties: tuple[tuple[str, str], ...] = ()
     stop_gradients: tuple[str, ...] = ()
+    states: tuple[tuple[str, str], ...] = ()
     dequantize: bool = False
     class_axis: int | None = None
     labels: str = "labels"

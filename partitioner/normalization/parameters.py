@@ -254,7 +254,9 @@ def _read_type(node: ir.Node) -> int:
     return attribute.as_int()
 
 
-def find_input_scalings(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol]) -> list[str]:
+def find_input_scalings(
+    graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol], states: Collection[str] = ()
+) -> list[str]:
     """Return the names of the weights that only normalize a raw input, such as an image's mean.
 
     Such a weight is added to a raw input, subtracted from it, multiplied by it, or used to divide
@@ -263,12 +265,14 @@ def find_input_scalings(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol
     subtrahend or a divisor may have any shape.  An addend of zeros and a factor of ones are not
     included, because a learned bias or scale begins with these values.
 
-    ``weights`` maps the names of the graph inputs that are weights to their tensors.
+    ``weights`` maps the names of the graph inputs that are weights to their tensors.  Graph inputs
+    in ``states`` are neither weights nor raw inputs.
     """
+    weights = {name: tensor for name, tensor in weights.items() if name not in states}
     holders = {value.name or "": value for value in graph.inputs}
     refused: set[str] = set()
     while True:
-        found = _follow_inputs(graph, weights, refused)
+        found = _follow_inputs(graph, weights, {*refused, *states})
         leading = _find_leading(graph, weights.keys() - found.keys())
         stray = {
             name
@@ -287,8 +291,9 @@ def _follow_inputs(
     """Follow raw inputs up to the first weight that does more than scale or shift them.
 
     Return the weights that scale or shift them, except those in ``refused``, each with its nodes.
+    Inputs in ``refused`` are not followed either.
     """
-    raw = {value for value in graph.inputs if value.name not in weights}
+    raw = {v for v in graph.inputs if v.name not in weights and v.name not in refused}
     holders = {v: v.name or "" for v in graph.inputs if v.name in weights and v.name not in refused}
     found: dict[str, list[ir.Node]] = {}
     for node in graph:

@@ -47,6 +47,7 @@ class Kind(StrEnum):
     PRECISION = "precision"
     STORED_OPTIONS = "stored options"
     ADAPTERS = "adapters"
+    STATE = "state"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,10 @@ from splitonnx.commands.model_options import (
     DequantizeOption,
     DimOption,
     ModelOptions,
+    StateOption,
     read_bindings,
     read_dims,
+    read_states,
 )
 from splitonnx.commands.options import (
     BatchSizeOption,
@@ -61,6 +63,7 @@ def check(
     output: OutputOption = None,
     dim: DimOption = None,
     bind: BindOption = None,
+    state: StateOption = None,
     dequantize: DequantizeOption = False,
     dropout: DropoutOption = None,
     param_group: ParamGroupOption = None,
@@ -78,6 +81,7 @@ def check(
         output=output,
         dims=read_dims(dim),
         bind=read_bindings(bind),
+        states=read_states(state),
         dequantize=dequantize,
         dropout=None if dropout is None else dropout.value,
         groups=groups,
@@ -125,6 +129,7 @@ def inspect(
     ] = None,
     dim: DimOption = None,
     bind: BindOption = None,
+    state: StateOption = None,
     dequantize: DequantizeOption = False,
     output: OutputOption = None,
     dropout: DropoutOption = None,
@@ -139,6 +144,8 @@ def inspect(
     if u_shape or is_end_named:
         if batch is not None:
             raise UsageError("pairs are listed with their bytes per sample; leave out --batch")
+        if state:
+            raise UsageError("pairs of a U-shaped cut are listed without --state; leave it out")
         pause_to_the_end()
         pairs = splitonnx.inspect_pairs(
             model,
@@ -163,6 +170,7 @@ def inspect(
         sent=sent or (),
         dims=read_dims(dim),
         bind=read_bindings(bind),
+        states=read_states(state),
         dequantize=dequantize,
         output=output,
         dropout=None if dropout is None else dropout.value,
@@ -181,6 +189,7 @@ def inspect(
             model,
             dims=read_dims(dim),
             bind=read_bindings(bind),
+            states=read_states(state),
             dequantize=dequantize,
             output=output,
         )
@@ -285,6 +294,7 @@ def cut(
         dequantize=means.dequantize,
         ties=ties,
         stop_gradients=means.stop_gradient or (),
+        states=read_states(means.state),
         class_axis=means.class_axis,
         labels=means.labels,
         client_target=(client_target or Target.TRAINING).value,

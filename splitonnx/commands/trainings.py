@@ -18,7 +18,7 @@ from splitonnx.commands.disclosures import RunDisclosure
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.groups import list_given, spread
 from splitonnx.commands.loss_options import LossOptions
-from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims
+from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims, read_states
 from splitonnx.commands.options import (
     BatchSizeOption,
     ClientTargetOption,
@@ -166,6 +166,7 @@ class LocalOptions(ModelOptions, LossOptions):
             dequantize=self.dequantize,
             ties=ties,
             stop_gradients=self.stop_gradient or (),
+            states=read_states(self.state),
             class_axis=self.class_axis,
             labels=self.labels,
             client_target=(self.client_target or Target.TRAINING).value,
