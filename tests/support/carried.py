@@ -10,6 +10,8 @@ from onnx import TensorProto, helper
 
 from tests.support.nets import FLOAT, INT64, Arrays, Net
 
+Shapes = Mapping[str, tuple[int, Sequence[int | str]]]
+"""Element types and sizes of inputs or outputs, by name."""
 RECURRENT = {"h_out": "h_in"}
 """The state of :func:`build_recurrent`."""
 AVERAGES = {"mean_out": "mean_in", "count_out": "count_in"}
@@ -32,8 +34,8 @@ def build_recurrent(initial: np.ndarray | None = None) -> onnx.ModelProto:
     value = net.op("Relu", net.op("MatMul", hidden, net.weight("v", 5, 6), out="z"), out="p")
     net.op("MatMul", value, net.weight("u", 6, 2), out="y")
     size = "N" if initial is None else BATCH
-    inputs = {"x": (FLOAT, ["N", 3]), "h_in": (FLOAT, [size, 5])}
-    outputs = {"y": (FLOAT, ["N", 2]), "h_out": (FLOAT, ["N", 5])}
+    inputs: Shapes = {"x": (FLOAT, ["N", 3]), "h_in": (FLOAT, [size, 5])}
+    outputs: Shapes = {"y": (FLOAT, ["N", 2]), "h_out": (FLOAT, ["N", 5])}
     if initial is not None:
         net.constant("h_in", initial)
     return close(net, inputs, outputs)
@@ -56,26 +58,22 @@ def build_averages() -> onnx.ModelProto:
     count = net.op("Cast", "count_in", out="count", to=TensorProto.FLOAT)
     shifted = net.op("Add", net.op("Relu", value, out="p"), count, out="shifted")
     net.op("MatMul", shifted, net.weight("w3", 4, 2), out="y")
-    inputs = {"x": (FLOAT, ["N", 3]), "mean_in": (FLOAT, [5]), "count_in": (INT64, [])}
-    outputs = {"y": (FLOAT, ["N", 2]), "mean_out": (FLOAT, [5]), "count_out": (INT64, [])}
+    inputs: Shapes = {"x": (FLOAT, ["N", 3]), "mean_in": (FLOAT, [5]), "count_in": (INT64, [])}
+    outputs: Shapes = {"y": (FLOAT, ["N", 2]), "mean_out": (FLOAT, [5]), "count_out": (INT64, [])}
     return close(net, inputs, outputs)
 
 
-def close(
-    net: Net,
-    inputs: Mapping[str, tuple[int, Sequence[int | str]]],
-    outputs: Mapping[str, tuple[int, Sequence[int | str]]],
-) -> onnx.ModelProto:
+def close(net: Net, inputs: Shapes, outputs: Shapes) -> onnx.ModelProto:
     """Close a net with several outputs."""
-    declared = [
-        [helper.make_tensor_value_info(name, kind, dims) for name, (kind, dims) in values.items()]
-        for values in (inputs, outputs)
-    ]
-    graph = helper.make_graph(net.nodes, "net", *declared, net.weights)
+    graph = helper.make_graph(net.nodes, "net", declare(inputs), declare(outputs), net.weights)
     opsets = [helper.make_opsetid("", net.opset)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     onnx.checker.check_model(model)
     return model
+
+
+def declare(shapes: Shapes) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(n, kind, dims) for n, (kind, dims) in shapes.items()]
 
 
 def draw_data(samples: int) -> Arrays:
@@ -85,3 +83,39 @@ def draw_data(samples: int) -> Arrays:
         "x": random.standard_normal((samples, 3), np.float32),
         "labels": random.standard_normal((samples, 2), np.float32),
     }
+
+
+def build_lstm() -> onnx.ModelProto:
+    """An LSTM over three steps whose last states are its first ones in the next step."""
+    net = Net()
+    rows = net.op("Transpose", "x", out="rows", perm=[1, 0, 2])
+    weights = [net.weight("W", 1, 16, 3), net.weight("R", 1, 16, 4), net.weight("B", 1, 32)]
+    net.nodes.append(
+        helper.make_node(
+            "LSTM",
+            [rows, *weights, "", "h0", "c0"],
+            ["Y", "hn", "cn"],
+            name="lstm",
+            hidden_size=4,
+        )
+    )
+    axes = net.constant("axes", np.array([0]))
+    net.op("Squeeze", "hn", axes, out="last")
+    net.op("MatMul", "last", net.weight("u", 4, 2), out="y")
+    state: tuple[int, Sequence[int | str]] = (FLOAT, [1, "N", 4])
+    inputs: Shapes = {"x": (FLOAT, ["N", 3, 3]), "h0": state, "c0": state}
+    outputs: Shapes = {"y": (FLOAT, ["N", 2]), "hn": state, "cn": state}
+    return close(net, inputs, outputs)
+
+
+def build_delayed() -> onnx.ModelProto:
+    """A layer beside which the raw input of the step before is added: ``s`` holds it."""
+    net = Net()
+    mixed = net.op("MatMul", "x", net.weight("w1", 3, 3), out="m")
+    value = net.op("Relu", net.op("Add", mixed, "before", out="s"), out="p")
+    net.op("MatMul", value, net.weight("w2", 3, 4), out="z")
+    net.op("MatMul", net.op("Tanh", "z", out="t"), net.weight("w3", 4, 2), out="y")
+    net.op("Identity", "x", out="after")
+    inputs: Shapes = {"x": (FLOAT, ["N", 3]), "before": (FLOAT, ["N", 3])}
+    outputs: Shapes = {"y": (FLOAT, ["N", 2]), "after": (FLOAT, ["N", 3])}
+    return close(net, inputs, outputs)

@@ -62,8 +62,12 @@ def _may_replace(made: ir.Value, value: ir.Value) -> bool:
         return False
     if len(made.shape) != len(value.shape):
         return False
-    pairs = zip(made.shape, value.shape, strict=True)
     return all(
-        one == other or not isinstance(one, int) or not isinstance(other, int)
-        for one, other in pairs
+        one == other or isinstance(one, int) != isinstance(other, int) or _is_open(one, other)
+        for one, other in zip(made.shape, value.shape, strict=True)
     )
+
+
+def _is_open(*sizes: int | ir.SymbolicDim) -> bool:
+    """Return whether one of two sizes is not known; two sizes with names are different."""
+    return any(isinstance(size, ir.SymbolicDim) and size.value is None for size in sizes)
