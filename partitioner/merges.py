@@ -214,8 +214,9 @@ def _say_states(bundle: Bundle, graph: ir.Graph) -> None:
     plain = [v.name or "" for v in graph.inputs if v.name in states and not v.is_initializer()]
     if plain and bundle.client.trained is not None:
         _log.warning(
-            "the merged model reads %s as an input again, as the original does, so it does not "
-            "hold the value after training, which stays in the bundle",
+            "the merged model reads %s as data again, as the original does, so it does not hold "
+            "what training left there; if the model's file has an initial value for the input, "
+            "that is replaced by it (docs/states.md)",
             quote(plain),
         )
 

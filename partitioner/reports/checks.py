@@ -113,14 +113,15 @@ class Check:
     intended; they may include options of ``cut``.  If finding all cuts would take too long,
     ``cuts`` is empty, and a remark gives the reason.
 
-    These fields count the elements of weights:
+    These fields count the elements of weights and states:
 
     - ``parameters``: trained parameters, that is, those that get a gradient from ``output``;
     - ``frozen``: weights that are not trained;
     - ``untrained``: the weights in ``frozen`` that are frozen only because training from ``output``
       cannot change them: parameters that get no gradient from ``output``, and running statistics on
       which ``output`` does not depend; a remark names them, with the reason;
-    - ``statistics``: running statistics that training updates, and states that it carries on;
+    - ``statistics``: running statistics that training updates;
+    - ``carried``: states that the model hands itself from step to step;
     - ``conditional``: weights that cannot be trained because they are in branches or loops that
       depend on data.
     """
@@ -136,6 +137,7 @@ class Check:
     frozen: int
     untrained: int
     statistics: int
+    carried: int
     conditional: int
     layers: tuple[Layer, ...]
     groups: tuple[AppliedGroup, ...]
@@ -195,6 +197,7 @@ def check(
     mixed, unmixed = _compare_samples(trials, prepared)
     cuts, unlisted = _list_cuts(prepared, output)
     roles = find_roles(prepared, output)
+    carried = sum(prepared.weights[name].size for name in prepared.carried)
     untrained = [name for name, role in roles.items() if role is not prepared.roles[name]]
     return Check(
         opset=opened.graph.opset_imports.get("", 0),
@@ -213,7 +216,8 @@ def check(
         parameters=_count(prepared, roles, Role.PARAMETER),
         frozen=_count(prepared, roles, Role.FROZEN),
         untrained=sum(prepared.weights[name].size for name in untrained),
-        statistics=_count(prepared, roles, Role.BUFFER),
+        statistics=_count(prepared, roles, Role.BUFFER) - carried,
+        carried=carried,
         conditional=_count_conditional(prepared),
         layers=list_layers(prepared, doubts, roles),
         groups=_apply_groups(groups, [n for n, role in roles.items() if role is Role.PARAMETER]),

@@ -207,7 +207,7 @@ def test_a_state_is_an_input_again_and_keeps_its_value_where_the_model_stored_on
         merged = merge(replace(bundle, parties=parties))
         names, stored = list_inputs(merged)
         assert names == ["x", "h_in"]
-        assert ("reads 'h_in' as an input again" in caplog.text) == (initial is None)
+        assert ("reads 'h_in' as data again" in caplog.text) == (initial is None)
         session = onnxruntime.InferenceSession(merged)
         assert [output.name for output in session.get_outputs()] == ["y", "h_out"]
         expected = evaluate_state(data)
