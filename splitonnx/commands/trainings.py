@@ -79,6 +79,13 @@ class RunOptions:
         float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
     ] = None
     seed: SeedOption = 0
+    shuffle: Annotated[
+        bool,
+        typer.Option(
+            "--shuffle/--no-shuffle",
+            help="Take the data in another random order in each epoch, or always in their own.",
+        ),
+    ] = True
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Resume the run that was interrupted in this folder."),
@@ -262,6 +269,7 @@ def train(
                 dataset,
                 epochs=run.epochs,
                 batch_size=batch_size,
+                shuffle=run.shuffle,
                 eval_data=held_out,
                 metrics=names,
                 learning_rate=run.lr,

@@ -82,7 +82,7 @@ def _explain_unknown(
 
 
 def finish_states(work: Work) -> None:
-    """Give each state its initial value and its role, and check that its shape stays the same.
+    """Set the initial value and the role of each state, and check that its shape is fixed.
 
     Raises:
         UsageError: a state's shape is not fixed, its output has another shape or type, or no node
