@@ -300,12 +300,13 @@ def find_roles(prepared: PreparedModel, output: str) -> dict[str, Role]:
     """Return the role of each weight if the loss is computed from ``output``.
 
     These are the roles in a bundle: parameters that get no gradient from the output, and running
-    statistics that the output does not depend on, are frozen.
+    statistics on which neither the output nor a state depends, are frozen.
     """
     values = map_values(prepared.training.graph)
     end = values[output]
     reached = {value.name for value in find_movers([end])}
-    needed, _ = walk_back([end])
+    states = [values[made] for made in prepared.carried.values() if made in values]
+    needed, _ = walk_back([end, *states])
 
     def changes(name: str, role: Role) -> bool:
         if name in prepared.carried:

@@ -15,6 +15,7 @@ import splitonnx
 from splitonnx.manifests import Role
 from splitonnx.names import TARGETS, Target
 from splitonnx.optimizers import SGD
+from splitonnx.partitioner.cutting.carried_states.declarations import list_pairs
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.histories import StepRecord
@@ -28,6 +29,7 @@ from tests.support.carried import (
     BATCH,
     RECURRENT,
     build_averages,
+    build_fed_back,
     build_lstm,
     build_recurrent,
     draw_data,
@@ -97,12 +99,13 @@ def read_states(bundle: splitonnx.Bundle) -> dict[str, dict[str, np.ndarray]]:
 def hold(
     bundle: splitonnx.Bundle,
     model: onnx.ModelProto,
-    states: Mapping[str, str],
+    states: Mapping[str, str] | list[tuple[str, str]],
     batches: list[dict[str, np.ndarray]],
 ) -> None:
     """Hold every step's state and gradients against the model, run by onnx's own evaluator."""
     carried = {name: array for kept in read_states(bundle).values() for name, array in kept.items()}
-    assert carried.keys() == set(states.values())
+    pairs = list_pairs(states)
+    assert carried.keys() == {source for _, source in pairs}
     stored, link = list(model.graph.initializer), None
     if bundle.server is not None:
         link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
@@ -127,12 +130,12 @@ def hold(
             if link is not None:
                 link.drain()
             after = read_all(client, link)
-            for output, source in states.items():
+            for output, source in pairs:
                 np.testing.assert_allclose(after[source], results[output], rtol=1e-6, atol=1e-7)
             for name, index, slope in expected:
                 change = (before[name][index] - after[name][index]) / RATE
                 assert abs(float(change) - slope) < 2e-5, (name, index)
-            carried = {source: results[output] for output, source in states.items()}
+            carried = {source: results[output] for output, source in pairs}
 
 
 def read_all(client: Client, link: Any) -> dict[str, np.ndarray]:
@@ -182,6 +185,31 @@ def test_the_states_of_an_lstm_are_carried(at: str | None) -> None:
     wide = np.random.default_rng(1).standard_normal((STEPS, BATCH, 3, 3), np.float32)
     batches = [{**batch, "x": x} for batch, x in zip(batches, wide, strict=True)]
     hold(bundle, build_lstm(), states, batches)
+
+
+@pytest.mark.parametrize("at", [None, "a"])
+def test_a_prediction_may_be_carried_and_to_several_inputs(at: str | None) -> None:
+    pairs = [("y", "before"), ("y", "again")]
+    bundle = cut(
+        build_fed_back(), at=at, loss="mse", optimizer=SGD(lr=RATE), dims={"N": BATCH}, states=pairs
+    )
+    assert [spec.name for spec in bundle.client.manifest.outputs] == ["y"]
+    hold(bundle, build_fed_back(), pairs, list_steps((BATCH,) * STEPS))
+
+
+def test_a_state_in_float16_keeps_its_type() -> None:
+    model = build_recurrent()
+    for tensor in model.graph.initializer:
+        array = numpy_helper.to_array(tensor).astype(np.float16)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    bundle = cut(model, at="a", loss="mse", dims={"N": BATCH}, states=RECURRENT)
+    assert bundle.server is not None
+    assert bundle.server.weights["h_in"].dtype == np.float16
+    data = draw_data(8)
+    data["x"] = data["x"].astype(np.float16)
+    assert verify(bundle, data, steps=2, batch_size=BATCH).largest_difference == 0
 
 
 def test_two_parties_may_each_keep_a_state() -> None:

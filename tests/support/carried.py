@@ -108,6 +108,21 @@ def build_lstm() -> onnx.ModelProto:
     return close(net, inputs, outputs)
 
 
+def build_fed_back() -> onnx.ModelProto:
+    """A model that reads its prediction of the step before, at two places."""
+    net = Net()
+    read = net.op("MatMul", "x", net.weight("w", 3, 4), out="a")
+    mixed = net.op("MatMul", "before", net.weight("r", 2, 4), out="b")
+    hidden = net.op("Tanh", net.op("Add", read, mixed, out="s"), out="h")
+    net.op("Add", net.op("MatMul", hidden, net.weight("u", 4, 2), out="z"), "again", out="y")
+    inputs: Shapes = {
+        "x": (FLOAT, ["N", 3]),
+        "before": (FLOAT, ["N", 2]),
+        "again": (FLOAT, ["N", 2]),
+    }
+    return close(net, inputs, {"y": (FLOAT, ["N", 2])})
+
+
 def build_delayed() -> onnx.ModelProto:
     """A layer beside which the raw input of the step before is added: ``s`` holds it."""
     net = Net()

@@ -9,16 +9,17 @@ import pytest
 from splitonnx.bundles import Bundle
 from splitonnx.errors import NotACut
 from splitonnx.manifests import Role
+from splitonnx.names import TRAIN
 from splitonnx.partitioner.cutting.carried_states.placements import (
     leave_out_states,
     place_states,
 )
 from splitonnx.partitioner.cutting.cuts import Partition
-from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.cutting.preparations import find_roles, prepare
 from splitonnx.partitioner.gate.adjustments import Adjustments
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.graphs.readings import copy_model
-from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.partitions import cut, cut_prepared
 from tests.support.carried import (
     AVERAGES,
     BATCH,
@@ -115,3 +116,25 @@ def test_without_states_a_partition_stays_as_it_is() -> None:
     placed = place_states(prepared, graph, partition)
     assert placed.partition is partition
     assert not placed.commits
+
+
+def test_statistics_on_which_a_state_alone_depends_are_updated() -> None:
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 3, 4), out="a")
+    net.op("Add", net.batchnorm("a", 4, out="n", training=True), "old", out="new")
+    value = net.op("MatMul", net.op("Tanh", "a", out="t"), net.weight("u", 4, 2), out="z")
+    net.op("Add", value, net.op("ReduceMean", "old", out="own", keepdims=0), out="y")
+    inputs: Shapes = {"x": (FLOAT, ["N", 3]), "old": (FLOAT, ["N", 4])}
+    outputs: Shapes = {"y": (FLOAT, ["N", 2]), "new": (FLOAT, ["N", 4])}
+    adjustments = Adjustments(dims={"N": BATCH})
+    prepared = prepare(
+        open_model(close(net, inputs, outputs), adjustments),
+        adjustments=adjustments,
+        states=[("new", "old")],
+    )
+    expected = {"old", "n.bn.mean", "n.bn.var"}
+    roles = find_roles(prepared, "y")
+    assert {name for name, role in roles.items() if role is Role.BUFFER} == expected
+    bundle = cut_prepared(prepared, at="a", loss="mse")
+    assert bundle.server is not None
+    assert bundle.server.manifest.phase(TRAIN).commits.keys() >= expected
