@@ -114,7 +114,8 @@ def _make_initial(work: Work, output: str, source: str) -> ir.TensorProtocol:
             "a state keeps its type"
         )
     shape = _read_shape(option, value)
-    if (reason := _explain_shape(made, value, shape)) is not None:
+    known = {s for v in work.training.graph.inputs for s in _list_sizes(v) if isinstance(s, str)}
+    if (reason := _explain_shape(made, value, shape, known)) is not None:
         raise UsageError(f"{option}: {reason}")
     assert value.dtype is not None
     declare(value)  # refuses types that no party can keep
@@ -153,17 +154,22 @@ def _list_options(value: ir.Value) -> str:
     return " ".join(f"--dim {name}=SIZE" for name in dict.fromkeys(names))
 
 
-def _explain_shape(made: ir.Value, value: ir.Value, shape: tuple[int, ...]) -> str | None:
-    """Return why an output cannot replace a state of this shape, or ``None`` if it can."""
+def _explain_shape(
+    made: ir.Value, value: ir.Value, shape: tuple[int, ...], known: Collection[str]
+) -> str | None:
+    """Return why an output cannot replace a state of this shape, or ``None`` if it can.
+
+    ``known`` names the sizes of the model's inputs, which the user can fix.
+    """
     sizes = None if made.shape is None else _list_sizes(made)
     if sizes is not None and tuple(sizes) == shape:
         return None
     both = f"'{made.name}' is {describe_shape(made)}, and '{value.name}' {describe_shape(value)}"
     if sizes is not None and all(isinstance(size, int) for size in sizes):
         return f"{both}; a state keeps its shape"
-    symbols = [size for size in sizes or () if isinstance(size, str) and size.isidentifier()]
+    symbols = [size for size in sizes or () if isinstance(size, str) and size in known]
     options = " ".join(f"--dim {name}=SIZE" for name in dict.fromkeys(symbols))
-    advice = f"fix its sizes with {options}" if symbols else "fix the inputs' sizes with --dim"
+    advice = f"fix its sizes with {options}" if symbols else "export the model with fixed sizes"
     return f"{both}; a state keeps its shape, so that of the output must be known, too: {advice}"
 
 

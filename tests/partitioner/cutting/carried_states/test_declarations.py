@@ -89,14 +89,24 @@ def build_odd() -> onnx.ModelProto:
     net.op("Cast", net.op("ReduceSum", "x", out="sum", keepdims=0), out="whole", to=INT64)
     net.op("Add", "x", "kept", out="wide")
     net.op("Add", "scalar", "scalar", out="twice")
+    positive = net.op("Greater", "x", "scalar", out="positive")
+    rows = net.op("Reshape", positive, net.constant("flat", np.array([-1])), out="rows")
+    net.op("Compress", "x", rows, out="picked")
+    net.op("Neg", "vector", out="minus")
     inputs: Shapes = {
         "x": (FLOAT, ["N", 3]),
         "kept": (FLOAT, [1, 3]),
         "scalar": (FLOAT, []),
         "idle": (FLOAT, []),
+        "vector": (FLOAT, [3]),
     }
     outputs: Shapes = {"y": (FLOAT, ["N", 2]), "whole": (INT64, []), "wide": (FLOAT, ["N", 3])}
-    scalars: Shapes = {"twice": (FLOAT, []), "sum": (FLOAT, [])}
+    scalars: Shapes = {
+        "twice": (FLOAT, []),
+        "sum": (FLOAT, []),
+        "minus": (FLOAT, [3]),
+        "picked": (FLOAT, ["K"]),
+    }
     return close(net, inputs, {**outputs, **scalars})
 
 
@@ -105,6 +115,7 @@ def build_odd() -> onnx.ModelProto:
     [
         (("whole", "scalar"), "'whole' is INT64, and 'scalar' FLOAT; a state keeps its type"),
         (("wide", "kept"), r"'wide' is \[N, 3\], .* fix its sizes with --dim N=SIZE"),
+        (("picked", "vector"), r"'picked' is \[.*\], .* export the model with fixed sizes"),
         (("sum", "idle"), "no node reads 'idle', so nothing would be carried"),
     ],
 )
