@@ -291,10 +291,9 @@ def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
     theta = node.inputs[0]
     assert theta is not None
     assert theta.dtype is not None
-    sizes = known_array(node.inputs[1])
-    if sizes is None:
+    image = _read_image(node)
+    if image is None:
         raise refuse(node, "its size is computed in the graph", "export it with a fixed size")
-    image = [int(n) for n in sizes[2:]]
     rank, corners = _count_axes(node, image), node.attributes.get_int("align_corners", 0)
     limit(node, math.prod(image) * (rank + 1))
     lines = []
@@ -307,3 +306,20 @@ def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
     grid = builder.op("MatMul", builder.tensor(ir.tensor(base.astype(theta.dtype.numpy()))), turned)
     batch = read_extents(builder, node, theta)[0]
     return [reshape(builder, grid, [batch, *image, rank])]
+
+
+def _read_image(node: ir.Node) -> list[int] | None:
+    """Read the sizes of an AffineGrid's image; ``None`` if they are not constant.
+
+    The number of images may be computed: it is that of the matrices.
+    """
+    sizes = known_array(node.inputs[1])
+    if sizes is not None:
+        return [int(size) for size in sizes[2:]]
+    joined = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if joined is None or joined.op_type != "Concat" or len(joined.inputs) != 2:
+        return None
+    first, rest = joined.inputs[0], known_array(joined.inputs[1])
+    if first is None or first.shape is None or first.shape.dims != (1,) or rest is None:
+        return None
+    return [int(size) for size in rest[1:]]

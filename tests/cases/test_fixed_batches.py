@@ -226,3 +226,39 @@ def test_an_author_may_mix_the_samples_of_any_batch(caplog: pytest.LogCaptureFix
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 30]), "one"))
     cut(model, at="m", loss="mse", check=True)
     assert "node 'q_node' (MatMul) of the model mixes samples" in caplog.text
+
+
+def build_turned(rows: int | str) -> onnx.ModelProto:
+    """Build a model of x [rows, 2, 4, 4] whose grids are written for one sample."""
+    net = Net()
+    flat = net.op("Flatten", net.op("Conv", "x", net.weight("k", 3, 2, 1, 1), out="h"), out="f")
+    turns = net.op("MatMul", flat, net.weight("w", 48, 6), out="m")
+    turns = net.op("Reshape", turns, net.constant("matrix", np.array([-1, 2, 3])), out="r")
+    grid = net.op("AffineGrid", turns, net.constant("sizes", np.array([1, 3, 5, 5])), out="g")
+    value = net.op("Flatten", net.op("GridSample", "h", grid, out="s"), out="l")
+    net.op("MatMul", value, net.weight("v", 75, 3), out="y")
+    inputs = [onnx.helper.make_tensor_value_info("x", FLOAT, [rows, 2, 4, 4])]
+    outputs = [onnx.helper.make_tensor_value_info("y", FLOAT, [rows, 3])]
+    graph = onnx.helper.make_graph(net.nodes, "turned", inputs, outputs, net.weights)
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["nearest", "linear", "turned", "turned freely"])
+def test_images_of_one_sample_are_freed_as_the_remark_says(kind: str, target: Target) -> None:
+    dims = {} if kind == "turned freely" else {"x:0": "N"}
+    if kind.startswith("turned"):
+        model = build_turned(1 if dims else "N")
+    else:
+        model = build_resized(1, kind)
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+    (remark,) = check(model).remarks
+    assert remark.options == (("--dim x:0=N",) if dims else ())
+    x = np.random.default_rng(4).standard_normal((4, 2, 4, 4)).astype(np.float32)
+    bundle = cut(model, at="h", dims=dims, client_target=target, server_target=target, check=True)
+    expected = _evaluate_each(model, {"x": x})
+    merged = onnxruntime.InferenceSession(merge(bundle))
+    np.testing.assert_allclose(merged.run(["y"], {"x": x})[0], expected, rtol=1e-5, atol=1e-6)
+    assert verify(bundle, {"x": x, "labels": np.arange(4) % 3}, batch_size=4).ok

@@ -47,6 +47,7 @@ from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
 )
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
 from splitonnx.partitioner.cutting.dequantized_originals import compare_dequantized
+from splitonnx.partitioner.cutting.passes.batches import JOINING
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -116,21 +117,22 @@ def compare_with_original(
     except NotRun as error:
         reason = f"{subject} was not compared with its parts: {error}"
         return [reason, *describe_unchecked(freed)]
-    if any(n.op_type == "Resize" and n.name in prepared.freed for n in prepared.skeleton.graph):
-        for batch in freed:  # the original runs with other batches, but makes one sample of them
-            inlined = inlined if batch.options else batch.fix(inlined)
+    changed = [node.op_type for node in prepared.skeleton.graph if node.name in prepared.freed]
+    if not JOINING.isdisjoint(changed):
+        for batch in freed:  # the original runs with other batches, but joins or drops samples
+            inlined = batch.fix(inlined)
     forms = _list_forms(inlined, prepared, bundle, merge(), subject)
-    remarks = compare_dequantized(source, prepared.adjustments, subject)
-    remarks += [remark for form in forms for remark in _hold(form, subject)]
     model = Subject(
         name=subject,
         original=forms[0].original,
         freed=prepared.freed,
         has_loss=any(loss.kind == FROM_MODEL for loss in bundle.manifest.recipe.list_losses()),
     )
-    for batch in freed:
-        remarks += compare_samples(batch, model, forms[0].made)
-    return list(dict.fromkeys(remarks))
+    # First the samples: a model that mixes them may give arbitrary results for several.
+    mixed = [remark for batch in freed for remark in compare_samples(batch, model, forms[0].made)]
+    remarks = compare_dequantized(source, prepared.adjustments, subject)
+    remarks += [remark for form in forms for remark in _hold(form, subject)]
+    return list(dict.fromkeys([*remarks, *mixed]))
 
 
 def _list_forms(

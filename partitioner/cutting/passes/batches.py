@@ -4,8 +4,9 @@ An exporter that traces a model with one sample may write the batch size, 1, int
 of a Reshape, or into a constant that is combined with the data.  The model then accepts only one
 sample, although its inputs are declared with a batch of any size.  Such a 1 is replaced by the
 batch size of the data if it cannot mean anything else: the changed model then computes the same
-for one sample, and the unchanged model could not run with more.  Only a Resize could: it would make
-one sample of all.
+for one sample, and the unchanged model could not run with more.  Only the operators in
+:data:`JOINING` could: a Resize would make one sample of all, and an AffineGrid would drop all but
+one.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ MOST_ROUNDS = 64
 
 MOST_NAMED = 8
 """The largest number of nodes that a sentence names."""
+
+JOINING = frozenset(["AffineGrid", "Resize"])
+"""Operators that run with several samples although their constant sizes are those of one."""
 
 _FIXING = frozenset(
     ["CenterCropPad", "Concat", "Expand", "GRU", "Gather", "LSTM", "RNN", "Reshape", "Slice",
@@ -102,6 +106,8 @@ def _free(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
         return _free_reshape(graph, node, symbols)
     if node.op_type == "Resize":
         return _free_resize(graph, node, symbols)
+    if node.op_type == "AffineGrid":
+        return _free_affine_grid(graph, node)
     if node.op_type == "GridSample" and _is_batch(node.inputs[0], symbols):
         return _repeat(graph, node, [1], node.inputs[0], 0, 0)
     if node.op_type == "Concat" and node.attributes.get_int("axis", 0) > 0:
@@ -166,6 +172,24 @@ def _free_resize(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bo
     node.attributes.add(ir.AttrInt64s("axes", list(after)))
     builder = NodeBuilder(f"{node.outputs[0].name}/batch")
     node.replace_input_with(3, builder.integers(list(after.values())))
+    graph.insert_before(node, builder.nodes)
+    return True
+
+
+def _free_affine_grid(graph: ir.Graph, node: ir.Node) -> bool:
+    """Make an AffineGrid for one sample compute a grid for each, and return whether it changed.
+
+    The operator requires as many transforms as samples, so their number need not be a batch's name.
+    """
+    transforms, sizes = node.inputs[0], known_array(node.inputs[1])
+    if transforms is None or transforms.shape is None or isinstance(transforms.shape[0], int):
+        return False
+    if sizes is None or not sizes.size or int(sizes[0]) != 1:
+        return False
+    builder = NodeBuilder(f"{node.outputs[0].name}/batch")
+    rows = builder.op("Shape", transforms, start=0, end=1)
+    rest = builder.integers([int(size) for size in sizes[1:]])
+    node.replace_input_with(1, builder.op("Concat", rows, rest, axis=0))
     graph.insert_before(node, builder.nodes)
     return True
 
