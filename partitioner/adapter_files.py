@@ -90,8 +90,8 @@ def read_adapters(path: Path) -> SavedAdapters:
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name, array in tensors.items():
         found = _NAME.fullmatch(name)
-        if found is None:
-            raise FormatError(str(path), f"it holds '{name}'; adapters are named {_FORM}")
+        if found is None or not name.isprintable():
+            raise FormatError(str(path), f"it holds {name[:80]!a}; adapters are named {_FORM}")
         if array.ndim != 2 or not np.issubdtype(array.dtype, np.inexact):
             raise FormatError(str(path), f"'{name}' is not a matrix of floats")
         pair = pairs.setdefault(found["module"], {})
@@ -127,7 +127,7 @@ def _read_alpha(path: Path, metadata: Mapping[str, str]) -> float | None:
     except ValueError:
         alpha = math.nan
     if not 0 < alpha < math.inf:
-        raise FormatError(str(path), f"its {_ALPHA} is '{text}', which is not a number above 0")
+        raise FormatError(str(path), f"its {_ALPHA} is {text[:80]!a}, not a number above 0")
     return alpha
 
 

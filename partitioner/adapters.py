@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel, UsageError
+from splitonnx.errors import UnsupportedModel, UsageError, flatten
 from splitonnx.names import ADAPTERS
 from splitonnx.partitioner.graphs.traversals import list_inputs, map_values, reads_size
 
@@ -67,7 +67,10 @@ def read_note(model: ir.Model) -> Note | None:
     try:
         note = msgspec.json.decode(text, type=Note)
     except (msgspec.DecodeError, UnicodeEncodeError) as error:
-        raise _refuse_note(f"cannot be read ({error})") from error
+        raise _refuse_note(f"cannot be read ({flatten(str(error))})") from error
+    for name in (*note.names, *note.changed, *(adapter.weight for adapter in note.adapters)):
+        if not name.isprintable():
+            raise _refuse_note(f"holds the name {name[:80]!a} with control characters")
     known = map_values(model.graph)
     if missing := [name for name in note.names if name not in known]:
         raise _refuse_note(f"names '{missing[0]}', which the model does not have")

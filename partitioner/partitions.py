@@ -175,7 +175,7 @@ def cut(
         stop_gradients=_list_names(stop_gradients),
         states=list_pairs(states),
     )
-    for note in describe_stored(prepared.stored, prepared.missing):
+    for note in describe_stored(prepared.stored, prepared.ignored):
         _log.warning("%s", note)
     bundle = cut_prepared(
         prepared,

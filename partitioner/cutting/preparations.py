@@ -23,6 +23,8 @@ from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 from splitonnx.partitioner.cutting.passes.passes import PASSES
 from splitonnx.partitioner.cutting.passes.stored_options import (
     NONE_STORED,
+    NOTHING,
+    Ignored,
     StoredOptions,
     read_stored,
     select_stored,
@@ -65,7 +67,7 @@ class PreparedModel:
     (:mod:`joined_statistics`).  ``dequantized`` describes the arithmetic with integers that was
     replaced.  ``adapters`` names the matrices of the model's adapters; if there are any, no other
     weight is trained unless ``train`` names it.  ``stored`` are the options from the model's file
-    that were applied, and ``missing`` names tensors in these options that the model does not have
+    that were applied, and ``ignored`` what of these options has no effect
     (:mod:`stored_options`).  The other fields are the options that :func:`prepare` was called with,
     with the stored options added.
 
@@ -93,7 +95,7 @@ class PreparedModel:
     stop_gradients: tuple[str, ...] = ()
     states: tuple[tuple[str, str], ...] = ()
     stored: StoredOptions = NONE_STORED
-    missing: tuple[str, ...] = ()
+    ignored: Ignored = NOTHING
 
     @cached_property
     def state(self) -> frozenset[str]:
@@ -182,7 +184,7 @@ def prepare(
     """
     note = read_note(model)
     adapters = () if note is None else note.names
-    stored, missing = select_stored(read_stored(model), model.graph, train, freeze)
+    stored, ignored = select_stored(read_stored(model), model.graph, train, freeze)
     if adapters:  # of the weights, nothing else is trained unless the user says so
         stored = msgspec.structs.replace(stored, freeze=(), train=())
     work = Work(
@@ -196,7 +198,7 @@ def prepare(
         stop_gradients=stop_gradients,
         states=states,
         stored=stored,
-        missing=missing,
+        ignored=ignored,
         dequantize=adjustments.dequantize,
     )
     for step in PASSES:
@@ -225,7 +227,7 @@ def prepare(
         stop_gradients=(*stop_gradients, *applied.stop_gradients),
         states=tuple(states),
         stored=applied,
-        missing=tuple(work.missing),
+        ignored=work.ignored,
     )
 
 

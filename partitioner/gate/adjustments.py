@@ -120,6 +120,8 @@ def _read(source: onnx.ValueInfoProto, value: Binding) -> np.ndarray:
         )
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(source.type.tensor_type.elem_type))
     given = np.asarray(value)
+    if given.dtype.kind not in "biuf":
+        raise UsageError(f"--bind {source.name}: {value!r} is not a number; give it without quotes")
     with np.errstate(invalid="ignore", over="ignore"):
         array = given.astype(dtype)
     kept, wide = array.astype(np.float64), given.astype(np.float64)

@@ -288,7 +288,8 @@ def _is_only_statistic(value: ir.Value) -> bool:
 def find_module(node: ir.Node) -> str | None:
     """Return the name of the module to which a node belongs, if the dynamo exporter noted it."""
     scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
-    return re.sub(r"@\d+$", "", scopes[-2]) or None if len(scopes) > 1 else None
+    module = re.sub(r"@\d+$", "", scopes[-2]) if len(scopes) > 1 else ""
+    return module if module and module.isprintable() else None
 
 
 def _is_within(node: ir.Node, module: str) -> bool:

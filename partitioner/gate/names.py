@@ -32,6 +32,8 @@ from splitonnx.partitioner.inference.shapes import MOST_ALONG
 
 _Described = NodeProto | GraphProto | ValueInfoProto | TensorProto | FunctionProto | ModelProto
 
+_OWN_NOTES = "splitonnx."
+"""The beginning of the keys of entries in the metadata that this package reads."""
 _DTYPES = frozenset(dtype.value for dtype in ir.DataType)
 
 
@@ -67,6 +69,9 @@ def check_texts(model: ModelProto, label: str) -> None:
         free(function)
     check([entry.domain for entry in model.opset_import])
     check((model.producer_name, model.producer_version, model.domain))
+    own = [e.key for e in model.metadata_props if e.key.startswith(_OWN_NOTES)]
+    if twice := next((key for key in own if own.count(key) > 1), ""):
+        raise NotAModel(label, f"its metadata have the entry {twice[:80]!a} twice")
     free(model)
 
 

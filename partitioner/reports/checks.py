@@ -298,7 +298,7 @@ def _note_batch(
 
 def _note_stored(prepared: PreparedModel) -> Iterator[Remark]:
     """Yield remarks on the options that the model's file holds."""
-    for note in describe_stored(prepared.stored, prepared.missing):
+    for note in describe_stored(prepared.stored, prepared.ignored):
         options = tuple(make_option(name, value) for name, value in note.options)
         yield Remark(
             kind=Kind.STORED_OPTIONS, sentence=note.sentence, names=note.names, options=options

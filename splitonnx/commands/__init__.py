@@ -26,7 +26,7 @@ from splitonnx.commands import (
     trainings,
 )
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
-from splitonnx.commands.logs import silencing
+from splitonnx.commands.logs import escape, silencing
 from splitonnx.commands.streams import (
     discard_unprinted,
     explain_failed_print,
@@ -130,7 +130,7 @@ def _own_up(error: Exception) -> NoReturn:
 
 def _fail(sentence: str) -> NoReturn:
     try:
-        print(f"splitonnx: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+        print(f"splitonnx: {escape(' '.join(sentence.split()))}", file=sys.stderr, flush=True)
     except OSError:  # only the exit code can be reported
         discard_unprinted(sys.stderr)
     sys.exit(2)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from splitonnx.commands.logs import escape
+
 if TYPE_CHECKING:
     from splitonnx.partitioner.reports.checks import AppliedGroup, Check
     from splitonnx.partitioner.reports.layers import Layer
@@ -151,6 +153,7 @@ def _row(cells: Sequence[str], label: str) -> str:
 
 
 def _wrap(text: str, width: int | None, first: str, rest: str) -> Iterator[str]:
+    text = escape(" ".join(text.split()))  # it may contain text of the model's file
     if width is None:
         yield f"{first}{text}"
         return

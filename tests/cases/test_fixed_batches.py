@@ -261,4 +261,5 @@ def test_images_of_one_sample_are_freed_as_the_remark_says(kind: str, target: Ta
     expected = _evaluate_each(model, {"x": x})
     merged = onnxruntime.InferenceSession(merge(bundle))
     np.testing.assert_allclose(merged.run(["y"], {"x": x})[0], expected, rtol=1e-5, atol=1e-6)
-    assert verify(bundle, {"x": x, "labels": np.arange(4) % 3}, batch_size=4).ok
+    data: Arrays = {"x": x, "labels": np.arange(4) % 3}
+    assert verify(bundle, data, batch_size=4).ok

@@ -69,6 +69,11 @@ def test_into_a_pipe_a_sentence_is_one_line() -> None:
     assert len(list(format_remarks([remark], None))) == 1
 
 
+def test_text_of_the_file_neither_starts_lines_nor_reaches_the_terminal_raw() -> None:
+    remark = Remark(kind=Kind.LOST_TIE, sentence="one\x1b[2J\nremark: two")
+    assert list(format_remarks([remark], None)) == ["remark: one\\x1b[2J remark: two"]
+
+
 def test_a_model_without_weights_has_no_table() -> None:
     assert list(format_layers([], 80)) == []
 

@@ -204,6 +204,10 @@ def test_a_note_that_does_not_fit_the_model_is_refused() -> None:
     model.metadata_props[ADAPTERS] = "{}"
     with pytest.raises(UnsupportedModel, match="cannot be read"):
         read_note(model)
+    write_note(model, Note(alpha=1.0, adapters=note.adapters, changed=("b\x1b[2J\nremark",)))
+    with pytest.raises(UnsupportedModel, match="control characters") as caught:
+        read_note(model)
+    assert str(caught.value).isprintable()
 
 
 def test_a_model_without_adapters_has_none_to_fold() -> None:

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.errors import NativeCrash
+from splitonnx.errors import NativeCrash, flatten
 from splitonnx.manifests import Source, Stage
 from splitonnx.names import PREDICT
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
@@ -167,7 +167,8 @@ def _decode(run: Callable[[], Sequence[Mapping[str, bytes]]]) -> list[Arrays]:
         return [natives.decode_arrays(outputs) for outputs in run()]
     except (workers.Refused, NativeCrash) as error:
         is_corrected = getattr(error, "kind", "") == natives.CorrectionFailed.__name__
-        raise (CorrectionFailed if is_corrected else NotRun)(str(error)) from error
+        reason = " ".join(str(error).split())
+        raise (CorrectionFailed if is_corrected else NotRun)(flatten(reason)) from error
 
 
 def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> bytes:

@@ -12,7 +12,11 @@ import onnx_ir as ir
 
 from splitonnx.errors import UsageError
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
-from splitonnx.partitioner.cutting.passes.stored_options import NONE_STORED, StoredOptions
+from splitonnx.partitioner.cutting.passes.stored_options import (
+    NONE_STORED,
+    Ignored,
+    StoredOptions,
+)
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import find_movers, map_values
 
@@ -23,7 +27,7 @@ def stop_gradients(
     names: Sequence[str],
     given: Collection[str] = (),
     stored: StoredOptions = NONE_STORED,
-) -> tuple[StoredOptions, list[str]]:
+) -> tuple[StoredOptions, Ignored]:
     """Stop every gradient at the named tensors, in place.
 
     Each of ``names`` is the name of a tensor or node, or a glob pattern for tensor names.  Nodes
@@ -32,8 +36,9 @@ def stop_gradients(
     the options from the model's file; stops in it that have no effect are ignored.
 
     Returns:
-        ``stored`` with only the stops that were made and that are not also in ``names``, and the
-        tensors of its stops that the graph does not have.
+        ``stored`` with only the stops that were made and that are not also in ``names``, and those
+        of its stops that mean something else than they do.  A stop where no gradient passes anyway
+        is not among them.
 
     Raises:
         UnknownTensor: a name matches nothing.
@@ -46,9 +51,13 @@ def stop_gradients(
             raise UsageError(f"--stop-gradient '{value.name}' {reason}")
         _detach(graph, value)
     found = [name for name in stored.stop_gradients if name in values]
+    idle = [name for name in found if name in weights or not values[name].uses()]
     made = [n for n in found if values[n] not in chosen and _try_stop(graph, values[n], weights)]
-    missing = [name for name in stored.stop_gradients if name not in values]
-    return msgspec.structs.replace(stored, stop_gradients=tuple(made)), missing
+    ignored = Ignored(
+        missing=tuple(name for name in stored.stop_gradients if name not in values),
+        stops=tuple(name for name in idle if values[name] not in chosen),
+    )
+    return msgspec.structs.replace(stored, stop_gradients=tuple(made)), ignored
 
 
 def _try_stop(graph: ir.Graph, value: ir.Value, weights: Collection[str]) -> bool:

@@ -9,6 +9,7 @@ and in inference.  They do not depend on the cut, the loss or the gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -145,8 +146,9 @@ def _part_forms(work: Work) -> None:
 
 def _stop_gradients(work: Work) -> None:
     graph, names = work.model.graph, work.stop_gradients
-    work.stored, missing = stop_gradients(graph, work.weights, names, work.given, work.stored)
-    work.missing += missing
+    work.stored, found = stop_gradients(graph, work.weights, names, work.given, work.stored)
+    missing = (*work.ignored.missing, *found.missing)
+    work.ignored = replace(work.ignored, missing=missing, stops=found.stops)
 
 
 def _widen(work: Work) -> None:

@@ -14,7 +14,7 @@ import msgspec
 import onnx
 import onnx_ir as ir
 
-from splitonnx.errors import UnsupportedModel, count_some
+from splitonnx.errors import UnsupportedModel, count_some, flatten, list_some
 from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.normalization.weights import find_matches, make_pattern
@@ -35,6 +35,23 @@ class StoredOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 NONE_STORED = StoredOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ignored:
+    """The names in stored options that have no effect, which the user is told.
+
+    ``missing`` are those that the model does not have.  ``others`` are to be trained or not, but
+    are no stored tensors.  ``stops`` are weights, or tensors that no node reads, at which gradients
+    are to stop.
+    """
+
+    missing: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()
+
+
+NOTHING = Ignored()
 _DECODER = msgspec.json.Decoder(StoredOptions)
 
 
@@ -64,29 +81,40 @@ def read_stored(model: ir.Model) -> StoredOptions:
     """Read the options that are stored in a model.
 
     Raises:
-        UnsupportedModel: the entry in the metadata is not valid.
+        UnsupportedModel: the entry in the metadata is not valid, or contradicts itself.
     """
     text = model.metadata_props.get(KEY)
     if text is None:
         return NONE_STORED
     try:
-        return _DECODER.decode(text)
+        stored = _DECODER.decode(text)
     except JSON_ERRORS as error:
-        raise UnsupportedModel(
-            f"the metadata entry '{KEY}'",
-            f"it is not what this version of splitonnx writes: {error}",
-            "export the model again, or delete the entry and pass freeze, train and "
-            "stop_gradients to cut",
-        ) from error
+        what = f"it is not what this version of splitonnx writes: {flatten(str(error))}"
+        raise _refuse(what) from error
+    for name in (*stored.freeze, *stored.train, *stored.stop_gradients):
+        if not name.isprintable():
+            raise _refuse(f"the name {name[:80]!a} in it holds control characters")
+    if both := set(stored.freeze).intersection(stored.train):
+        raise _refuse(f"it says of {list_some(sorted(both))} that the network trains it, and not")
+    return stored
+
+
+def _refuse(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the metadata entry '{KEY}'",
+        reason,
+        "export the model again, or delete the entry and pass freeze, train and "
+        "stop_gradients to cut",
+    )
 
 
 def select_stored(
     stored: StoredOptions, graph: ir.Graph, train: Sequence[str], freeze: Sequence[str]
-) -> tuple[StoredOptions, list[str]]:
-    """Return the stored options that the user does not overrule, and the names that are missing.
+) -> tuple[StoredOptions, Ignored]:
+    """Return the stored options that the user does not overrule, and what of them is ignored.
 
     ``train`` and ``freeze`` are the user's patterns.  A parameter that one of them matches is left
-    to them.  Parameters that the graph does not have are missing.
+    to them.
 
     Raises:
         UsageError: a pattern is not a regular expression.
@@ -94,17 +122,34 @@ def select_stored(
     names = {*stored.freeze, *stored.train}
     decided = {n for pattern in train for n in find_matches(pattern, names, "--train")}
     decided |= {n for pattern in freeze for n in find_matches(pattern, names, "--freeze")}
-    known = set(map_values(graph))
+    values = map_values(graph)
+    known = {name for name in names & values.keys() - decided if _may_be_weight(values[name])}
     selected = StoredOptions(
-        freeze=tuple(name for name in stored.freeze if name in known - decided),
-        train=tuple(name for name in stored.train if name in known - decided),
+        freeze=tuple(name for name in stored.freeze if name in known),
+        train=tuple(name for name in stored.train if name in known),
         stop_gradients=stored.stop_gradients,
     )
-    return selected, sorted(names - decided - known)
+    ignored = Ignored(
+        missing=tuple(sorted(names - decided - values.keys())),
+        others=tuple(sorted(names & values.keys() - decided - known)),
+    )
+    return selected, ignored
 
 
-def describe_stored(applied: StoredOptions, missing: Sequence[str]) -> list[StoredNote]:
-    """Describe the stored options that apply, and the tensors that the model no longer has."""
+def _may_be_weight(value: ir.Value) -> bool:
+    """Return whether a value is stored in the model, maybe as integers that are dequantized."""
+    node = value.producer()
+    if node is None:
+        return value.const_value is not None
+    return node.op_type in ("Constant", "DequantizeLinear")
+
+
+def describe_stored(applied: StoredOptions, ignored: Ignored = NOTHING) -> list[StoredNote]:
+    """Describe the stored options that apply, and those that are ignored."""
+    return [*_describe_applied(applied), *_describe_ignored(ignored)]
+
+
+def _describe_applied(applied: StoredOptions) -> list[StoredNote]:
     notes = []
     if names := applied.freeze:
         notes.append(
@@ -132,13 +177,37 @@ def describe_stored(applied: StoredOptions, missing: Sequence[str]) -> list[Stor
                 names=names,
             )
         )
-    if missing:
+    return notes
+
+
+def _describe_ignored(ignored: Ignored) -> list[StoredNote]:
+    notes = []
+    if names := ignored.missing:
         notes.append(
             StoredNote(
-                sentence=f"the model's file says how to train {count_some(missing)}, but the model "
-                f"has no such {'tensor' if len(missing) == 1 else 'tensors'}: it was changed after "
+                sentence=f"the model's file says how to train {count_some(names)}, but the model "
+                f"has no such {'tensor' if len(names) == 1 else 'tensors'}: it was changed after "
                 "splitonnx.torch.export, and may be trained in other ways than the network",
-                names=tuple(missing),
+                names=names,
+            )
+        )
+    if names := ignored.others:
+        notes.append(
+            StoredNote(
+                sentence=f"the model's file says whether to train {count_some(names)}, which "
+                f"{'is' if len(names) == 1 else 'are'} not stored in it as "
+                f"{'a weight' if len(names) == 1 else 'weights'}; this has no effect",
+                names=names,
+            )
+        )
+    if names := ignored.stops:
+        notes.append(
+            StoredNote(
+                sentence=f"the model's file says that no gradient passes through "
+                f"{count_some(names)}; this has no effect, since "
+                f"{'it is a weight or' if len(names) == 1 else 'they are weights or'} read by no "
+                "node",
+                names=names,
             )
         )
     return notes

@@ -11,7 +11,12 @@ import onnx_ir as ir
 from splitonnx.manifests import Role
 from splitonnx.names import BatchNormModes, DropoutMode
 from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
-from splitonnx.partitioner.cutting.passes.stored_options import NONE_STORED, StoredOptions
+from splitonnx.partitioner.cutting.passes.stored_options import (
+    NONE_STORED,
+    NOTHING,
+    Ignored,
+    StoredOptions,
+)
 from splitonnx.partitioner.normalization.dequantized.replacements import Dequantization
 
 
@@ -50,7 +55,7 @@ class Work:
 
     It holds the model, which the passes change in place, the user's options, and the results.
     ``stored`` are the options from the model's file that the user does not overrule, and
-    ``missing`` are names in them that the model does not have.
+    ``ignored`` are names in them that have no effect.
     """
 
     model: ir.Model
@@ -62,7 +67,7 @@ class Work:
     ties: Sequence[tuple[str, str]] = ()
     stop_gradients: Sequence[str] = ()
     stored: StoredOptions = NONE_STORED
-    missing: list[str] = field(default_factory=list)
+    ignored: Ignored = NOTHING
     states: Sequence[tuple[str, str]] = ()
     initial_states: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
     dequantize: bool = False

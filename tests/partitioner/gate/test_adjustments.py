@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -150,6 +151,7 @@ def test_the_callers_model_stays_as_it_is(tmp_path: Path) -> None:
         (Adjustments(dims={"N": "3 4"}), "neither a size nor a symbol"),
         (Adjustments(bindings={"y": 1}), "no such input; it has 'x', 'scale'"),
         (Adjustments(bindings={"x": 1}), "the size 'N', 'T' of this input is not fixed; fix it"),
+        (Adjustments(bindings={"scale": cast(float, "2.7")}), "scale: '2.7' is not a number"),
         (Adjustments(bindings={"scale": [1, 2]}), r"2 numbers came for an input of shape \[3\]"),
     ],
 )

@@ -102,6 +102,16 @@ def test_descriptions_may_have_several_lines() -> None:
     check_texts(model, "the model")
 
 
+def test_an_own_entry_in_the_metadata_that_is_there_twice_is_refused() -> None:
+    model = make_model()
+    for key in ("note", "note", "splitonnx.options"):
+        model.metadata_props.add(key=key, value="{}")
+    check_texts(model, "the model")
+    model.metadata_props.add(key="splitonnx.options", value="{}")
+    with pytest.raises(NotAModel, match=r"have the entry 'splitonnx\.options' twice"):
+        check_texts(model, "the model")
+
+
 def declare(model: ModelProto, *dims: int | str) -> ModelProto:
     info = helper.make_tensor_value_info(model.graph.node[0].output[0], TensorProto.FLOAT, dims)
     model.graph.value_info.append(info)

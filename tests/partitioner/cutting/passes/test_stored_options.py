@@ -133,4 +133,41 @@ def test_what_is_written_is_read() -> None:
 
 
 def test_nothing_stored_and_nothing_missing_needs_no_words() -> None:
-    assert describe_stored(NONE_STORED, ()) == []
+    assert describe_stored(NONE_STORED) == []
+
+
+@pytest.mark.parametrize("field", ["freeze", "train", "stop_gradients"])
+def test_a_name_that_could_forge_lines_in_a_terminal_is_refused(field: str) -> None:
+    with pytest.raises(UnsupportedModel, match="control characters") as caught:
+        check(store(**{field: ["\x1b[2Jw\nremark: all is well"]}))
+    assert str(caught.value).isprintable()
+    model = load_model(NAME)
+    model.metadata_props.add(key=KEY, value='{"\\u001b[2J": []}')
+    with pytest.raises(UnsupportedModel, match="unknown field") as caught:
+        check(model)
+    assert str(caught.value).isprintable()
+
+
+def test_a_weight_is_not_both_trained_and_frozen() -> None:
+    with pytest.raises(UnsupportedModel, match="of 'w1' that the network trains it, and not"):
+        cut(store(freeze=["w1"], train=["w1", "w2"]), at=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"freeze": ["e"]}, "whether to train 'e', which is not stored in it as a weight"),
+        ({"train": ["e", "x"]}, "whether to train 'e', 'x', which are not stored in it as weights"),
+        ({"stop_gradients": ["w1"]}, "no gradient passes through 'w1'; this has no effect"),
+        ({"stop_gradients": ["y"]}, "no gradient passes through 'y'; this has no effect"),
+    ],
+)
+def test_an_option_that_has_no_effect_is_told(
+    options: dict[str, list[str]], sentence: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = store(**options)
+    told = [each for each in check(model).remarks if each.kind is Kind.STORED_OPTIONS]
+    assert sentence in told[0].sentence
+    bundle = cut(model, at=None)
+    assert sentence in caplog.text
+    assert list_trained(bundle) == {"w1", "b1", "w2", "b2"}
