@@ -32,6 +32,14 @@ Each is mapped to the positions among its inputs at which weights do so.
 """
 
 
+_ELLIPSIS = "."
+"""What stands for the three dots of an equation here."""
+_ELLIPSES = "0123456789"
+"""Labels of the axes that an ellipsis stands for; inputs share them from the last axis on."""
+_MOST_LABELS = 26
+"""A weight of an Einsum with more labels is not examined, and counts as a layer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerNode:
     """A node of a graph, with the names of its inputs and outputs, which may be empty."""
@@ -167,7 +175,7 @@ def _link(node: LayerNode, position: int, array: np.ndarray) -> np.ndarray | Non
     if kind in ("FusedMatMul", "Gemm", "MatMul") and linked.ndim:
         return _link_product(node, position, linked)
     if kind == "Einsum":
-        return _link_einsum(node, position, linked)
+        return _link_einsum(node, position, array)
     if kind == "Gather" and linked.ndim == 2 and linked.shape[1] > 1:
         rows: np.ndarray = linked.T[None, :, None, :]
         return rows  # a unit vector says which row was read
@@ -207,22 +215,54 @@ def _link_product(node: LayerNode, position: int, linked: np.ndarray) -> np.ndar
     return matrices[:, :, None, :]
 
 
-def _link_einsum(node: LayerNode, position: int, linked: np.ndarray) -> np.ndarray | None:
-    terms, _, result = node.equation.replace(" ", "").partition("->")
-    labels = terms.split(",")
-    if (
-        not result
-        or "." in terms
-        or position >= len(labels)
-        or len(labels[position]) != linked.ndim
-    ):
+def _link_einsum(node: LayerNode, position: int, array: np.ndarray) -> np.ndarray | None:
+    terms, result = _read_equation(node.equation)
+    if position >= len(terms):
         return None
-    own, others = labels[position], set("".join(labels[:position] + labels[position + 1 :]))
-    if len(set(own)) < len(own):
+    own, others = terms[position], set("".join(terms[:position] + terms[position + 1 :]))
+    labels = _label_axes(own, array.ndim)
+    if labels is None or len(set(zip(labels, array.shape, strict=True))) > len(set(labels)):
         return None
+    if _ELLIPSIS in others:
+        others.update(_ELLIPSES)
+    if _ELLIPSIS in result:
+        result += _ELLIPSES
+    # A diagonal of the weight is read, and it is summed over axes that nothing else has.
+    own = "".join(label for label in dict.fromkeys(labels) if label in others or label in result)
+    linked = _sum_axes(array, labels, own) != 0
     shared = [axis for axis, label in enumerate(own) if label in others and label in result]
     summed = [axis for axis, label in enumerate(own) if label in others and label not in result]
     rest = [axis for axis in range(len(own)) if axis not in (*shared, *summed)]
     count = int(np.prod([linked.shape[axis] for axis in shared], dtype=int))
     inputs = int(np.prod([linked.shape[axis] for axis in summed], dtype=int))
     return linked.transpose(*shared, *summed, *rest).reshape(count, inputs, 1, -1)
+
+
+def _read_equation(equation: str) -> tuple[list[str], str]:
+    """Return the labels of each input and of the result, with one character for an ellipsis.
+
+    Without an arrow, the result has the ellipsis and all labels that are there once.
+    """
+    given, arrow, result = equation.replace(" ", "").replace("...", _ELLIPSIS).partition("->")
+    if not arrow:
+        result = "".join(c for c in dict.fromkeys(given) if c == _ELLIPSIS or given.count(c) == 1)
+    return given.split(","), result.replace(",", "")
+
+
+def _label_axes(term: str, rank: int) -> str | None:
+    """Return one label for each axis of an input, or ``None`` if its rank does not fit."""
+    hidden = rank - len(term.replace(_ELLIPSIS, ""))
+    most = len(_ELLIPSES) if term.count(_ELLIPSIS) == 1 else 0
+    if not 0 <= hidden <= most or len(term) > _MOST_LABELS:
+        return None
+    return term.replace(_ELLIPSIS, _ELLIPSES[len(_ELLIPSES) - hidden :])
+
+
+def _sum_axes(array: np.ndarray, labels: str, kept: str) -> np.ndarray:
+    """Sum an array over the axes whose labels are not in ``kept``; equal labels take a diagonal."""
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    wide = array if array.dtype.kind == "f" and array.dtype.itemsize > 2 else array.astype(float)
+    summed: np.ndarray = np.einsum(
+        wide, [numbers[label] for label in labels], [numbers[label] for label in kept]
+    )
+    return summed

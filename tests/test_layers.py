@@ -55,6 +55,16 @@ SCALING: dict[str, tuple[bool, bool]] = {
     "some of the columns": measure(np.eye(6)[:, :4], "MatMul"),
     "Einsum that scales": measure(draw(4), "Einsum", equation="nchw,c->nchw"),
     "Einsum by a diagonal": measure(np.diag(draw(4)), "Einsum", equation="nc,cd->nd"),
+    "Einsum with an ellipsis": measure(permute(4), "Einsum", equation="...i,ij->...j"),
+    "Einsum with an ellipsis in the middle": measure(
+        permute(4), "Einsum", equation="b...i,ij->b...j"
+    ),
+    "Einsum whose weight has the ellipsis": measure(
+        draw(3, 4), "Einsum", equation="n...,...->n..."
+    ),
+    "Einsum without an arrow": measure(permute(4), "Einsum", equation="ni, ij"),
+    "Einsum that reads a diagonal": measure(draw(4, 4), "Einsum", equation="nc,cc->nc"),
+    "Einsum that sums its weight": measure(draw(4, 3), "Einsum", equation="nc,cd->nc"),
     "table of unit vectors": measure(permute(5), "Gather", ("w", "x")),
 }
 
@@ -89,6 +99,8 @@ MIXING: dict[str, tuple[bool, bool]] = {
     "Gemm to one number": measure(draw(1, 4), "Gemm", transB=[1]),
     "Einsum": measure(draw(4, 3), "Einsum", equation="nc,cd->nd"),
     "Einsum without a result": measure(draw(4, 3), "Einsum", equation="nc,cd"),
+    "Einsum with an ellipsis and a result": measure(draw(4, 3), "Einsum", equation="...c,cd->...d"),
+    "Einsum whose sums mix": measure(draw(4, 3, 2), "Einsum", equation="nc,cde->nd"),
     "embedding": measure(draw(9, 4), "Gather", ("w", "x")),
     "embedding of one number": measure(draw(9, 1), "Gather", ("w", "x")),
     "recurrent layer": measure(draw(1, 16, 4), "LSTM", ("x", "w", "r")),
@@ -148,6 +160,8 @@ def test_nodes_that_do_not_fit_their_weights_count_as_layers() -> None:
         "no kernel": measure(draw(4, 4), "Conv"),
         "axes": measure(draw(4), "Einsum", equation="ab,bc->ac"),
         "terms": measure(draw(4), "Einsum", equation="a->a"),
+        "two ellipses": measure(draw(4), "Einsum", equation="a,......->a"),
+        "sizes": measure(draw(4, 3), "Einsum", equation="a,bb->a"),
     }
     assert set(unfit.values()) == {(False, False)}
     strides = [2] * 5
