@@ -92,10 +92,10 @@ class Permission:
         raw = _list_raw(prepared)
         leaving: dict[str, list[str]] = {}
         carried = {n: v for n, v in training.commits.items() if n in prepared.carried}
-        data, layers = raw - prepared.state, prepared.value_layers
-        held = trace_held_inputs(training.graph, data, layers, carried)
+        data = raw - prepared.state
+        held = trace_held_inputs(training.graph, data, prepared, carried)
         for joint in (training, *others):
-            found = find_raw_inputs(joint, data, layers, held)
+            found = find_raw_inputs(joint, data, prepared, held)
             for tensor, inputs in found.items():
                 leaving[tensor] = inputs
         unnamed = {
@@ -147,7 +147,7 @@ def _list_raw(prepared: PreparedModel) -> set[str]:
 def find_raw_inputs(
     joint: JointGraph,
     raw: set[str],
-    weights: Collection[str],
+    prepared: PreparedModel,
     held: Mapping[str, frozenset[str]],
 ) -> dict[str, list[str]]:
     """Map each sent tensor that holds raw data to the names of the inputs that the data come from.
@@ -155,10 +155,9 @@ def find_raw_inputs(
     A tensor holds raw data of an input if it is this input, or is computed from it along a path
     without a layer of weights, even if other paths have one.  Only tensors that the client sends
     are listed, including gradients.  Tensors that hold only sizes are not listed.  ``raw`` names
-    the raw inputs, and ``weights`` the weights of layers.  ``held`` maps states to the raw
-    inputs of earlier steps that they hold.
+    the raw inputs.  ``held`` maps states to the raw inputs of earlier steps that they hold.
     """
-    bare = trace_raw_inputs(joint.graph, raw, weights, held)
+    bare = trace_raw_inputs(joint.graph, raw, prepared, held)
     found: dict[str, list[str]] = {}
     for wire in joint.wires:
         if wire.crossing.sender == CLIENT and bare.get(wire.crossing.value):
@@ -170,15 +169,16 @@ def find_raw_inputs(
 def trace_raw_inputs(
     graph: ir.Graph,
     raw: Collection[str],
-    names: Collection[str],
+    prepared: PreparedModel,
     held: Mapping[str, frozenset[str]],
 ) -> dict[ir.Value, frozenset[str]]:
     """Map each value to the raw inputs that reach it along a path without a layer of weights.
 
-    ``raw`` names the raw inputs among the graph's inputs, and ``names`` the weights of layers
-    (``PreparedModel.value_layers``).  ``held`` maps states to the raw inputs that they hold.
+    ``raw`` names the raw inputs among the graph's inputs.  ``held`` maps states to the raw inputs
+    that they hold.
     """
-    weights = {value for value in graph.inputs if value.name in names}
+    weights = {value for value in graph.inputs if value.name in prepared.value_layers}
+    scalings = prepared.value_scalings
     bare = {v: frozenset({v.name or ""}) for v in graph.inputs if v.name in raw}
     bare |= {v: held[v.name] for v in graph.inputs if v.name is not None and held.get(v.name)}
     for node in graph:
@@ -187,14 +187,14 @@ def trace_raw_inputs(
         read = list_inputs(node)
         reached = frozenset().union(*(bare.get(value, frozenset()) for value in read))
         if not reached and weights.intersection(read):
-            weights.update(node.outputs)
+            weights.update(value for value in node.outputs if value.name not in scalings)
         if reached and not may_mix(node.op_type, find_positions(node, weights)):
             bare.update(dict.fromkeys(node.outputs, reached))
     return bare
 
 
 def trace_held_inputs(
-    graph: ir.Graph, raw: Collection[str], names: Collection[str], carried: Mapping[str, str]
+    graph: ir.Graph, raw: Collection[str], prepared: PreparedModel, carried: Mapping[str, str]
 ) -> dict[str, frozenset[str]]:
     """Map each state to the raw inputs of earlier steps that it holds, as for a sent tensor.
 
@@ -202,7 +202,7 @@ def trace_held_inputs(
     """
     held: dict[str, frozenset[str]] = dict.fromkeys(carried, frozenset())
     while True:
-        bare = trace_raw_inputs(graph, raw, names, held)
+        bare = trace_raw_inputs(graph, raw, prepared, held)
         by_name = {value.name: inputs for value, inputs in bare.items()}
         found = {name: by_name.get(made, frozenset()) for name, made in carried.items()}
         if found == held:

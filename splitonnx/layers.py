@@ -40,6 +40,10 @@ _MOST_LABELS = 26
 """A weight of an Einsum with more labels is not examined, and counts as a layer."""
 
 
+MOVES = frozenset({"Cast", "Identity", "Transpose"})
+"""Operators through which a weight is followed without computing what they make of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerNode:
     """A node of a graph, with the names of its inputs and outputs, which may be empty."""
@@ -91,7 +95,8 @@ class Mixing:
     """What the weights of a graph do to the numbers that they meet.
 
     ``nodes`` are the nodes of the forward pass in order.  ``read`` returns the array of a weight,
-    or ``None`` if there is no weight of this name; an array is read only when it is asked for.
+    or of a value that is computed from weights alone, or ``None`` if there is none of this name; an
+    array is read only when it is asked for.
     """
 
     def __init__(
@@ -114,6 +119,10 @@ class Mixing:
         Each number has at most one result, and each result comes from at most one number.
         """
         return self._measure(weight)[1]
+
+    def list_read(self) -> list[str]:
+        """List the values that layers read as weights, behind no Transpose or Cast."""
+        return list(self._uses)
 
     def _measure(self, weight: str) -> tuple[bool, bool]:
         if weight not in self._kept:
@@ -139,7 +148,7 @@ def _list_uses(nodes: Iterable[LayerNode]) -> dict[str, list[_Use]]:
         name = node.arguments[0] if node.arguments else ""
         source, order = moved.get(name, (name, None))
         for result in node.results[:1]:
-            if node.operator in ("Cast", "Identity"):
+            if node.operator in MOVES and node.operator != "Transpose":
                 moved[result] = source, order
             elif node.operator == "Transpose" and order is None:
                 moved[result] = source, tuple(node.integers.get("perm", ()))
@@ -235,7 +244,8 @@ def _link_einsum(node: LayerNode, position: int, array: np.ndarray) -> np.ndarra
     rest = [axis for axis in range(len(own)) if axis not in (*shared, *summed)]
     count = int(np.prod([linked.shape[axis] for axis in shared], dtype=int))
     inputs = int(np.prod([linked.shape[axis] for axis in summed], dtype=int))
-    return linked.transpose(*shared, *summed, *rest).reshape(count, inputs, 1, -1)
+    links: np.ndarray = linked.transpose(*shared, *summed, *rest).reshape(count, inputs, 1, -1)
+    return links
 
 
 def _read_equation(equation: str) -> tuple[list[str], str]:

@@ -178,7 +178,7 @@ def build_training(
             targets[party].append(made[value])
     return JointGraph(
         graph=derived,
-        wires=tuple(_mark_telling(wires, derived, attached.data, owners, prepared.gradient_layers)),
+        wires=tuple(_mark_telling(wires, derived, attached.data, owners, prepared)),
         targets={party: values for party, values in targets.items() if partition.at or values},
         results=attached.results,
         data=data,
@@ -303,14 +303,15 @@ def _mark_telling(
     graph: ir.Graph,
     labels: Collection[str],
     owners: Mapping[str, frozenset[str]],
-    layers: Collection[str],
+    prepared: PreparedModel,
 ) -> Iterator[WireSpec]:
     """Yield all wires, with those marked that are gradients and tell the server the labels.
 
-    ``labels`` names all arrays that the losses read, and ``layers`` the weights that mix gradients.
+    ``labels`` names all arrays that the losses read.
     """
-    own = {n for n, parties in owners.items() if parties == {CLIENT} and n in layers}
-    telling = trace_labels(graph, labels, own)
+    client = {name for name, parties in owners.items() if parties == {CLIENT}}
+    own = client & prepared.gradient_layers
+    telling = trace_labels(graph, labels, own, prepared.gradient_scalings)
     for wire in wires:
         is_sent = wire.kind is WireKind.GRADIENT and wire.crossing.sender == CLIENT
         yield replace(wire, tells_labels=is_sent and wire.crossing.value in telling)

@@ -34,11 +34,13 @@ from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import (
     describe_layer,
+    find_dependents,
     find_movers,
     is_float,
     map_values,
     walk_back,
 )
+from splitonnx.partitioner.inference.evaluations import WeightValues
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.partitioner.normalization.dequantized.replacements import Dequantization
 from splitonnx.partitioner.normalization.parameters import find_input_scalings
@@ -128,11 +130,33 @@ class PreparedModel:
         return [name for name in self.weights if name not in self.carried]
 
     @cached_property
+    def value_scalings(self) -> frozenset[str]:
+        """Names of values, computed from weights alone, of which no layer mixes its data.
+
+        A layer that reads such a value passes on its data's numbers, scaled at most.
+        """
+        return frozenset(filter(self._mixing.keeps_values, self._computed_weights))
+
+    @cached_property
+    def gradient_scalings(self) -> frozenset[str]:
+        """Names of values, computed from weights alone, that only scale and permute gradients."""
+        return frozenset(filter(self._mixing.keeps_gradients, self._computed_weights))
+
+    @cached_property
+    def _computed_weights(self) -> list[str]:
+        graph = self.inference.graph
+        data = [value for value in graph.inputs if value.name not in self.weights]
+        moving = {value.name for value in find_dependents(graph, data)}
+        moving.update(value.name for value in data)
+        return [n for n in self._mixing.list_read() if n not in moving and n not in self.weights]
+
+    @cached_property
     def _mixing(self) -> Mixing:
         def read(name: str) -> np.ndarray | None:
             return read_array(self.weights[name]) if name in self.weights else None
 
-        return Mixing(map(describe_layer, self.inference.graph), read)
+        graph = self.inference.graph
+        return Mixing(map(describe_layer, graph), WeightValues(graph, read).read)
 
     @cached_property
     def kept_scalings(self) -> tuple[str, ...]:

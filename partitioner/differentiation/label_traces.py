@@ -16,28 +16,35 @@ from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, rea
 
 
 def trace_labels(
-    graph: ir.Graph, labels: Collection[str], weights: Collection[str]
+    graph: ir.Graph,
+    labels: Collection[str],
+    weights: Collection[str],
+    scalings: Collection[str] = (),
 ) -> set[ir.Value]:
     """Find the values that are computed from labels along a path without a layer of weights.
 
     ``labels`` names the graph inputs that are labels, and ``weights`` those that are weights of
     layers (``PreparedModel.gradient_layers``) and that only the client knows.
+    ``scalings`` names values that are computed from weights, but are no weights of layers
+    (``PreparedModel.gradient_scalings``).
     """
     reached = {value for value in graph.inputs if value.name in labels}
-    layers = _find_layers(graph, weights)
+    layers = _find_layers(graph, weights, scalings)
     for node in graph:
         if node not in layers and not reads_size(node) and reached.intersection(list_inputs(node)):
             reached.update(node.outputs)
     return reached
 
 
-def find_bare_ends(graph: ir.Graph, weights: Collection[str]) -> set[ir.Value]:
+def find_bare_ends(
+    graph: ir.Graph, weights: Collection[str], scalings: Collection[str] = ()
+) -> set[ir.Value]:
     """Find the values from which a path without a layer of weights leads to an output.
 
     If the server sends one of these values back and receives its gradient, it can compute the
-    labels.  ``weights`` names the weights of layers (``PreparedModel.gradient_layers``).
+    labels.  ``weights`` and ``scalings`` are as for :func:`trace_labels`.
     """
-    layers = _find_layers(graph, weights)
+    layers = _find_layers(graph, weights, scalings)
     found = set(graph.outputs)
     for node in reversed(graph):
         if node not in layers and not reads_size(node) and found.intersection(node.outputs):
@@ -45,7 +52,9 @@ def find_bare_ends(graph: ir.Graph, weights: Collection[str]) -> set[ir.Value]:
     return found
 
 
-def _find_layers(graph: ir.Graph, weights: Collection[str]) -> set[ir.Node]:
+def _find_layers(
+    graph: ir.Graph, weights: Collection[str], scalings: Collection[str]
+) -> set[ir.Node]:
     """Find the nodes that mix numbers by some weights, or by values computed from these alone."""
     secret = {value for value in graph.inputs if value.name in weights}
     layers = set()
@@ -56,7 +65,7 @@ def _find_layers(graph: ir.Graph, weights: Collection[str]) -> set[ir.Node]:
         if _is_layer(node, secret):
             layers.add(node)
         if all(v in secret or ir.convenience.get_const_tensor(v) is not None for v in read):
-            secret.update(node.outputs)
+            secret.update(value for value in node.outputs if value.name not in scalings)
     return layers
 
 

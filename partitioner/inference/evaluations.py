@@ -1,14 +1,15 @@
 """Infer a single node's output types with onnx, or compute its outputs from known inputs.
 
 onnx is given only the node and the known types and contents of its inputs, not the rest of the
-graph.
+graph.  :class:`WeightValues` computes what a graph makes of its weights in this way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from splitonnx.errors import NativeCrash
 from splitonnx.partitioner.graphs.faults import is_ours
 from splitonnx.partitioner.graphs.transcripts import write_node
+from splitonnx.partitioner.graphs.traversals import list_inner, map_values
 from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 
@@ -26,6 +28,13 @@ _MOST_REMEMBERED = 1 << 12
 """Limit of bytes in a request; the results of larger requests are not cached."""
 
 
+_MOST_ELEMENTS = 1 << 22
+"""The most elements of a value, and of what it is computed from, that :class:`WeightValues` reads.
+"""
+_COMPLETE = 21
+"""An opset of which the evaluator has operators that it lacks in earlier ones, alike in both."""
+_MOST_NODES = 64
+"""The most nodes that :class:`WeightValues` evaluates for one value."""
 _Declared = tuple[int, tuple[int | str, ...] | None]
 """A tensor's element type, and its dimensions or ``None`` if their number is not known."""
 
@@ -110,6 +119,75 @@ def evaluate(
             raise
         return [None] * len(node.outputs)  # the runtime will report the error
     return [np.asarray(array) for array in made]
+
+
+class WeightValues:
+    """Read the values that a graph computes from its weights and constants alone.
+
+    ``read`` returns the array of a weight, or ``None`` if there is no weight of this name.  Values
+    that take many nodes or elements, bodies, or nodes without known shapes are not computed.
+    """
+
+    def __init__(self, graph: ir.Graph, read: Callable[[str], np.ndarray | None]) -> None:
+        self._graph = graph
+        self._read = read
+
+    @cached_property
+    def _values(self) -> Mapping[str, ir.Value]:
+        return map_values(self._graph)
+
+    def read(self, name: str) -> np.ndarray | None:
+        """Return the array of a weight, or of a value computed from weights and constants alone."""
+        array = self._read(name)
+        value = self._values.get(name) if array is None else None
+        if value is None:
+            return array
+        nodes = self._list_nodes(value)
+        known: dict[ir.Value, np.ndarray | None] = {}
+        for node in nodes or ():
+            contents = [None if v is None else self._find(v, known) for v in node.inputs]
+            given = [c for v, c in zip(node.inputs, contents, strict=True) if v is not None]
+            if any(c is None or c.size > _MOST_ELEMENTS for c in given) or not _is_small(node):
+                return None
+            made = evaluate(node, contents, self._graph.opset_imports[""])
+            if any(array is None for array in made):
+                made = evaluate(node, contents, _COMPLETE)
+            known |= dict(zip(node.outputs, made, strict=False))
+        return known.get(value)
+
+    def _find(
+        self, value: ir.Value, known: Mapping[ir.Value, np.ndarray | None]
+    ) -> np.ndarray | None:
+        if value in known:
+            return known[value]
+        if value.producer() is None and value.const_value is not None:
+            return value.const_value.numpy()
+        return self._read(value.name or "")
+
+    def _list_nodes(self, end: ir.Value) -> list[ir.Node] | None:
+        """List the nodes that compute a value, in order, or return ``None`` if they are many."""
+        found: dict[ir.Node, None] = {}
+        pending = [end]
+        while pending:
+            node = pending.pop().producer()
+            if node is None or node in found:
+                continue
+            if len(found) == _MOST_NODES or node.domain or list_inner(node):
+                return None
+            found[node] = None
+            pending += [value for value in node.inputs if value is not None]
+        order = {node: index for index, node in enumerate(self._graph) if node in found}
+        return sorted(found, key=order.__getitem__)
+
+
+def _is_small(node: ir.Node) -> bool:
+    """Return whether all outputs of a node have known shapes of not too many elements."""
+    for value in node.outputs:
+        dims = [] if value.shape is None else list(value.shape)
+        sizes = [dim for dim in dims if isinstance(dim, int)]
+        if value.shape is None or len(sizes) < len(dims) or math.prod(sizes) > _MOST_ELEMENTS:
+            return False
+    return True
 
 
 def _run_constant(proto: onnx.NodeProto) -> list[np.ndarray]:

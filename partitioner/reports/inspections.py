@@ -167,12 +167,12 @@ def _keeps_states(prepared: PreparedModel, bisection: Bisection, output: str) ->
 def _trace_raw(prepared: PreparedModel) -> dict[str, frozenset[str]]:
     """Map the names of tensors to the raw inputs that they hold, in training or in prediction."""
     found: dict[str, frozenset[str]] = {}
-    graph, layers = prepared.training.graph, prepared.value_layers
+    graph = prepared.training.graph
     raw = {value.name or "" for value in graph.inputs} - prepared.state
-    held = trace_held_inputs(graph, raw, layers, prepared.carried)
+    held = trace_held_inputs(graph, raw, prepared, prepared.carried)
     for form in (prepared.training, prepared.inference):
         inputs = {value.name or "" for value in form.graph.inputs} - prepared.state
-        traced = trace_raw_inputs(form.graph, inputs, prepared.value_layers, held)
+        traced = trace_raw_inputs(form.graph, inputs, prepared, held)
         for value, names in traced.items():
             found[value.name or ""] = found.get(value.name or "", frozenset()) | names
     return found

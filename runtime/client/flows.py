@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.layers import LayerNode, Mixing, may_mix
+from splitonnx.layers import MOVES, LayerNode, Mixing, may_mix
 from splitonnx.manifests import Phase, Role, Source, Stage
 from splitonnx.names import PREDICT, TRAIN, name_carried
 from splitonnx.runtime.gate.readings import GraphNode, read_nodes
@@ -35,14 +35,20 @@ class Extent(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A layer: the name of its node, its operator and the names of the weights that it reads."""
+    """A layer: the name of its node, its operator and the names of the weights that it reads.
+
+    ``is_computed`` means that it reads what the graph computes from them, other than by a Transpose
+    or a Cast.  This is not evaluated here, so the layer may only scale or permute numbers.
+    """
 
     node: str
     operator: str
     weights: tuple[str, ...]
+    is_computed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.operator} '{self.node}' ({', '.join(self.weights)})"
+        how = "; computed first, not examined" if self.is_computed else ""
+        return f"{self.operator} '{self.node}' ({', '.join(self.weights)}{how})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +98,7 @@ class Flow:
             if name in _list_carried(party)
         }
         self._held = {(Source.STATE.value, name) for name in _list_carried(party)}
+        self._computed: set[Value] = set()
         self._find_derived_weights()
         forward = next((own for own in party.manifest.phases if own.name == PREDICT), phase)
         self._mixing = Mixing(_list_layers(party, forward), party.weights.get)
@@ -116,6 +123,7 @@ class Flow:
                 node=step.node.name,
                 operator=step.node.operator,
                 weights=self._list_weights(step),
+                is_computed=not self._computed.isdisjoint(step.reads),
             )
             for index, step in enumerate(self._steps)
             if index in before and self._is_layer(step, keeps) and whole & set(step.reads)
@@ -159,6 +167,8 @@ class Flow:
             names = [name for value in step.reads for name in self._weights.get(value, ())]
             if names and not any(value in moving for value in step.reads):
                 self._weights |= {value: tuple(dict.fromkeys(names)) for value in step.makes}
+                if step.node.operator not in MOVES or self._computed.intersection(step.reads):
+                    self._computed.update(step.makes)
 
     def _reach(
         self, starts: Collection[Value], passes: Callable[[_Step], bool]

@@ -327,6 +327,8 @@ ONE_TO_ONE: dict[str, Callable[[Net], str]] = {
     "dirac": lambda net: net.op("Conv", "x", store(net, np.eye(3)[:, :, None, None]), out="q"),
     "einsum": lambda net: net.op("Einsum", "x", net.weight("s", 3), out="q",
                                  equation="nchw,c->nchw"),
+    "einsum with an ellipsis": lambda net: net.op("Einsum", "x", store(net, np.eye(4)[::-1]),
+                                                  out="q", equation="...i,ij->...j"),
 }  # fmt: skip
 
 

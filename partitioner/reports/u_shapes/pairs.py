@@ -188,7 +188,9 @@ class _TrainingForm:
             self._graph, [v for v in self._graph.inputs if v.name in self._elements]
         )
         self._reached = trace_gradients(self._graph.outputs)
-        self._bare = find_bare_ends(self._graph, prepared.gradient_layers)
+        self._bare = find_bare_ends(
+            self._graph, prepared.gradient_layers, prepared.gradient_scalings
+        )
 
     def divide(self, pair: Pair) -> Pair | None:
         """Divide the training form at a pair of the inference form, if this is legal.

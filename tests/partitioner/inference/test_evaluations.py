@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import NativeCrash
 from splitonnx.partitioner.inference import evaluations
-from splitonnx.partitioner.inference.evaluations import Schemas, evaluate
+from splitonnx.partitioner.inference.evaluations import Schemas, WeightValues, evaluate
 from tests.conftest import ROOT, run
 
 FLOAT = TensorProto.FLOAT
@@ -161,6 +161,48 @@ def test_no_other_node_is_taken_for_a_constant() -> None:
     ):
         proto = helper.make_node(kind, [], ["o0"], **attributes)
         assert evaluations._run_constant(proto) == []
+
+
+def read_computed(nodes: list[onnx.NodeProto], name: str) -> np.ndarray | None:
+    graph = helper.make_graph(
+        nodes,
+        "weights",
+        [helper.make_tensor_value_info(n, FLOAT, [2, 3]) for n in ("x", "w")],
+        [helper.make_tensor_value_info("y", FLOAT, None)],
+        [numpy_helper.from_array(np.array(3, np.float32), "three")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    weights = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    return WeightValues(ir.from_proto(model).graph, weights.get).read(name)
+
+
+def test_what_is_computed_from_weights_alone_is_read() -> None:
+    nodes = [
+        helper.make_node("Mul", ["w", "three"], ["m"]),
+        helper.make_node("Transpose", ["m"], ["t"]),
+        helper.make_node("MatMul", ["x", "t"], ["y"]),
+    ]
+    expected = 3 * np.arange(6, dtype=np.float32).reshape(2, 3)
+    for name, array in {"w": expected / 3, "m": expected, "t": expected.T}.items():
+        np.testing.assert_array_equal(read_computed(nodes, name), array)
+    assert read_computed(nodes, "y") is None  # it depends on data
+    assert read_computed(nodes, "other") is None
+
+
+def test_what_would_take_long_to_compute_is_not() -> None:
+    chain = [helper.make_node("Neg", [f"v{i}"], [f"v{i + 1}"]) for i in range(99)]
+    chain[0].input[0] = "w"
+    nodes = [*chain, helper.make_node("Identity", ["v99"], ["y"])]
+    assert read_computed(nodes, "v9") is not None
+    assert read_computed(nodes, "v99") is None
+    large = numpy_helper.from_array(np.array([1 << 13, 1 << 13]))
+    nodes = [
+        helper.make_node("Constant", [], ["size"], value=large),
+        helper.make_node("ConstantOfShape", ["size"], ["zeros"]),
+        helper.make_node("Add", ["zeros", "three"], ["y"]),
+    ]
+    assert read_computed(nodes, "y") is None
 
 
 def test_the_evaluator_is_imported_where_it_is_needed_alone() -> None:
