@@ -60,6 +60,7 @@ from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
     choose_output,
     describe_adapters,
+    describe_numbers,
     prepare,
 )
 from splitonnx.partitioner.differentiation.activations.final_activations import CONTAINED
@@ -295,6 +296,9 @@ def _warn(prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs) -
     """Log warnings about what the user may not expect of this cut."""
     _say_adapters(prepared)
     _say_kept_scalings(prepared)
+    if numbers := prepared.kept_numbers:
+        option = f"--train '{make_pattern(numbers)}'"
+        _log.warning("%s, with %s", describe_numbers(numbers), option)
     for loss in losses:
         axis = find_class_axis(prepared.training.graph, loss, graphs)
         if axis != 1 and loss.class_axis is None:

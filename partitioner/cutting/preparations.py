@@ -43,10 +43,11 @@ from splitonnx.partitioner.graphs.traversals import (
 from splitonnx.partitioner.inference.evaluations import WeightValues
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.partitioner.normalization.dequantized.replacements import Dequantization
-from splitonnx.partitioner.normalization.parameters import find_input_scalings
+from splitonnx.partitioner.normalization.parameters import find_input_scalings, may_be_learned
 from splitonnx.partitioner.normalization.weights import (
     EVERYTHING,
     find_matches,
+    list_constants,
     make_pattern,
     pin_names,
     read_array,
@@ -168,6 +169,34 @@ class PreparedModel:
             return ()
         found = find_input_scalings(self.skeleton.graph, self.weights, self.carried)
         return tuple(name for name in found if self.roles[name] is Role.FROZEN)
+
+    @cached_property
+    def kept_numbers(self) -> tuple[str, ...]:
+        """Names of single numbers that may have been learned, but are not trained unless named.
+
+        Those about which the user or the model's file decided are left out.  In a model with
+        adapters there are none.
+        """
+        if self.adapters:
+            return ()
+        decided = {*read_stored(self.skeleton).freeze, *self.adjustments.bindings}
+        found = [
+            value.name or ""
+            for value, tensor in list_constants(self.skeleton.graph)
+            if value.name in self.given - decided and may_be_learned(value, tensor)
+        ]
+        frozen = {n for text in self.freeze for n in find_matches(text, found, "--freeze")}
+        return tuple(name for name in found if name not in frozen)
+
+
+def describe_numbers(names: Sequence[str]) -> str:
+    """Return a sentence about single numbers that may have been learned, but are not trained."""
+    one = len(names) == 1
+    what = "is a single number" if one else "are single numbers"
+    return (
+        f"{count_some(names)} {what} and not trained, like the epsilon of a norm: train "
+        f"{'it if it was' if one else 'them if they were'} learned"
+    )
 
 
 def prepare(

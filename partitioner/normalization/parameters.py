@@ -20,6 +20,8 @@ not on how a model is trained.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -121,6 +123,12 @@ _SCALINGS = frozenset({"Add", "Div", "Mul", "Sub"})
 _PICKING = frozenset({"Clip", "Gather", "Pad", "Resize", "Slice"})
 """Operators that prepare a raw input, for example resize an image or reorder its channels."""
 _STATISTICS = frozenset({("BatchNormalization", 3), ("BatchNormalization", 4)})
+_LITERAL = re.compile(
+    r"(?i)(const|scalar|val_|ratio|dpa_|tensor).*|.*(::|eps|_output_\d+$).*|(?!.*ReadVariableOp).*/.*"
+)
+"""Names that exporters give to numbers that are written in a network's code."""
+_LEARNED = re.compile(r"(?i)\.|alpha|beta|bias|gain|gamma|scale|temp|weight")
+"""What the names of scalars that are parameters contain."""
 _LOOKED_AT = 1 << 16
 """The number of elements that are read to recognise a mask or a grid."""
 
@@ -195,6 +203,27 @@ def _is_recurrent_weight(node: ir.Node, index: int) -> bool:
     if node.op_type == "Concat" or (node.op_type in ("Slice", "Split") and index == 0):
         return any(_is_recurrent_weight(*use) for part in node.outputs for use in list_uses(part))
     return False
+
+
+def may_be_learned(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
+    """Return whether a constant is a single number that a network may have learned.
+
+    Networks multiply by such numbers, and exporters give them names of parameters.  Other single
+    numbers, such as the epsilon of a norm or the half in a GELU, are literals.
+    """
+    name = value.name or ""
+    if tensor.size != 1 or _LITERAL.fullmatch(name):
+        return False
+    if not tensor.shape and (not _LEARNED.search(name) or _is_written(tensor)):
+        return False
+    return any(node.op_type in ("Div", "Exp", "Mul") for node, _ in list_uses(value))
+
+
+def _is_written(tensor: ir.TensorProtocol) -> bool:
+    """Return whether a number is likely written in code, such as 0.5 or one over the root of 64."""
+    number = abs(float(tensor.numpy()))
+    squares = (number**2, 1 / number**2) if 0 < number < math.inf else ()
+    return any(square > 1.5 and abs(square - round(square)) < 1e-5 * square for square in squares)
 
 
 def _is_bias(node: ir.Node, index: int) -> bool:

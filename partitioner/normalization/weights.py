@@ -241,6 +241,14 @@ def list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.Tenso
                 yield value.name, (value, tensor)
 
 
+def list_constants(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Yield the initializers that are not trained, but would be if the user named them."""
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and _classify(value, tensor).kind is TensorKind.CONSTANT:
+            yield value, tensor
+
+
 def _classify(value: ir.Value, tensor: ir.TensorProtocol) -> Classification:
     if tensor.dtype not in _FLOATS:
         return Classification(

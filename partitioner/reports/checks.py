@@ -61,8 +61,8 @@ from splitonnx.partitioner.reports.suspects import (
     remark_on_adapters,
     remark_on_computed,
     remark_on_conditional,
+    remark_on_kept,
     remark_on_precisions,
-    remark_on_scalings,
     remark_on_untrained,
 )
 from splitonnx.partitioner.reports.ties import remark_on_ties
@@ -249,7 +249,7 @@ def _list_remarks(
         *_note_stored(prepared),
         *remark_on_adapters(prepared),
         *_note_dequantized(prepared),
-        *remark_on_scalings(prepared),
+        *remark_on_kept(prepared),
         *remark_on_computed(computed),
         *remark_on_ties(prepared, computed),
         *remark_on_statistics(prepared),

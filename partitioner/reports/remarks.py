@@ -28,6 +28,7 @@ class Kind(StrEnum):
     BATCH = "batch"
     CUTS_NOT_LISTED = "cuts not listed"
     INPUT_SCALING = "input scaling"
+    SINGLE_NUMBERS = "single numbers"
     COMPUTED_TABLE = "computed table"
     FIXED_FILTER = "fixed filter"
     LOST_TIE = "lost tie"

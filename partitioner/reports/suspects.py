@@ -13,7 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.cutting.preparations import PreparedModel, describe_adapters
+from splitonnx.partitioner.cutting.preparations import (
+    PreparedModel,
+    describe_adapters,
+    describe_numbers,
+)
 from splitonnx.partitioner.differentiation.untrained import explain_untrained
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import map_values, trace_gradients
@@ -103,10 +107,11 @@ def remark_on_computed(reasons: Mapping[str, str]) -> Iterator[Remark]:
         )
 
 
-def remark_on_scalings(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield a remark on the weights that are not trained because they only normalize a raw input.
+def remark_on_kept(prepared: PreparedModel) -> Iterator[Remark]:
+    """Yield remarks on what is not trained unless the user names it.
 
-    :attr:`PreparedModel.kept_scalings` lists them.  If there are none, nothing is yielded.
+    These are the weights that only normalize a raw input (:attr:`PreparedModel.kept_scalings`), and
+    single numbers that may have been learned (:attr:`PreparedModel.kept_numbers`).
     """
     names = prepared.kept_scalings
     if names:
@@ -118,6 +123,13 @@ def remark_on_scalings(prepared: PreparedModel) -> Iterator[Remark]:
             "mean and deviation; --train trains what was learned after all",
             names=names,
             options=(make_option("--train", make_pattern(names)),),
+        )
+    if numbers := prepared.kept_numbers:
+        yield Remark(
+            kind=Kind.SINGLE_NUMBERS,
+            sentence=describe_numbers(numbers),
+            names=numbers,
+            options=(make_option("--train", make_pattern(numbers)),),
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+import splitonnx
 from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.gates import open_model
@@ -17,7 +18,7 @@ from splitonnx.partitioner.reports.suspects import (
     find_computed,
     remark_on_computed,
     remark_on_conditional,
-    remark_on_scalings,
+    remark_on_kept,
 )
 from tests.support.nets import FLOAT, Net
 
@@ -99,7 +100,7 @@ def test_what_scales_a_raw_input_keeps_its_value_and_is_told(
     shape: tuple[int, ...], kinds: tuple[str, str]
 ) -> None:
     model = build_normalized(MEAN.reshape(shape), DEVIATION.reshape(shape), kinds)
-    (remark,) = remark_on_scalings(prepare_with(model))
+    (remark,) = remark_on_kept(prepare_with(model))
     assert set(remark.names) == {"mean", "std"}
     roles = list_roles(model)
     assert (roles["mean"], roles["std"], roles["w"]) == (Role.FROZEN, Role.FROZEN, Role.PARAMETER)
@@ -118,6 +119,36 @@ def test_a_whole_image_is_a_mean_where_it_is_subtracted() -> None:
 def test_first_values_of_a_learned_scale_are_trained() -> None:
     model = build_normalized(np.ones(4), np.zeros(4), ("Mul", "Add"))
     assert prepare_with(model).kept_scalings == ()
+
+
+def build_numbers(numbers: dict[str, float | list[float]]) -> onnx.ModelProto:
+    """Multiply by single numbers behind a layer."""
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w", 4, 3), out="h")
+    for index, (name, number) in enumerate(numbers.items()):
+        stored = net.constant(name, np.array(number, np.float32))
+        value = net.op("Mul", value, stored, out=f"m{index}")
+    return net.finish({"x": (FLOAT, ["N", 4])}, value, 3)
+
+
+def test_single_numbers_that_may_be_learned_are_told_and_trained_by_the_option(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build_numbers({"k": [1.2], "block.s": 2.6, "logit_scale": 0.0})
+    names = ("k", "block.s", "logit_scale")
+    (remark,) = (each for each in check(model).remarks if each.kind is Kind.SINGLE_NUMBERS)
+    assert remark.names == names
+    assert "single numbers and not trained" in remark.sentence
+    splitonnx.cut(model, at="h", send_labels=True, check=False)
+    (said,) = (record.getMessage() for record in caplog.records if "single" in record.getMessage())
+    assert said.endswith(f"with {remark.options[0]}")
+    assert {list_roles(model, remark)[name] for name in names} == {Role.PARAMETER}
+    assert prepare_with(model, remark).kept_numbers == ()
+
+
+def test_numbers_that_are_written_in_code_are_not_told() -> None:
+    literals = {"half_scale": 0.5, "scale": 1 / np.sqrt(24), "eps": 1e-5, "number": 1.3}
+    assert prepare_with(build_numbers({**literals})).kept_numbers == ()
 
 
 def build_conditional() -> onnx.ModelProto:
