@@ -218,8 +218,8 @@ def _list_probabilities(prepared: PreparedModel, recipe: Recipe, most_bytes: int
         if likeness:
             yield (
                 f"{loss.kind} applies a {CONTAINED[loss.kind]} to '{output}', which looks like "
-                f"probabilities: with random inputs and weights, all its values {likeness}; export "
-                "the model without its last activation, or see splitonnx check"
+                f"probabilities: {likeness}; export the model without its last activation, or see "
+                "splitonnx check"
             )
 
 

@@ -116,8 +116,8 @@ def _remark_on_likeness(
     if likeness:
         yield Remark(
             kind=Kind.ACTIVATION_TWICE,
-            sentence=f"'{output}' looks like probabilities: with random inputs and weights, all "
-            f"its values {likeness}, and {loss} applies a {CONTAINED[loss]} to them, which "
+            sentence=f"'{output}' looks like probabilities: {likeness}, and "
+            f"{loss} applies a {CONTAINED[loss]} to them, which "
             "squashes the scores twice: choose another loss, or a model whose output is the raw "
             "scores",
             names=(output,),

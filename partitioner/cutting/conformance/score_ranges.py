@@ -21,6 +21,7 @@ from splitonnx.partitioner.differentiation.activations.final_activations import 
     CONTAINED,
     find_activation,
 )
+from splitonnx.partitioner.differentiation.activations.score_bounds import bound_scores
 from splitonnx.partitioner.differentiation.activations.squashings import find_repeated_activation
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.graphs.traversals import map_values
@@ -47,14 +48,17 @@ _SUM_ROUNDING = 5e-3
 def describe_probabilities(
     prepared: PreparedModel, loss: str, output: str, axis: int, most_bytes: int
 ) -> str:
-    """Return how the values of ``output`` resemble probabilities, or an empty string.
+    """Return under which conditions ``output`` is like probabilities, or an empty string.
 
     Only outputs to which ``loss`` applies a Softmax or a Sigmoid are examined, and only if no such
     activation was recognised by its operators.  ``axis`` is the axis of the classes.  A model whose
-    weights take more than ``most_bytes`` is not examined.
+    weights take more than ``most_bytes`` is not examined.  A trained layer at the end settles that
+    scores are none, unless its weights, as they are, keep those of an activation between 0 and 1.
     """
     if loss not in CONTAINED or _is_explained(prepared, loss, output, axis):
         return ""
+    if _is_unbounded(map_values(prepared.inference.graph)[output], frozenset(prepared.trainable)):
+        return _describe_bounds(prepared, output)
     if sum(tensor.nbytes for tensor in prepared.weights.values()) > most_bytes:
         return ""
     found: list[np.ndarray] = []
@@ -69,7 +73,25 @@ def describe_probabilities(
     if known.size < _LEAST_ELEMENTS or np.ptp(known) < _LEAST_SPREAD:
         return ""
     has_sums = loss == "cross-entropy" and all(_sums_to_one(scores, axis) for scores in found)
-    return "lie between 0 and 1" + (" and sum to 1 over the classes" if has_sums else "")
+    sums = " and sum to 1 over the classes" if has_sums else ""
+    return f"with random inputs and weights, all its values lie between 0 and 1{sums}"
+
+
+def _describe_bounds(prepared: PreparedModel, output: str) -> str:
+    """Return what is true of an output if its trained weights keep it between 0 and 1."""
+
+    def read(name: str) -> np.ndarray | None:
+        return read_array(prepared.weights[name]) if name in prepared.weights else None
+
+    bounds = bound_scores(map_values(prepared.skeleton.graph)[output], read)
+    if bounds is None or not np.all((bounds.low > -_ROUNDING) & (bounds.high < 1 + _ROUNDING)):
+        return ""
+    if np.max(bounds.high - bounds.low) < _LEAST_SPREAD:
+        return ""
+    return (
+        "as the weights behind its last activation are now, all its values lie between 0 and 1, "
+        "whatever the inputs"
+    )
 
 
 def _is_explained(prepared: PreparedModel, loss: str, output: str, axis: int) -> bool:
@@ -82,9 +104,7 @@ def _is_explained(prepared: PreparedModel, loss: str, output: str, axis: int) ->
         return True
     if find_activation(trained, loss, axis) is not None:
         return True
-    if find_repeated_activation(given, trained, loss, axis) is not None:
-        return True
-    return _is_unbounded(inferred, frozenset(prepared.trainable))
+    return find_repeated_activation(given, trained, loss, axis) is not None
 
 
 def _is_unbounded(value: ir.Value, trained: frozenset[str]) -> bool:
