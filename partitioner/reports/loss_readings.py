@@ -94,17 +94,22 @@ def _remark_on_activation(
     if repeated is None:
         return
     others = [own for own in losses if own != loss and find_activation(trained, own) is not None]
-    remedy = (
-        f"choose {others[0]}, which skips it, if the labels allow"
-        if others
-        else _advise_export(value, repeated, axis, given)
-    )
+    options = [make_option("--loss", own) for own in others[:1]]
+    places = range(1, len(value.shape or ())) if loss == "cross-entropy" else ()
+    fitting = [other for other in places if find_activation(trained, loss, other) is not None]
+    if fitting:
+        remedy = f"with the classes on axis {fitting[0]}, if they are there, it is skipped"
+        options = [make_option("--class-axis", str(fitting[0]))]
+    elif others:
+        remedy = f"choose {others[0]}, which skips it, if the labels allow"
+    else:
+        remedy = _advise_export(value, repeated, axis, given)
     yield Remark(
         kind=Kind.ACTIVATION_TWICE,
         sentence=f"'{name}' comes from the {repeated.kind} '{repeated.node.name}', and {loss} "
         f"applies a {CONTAINED[loss]} to it once more, which squashes the scores twice: {remedy}",
         names=(name, repeated.node.name or ""),
-        options=tuple(make_option("--loss", own) for own in others[:1]),
+        options=tuple(options),
     )
 
 

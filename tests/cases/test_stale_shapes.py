@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from splitonnx.errors import UnsupportedModel
 from splitonnx.names import Target
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
@@ -143,3 +144,21 @@ def test_a_batch_of_1_that_is_left_behind_in_a_body_is_not_believed(
             assert verify(bundle, data, batch_size=4).ok
         else:
             hold_step(bundle, meant, data, ["v", "z"])
+
+
+def test_a_size_of_the_output_that_only_the_file_knows_has_to_be_right() -> None:
+    net = Net()
+    scores = net.op("MatMul", "x", net.weight("w", 6, 3), out="s")
+    rows = net.op("Shape", "x", out="rows", start=0, end=1)
+    count = net.op("Cast", net.op("ReduceSum", "x", out="sum", keepdims=0), out="c", to=INT64)
+    nothing = net.op("Mul", count, net.constant("zero", np.array(0)), out="n")
+    classes = net.op("Add", nothing, net.constant("three", np.array(3)), out="classes")
+    classes = net.op("Unsqueeze", classes, net.constant("first", np.array([0])), out="column")
+    net.op("Reshape", scores, net.op("Concat", rows, classes, out="shape", axis=0), out="y")
+    for declared in (3, 7):
+        model = net.finish({"x": (FLOAT, ["N", 6])}, "y", declared)
+        if declared == 3:
+            cut(model, at=None, check=True)
+            continue
+        with pytest.raises(UnsupportedModel, match=r"declares the sizes \['\?', 7\].* \[\d, 3\]"):
+            cut(model, at=None, check=True)

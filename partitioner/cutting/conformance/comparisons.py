@@ -7,7 +7,7 @@ of an optimization in ONNX Runtime, never of the user.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.disclosures import list_labels
-from splitonnx.errors import DifferentResult, quote
+from splitonnx.errors import DifferentResult, UnsupportedModel, quote
 from splitonnx.losses import FROM_MODEL
 from splitonnx.manifests import KEY
 from splitonnx.names import PORTABLE
@@ -109,6 +109,7 @@ def compare_with_original(
         DifferentResult: a result differs from that of the original by more than a small amount.
         MixedSamples, BatchNotFreed: the user freed a fixed batch, but the model's nodes rely on it.
         NotAModel: the original model can no longer be read.
+        UnsupportedModel: an output has other sizes than the original model's file declares.
     """
     subject = name_source(source)
     freed = list_freed(source, prepared)
@@ -131,7 +132,8 @@ def compare_with_original(
     # First the samples: a model that mixes them may give arbitrary results for several.
     mixed = [remark for batch in freed for remark in compare_samples(batch, model, forms[0].made)]
     remarks = compare_dequantized(source, prepared.adjustments, subject)
-    remarks += [remark for form in forms for remark in _hold(form, subject)]
+    sizes = _list_sizes(prepared.skeleton.graph)
+    remarks += [remark for form in forms for remark in _hold(form, sizes, subject)]
     return list(dict.fromkeys([*remarks, *mixed]))
 
 
@@ -193,12 +195,13 @@ def _run_merged(
     return run_session(merged, given, subject, level=level)
 
 
-def _hold(form: _Form, subject: str) -> list[str]:
+def _hold(form: _Form, sizes: Mapping[str, Sequence[int]], subject: str) -> list[str]:
     """Compare a form of the original with what was made from it, and return remarks."""
     try:
         expectation = expect(form.original, subject, _SEEDS[0])
     except NotRun as error:
         return [f"{subject} was not compared with its parts, since it does not run: {error}"]
+    _check_sizes(expectation, sizes, subject)
     remarks = []
     for noise in expectation.contradicted[-1:]:  # the largest
         remarks.append(
@@ -222,6 +225,44 @@ def _hold(form: _Form, subject: str) -> list[str]:
         if (remark := _hold_made(made, found, expectation, subject)) is not None:
             remarks.append(remark)
     return remarks
+
+
+def _list_sizes(graph: ir.Graph) -> dict[str, list[int]]:
+    """Map each output of known rank to its sizes, with 0 for those that are not known."""
+    return {
+        value.name or "": [dim if isinstance(dim, int) else 0 for dim in value.shape]
+        for value in graph.outputs
+        if value.shape is not None
+    }
+
+
+def _check_sizes(
+    expectation: Expectation, sizes: Mapping[str, Sequence[int]], subject: str
+) -> None:
+    """Check that the outputs of a model have the sizes that are known of them.
+
+    Where no operator tells a size, it is what the file declares.  The loss relies on it, so a wrong
+    one would make training fail at the first step, or give a wrong loss.
+
+    Raises:
+        UnsupportedModel: an output has another size.
+    """
+    outcome = expectation.reference or expectation.session or ()
+    for name, dims in sizes.items():
+        for shape in [batch[name].shape for batch in outcome if name in batch]:
+            if len(dims) == len(shape) and _contradict(dims, shape):
+                raise UnsupportedModel(
+                    f"output '{name}' of {subject}",
+                    f"its file declares the sizes {[dim or '?' for dim in dims]}, but it has "
+                    f"{list(shape)} when it runs",
+                    "export it again, or delete the declared sizes",
+                )
+
+
+def _contradict(declared: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether a size behind the batch differs from the one declared; 0 stands for any."""
+    pairs = list(zip(declared, shape, strict=True))[1:]
+    return any(own and own != size for own, size in pairs)
 
 
 def _hold_made(

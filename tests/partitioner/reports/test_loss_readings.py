@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.loss_readings import remark_on_loss
 from splitonnx.partitioner.reports.remarks import Kind, Remark
+from splitonnx.runtime.client.clients import Client
 from tests.support.nets import FLOAT, Net
 
 Tail = Sequence[tuple[str, list[str], dict[str, Any]]]
@@ -48,6 +51,29 @@ def test_an_activation_that_cannot_be_skipped_would_squash_twice() -> None:
         assert remark.kind is Kind.ACTIVATION_TWICE
         assert "export the model with 'scores' as its output" in remark.sentence
         assert remark.options == ()
+
+
+def test_a_softmax_over_another_axis_than_1_may_tell_the_axis_of_the_classes() -> None:
+    net = Net()
+    parted = net.constant("parted", np.array([-1, 3, 4]))
+    scores = net.op("MatMul", "x", net.weight("w", 4, 12), out="h")
+    net.op("Softmax", net.op("Reshape", scores, parted, out="s"), out="y", axis=2)
+    model = net.finish({"x": (FLOAT, ["N", 4])}, "y", 3, 4)
+    remark = next(one for one in check(model).remarks if one.kind is Kind.ACTIVATION_TWICE)
+    assert remark.options == ("--class-axis 2",)
+    data: dict[str, np.ndarray] = {
+        "x": np.ones((2, 4), np.float32),
+        "labels": np.zeros((2, 3), np.int64),
+    }
+    bundle = cut(model, at=None, class_axis=2)
+    with Client(bundle.client, threads=1) as client:
+        loss = float(client.step(data)["loss"])
+        (predicted,) = client.predict([data]).values()
+    weights = onnx.numpy_helper.to_array(model.graph.initializer[1])
+    raw = (data["x"] @ weights).reshape(2, 3, 4)
+    expected = -(raw[..., 0] - np.log(np.exp(raw).sum(-1))).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(predicted.sum(-1), 1, rtol=1e-5)
 
 
 def test_only_scores_of_the_model_given_are_advised_as_its_output() -> None:
