@@ -294,7 +294,8 @@ def cut_prepared(
 @attribute_errors_to_pass("searched for what to warn of")
 def _warn(prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs) -> None:
     """Log warnings about what the user may not expect of this cut."""
-    _say_adapters(prepared)
+    if told := describe_adapters(prepared):
+        _log.warning("%s", told)
     _say_kept_scalings(prepared)
     if numbers := prepared.kept_numbers:
         option = f"--train '{make_pattern(numbers)}'"
@@ -308,12 +309,6 @@ def _warn(prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs) -
     if prepared.dequantized is not None:
         _log.warning("%s", prepared.dequantized.describe())
     if told := describe_separations(prepared.separations):
-        _log.warning("%s", told)
-
-
-def _say_adapters(prepared: PreparedModel) -> None:
-    """Log a warning if only adapters are trained, because the model has some."""
-    if told := describe_adapters(prepared):
         _log.warning("%s", told)
 
 
