@@ -57,8 +57,8 @@ from splitonnx.partitioner.cutting.preparations import (
     describe_adapters,
     prepare,
 )
+from splitonnx.partitioner.differentiation.control_flow.obstacles import list_undifferentiable
 from splitonnx.partitioner.differentiation.final_activations import CONTAINED
-from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
 from splitonnx.partitioner.differentiation.loss_arrays import (
     LossGraphs,
     describe_scores,
@@ -374,7 +374,7 @@ def refuse_untrainable(prepared: PreparedModel, output: str) -> None:
         UsageError: the output depends on no trained parameter.
     """
     graph = prepared.training.graph
-    for fault in list_undifferentiable(graph, prepared.trainable, output):
+    for fault in list_undifferentiable(graph, prepared.trainable, [output]):
         raise fault
     reached = {value.name for value in find_movers([map_values(graph)[output]])}
     if not reached.intersection(prepared.trainable):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 from splitonnx.partitioner.cutting.preparations import PreparedModel, describe_adapters
+from splitonnx.partitioner.differentiation.control_flow.obstacles import find_obstacle
 from splitonnx.partitioner.normalization.weights import INNER, list_returned, make_pattern
 from splitonnx.partitioner.reports.formulas import (
     describe_formula,
@@ -129,12 +130,14 @@ def remark_on_conditional(prepared: PreparedModel) -> Iterator[Remark]:
     held: dict[str, list[str]] = {}
     for value in list_returned(prepared.skeleton.graph):
         held.setdefault(value.metadata_props[INNER], []).append(value.name or "")
+    nodes = {node.name or "": node for node in prepared.skeleton.graph}
     for node, names in held.items():
+        reason = find_obstacle(nodes[node]) if node in nodes else None
         yield Remark(
             kind=Kind.CONDITIONAL_WEIGHTS,
-            sentence=f"{list_names(names)} in node '{node}' will not be trained: its branches or "
-            "iterations depend on the data; export the model without this control flow to train "
-            f"{'it' if len(names) == 1 else 'them'}",
+            sentence=f"{list_names(names)} in node '{node}' will not be trained: "
+            f"{reason or 'its branches or iterations depend on the data'}; export the model "
+            f"without this control flow to train {'it' if len(names) == 1 else 'them'}",
             names=tuple(names),
         )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import DIFFERENTIABLE, NodeBuilder
+from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.tables import count_constants
 from splitonnx.partitioner.graphs.traversals import find_moving, is_float, list_inputs
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
@@ -34,6 +34,7 @@ from splitonnx.partitioner.rewrites import (
     regions,
     resizes,
     samplings,
+    scans,
     scatters,
     selections,
     steps,
@@ -122,6 +123,7 @@ REWRITES: Mapping[str, Rewrite] = {
     "RoiAlign": regions.rewrite_roi_align,
     "Round": steps.rewrite_step,
     "STFT": transforms.rewrite_stft,
+    "Scan": scans.rewrite_scan,
     "ScatterElements": scatters.rewrite_scatter,
     "ScatterND": scatters.rewrite_scatter,
     "Selu": activations.rewrite_selu,
@@ -166,8 +168,6 @@ def rewrite(model: ir.Model, trained: Collection[str]) -> None:
         UnsupportedModel: a node cannot be rewritten, for example because its rewrite needs a shape
             or a constant that is unknown.
     """
-    for node in model.graph:
-        node.metadata_props.pop(DIFFERENTIABLE, None)  # a mark that the file brought along
     with count_constants():
         for index in range(_MOST_ROUNDS):
             if not _rewrite_once(model.graph, trained, f"rewritten{index or ''}"):

@@ -26,9 +26,11 @@ class SuppliedGradients:
     ``nodes`` read the gradients of ``results``, which are values that hidden nodes compute.  They
     compute the gradients of ``arguments``, which are copies of values that hidden nodes read.  Each
     argument is a graph output, and its gradient is a graph input until the nodes are inserted.
+    ``declarations`` are the known types and shapes of what the nodes compute.
     """
 
     nodes: Sequence[onnx.NodeProto] = ()
+    declarations: Sequence[onnx.ValueInfoProto] = ()
     results: Sequence[str] = ()
     arguments: Sequence[str] = ()
 
@@ -51,4 +53,5 @@ def put_back_gradients(graph: onnx.GraphProto, supplied: SuppliedGradients) -> N
     graph.input.extend(inputs)
     graph.output.extend(outputs)
     graph.value_info.extend(value for value in hidden if value.HasField("type"))
+    graph.value_info.extend(supplied.declarations)
     graph.node.extend(supplied.nodes)
