@@ -59,7 +59,7 @@ class _Backward:
 
     def write(self) -> dict[ir.Value, ir.Value]:
         loop = self._loop
-        found = self._write_node()
+        found = self._write_node() if loop.derived.gradients else {}  # some read only shapes
         for name in loop.starts:
             if name in found:
                 self._nodes.add(loop.inputs[name], found[name])

@@ -25,6 +25,16 @@ _LOOP = """
     other = ReduceSum <keepdims = 0> (bent)
     loss = Add (total, other)
 """
+_CARRYING = """
+    zero = Constant <value_int = 0> ()
+    last, second = Loop <
+        body = step (int64 i, bool going, float[N, 3] a, INPUT) =>
+            (bool again, float[N, 3] n, OUTPUT) { again = Identity (going)  STEP }
+    > (most, c, s, FIRST)
+    real = CastLike (second, s)
+    part = Mul (last, real)
+    loss = ReduceSumSquare <keepdims = 0> (part)
+"""
 _IF = """
     a = Tanh (s)
     y, z = If (c) <
@@ -49,6 +59,15 @@ def write_loop(step: str, condition: str = GOES_ON, *, most: str = "most") -> on
     return onnx.parser.parse_model(
         f"{_HEAD}{_LOOP.format(condition=before, step=after, most=most)}}}"
     )
+
+
+def write_carrying(given: str, made: str, step: str, first: str) -> onnx.ModelProto:
+    """Write a model with a Loop that carries a second value, which is ``first`` at its start."""
+    words = {"INPUT": given, "OUTPUT": made, "STEP": step, "FIRST": first}
+    text = _CARRYING
+    for word, written in words.items():
+        text = text.replace(word, written)
+    return onnx.parser.parse_model(f"{_HEAD}{text}}}")
 
 
 def write_if(then: str, other: str) -> onnx.ModelProto:

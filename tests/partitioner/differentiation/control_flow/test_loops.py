@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.partitioner.differentiation.control_flow.loop_models import STOPS, write_loop
+from tests.partitioner.differentiation.control_flow.loop_models import (
+    STOPS,
+    write_carrying,
+    write_loop,
+)
 from tests.partitioner.differentiation.control_flow.scan_models import hold_gradients
 
 EVERY = ["s", "x", "w", "v", "p"]
@@ -17,9 +21,34 @@ STEPS = {
     "k = MatMul (q, v)  n = Softsign (k)  y = Mul (n, p)",
     "a product in the middle of other readers": "k = ReduceSum (w)  m = MatMul (a, w)  "
     "u = Add (m, k)  j = MatMul (b, v)  t = Add (u, j)  n = Tanh (t)  y = Mul (n, p)",
+    "a value of which only the shape is read": "h = Shape (w)  o = ConstantOfShape (h)  "
+    "r = MatMul (b, v)  m = MatMul (a, o)  t = Add (m, r)  n = Tanh (t)  y = Mul (n, p)",
     "a mask computed inside": "m = MatMul (a, w)  f = Greater (m, b)  t = Where (f, m, b)  "
     "k = MatMul (t, v)  n = Tanh (k)  y = Mul (n, p)",
 }
+
+
+CARRIED = {
+    "an index": (
+        "int64 k",
+        "int64 more",
+        "one = Constant <value_int = 1> ()  more = Add (k, one)  b = Gather (x, k)  "
+        "m = MatMul (a, w)  t = Add (m, b)  n = Tanh (t)",
+        "zero",
+    ),
+    "two tensors that change places": (
+        "float[N, 3] d",
+        "float[N, 3] e",
+        "n = MatMul (d, w)  u = Mul (a, p)  e = Tanh (u)",
+        "s",
+    ),
+}
+
+
+@pytest.mark.parametrize("most", [0, 3])
+@pytest.mark.parametrize("carried", CARRIED)
+def test_gradients_of_a_loop_that_carries_several_values(carried: str, most: int) -> None:
+    hold_gradients(write_carrying(*CARRIED[carried]), ["s", "w"], most=most)
 
 
 @pytest.mark.parametrize("step", STEPS)
