@@ -34,7 +34,7 @@ from splitonnx.partitioner.cutting.passes.joined_statistics import separate_stat
 from splitonnx.partitioner.cutting.passes.resized_batches import refuse_resized_batches
 from splitonnx.partitioner.cutting.passes.ties import tie_weights
 from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
-from splitonnx.partitioner.differentiation.control_flow.obstacles import is_differentiable
+from splitonnx.partitioner.differentiation.control_flow import obstacles
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
@@ -98,8 +98,9 @@ def _flatten_sequences_of_loops(work: Work) -> None:
 
 
 def _infer(work: Work) -> None:
+    graph = work.model.graph
     infer_shapes(work.model)
-    if make_axes_vectors(work.model.graph):
+    if any([make_axes_vectors(graph), obstacles.note_carried_shapes(graph)]):
         infer_shapes(work.model)
 
 
@@ -299,7 +300,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="given back the weights of bodies that no gradient can pass through",
-        run=lambda work: return_weights(work.model.graph, work.weights, is_differentiable),
+        run=lambda work: return_weights(work.model.graph, work.weights, obstacles.has_gradient),
         requires=_F.LIFTED | _F.FOLDED | _F.FLAT,
     ),
     Pass(

@@ -63,7 +63,7 @@ def _advise(node: ir.Node, obstacle: str) -> str:
     return f"{kept}{link}{advice}"
 
 
-def is_differentiable(node: ir.Node) -> bool:
+def has_gradient(node: ir.Node) -> bool:
     """Return whether a gradient can pass through a node with bodies."""
     return find_obstacle(node) is None
 
@@ -79,7 +79,7 @@ def find_obstacle(node: ir.Node) -> str | None:
     for value in values:
         if value is not None and value.type is not None and not _is_tensor(value):
             return f"'{value.name}' is not a tensor, but a sequence or an optional value"
-    if node.op_type == "Loop" and (changing := _find_changing(node)):
+    if changing := _find_changing(node):
         return f"the shape of '{changing}', which it carries, may differ from step to step"
     return next(filter(None, map(_find_obstacle_inside, list_bodies(node))), None)
 
@@ -88,30 +88,39 @@ def _is_tensor(value: ir.Value) -> bool:
     return isinstance(value.type, ir.TensorType)
 
 
-def note_carried_shapes(nodes: Iterable[ir.Node]) -> None:
-    """Set the shape of what a Loop carries to its end, which onnx does not infer.
+def note_carried_shapes(nodes: Iterable[ir.Node]) -> bool:
+    """Set the shapes of what Loops carry to their ends where no iteration changes them.
 
-    This is true only of Loops through which a gradient can pass.
+    onnx does not infer these shapes.  Return whether any was set.
     """
+    changed = False
     for node in nodes:
-        if node.op_type == "Loop" and not node.domain and find_obstacle(node) is None:
-            (body,) = list_bodies(node)
-            for value, own in zip(node.outputs, body.inputs[_CARRIED:], strict=False):
-                value.shape = own.shape
+        for before, after, value in _list_carried(node):
+            if value.shape is None and _is_same(before, after):
+                value.shape, changed = before.shape, True
+    return changed
+
+
+def _list_carried(node: ir.Node) -> list[tuple[ir.Value, ir.Value, ir.Value]]:
+    """List what a Loop carries: as an iteration reads it, as it returns it, and at the end."""
+    if node.op_type != "Loop" or node.domain:
+        return []
+    (body,) = list_bodies(node)
+    return list(zip(body.inputs[_CARRIED:], body.outputs[1:], node.outputs, strict=False))
 
 
 def _find_changing(node: ir.Node) -> str | None:
     """Return the name of a value whose shape an iteration of a Loop may change, if there is one."""
-    (body,) = list_bodies(node)
-    for before, after in zip(body.inputs[_CARRIED:], body.outputs[1:], strict=False):
-        if before.shape is None or after.shape is None or not _is_same(before.shape, after.shape):
-            return before.name
-    return None
+    carried = _list_carried(node)
+    return next((before.name for before, after, _ in carried if not _is_same(before, after)), None)
 
 
-def _is_same(before: ir.Shape, after: ir.Shape) -> bool:
-    """Return whether two shapes are known to be the same."""
-    dims = [[d if isinstance(d, int) else d.value for d in shape] for shape in (before, after)]
+def _is_same(before: ir.Value, after: ir.Value) -> bool:
+    """Return whether the shapes of two values are known to be the same."""
+    if before.shape is None or after.shape is None:
+        return False
+    shapes = (before.shape, after.shape)
+    dims = [[d if isinstance(d, int) else d.value for d in shape] for shape in shapes]
     return dims[0] == dims[1] and None not in dims[0]
 
 

@@ -13,6 +13,7 @@ from splitonnx.partitioner.differentiation.control_flow.obstacles import (
     list_undifferentiable,
 )
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.partitions import cut
 
 _MODEL = """
@@ -121,3 +122,27 @@ def test_a_loop_that_no_trained_value_reaches_is_no_obstacle() -> None:
     assert [fault.node for fault in list_undifferentiable(graph, ["w"], ["y"])] == ["last"]
     assert not list(list_undifferentiable(graph, ["w"], []))
     assert not list(list_undifferentiable(graph, [], ["y"]))
+
+
+CHAIN = """
+    first = Loop <
+        body = one (int64 i, bool going, float[M, 3] a) => (bool again, float[M, 3] n) {
+            again = Identity (going)  k = MatMul (a, w)  n = Tanh (k)
+        }
+    > (most, , s)
+    bent = Relu (first)
+    last = Loop <
+        body = two (int64 i, bool going, float[M, 3] a) => (bool again, float[M, 3] n) {
+            again = Identity (going)  k = Mul (a, scale)  n = Add (k, bent)
+        }
+    > (most, , bent)
+"""
+
+
+def test_what_a_loop_carries_to_its_end_has_a_shape_and_can_be_cut_at() -> None:
+    model = onnx.parser.parse_model(_MODEL.replace("BODY", CHAIN))
+    prepared = prepare(open_model(model))
+    values = map_values(prepared.training.graph)
+    assert [str(values[name].shape) for name in ("first", "last")] == ["[N,3]", "[N,3]"]
+    for at in ("first", "bent"):  # ``bent`` is read in a body as well
+        cut(model, at=[at, "most"], loss="mse", freeze=["^w0$"])
