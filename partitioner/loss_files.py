@@ -69,7 +69,8 @@ def _read(prepared: PreparedModel, content: bytes) -> LossGraph:
             f"model's outputs {quote(list(outputs))}",
             "name its inputs as outputs of the model, and the others as arrays in the data",
         )
-    own = {value.name or "" for value in target.inputs if value.name not in prepared.weights}
+    weights = prepared.weights.keys() - prepared.carried.keys()
+    own = {value.name or "" for value in target.inputs if value.name not in weights}
     if raw := sorted(own.intersection(inputs)):
         raise UnsupportedModel(
             _FILE,

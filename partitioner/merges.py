@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import UsageError, count_some
+from splitonnx.errors import UsageError, count_some, quote
 from splitonnx.losses import FROM_MODEL
 from splitonnx.manifests import Role
 from splitonnx.outputs import check_output
@@ -138,13 +138,20 @@ def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.nda
 def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
     """Return the prepared model: the bundle's skeleton with the weights of all parties inserted.
 
-    The weights have their trained values or, if ``trained`` is false, their initial values.
+    The weights have their trained values or, if ``trained`` is false, their initial values.  States
+    that the model hands itself are inputs.  If the original model stored an initial value for such
+    an input, the value is the one that was kept.
 
     Raises:
         ModelError: the skeleton is not a valid model.
     """
-    model = open_model(bundle.skeleton)
-    restore_weights(model.graph, collect_weights(bundle, trained=trained))
+    model = open_model(bundle.skeleton, is_marked=True)
+    weights = collect_weights(bundle, trained=trained)
+    states = [source for _, source in bundle.manifest.recipe.states]
+    restore_weights(model.graph, {n: array for n, array in weights.items() if n not in states})
+    for value in [value for value in model.graph.inputs if value.name in states]:
+        if value.is_initializer():
+            value.const_value = ir.tensor(weights[value.name or ""], name=value.name)
     return model
 
 
@@ -195,9 +202,23 @@ def _join(bundle: Bundle) -> ir.Model:
         if not value.uses() and not value.is_graph_output():  # such as Dropout's ratio
             model.graph.initializers.pop(name)
     model.producer_name = "splitonnx"
+    _say_states(bundle, model.graph)
     if (remark := describe_saturation(model.graph)) is not None:
         _log.warning("the merged model: %s", remark)
     return model
+
+
+def _say_states(bundle: Bundle, graph: ir.Graph) -> None:
+    """Log a warning that names the states whose values after training are not in the model."""
+    states = [source for _, source in bundle.manifest.recipe.states]
+    plain = [v.name or "" for v in graph.inputs if v.name in states and not v.is_initializer()]
+    if plain and bundle.client.trained is not None:
+        _log.warning(
+            "the merged model reads %s as data again, as the original does, so it does not hold "
+            "what training left there; if the model's file has an initial value for the input, "
+            "that is replaced by it (docs/states.md)",
+            quote(plain),
+        )
 
 
 def _drop_losses(bundle: Bundle, graph: ir.Graph) -> None:

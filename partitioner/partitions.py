@@ -32,6 +32,11 @@ from splitonnx.names import TARGETS, TRAINING, BatchNormModes, DropoutMode, Targ
 from splitonnx.optimizers import AdamW, Optimizer, assign_groups, describe_optimizer
 from splitonnx.partitioner.advice import add_advice
 from splitonnx.partitioner.cutting.assemblies import assemble
+from splitonnx.partitioner.cutting.carried_states.declarations import Pairs, list_pairs
+from splitonnx.partitioner.cutting.carried_states.placements import (
+    check_readers,
+    leave_out_states,
+)
 from splitonnx.partitioner.cutting.conformance.comparisons import (
     MOST_BYTES,
     USUAL_BYTES,
@@ -57,15 +62,15 @@ from splitonnx.partitioner.cutting.preparations import (
     describe_adapters,
     prepare,
 )
+from splitonnx.partitioner.differentiation.activations.final_activations import CONTAINED
+from splitonnx.partitioner.differentiation.activations.squashings import find_repeated_activation
 from splitonnx.partitioner.differentiation.control_flow.obstacles import list_undifferentiable
-from splitonnx.partitioner.differentiation.final_activations import CONTAINED
 from splitonnx.partitioner.differentiation.loss_arrays import (
     LossGraphs,
     describe_scores,
     find_class_axis,
     list_reads,
 )
-from splitonnx.partitioner.differentiation.squashings import find_repeated_activation
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.exporters import OmissionKind, advise, list_omissions
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
@@ -75,6 +80,10 @@ from splitonnx.partitioner.graphs.traversals import find_movers, map_values
 from splitonnx.partitioner.loss_files import read_loss_files
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.model_losses import list_predicted, separate_losses
+from splitonnx.partitioner.normalization.dequantized.stored import (
+    describe_stored_integers,
+    find_stored_integers,
+)
 from splitonnx.partitioner.normalization.weights import make_pattern
 
 NO_CHECK = "SPLITONNX_NO_CHECK"
@@ -114,6 +123,7 @@ def cut(
     bind: Mapping[str, Binding] | None = None,
     ties: Sequence[tuple[str, str]] = (),
     stop_gradients: str | Sequence[str] = (),
+    states: Pairs = (),
     dequantize: bool = False,
     class_axis: int | None = None,
     labels: str = LABELS,
@@ -152,6 +162,8 @@ def cut(
         omissions = [one for one in omissions if one.kind is not OmissionKind.FROZEN_BATCHNORM]
     if omissions:
         _log.warning("%s", advise(opened, omissions))
+    if (stored := find_stored_integers(opened.graph)) and not dequantize:
+        _log.warning("%s", describe_stored_integers(stored))
     prepared = prepare(
         opened,
         batchnorm=batchnorm,
@@ -161,6 +173,7 @@ def cut(
         adjustments=adjustments,
         ties=ties,
         stop_gradients=_list_names(stop_gradients),
+        states=list_pairs(states),
     )
     for note in describe_stored(prepared.stored, prepared.missing):
         _log.warning("%s", note)
@@ -235,6 +248,7 @@ def cut_prepared(
     first = losses[0]
     outputs = [name for one in losses for name in list_reads(one, graphs)]
     outputs = [choose_output(prepared, name) for name in dict.fromkeys(outputs)]
+    prepared = leave_out_states(prepared, outputs)
     recipe = Recipe(
         at=names_at,
         tail_at=names_tail,
@@ -249,6 +263,7 @@ def cut_prepared(
         bound=_list_bound(prepared.adjustments),
         ties=prepared.ties,
         stop_gradients=prepared.stop_gradients,
+        states=prepared.states,
         dequantize=prepared.adjustments.dequantize,
         class_axis=first.class_axis,
         labels=first.array,
@@ -267,6 +282,7 @@ def cut_prepared(
             predicted, own = separate_losses(prepared, losses, [*names_at, *names_tail])
             cuts = [list_predicted(predicted, names, prepared) for names in (names_at, names_tail)]
             predict = build_predict(predicted, *cuts)
+            check_readers(prepared, names_at, training.owners, predict.owners)
         except NotACut as error:
             raise add_advice(error, prepared, names_at, names_tail, outputs) from error
         if approve is not None:

@@ -26,6 +26,7 @@ from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import Optimizer
 from splitonnx.partitioner import partitions
+from splitonnx.partitioner.cutting.carried_states.declarations import Pairs
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.differentiation.label_traces import find_positions
@@ -90,8 +91,11 @@ class Permission:
         """
         raw = _list_raw(prepared)
         leaving: dict[str, list[str]] = {}
+        carried = {n: v for n, v in training.commits.items() if n in prepared.carried}
+        data, layers = raw - prepared.state, prepared.value_layers
+        held = trace_held_inputs(training.graph, data, layers, carried)
         for joint in (training, *others):
-            found = find_raw_inputs(joint, raw - prepared.state, prepared.value_layers)
+            found = find_raw_inputs(joint, data, layers, held)
             for tensor, inputs in found.items():
                 leaving[tensor] = inputs
         unnamed = {
@@ -141,16 +145,20 @@ def _list_raw(prepared: PreparedModel) -> set[str]:
 
 
 def find_raw_inputs(
-    joint: JointGraph, raw: set[str], weights: Collection[str]
+    joint: JointGraph,
+    raw: set[str],
+    weights: Collection[str],
+    held: Mapping[str, frozenset[str]],
 ) -> dict[str, list[str]]:
     """Map each sent tensor that holds raw data to the names of the inputs that the data come from.
 
     A tensor holds raw data of an input if it is this input, or is computed from it along a path
     without a layer of weights, even if other paths have one.  Only tensors that the client sends
     are listed, including gradients.  Tensors that hold only sizes are not listed.  ``raw`` names
-    the raw inputs, and ``weights`` the weights of layers.
+    the raw inputs, and ``weights`` the weights of layers.  ``held`` maps states to the raw
+    inputs of earlier steps that they hold.
     """
-    bare = trace_raw_inputs(joint.graph, raw, weights)
+    bare = trace_raw_inputs(joint.graph, raw, weights, held)
     found: dict[str, list[str]] = {}
     for wire in joint.wires:
         if wire.crossing.sender == CLIENT and bare.get(wire.crossing.value):
@@ -160,15 +168,19 @@ def find_raw_inputs(
 
 
 def trace_raw_inputs(
-    graph: ir.Graph, raw: Collection[str], names: Collection[str]
+    graph: ir.Graph,
+    raw: Collection[str],
+    names: Collection[str],
+    held: Mapping[str, frozenset[str]],
 ) -> dict[ir.Value, frozenset[str]]:
     """Map each value to the raw inputs that reach it along a path without a layer of weights.
 
     ``raw`` names the raw inputs among the graph's inputs, and ``names`` the weights of layers
-    (``PreparedModel.value_layers``).
+    (``PreparedModel.value_layers``).  ``held`` maps states to the raw inputs that they hold.
     """
     weights = {value for value in graph.inputs if value.name in names}
     bare = {v: frozenset({v.name or ""}) for v in graph.inputs if v.name in raw}
+    bare |= {v: held[v.name] for v in graph.inputs if v.name is not None and held.get(v.name)}
     for node in graph:
         if reads_size(node):
             continue
@@ -179,6 +191,23 @@ def trace_raw_inputs(
         if reached and not may_mix(node.op_type, find_positions(node, weights)):
             bare.update(dict.fromkeys(node.outputs, reached))
     return bare
+
+
+def trace_held_inputs(
+    graph: ir.Graph, raw: Collection[str], names: Collection[str], carried: Mapping[str, str]
+) -> dict[str, frozenset[str]]:
+    """Map each state to the raw inputs of earlier steps that it holds, as for a sent tensor.
+
+    ``carried`` maps states to the values that replace them.
+    """
+    held: dict[str, frozenset[str]] = dict.fromkeys(carried, frozenset())
+    while True:
+        bare = trace_raw_inputs(graph, raw, names, held)
+        by_name = {value.name: inputs for value, inputs in bare.items()}
+        found = {name: by_name.get(made, frozenset()) for name, made in carried.items()}
+        if found == held:
+            return held
+        held = found
 
 
 def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:
@@ -215,6 +244,7 @@ def cut(
     bind: Mapping[str, Binding] | None = None,
     ties: Sequence[tuple[str, str]] = (),
     stop_gradients: str | Sequence[str] = (),
+    states: Pairs = (),
     dequantize: bool = False,
     class_axis: int | None = None,
     labels: str = LABELS,
@@ -264,6 +294,10 @@ def cut(
         ties: pairs of parameters that are trained as one.  Both must have equal values, or one must
             be the transpose of the other.  The first replaces the second.
         stop_gradients: the tensors through which no gradient passes, named as in ``at``.
+        states: pairs of an output and an input, or a dictionary from outputs to inputs.  After each
+            training step, the output's value replaces the input's, which starts at zeros or at the
+            input's initial value, and is not part of the data.  No gradient passes from step to
+            step.  Predictions read the value and do not replace it.
         dequantize: whether to replace the integer arithmetic of a quantized model, as
             ``onnxruntime.quantization`` writes it, by arithmetic with floats, which can be trained.
             A log message says what was replaced and by how much results changed.
@@ -313,6 +347,7 @@ def cut(
         bind=bind,
         ties=ties,
         stop_gradients=stop_gradients,
+        states=states,
         dequantize=dequantize,
         class_axis=class_axis,
         labels=labels,

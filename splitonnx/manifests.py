@@ -73,7 +73,7 @@ class Role(StrEnum):
 
     PARAMETER = "parameter"  # trained
     FROZEN = "frozen"  # a weight that keeps its value
-    BUFFER = "buffer"  # BatchNormalization's running statistics
+    BUFFER = "buffer"  # replaced by each step: running statistics, and what a model hands itself
     OPTIMIZER = "optimizer"  # starts at zero; not part of weights.safetensors
 
 
@@ -141,12 +141,40 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
     commits: dict[str, str] = {}
 
 
+class ScoreKind(StrEnum):
+    """What the numbers of an output are, for metrics that compare them with labels."""
+
+    CLASSES = "classes"  # a score for each class; the labels are class indices
+    BINARY = "binary"  # a score for yes; the labels are 1 for yes and 0 for no
+    VALUES = "values"  # what the labels are
+
+
+class ScoredOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """An output of the model that a loss compares with labels, for metrics of an evaluation.
+
+    ``loss`` is the name of the loss if there are several, otherwise empty.  ``labels`` and
+    ``sample_weights`` are names of arrays in the data.  Labels equal to ``ignore_index`` do not
+    count.  ``class_axis`` is the axis of the classes.  ``are_probabilities`` is true if the output
+    is the result of the Softmax or Sigmoid that the loss contains.
+    """
+
+    output: str
+    labels: str
+    kind: ScoreKind
+    loss: str = ""
+    class_axis: int | None = None
+    ignore_index: int | None = None
+    sample_weights: str | None = None
+    are_probabilities: bool = False
+
+
 class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     """The manifest of one party, stored as ``manifest.json`` in the party's folder.
 
     ``digest`` identifies the bundle and is the same for every party.  ``files`` maps the name of
     each graph file to its SHA-256 in hex.  ``learning_rate`` is the default learning rate.
-    ``outputs`` declares the model outputs that ``predict`` returns.  ``tells_labels`` names the
+    ``outputs`` declares the model outputs that ``predict`` returns.  ``scored`` says which of them
+    losses compare with labels; only the client's manifest has it.  ``tells_labels`` names the
     gradients that the client sends and that reveal the labels to the server; bundles of earlier
     versions name none.  ``weights`` is the SHA-256 of ``weights.safetensors`` in hex.  It is set
     when the folder is written, and is empty in bundles of earlier versions.  ``sha256`` is the
@@ -163,6 +191,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, str]
     learning_rate: float
     outputs: tuple[TensorSpec, ...] = ()
+    scored: tuple[ScoredOutput, ...] = ()
     tells_labels: tuple[str, ...] = ()
     weights: str = ""
     sha256: str = ""
@@ -178,7 +207,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     With these settings, the same model can be cut again or trained without a cut.  ``dims`` and
     ``bound`` contain the sizes and the constant values that the user set for inputs.  ``ties`` are
     pairs of parameters that are treated as one, and no gradient passes through the tensors in
-    ``stop_gradients``.  ``dequantize`` is true if floats replaced arithmetic with integers.
+    ``stop_gradients``.  ``states`` are pairs of an output and the input that it replaces after each
+    training step.  ``dequantize`` is true if floats replaced arithmetic with integers.
     ``class_axis`` is the axis of the output that represents the classes, and ``labels`` is the name
     of the array that contains the labels.  If there are several losses, or one with other settings,
     ``losses`` contains them all, and ``loss``, ``output``, ``class_axis`` and ``labels`` describe
@@ -198,6 +228,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     bound: dict[str, list[float]] = {}
     ties: tuple[tuple[str, str], ...] = ()
     stop_gradients: tuple[str, ...] = ()
+    states: tuple[tuple[str, str], ...] = ()
     dequantize: bool = False
     class_axis: int | None = None
     labels: str = "labels"

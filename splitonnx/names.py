@@ -34,3 +34,8 @@ TRAINING: Final = "training"
 TARGETS: tuple[Target, ...] = get_args(Target)
 ADAPTERS = "splitonnx.adapters"
 """Metadata key of the note about a model's adapters, which is JSON."""
+
+
+def name_carried(state: str) -> str:
+    """Return the name of the value that replaces a state that a model hands itself."""
+    return f"{state}/next"

@@ -19,7 +19,8 @@ LOWER_IS_BETTER = frozenset({"loss", "mae", "mse", "rmse", "perplexity"})
 class EarlyStopping:
     """Keep the state of the best evaluation, and stop when no better one comes.
 
-    ``metric`` is the name of one of the numbers that an evaluation computes.  ``mode`` says whether
+    ``metric`` is the name of one of the numbers that an evaluation computes.  What follows a dot in
+    it is the name of a loss, such as in ``loss.boxes``.  ``mode`` says whether
     lower (``min``) or higher (``max``) numbers are better; by default, the metric's name decides.
     Training stops after ``patience`` evaluations in a row that are not better by more than
     ``min_delta``.  If ``patience`` is ``None``, it does not stop early.
@@ -43,7 +44,7 @@ class EarlyStopping:
         """Return whether lower numbers are better."""
         if self.mode is not None:
             return self.mode == "min"
-        return self.metric in LOWER_IS_BETTER
+        return self.metric.partition(".")[0] in LOWER_IS_BETTER
 
     def is_better(self, value: float, best: float | None) -> bool:
         """Return whether a number is better than the best so far; ``None`` means there is none."""

@@ -159,6 +159,7 @@ def leave_whole(bundle: Bundle) -> Bundle:
         optimizer=read_optimizer(recipe.optimizer),
         batchnorm=recipe.batchnorm,
         dropout=recipe.dropout,
+        states=recipe.states,
         train=pin_names(trained),  # independent of the patterns in the recipe
         freeze=["."],
         client_target=recipe.server_target,

@@ -27,6 +27,7 @@ from splitonnx.manifests import (
     Phase,
     Recipe,
     Role,
+    ScoredOutput,
     Source,
     Stage,
     StageInput,
@@ -44,7 +45,7 @@ from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
 from splitonnx.partitioner.cutting.verdicts import check_operators
 from splitonnx.partitioner.differentiation.loss_arrays import NO_GRAPHS, LossGraphs
-from splitonnx.partitioner.differentiation.losses import build_evaluation
+from splitonnx.partitioner.differentiation.losses import build_evaluation, list_scored
 from splitonnx.partitioner.differentiation.updates import Norms, build_norms, build_update
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
@@ -63,6 +64,7 @@ class _Share:
     phase: Phase
     graphs: Mapping[str, bytes]
     state: tuple[StateSpec, ...] = ()
+    scored: tuple[ScoredOutput, ...] = ()
 
 
 @attribute_errors_to_pass("written as a bundle")
@@ -157,6 +159,7 @@ def _build_party(
         files={file: hashlib.sha256(graph).hexdigest() for file, graph in graphs.items()},
         learning_rate=optimizer.lr,
         outputs=tuple(declare(v) for v in prepared.inference.graph.outputs if party == CLIENT),
+        scored=tuple(output for share in shares for output in share.scored),
         tells_labels=tuple(wire.tensor.name for wire in training.wires if wire.tells_labels),
     )
     return PartyBundle(manifest=manifest, graphs=graphs, weights=weights)
@@ -355,7 +358,7 @@ def _share_evaluation(
     model, outputs, attached = build_evaluation(inferred, trained, losses, graphs)
     add_safeguards(model.graph, attached.nodes, is_training=False)
     lower(model.graph)
-    label = f"{EVALUATE}"
+    label, scored = EVALUATE, list_scored(inferred, trained, losses)
     data = (*map(declare, outputs), *attached.data.values())
     stage = Stage(
         name=label,
@@ -364,7 +367,8 @@ def _share_evaluation(
         outputs=attached.results,
     )
     phase = Phase(name=EVALUATE, stages=(stage,), data=data, results=attached.results)
-    return _Share(phase=phase, graphs={stage.graph: _write_stage(label, model.graph)})
+    graphs_by_file = {stage.graph: _write_stage(label, model.graph)}
+    return _Share(phase=phase, graphs=graphs_by_file, scored=scored)
 
 
 def _write_stage(name: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool = True) -> bytes:

@@ -17,13 +17,14 @@ from splitonnx.errors import UsageError
 from splitonnx.losses import Loss
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, LOSS, SERVER
+from splitonnx.partitioner.cutting.carried_states.placements import place_states
 from splitonnx.partitioner.cutting.divisions import divide_inference, divide_training
 from splitonnx.partitioner.cutting.ports import Port, declare, insert_ports
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.stages import Crossing
+from splitonnx.partitioner.differentiation.activations.final_activations import skip_activation
 from splitonnx.partitioner.differentiation.derived.supplied_gradients import GRADIENT
-from splitonnx.partitioner.differentiation.final_activations import skip_activation
 from splitonnx.partitioner.differentiation.gradients import differentiate
 from splitonnx.partitioner.differentiation.label_traces import trace_labels
 from splitonnx.partitioner.differentiation.loss_arrays import (
@@ -74,7 +75,7 @@ class JointGraph:
     to the client's caller.  ``data`` declares the arrays that the caller must supply.  ``owners``
     maps each weight to the parties that use it in this phase.  ``gradients`` maps each trained
     parameter to the name of its gradient, in the model's order.  ``commits`` maps each running
-    statistic to the value that replaces it.
+    statistic, and each state that is carried from step to step, to the value that replaces it.
     """
 
     graph: ir.Graph
@@ -108,7 +109,9 @@ def build_training(
     model = copy_model(prepared.training)
     graph = model.graph
     outputs = [name for loss in losses for name in list_reads(loss, graphs)]
-    partition = divide_training(prepared, graph, at, tail_at, outputs)
+    divided = divide_training(prepared, graph, at, tail_at, outputs)
+    placed = place_states(prepared, graph, divided)
+    partition = placed.partition
     crossing = {*partition.at, *partition.tail_at}
     axes = [find_class_axis(graph, loss, graphs) for loss in losses]
     scores = [
@@ -123,7 +126,10 @@ def build_training(
     ports = insert_ports(graph, partition, server, attached.data)
     guarded = {*known, *attached.nodes}  # the labels of all other losses have bounds
     add_safeguards(graph, guarded, is_training=True)
-    commits = _keep_statistics(prepared, graph)
+    values = map_values(graph)
+    graph.outputs.extend(values[name] for name in placed.commits.values())
+    statistics = _keep_statistics(prepared, graph)
+    commits = {**statistics, **placed.commits}
     prune(graph)
 
     data = _declare_data(prepared, graph, attached.data)
@@ -134,7 +140,13 @@ def build_training(
         weights = dict.fromkeys(prepared.weights, frozenset[str]())
         examine(
             JointGraph(
-                graph=graph, wires=tuple(wires), targets={}, results=(), data=data, owners=weights
+                graph=graph,
+                wires=tuple(wires),
+                targets={},
+                results=(),
+                data=data,
+                owners=weights,
+                commits=commits,
             )
         )
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
@@ -158,8 +170,10 @@ def build_training(
         ]
     targets: dict[str, list[ir.Value]] = {CLIENT: [], SERVER: []}
     targets[reports] += [made[name] for name in attached.results]
+    for name, party in placed.owners.items():
+        targets[party].append(made[placed.commits[name]])
     owners = _trace_owners(prepared, wires, targets)
-    for name, value in {**gradients, **commits}.items():
+    for name, value in {**gradients, **statistics}.items():
         for party in owners[name]:
             targets[party].append(made[value])
     return JointGraph(

@@ -91,6 +91,7 @@ class PreparedModel:
     adjustments: Adjustments = NONE
     ties: tuple[tuple[str, str], ...] = ()
     stop_gradients: tuple[str, ...] = ()
+    states: tuple[tuple[str, str], ...] = ()
     stored: StoredOptions = NONE_STORED
     missing: tuple[str, ...] = ()
 
@@ -107,12 +108,22 @@ class PreparedModel:
     @cached_property
     def value_layers(self) -> frozenset[str]:
         """Names of the weights of which no layer passes on its data's numbers, scaled at most."""
-        return frozenset(name for name in self.weights if not self._mixing.keeps_values(name))
+        return frozenset(n for n in self._own_weights if not self._mixing.keeps_values(n))
 
     @cached_property
     def gradient_layers(self) -> frozenset[str]:
         """Names of the weights of which no layer only scales and permutes gradients."""
-        return frozenset(name for name in self.weights if not self._mixing.keeps_gradients(name))
+        return frozenset(n for n in self._own_weights if not self._mixing.keeps_gradients(n))
+
+    @cached_property
+    def carried(self) -> Mapping[str, str]:
+        """Map the input of each state that training carries on to the output that replaces it."""
+        return {source: output for output, source in self.states}
+
+    @property
+    def _own_weights(self) -> list[str]:
+        """List the weights without the states, which hold what was computed from data."""
+        return [name for name in self.weights if name not in self.carried]
 
     @cached_property
     def _mixing(self) -> Mixing:
@@ -129,7 +140,7 @@ class PreparedModel:
         """
         if self.adapters:
             return ()
-        found = find_input_scalings(self.skeleton.graph, self.weights)
+        found = find_input_scalings(self.skeleton.graph, self.weights, self.carried)
         return tuple(name for name in found if self.roles[name] is Role.FROZEN)
 
 
@@ -143,6 +154,7 @@ def prepare(
     adjustments: Adjustments = NONE,
     ties: Sequence[tuple[str, str]] = (),
     stop_gradients: Sequence[str] = (),
+    states: Sequence[tuple[str, str]] = (),
 ) -> PreparedModel:
     """Prepare a model that passed the gate, by running the passes in :data:`PASSES` in order.
 
@@ -155,6 +167,8 @@ def prepare(
     were already made to the model's inputs; inputs bound by them are not trained.  If they ask for
     it, integer arithmetic is replaced.  ``ties`` are pairs of parameters to merge (:mod:`ties`).
     ``stop_gradients`` names tensors through which no gradient passes (:mod:`gradient_stops`).
+    ``states`` are pairs of an output and the input that it replaces after each step
+    (:mod:`carried_states`).
     Options that the model's file holds are applied as well, where ``train``, ``freeze`` and
     adapters do not decide otherwise (:mod:`stored_options`).
 
@@ -163,7 +177,8 @@ def prepare(
         UnsupportedModel: the model's operators cannot be converted to an opset from 18 to 21; or a
             pattern matches no parameter, or only parameters that cannot be trained.
         UsageError: a pattern is not a regular expression; or a pattern of ``freeze`` matches only
-            parameters that ``train`` selects; or ``ties`` or ``stop_gradients`` cannot be applied.
+            parameters that ``train`` selects; or ``ties``, ``stop_gradients`` or ``states`` cannot
+            be applied.
     """
     note = read_note(model)
     adapters = () if note is None else note.names
@@ -179,6 +194,7 @@ def prepare(
         bound=adjustments.bindings,
         ties=ties,
         stop_gradients=stop_gradients,
+        states=states,
         stored=stored,
         missing=missing,
         dequantize=adjustments.dequantize,
@@ -207,6 +223,7 @@ def prepare(
         adjustments=adjustments,
         ties=tuple(ties),
         stop_gradients=(*stop_gradients, *applied.stop_gradients),
+        states=tuple(states),
         stored=applied,
         missing=tuple(work.missing),
     )
@@ -234,7 +251,7 @@ def describe_adapters(prepared: PreparedModel) -> str:
         return ""
     trained = [name for name in prepared.trainable if name in prepared.adapters]
     others = [name for name in prepared.trainable if name not in prepared.adapters]
-    statistics = [name for name, role in prepared.roles.items() if role is Role.BUFFER]
+    statistics = [n for n in prepared.next_buffers if prepared.roles.get(n) is Role.BUFFER]
     if trained:
         told = f"the model has adapters, and only these are trained: {count_some(trained)}"
         told += f", and beside them {count_some(others)}" if others else ""
@@ -255,7 +272,7 @@ def choose_output(prepared: PreparedModel, output: str | None) -> str:
     """Return the name of the output from which the loss is computed.
 
     This is ``output`` if it is given.  Otherwise it is the first float output, or the first output
-    if none is a float.
+    if none is a float; outputs of states come last.
 
     Raises:
         UsageError: the model has no such output, the output does not depend on the model's inputs,
@@ -273,7 +290,9 @@ def choose_output(prepared: PreparedModel, output: str | None) -> str:
                 f"learned from it; choose one of {', '.join(known)}"
             )
         raise UsageError(f"the model has no output '{output}'; it has {', '.join(known)}")
-    return output or next((v.name or "" for v in outputs if is_float(v)), known[0])
+    carried = set(prepared.carried.values())
+    outputs.sort(key=lambda value: (value.name in carried, not is_float(value)))
+    return output or outputs[0].name or ""
 
 
 @attribute_errors_to_pass("searched for what the loss trains")
@@ -281,14 +300,17 @@ def find_roles(prepared: PreparedModel, output: str) -> dict[str, Role]:
     """Return the role of each weight if the loss is computed from ``output``.
 
     These are the roles in a bundle: parameters that get no gradient from the output, and running
-    statistics that the output does not depend on, are frozen.
+    statistics on which neither the output nor a state depends, are frozen.
     """
     values = map_values(prepared.training.graph)
     end = values[output]
     reached = {value.name for value in find_movers([end])}
-    needed, _ = walk_back([end])
+    states = [values[made] for made in prepared.carried.values() if made in values]
+    needed, _ = walk_back([end, *states])
 
     def changes(name: str, role: Role) -> bool:
+        if name in prepared.carried:
+            return True
         if role is Role.BUFFER:
             return trace_statistic(values.get(prepared.next_buffers[name]), needed) is not None
         return role is not Role.PARAMETER or name in reached

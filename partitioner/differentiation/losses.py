@@ -12,15 +12,16 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UsageError
-from splitonnx.losses import CROSS_ENTROPY, FROM_MODEL, Loss
+from splitonnx.losses import CROSS_ENTROPY, FROM_FILE, FROM_MODEL, Loss
+from splitonnx.manifests import ScoredOutput, ScoreKind
 from splitonnx.names import COUNTED, LOSS, WEIGHT
+from splitonnx.partitioner.differentiation.activations.final_activations import (
+    find_activation,
+    invert_activation,
+)
 from splitonnx.partitioner.differentiation.class_axes import (
     choose_class_axis,
     move_classes,
-)
-from splitonnx.partitioner.differentiation.final_activations import (
-    find_activation,
-    invert_activation,
 )
 from splitonnx.partitioner.differentiation.loss_arrays import (
     LossGraph,
@@ -292,3 +293,34 @@ def build_evaluation(
     )
     attached = attach_losses(made, losses, scores, graphs, evaluating=True)
     return ir.Model(made, ir_version=10), tuple(outputs.values()), attached
+
+
+def list_scored(
+    graph: ir.Graph, trained: ir.Graph, losses: Sequence[Loss]
+) -> tuple[ScoredOutput, ...]:
+    """List the outputs that losses compare with labels; the user's own losses say nothing of them.
+
+    ``graph`` and ``trained`` are the model in inference and in training form, as in
+    :func:`build_evaluation`.
+    """
+    decisive = map_values(trained)
+    kinds = {CROSS_ENTROPY: ScoreKind.CLASSES, "bce-with-logits": ScoreKind.BINARY}
+    scored = []
+    for loss in losses:
+        if loss.kind in (FROM_MODEL, FROM_FILE):
+            continue
+        output = loss.output or ""
+        axis = find_class_axis(graph, loss, {})
+        scored.append(
+            ScoredOutput(
+                output=output,
+                labels=loss.array,
+                kind=kinds.get(loss.kind, ScoreKind.VALUES),
+                loss=loss.name or "",
+                class_axis=axis if loss.kind == CROSS_ENTROPY else None,
+                ignore_index=loss.ignore_index,
+                sample_weights=loss.sample_weights,
+                are_probabilities=find_activation(decisive[output], loss.kind, axis) is not None,
+            )
+        )
+    return tuple(scored)

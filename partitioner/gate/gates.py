@@ -25,6 +25,7 @@ from splitonnx.graph_limits import MODEL
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments, adjust
 from splitonnx.partitioner.gate.forms import check_form
 from splitonnx.partitioner.gate.fused_operators import claim_fused
+from splitonnx.partitioner.gate.marks import forget_marks
 from splitonnx.partitioner.gate.ml_operators import unwrap_maps
 from splitonnx.partitioner.gate.names import check_names, check_texts, check_types
 from splitonnx.partitioner.gate.operators import check_operators, check_opsets
@@ -46,12 +47,15 @@ MAX_PROTO_BYTES = 2**31 - 1
 ModelSource = str | Path | bytes | onnx.ModelProto
 
 
-def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model:
+def open_model(
+    source: ModelSource, adjustments: Adjustments = NONE, *, is_marked: bool = False
+) -> ir.Model:
     """Read a model, change its inputs as ``adjustments`` describes, check it, and return it.
 
     ``source`` is a path, the bytes of a model, or a loaded model, and is not changed.  External
     data is memory-mapped from files in the model's folder.  Models that are given as bytes or as an
-    object must not have external data.
+    object must not have external data.  ``is_marked`` is for a bundle's own model, whose nodes keep
+    the marks that the passes made (:mod:`marks`).
 
     Raises:
         NotAModel: the source cannot be read or is not a valid ONNX model.
@@ -81,7 +85,9 @@ def open_model(source: ModelSource, adjustments: Adjustments = NONE) -> ir.Model
                 raise
             raise NotAModel(label, explain(error)) from error
         _map_external(model, files)
-        _forget_negative_dims(model.graph)
+        _forget_unknown_dims(model.graph)
+        if not is_marked:
+            forget_marks(model)
     return model
 
 
@@ -184,9 +190,16 @@ def _map_external(model: ir.Model, files: DataFiles) -> None:
                     node.attributes[name] = ir.AttrTensor(name, files.read(held))
 
 
-def _forget_negative_dims(graph: ir.Graph) -> None:
-    """Replace negative dimensions by unknown ones; some exporters write -1 for a dynamic size."""
+def _forget_unknown_dims(graph: ir.Graph) -> None:
+    """Replace dimensions that stand for an unknown size by unknown ones.
+
+    For a dynamic size, some exporters write -1 or ``?``; two of those need not be equal.
+    """
     for value in (*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)):
-        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
-            dims = [None if isinstance(d, int) and d < 0 else d for d in value.shape]
+        if value.shape is not None and any(map(_is_unknown, value.shape)):
+            dims = [None if _is_unknown(dim) else dim for dim in value.shape]
             value.shape = ir.Shape(dims)
+
+
+def _is_unknown(dim: int | ir.SymbolicDim) -> bool:
+    return dim < 0 if isinstance(dim, int) else dim.value == "?"

@@ -15,6 +15,9 @@ from splitonnx.errors import UnsupportedModel
 DETACHED = "splitonnx.detached"
 """Metadata key of an Identity node through which no gradient may pass."""
 
+HIDDEN = "splitonnx.hidden"
+"""Metadata key of a node that is hidden from the gradient builder, which gets its gradient."""
+
 Attribute = int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | ir.Attr
 
 

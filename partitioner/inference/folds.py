@@ -132,7 +132,10 @@ def _replace_by_constants(node: ir.Node, known: Inference) -> bool:
     if not outputs or any(not _is_plain(c, v) for c, v in zip(contents, node.outputs, strict=True)):
         return False
     builder = NodeBuilder(f"{node.name}/folded")
-    builder.replace(node, [builder.tensor(ir.tensor(np.asarray(content))) for content in contents])
+    made = [builder.tensor(ir.tensor(np.asarray(content))) for content in contents]
+    builder.replace(node, made)
+    for value, content in zip(made, contents, strict=True):
+        value.shape = ir.Shape(np.asarray(content).shape)  # the declared one may be unknown
     return True
 
 

@@ -4,7 +4,8 @@ A scalar is a constant.  The rules for other tensors are:
 
 - A tensor that an operator uses as a setting (a Clip's bound, a Resize's scales) cannot be trained.
 - BatchNormalization's mean and variance are running statistics.
-- A tensor that an operator uses as weights (a Conv's kernel, a Gather's table) is a parameter.
+- A tensor that an operator uses as weights (a Conv's kernel, a Gather's table) is a parameter, and
+  so is one whose parts are put together as the weights of a recurrent layer.
 - A tensor that is used only in additions, multiplications and similar operations is a parameter,
   with three exceptions: a single number (such as an epsilon or a scale, but not the bias of a layer
   with one output), a mask (a tensor with infinities) and a grid (distinct whole numbers).
@@ -95,6 +96,7 @@ _PLACES: Mapping[str, Collection[int]] = {
 _ELEMENTWISE = frozenset({"Add", "Div", "Max", "Mean", "Min", "Mul", "Sub", "Sum", "Where"})
 _LEARNT = frozenset({"Add", "Mul"})
 """Operators for which a Constant node may be a bias or a scale."""
+_RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 _LINEAR = frozenset({"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"})
 LOOKERS = frozenset(
     {
@@ -178,7 +180,21 @@ def _is_parameter(
         if tensor.size == 1:
             return any(_is_bias(node, index) for node, index in uses)
         return not (literal and not kinds & _LEARNT) and not _is_table(tensor)
-    return not literal
+    return not literal or any(_is_recurrent_weight(node, index) for node, index in uses)
+
+
+def _is_recurrent_weight(node: ir.Node, index: int) -> bool:
+    """Return whether parts of an input become the weights of a recurrent layer.
+
+    Exporters of PyTorch models change the order of the gates by Slice, or Split, and Concat.
+    """
+    if node.domain:
+        return False
+    if node.op_type in _RECURRENT:
+        return index in _PLACES[node.op_type]
+    if node.op_type == "Concat" or (node.op_type in ("Slice", "Split") and index == 0):
+        return any(_is_recurrent_weight(*use) for part in node.outputs for use in list_uses(part))
+    return False
 
 
 def _is_bias(node: ir.Node, index: int) -> bool:
@@ -238,7 +254,9 @@ def _read_type(node: ir.Node) -> int:
     return attribute.as_int()
 
 
-def find_input_scalings(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol]) -> list[str]:
+def find_input_scalings(
+    graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol], states: Collection[str] = ()
+) -> list[str]:
     """Return the names of the weights that only normalize a raw input, such as an image's mean.
 
     Such a weight is added to a raw input, subtracted from it, multiplied by it, or used to divide
@@ -247,12 +265,14 @@ def find_input_scalings(graph: ir.Graph, weights: Mapping[str, ir.TensorProtocol
     subtrahend or a divisor may have any shape.  An addend of zeros and a factor of ones are not
     included, because a learned bias or scale begins with these values.
 
-    ``weights`` maps the names of the graph inputs that are weights to their tensors.
+    ``weights`` maps the names of the graph inputs that are weights to their tensors.  Graph inputs
+    in ``states`` are neither weights nor raw inputs.
     """
+    weights = {name: tensor for name, tensor in weights.items() if name not in states}
     holders = {value.name or "": value for value in graph.inputs}
     refused: set[str] = set()
     while True:
-        found = _follow_inputs(graph, weights, refused)
+        found = _follow_inputs(graph, weights, {*refused, *states})
         leading = _find_leading(graph, weights.keys() - found.keys())
         stray = {
             name
@@ -271,8 +291,9 @@ def _follow_inputs(
     """Follow raw inputs up to the first weight that does more than scale or shift them.
 
     Return the weights that scale or shift them, except those in ``refused``, each with its nodes.
+    Inputs in ``refused`` are not followed either.
     """
-    raw = {value for value in graph.inputs if value.name not in weights}
+    raw = {v for v in graph.inputs if v.name not in weights and v.name not in refused}
     holders = {v: v.name or "" for v in graph.inputs if v.name in weights and v.name not in refused}
     found: dict[str, list[ir.Node]] = {}
     for node in graph:

@@ -140,6 +140,7 @@ def assign_roles(
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
     kept: Collection[str] = (),
+    states: Collection[str] = (),
 ) -> dict[str, Role]:
     """Classify each weight as a trained parameter, a frozen weight, or a running statistic.
 
@@ -148,7 +149,8 @@ def assign_roles(
     by training; the others become frozen weights.  Weights that only normalize a raw input
     (:func:`parameters.find_input_scalings`) are frozen as well.  A weight that matches a pattern in
     ``train`` is trained, even if it also matches a pattern in ``freeze`` or normalizes a raw input.
-    ``kept`` names more weights to freeze; names of none are ignored.
+    ``kept`` names more weights to freeze; names of none are ignored.  ``states`` names graph inputs
+    that are not data.
 
     Raises:
         UnsupportedModel: a pattern in ``freeze`` matches no weight.
@@ -158,7 +160,7 @@ def assign_roles(
             weights.
     """
     trained = {name for pattern in train for name in find_matches(pattern, weights, "--train")}
-    scalings = set(find_input_scalings(graph, weights))
+    scalings = set(find_input_scalings(graph, weights, states))
     _say_idle_train(graph, weights, scalings, train, freeze)
     frozen: set[str] = set()
     for pattern in freeze:

@@ -36,6 +36,7 @@ def remark_on_batches(
     fixed = {dim for dim in firsts if isinstance(dim, int)}
     symbols = {dim for value in raw for dim in _read_dims(value) if isinstance(dim, str)}
     likely = fixed == {1} or not symbols  # otherwise the batch may be on another axis
+    likely &= not prepared.states  # a state may have a batch, which must be fixed
     if likely and raw and fixed == firsts and len(fixed) == 1 and first == list(fixed):
         names = tuple(value.name or "" for value in raw)
         tried = trials.free(prepared.adjustments, names)

@@ -24,6 +24,7 @@ from splitonnx.losses import Loss
 from splitonnx.manifests import Role
 from splitonnx.names import DropoutMode
 from splitonnx.optimizers import ParameterGroup, assign_groups
+from splitonnx.partitioner.cutting.carried_states.declarations import Pairs, list_pairs
 from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.joints import build_training
 from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
@@ -37,12 +38,11 @@ from splitonnx.partitioner.cutting.preparations import (
 )
 from splitonnx.partitioner.differentiation.control_flow.obstacles import list_undifferentiable
 from splitonnx.partitioner.differentiation.loss_arrays import fit_loss, list_losses
-from splitonnx.partitioner.differentiation.untrained import explain_untrained
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
-from splitonnx.partitioner.graphs.traversals import find_moving, map_values, trace_gradients
+from splitonnx.partitioner.graphs.traversals import find_moving
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.weights import list_returned
 from splitonnx.partitioner.reports.batches import remark_on_batches
@@ -51,8 +51,11 @@ from splitonnx.partitioner.reports.diagnoses import diagnose
 from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
 from splitonnx.partitioner.reports.layers import Layer, list_layers
 from splitonnx.partitioner.reports.loss_readings import remark_on_loss
-from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make_option
-from splitonnx.partitioner.reports.running_statistics import remark_on_statistics
+from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
+from splitonnx.partitioner.reports.running_statistics import (
+    remark_on_states,
+    remark_on_statistics,
+)
 from splitonnx.partitioner.reports.suspects import (
     find_computed,
     remark_on_adapters,
@@ -60,6 +63,7 @@ from splitonnx.partitioner.reports.suspects import (
     remark_on_conditional,
     remark_on_precisions,
     remark_on_scalings,
+    remark_on_untrained,
 )
 from splitonnx.partitioner.reports.ties import remark_on_ties
 
@@ -109,7 +113,7 @@ class Check:
     intended; they may include options of ``cut``.  If finding all cuts would take too long,
     ``cuts`` is empty, and a remark gives the reason.
 
-    These fields count the elements of weights:
+    These fields count the elements of weights and states:
 
     - ``parameters``: trained parameters, that is, those that get a gradient from ``output``;
     - ``frozen``: weights that are not trained;
@@ -117,6 +121,7 @@ class Check:
       cannot change them: parameters that get no gradient from ``output``, and running statistics on
       which ``output`` does not depend; a remark names them, with the reason;
     - ``statistics``: running statistics that training updates;
+    - ``carried``: states that the model hands itself from step to step;
     - ``conditional``: weights that cannot be trained because they are in branches or loops that
       depend on data.
     """
@@ -132,6 +137,7 @@ class Check:
     frozen: int
     untrained: int
     statistics: int
+    carried: int
     conditional: int
     layers: tuple[Layer, ...]
     groups: tuple[AppliedGroup, ...]
@@ -151,6 +157,7 @@ def check(
     output: str | None = None,
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    states: Pairs = (),
     dequantize: bool = False,
     dropout: DropoutMode | None = None,
     groups: Sequence[ParameterGroup] = (),
@@ -161,7 +168,7 @@ def check(
         model: a path, the bytes of an ONNX model, or a loaded model.
         loss: the loss to try; by default the first loss that fits the output.
         output: the output from which the loss is computed; by default the first float output.
-        dims, bind: sizes and values of inputs, as for ``cut``.
+        dims, bind, states: sizes, values and states of inputs, as for ``cut``.
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         dropout: whether Dropout nodes are on, as for ``cut``.
         groups: the optimizer's parameter groups.
@@ -176,10 +183,10 @@ def check(
         raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     opened = open_model(model, adjustments)
-    opset = opened.graph.opset_imports.get("", 0)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
-    exported = [one for one in diagnose(opened) if not (dropout and one.kind is Kind.DROPOUT_OFF)]
-    prepared = prepare(opened, dropout=dropout, adjustments=adjustments)
+    decided = {Kind.DROPOUT_OFF: dropout, Kind.STORED_INTEGERS: dequantize}
+    exported = [one for one in diagnose(opened) if not decided.get(one.kind)]
+    prepared = prepare(opened, dropout=dropout, adjustments=adjustments, states=list_pairs(states))
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
     faults: list[NotDifferentiable] = []
@@ -190,9 +197,10 @@ def check(
     mixed, unmixed = _compare_samples(trials, prepared)
     cuts, unlisted = _list_cuts(prepared, output)
     roles = find_roles(prepared, output)
+    carried = sum(prepared.weights[name].size for name in prepared.carried)
     untrained = [name for name, role in roles.items() if role is not prepared.roles[name]]
     return Check(
-        opset=opset,
+        opset=opened.graph.opset_imports.get("", 0),
         producer=producer,
         output=output,
         losses=losses,
@@ -200,7 +208,7 @@ def check(
         remarks=(
             *exported,
             *noticed,
-            *_note_untrained(prepared, output, untrained),
+            *remark_on_untrained(prepared, output, untrained),
             *unmixed,
             *unlisted,
         ),
@@ -208,7 +216,8 @@ def check(
         parameters=_count(prepared, roles, Role.PARAMETER),
         frozen=_count(prepared, roles, Role.FROZEN),
         untrained=sum(prepared.weights[name].size for name in untrained),
-        statistics=_count(prepared, roles, Role.BUFFER),
+        statistics=_count(prepared, roles, Role.BUFFER) - carried,
+        carried=carried,
         conditional=_count_conditional(prepared),
         layers=list_layers(prepared, doubts, roles),
         groups=_apply_groups(groups, [n for n, role in roles.items() if role is Role.PARAMETER]),
@@ -244,6 +253,7 @@ def _list_remarks(
         *remark_on_computed(computed),
         *remark_on_ties(prepared, computed),
         *remark_on_statistics(prepared),
+        *remark_on_states(prepared, output),
         *remark_on_detaches(prepared),
         *remark_on_loss(prepared, losses, output),
         *remark_on_batches(prepared, output, producer, trials),
@@ -292,25 +302,6 @@ def _note_stored(prepared: PreparedModel) -> Iterator[Remark]:
         options = tuple(make_option(name, value) for name, value in note.options)
         yield Remark(
             kind=Kind.STORED_OPTIONS, sentence=note.sentence, names=note.names, options=options
-        )
-
-
-@attribute_errors_to_pass("searched for what gets no gradient")
-def _note_untrained(prepared: PreparedModel, output: str, names: Sequence[str]) -> Iterator[Remark]:
-    """Yield a remark for each reason why weights stay as they are in training."""
-    if not names:
-        return
-    traced = trace_gradients([map_values(prepared.training.graph)[output]])
-    graph = prepared.skeleton.graph
-    reached = {value.name or "" for value in traced}
-    reasons = explain_untrained(graph, map_values(graph)[output], names, reached)
-    for reason in dict.fromkeys(reasons.values()):
-        found = tuple(name for name in names if reasons.get(name) == reason)
-        yield Remark(
-            kind=Kind.WITHOUT_GRADIENT,
-            sentence=f"{list_names(found)} {'stays' if len(found) == 1 else 'stay'} as given, "
-            f"though not frozen: {reason} {'it' if len(found) == 1 else 'them'}",
-            names=found,
         )
 
 

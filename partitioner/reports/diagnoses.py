@@ -25,6 +25,10 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.lowerings.integer_kernels import describe_saturation, list_saturating
 from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
+from splitonnx.partitioner.normalization.dequantized.stored import (
+    describe_stored_integers,
+    find_stored_integers,
+)
 from splitonnx.partitioner.reports.remarks import Kind, Remark
 
 _CALLS = {
@@ -145,6 +149,16 @@ def _find_quantized(model: ir.Model) -> Iterator[Remark]:
         )
 
 
+def _find_stored_integers(model: ir.Model) -> Iterator[Remark]:
+    if stored := find_stored_integers(model.graph):
+        yield Remark(
+            kind=Kind.STORED_INTEGERS,
+            sentence=describe_stored_integers(stored),
+            names=tuple(stored),
+            options=("--dequantize",),
+        )
+
+
 def _find_saturating(model: ir.Model) -> Iterator[Remark]:
     if (sentence := describe_saturation(model.graph)) is not None:
         names = tuple(list_saturating(model.graph))
@@ -177,6 +191,7 @@ _LOOKS: Sequence[Callable[[ir.Model], Iterator[Remark]]] = (
     _find_frozen,
     _find_idle_dropouts,
     _find_quantized,
+    _find_stored_integers,
     _find_saturating,
     _find_dictionaries,
     _find_optimized,

@@ -9,9 +9,15 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.errors import SplitonnxError, TooManyTries, UsageError, quote
+from splitonnx.errors import CutError, SplitonnxError, TooManyTries, UsageError, quote
 from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.bisections import Bisection, find_bisections
+from splitonnx.partitioner.cutting.carried_states.declarations import Pairs, list_pairs
+from splitonnx.partitioner.cutting.carried_states.placements import (
+    leave_out_states,
+    place_states,
+)
+from splitonnx.partitioner.cutting.divisions import divide_training
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.cutting.preparations import (
@@ -24,6 +30,7 @@ from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
+from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import (
     find_moving,
     map_values,
@@ -32,7 +39,7 @@ from splitonnx.partitioner.graphs.traversals import (
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.partitions import refuse_untrainable
-from splitonnx.partitioner.permissions import trace_raw_inputs
+from splitonnx.partitioner.permissions import trace_held_inputs, trace_raw_inputs
 from splitonnx.tensors import DTYPES
 
 
@@ -72,6 +79,7 @@ def inspect(
     sent: Sequence[str] = (),
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    states: Pairs = (),
     dequantize: bool = False,
     output: str | None = None,
     dropout: DropoutMode | None = None,
@@ -83,7 +91,7 @@ def inspect(
         batch: the batch size (the first dimension of the model's inputs), for models that do not
             fix it. Sizes in bytes cannot be computed if the batch size is not known.
         sent: raw inputs, such as an attention mask, that may be sent together with each tensor.
-        dims, bind: sizes and values of inputs, as for ``cut``.
+        dims, bind, states: sizes, values and states of inputs, as for ``cut``.
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
         dropout: whether Dropout nodes are on, as for ``cut``.
@@ -94,7 +102,12 @@ def inspect(
             not one of its outputs, or nothing can be trained.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
-    prepared = prepare(open_model(model, adjustments), dropout=dropout, adjustments=adjustments)
+    prepared = prepare(
+        open_model(model, adjustments),
+        dropout=dropout,
+        adjustments=adjustments,
+        states=list_pairs(states),
+    )
     return list_cuts(prepared, batch, sent, output)
 
 
@@ -115,8 +128,9 @@ def list_cuts(
         NotDifferentiable: a node without a gradient is between a trained parameter and the loss.
         UsageError: nothing can be trained, or a name in ``sent`` is not an input.
     """
-    form = prepared.inference
     output = choose_output(prepared, output)
+    prepared = leave_out_states(prepared, [output])
+    form = prepared.inference
     refuse_untrainable(prepared, output)
     if batch is not None:
         _fix_batch(form, prepared, batch)
@@ -133,15 +147,32 @@ def list_cuts(
         if each.at[0].name in trained
         and not _loses_gradient(each)
         and all(can_travel(value) for value in each.at)
+        and _keeps_states(prepared, each, output)
     ]
+
+
+def _keeps_states(prepared: PreparedModel, bisection: Bisection, output: str) -> bool:
+    """Return whether a cut leaves each state of the model to one party."""
+    if not prepared.states:
+        return True
+    graph = copy_model(prepared.training).graph
+    names = [value.name or "" for value in bisection.at]
+    try:
+        place_states(prepared, graph, divide_training(prepared, graph, names, (), [output]))
+    except CutError:
+        return False
+    return True
 
 
 def _trace_raw(prepared: PreparedModel) -> dict[str, frozenset[str]]:
     """Map the names of tensors to the raw inputs that they hold, in training or in prediction."""
     found: dict[str, frozenset[str]] = {}
+    graph, layers = prepared.training.graph, prepared.value_layers
+    raw = {value.name or "" for value in graph.inputs} - prepared.state
+    held = trace_held_inputs(graph, raw, layers, prepared.carried)
     for form in (prepared.training, prepared.inference):
         inputs = {value.name or "" for value in form.graph.inputs} - prepared.state
-        traced = trace_raw_inputs(form.graph, inputs, prepared.value_layers)
+        traced = trace_raw_inputs(form.graph, inputs, prepared.value_layers, held)
         for value, names in traced.items():
             found[value.name or ""] = found.get(value.name or "", frozenset()) | names
     return found
@@ -153,6 +184,7 @@ def advise_sent(
     *,
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    states: Pairs = (),
     dequantize: bool = False,
     output: str | None = None,
 ) -> list[tuple[str, ...]]:
@@ -164,7 +196,9 @@ def advise_sent(
     too long, the list is empty.  The arguments have the same meaning as in :func:`inspect`.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
-    prepared = prepare(open_model(model, adjustments), adjustments=adjustments)
+    prepared = prepare(
+        open_model(model, adjustments), adjustments=adjustments, states=list_pairs(states)
+    )
     inputs = [v.name or "" for v in prepared.inference.graph.inputs]
     raw = [name for name in inputs if name not in prepared.state]
     with suppress(TooManyTries):

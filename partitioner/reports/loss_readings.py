@@ -16,14 +16,17 @@ from splitonnx.losses import Loss
 from splitonnx.partitioner.cutting.conformance.comparisons import USUAL_BYTES
 from splitonnx.partitioner.cutting.conformance.score_ranges import describe_probabilities
 from splitonnx.partitioner.cutting.preparations import PreparedModel
-from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
-from splitonnx.partitioner.differentiation.loss_arrays import find_class_axis
-from splitonnx.partitioner.differentiation.spelled_activations import find_spelled
-from splitonnx.partitioner.differentiation.squashings import (
+from splitonnx.partitioner.differentiation.activations.final_activations import (
+    CONTAINED,
+    find_activation,
+)
+from splitonnx.partitioner.differentiation.activations.spelled_activations import find_spelled
+from splitonnx.partitioner.differentiation.activations.squashings import (
     SQUASHING,
     Squashing,
     find_repeated_activation,
 )
+from splitonnx.partitioner.differentiation.loss_arrays import find_class_axis
 from splitonnx.partitioner.graphs.traversals import map_values, walk_back
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 

@@ -21,6 +21,7 @@ class Kind(StrEnum):
     DROPOUT_OFF = "dropout off"
     QUANTIZED = "quantized"
     DEQUANTIZED = "dequantized"
+    STORED_INTEGERS = "stored integers"
     SATURATION = "saturation"
     DICTIONARIES = "dictionaries"
     OPTIMIZED = "optimized"
@@ -46,6 +47,7 @@ class Kind(StrEnum):
     PRECISION = "precision"
     STORED_OPTIONS = "stored options"
     ADAPTERS = "adapters"
+    STATE = "state"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
-"""Find running statistics that are unusual, which may affect training or predictions.
+"""Find running statistics and states that are unusual, which may affect training or predictions.
 
 Running statistics with mean 0 and variance 1 in every channel still have their initial values.  If
 the momentum of a BatchNormalization is 1, training never updates its running statistics.  An
-exporter may store a running statistic and another tensor with the same numbers as one tensor.
+exporter may store a running statistic and another tensor with the same numbers as one tensor.  A
+state that the model hands itself from step to step is data unless the user says otherwise.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.partitioner.cutting.carried_states.suggestions import find_likely_states
 from splitonnx.partitioner.cutting.passes.joined_statistics import describe_separations
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
-from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names
+from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make_option
 
 
 def remark_on_statistics(prepared: PreparedModel) -> Iterator[Remark]:
@@ -51,6 +53,25 @@ def remark_on_statistics(prepared: PreparedModel) -> Iterator[Remark]:
             names=_name(stored),
             options=options,
         )
+
+
+def remark_on_states(prepared: PreparedModel, output: str) -> Iterator[Remark]:
+    """Yield a remark on outputs that the model probably reads as inputs in the next step.
+
+    The loss is computed from ``output``.
+    """
+    found = find_likely_states(prepared, output)
+    if not found:
+        return
+    pairs = " and ".join(f"'{made}' that of '{source}'" for made, source in found)
+    yield Remark(
+        kind=Kind.STATE,
+        sentence=f"outputs look like the next values of inputs: {pairs}; if the model hands itself "
+        "this state from step to step, --state keeps it in training, and it is not part of the "
+        "data; its shape must then be fixed with --dim, also the size of the batch",
+        names=tuple(name for pair in found for name in pair),
+        options=tuple(make_option("--state", f"{made}={source}") for made, source in found),
+    )
 
 
 def _list_statistics(prepared: PreparedModel, node: ir.Node) -> list[np.ndarray]:

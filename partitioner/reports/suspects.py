@@ -9,12 +9,15 @@ tensors are trained.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from splitonnx.partitioner.cutting.preparations import PreparedModel, describe_adapters
 from splitonnx.partitioner.differentiation.control_flow.obstacles import find_obstacle
+from splitonnx.partitioner.differentiation.untrained import explain_untrained
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.traversals import map_values, trace_gradients
 from splitonnx.partitioner.normalization.weights import INNER, list_returned, make_pattern
 from splitonnx.partitioner.reports.formulas import (
     describe_formula,
@@ -157,4 +160,25 @@ def remark_on_precisions(prepared: PreparedModel) -> Iterator[Remark]:
             sentence=f"{list_names(names)} {verb} of type {kind}: {pronoun} trained in float32, "
             f"and rounded to {kind} once merged",
             names=tuple(names),
+        )
+
+
+@attribute_errors_to_pass("searched for what gets no gradient")
+def remark_on_untrained(
+    prepared: PreparedModel, output: str, names: Sequence[str]
+) -> Iterator[Remark]:
+    """Yield a remark for each reason why weights stay as they are in training."""
+    if not names:
+        return
+    traced = trace_gradients([map_values(prepared.training.graph)[output]])
+    graph = prepared.skeleton.graph
+    reached = {value.name or "" for value in traced}
+    reasons = explain_untrained(graph, map_values(graph)[output], names, reached)
+    for reason in dict.fromkeys(reasons.values()):
+        found = tuple(name for name in names if reasons.get(name) == reason)
+        yield Remark(
+            kind=Kind.WITHOUT_GRADIENT,
+            sentence=f"{list_names(found)} {'stays' if len(found) == 1 else 'stay'} as given, "
+            f"though not frozen: {reason} {'it' if len(found) == 1 else 'them'}",
+            names=found,
         )

@@ -12,6 +12,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from http import HTTPStatus
 from typing import cast
 
@@ -34,10 +35,12 @@ from splitonnx.errors import (
     UsageError,
 )
 from splitonnx.runtime.channels.bounded_connections import BoundedConnection
+from splitonnx.runtime.channels.channels import Dial
 from splitonnx.runtime.channels.credentials import Credentials, check_url
 from splitonnx.runtime.wire.close_codes import POLICY, TOO_BIG, describe_loss
 from splitonnx.runtime.wire.fragments import split_message
 from splitonnx.runtime.wire.tls import describe_failure
+from splitonnx.runtime.wire.transports import Transport
 
 OPEN_SECONDS = 10.0
 """Time limit in seconds for connecting, including TLS and HTTP."""
@@ -213,3 +216,18 @@ def connect(url: str, *, credentials: Credentials | None = None) -> WebSocketTra
             :class:`WebSocketTransport`.
     """
     return WebSocketTransport(url, credentials=credentials)
+
+
+def split_address(
+    server: str | Transport | Dial, credentials: Credentials | None
+) -> tuple[Dial | None, Transport | None]:
+    """Return the function that connects to a server, or the open transport.
+
+    Raises:
+        UsageError: credentials were given, but ``server`` is not a URL.
+    """
+    if isinstance(server, str):
+        return partial(connect, server, credentials=credentials), None
+    if credentials is not None:
+        raise UsageError("access is for a server's URL")
+    return (server, None) if callable(server) else (None, server)

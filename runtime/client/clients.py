@@ -7,9 +7,8 @@ client's part.  Without a server, the client trains an unsplit model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,23 +22,24 @@ from splitonnx.names import CLIENT, EVALUATE, PREDICT, TRAIN
 from splitonnx.runtime.channels.channels import Channel, Dial
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.retries import Backoff
-from splitonnx.runtime.channels.websockets import connect
+from splitonnx.runtime.channels.websockets import split_address
 from splitonnx.runtime.client.datasets import (
     Batch,
     DataSource,
     check_batch,
     check_finite,
+    join_outputs,
     open_dataset,
 )
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
+from splitonnx.runtime.client.metrics.choices import choose_metrics
 from splitonnx.runtime.client.options import (
     FitOptions,
     LearningRate,
-    check_stopping,
+    choose_measures,
     fit_schedule,
     require_positive,
 )
-from splitonnx.runtime.client.predictions import join_outputs
 from splitonnx.runtime.client.runners import TaskRunner, WhenUnsaved
 from splitonnx.runtime.client.training_loops import TrainingLoop
 from splitonnx.runtime.client.training_runs import TrainingRun
@@ -134,7 +134,7 @@ class Client:
     ) -> Channel | None:
         if server is None:
             return None
-        dial, transport = _split_address(server, credentials)
+        dial, transport = split_address(server, credentials)
         return Channel(
             dial,
             transport,
@@ -183,6 +183,7 @@ class Client:
         epochs: int = 1,
         batch_size: int = 32,
         eval_data: DataSource | None = None,
+        metrics: Sequence[str] = (),
         learning_rate: LearningRate = None,
         schedule: Schedule | None = None,
         shuffle: bool = True,
@@ -208,6 +209,7 @@ class Client:
             batch_size: number of samples per step; a smaller last batch is skipped if the model's
                 batch size is fixed.  Ignored if the data are already divided into batches.
             eval_data: the data on which the model is evaluated after each epoch.
+            metrics: what else an evaluation computes; see :meth:`evaluate`.
             learning_rate: a number, or a function that computes the rate from the number of steps
                 so far; by default, the optimizer's own learning rate.
             schedule: multiplies the learning rate in each step; see :mod:`splitonnx.schedules`.
@@ -245,8 +247,10 @@ class Client:
         held_out = None if eval_data is None else open_dataset(eval_data)
         if held_out is not None:
             held_out.check(self._evaluation_data())
-        metrics = () if held_out is None else self._phase(EVALUATE).results
-        check_stopping(stopping, metrics, can_return=self._runner.can_return)
+        has_data, can_return = held_out is not None, self._runner.can_return
+        measures = choose_measures(
+            self._manifest, metrics, stopping, has_data=has_data, can_return=can_return
+        )
         specs = self._phase(TRAIN).data
         rates = fit_schedule(
             schedule, learning_rate, training, specs, epochs=epochs, batch_size=batch_size
@@ -254,6 +258,7 @@ class Client:
         options = FitOptions(
             training=training,
             held_out=held_out,
+            metrics=measures,
             epochs=epochs,
             learning_rate=learning_rate,
             rates=rates,
@@ -310,17 +315,22 @@ class Client:
             raise UsageError(_ALREADY_TRAINING)
         return self._loop.perform(TRAIN, batch, learning_rate)
 
-    def evaluate(self, data: DataSource, *, batch_size: int = 32) -> dict[str, float]:
-        """Evaluate the model on the data, and return the mean of each metric over all samples.
+    def evaluate(
+        self, data: DataSource, *, batch_size: int = 32, metrics: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Evaluate the model on the data, and return the mean of each result over all samples.
+
+        ``metrics`` names what else is computed, such as ``f1``; a metric that the data do not
+        define is NaN.  :data:`~splitonnx.runtime.client.metrics.choices.METRICS` lists the names.
 
         Raises:
-            UsageError: the bundle has no evaluation phase.
+            UsageError: the bundle has no evaluation phase, or a metric does not fit it.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
         dataset = open_dataset(data)
         dataset.check(self._evaluation_data())
-        return self._loop.evaluate(dataset, batch_size)
+        return self._loop.evaluate(dataset, batch_size, choose_metrics(metrics, self._manifest))
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
         """Run the model on the data and return its outputs, with samples along the first dimension.
@@ -388,13 +398,3 @@ class Client:
         predicted = self._phase(PREDICT)
         measured = [s for s in self._phase(EVALUATE).data if s.name not in predicted.results]
         return [*predicted.data, *measured]
-
-
-def _split_address(
-    server: str | Transport | Dial, credentials: Credentials | None
-) -> tuple[Dial | None, Transport | None]:
-    if isinstance(server, str):
-        return partial(connect, server, credentials=credentials), None
-    if credentials is not None:
-        raise UsageError("access is for a server's URL")
-    return (server, None) if callable(server) else (None, server)

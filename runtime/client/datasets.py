@@ -1,13 +1,14 @@
 """Datasets: named arrays that are checked and split into batches.
 
-The arrays are checked against the tensors that the manifest declares for a phase.  This module
-does not interpret the contents of the arrays.
+The arrays are checked against the tensors that the manifest declares for a phase.  The outputs of
+several batches are joined again.  This module does not interpret the contents of the arrays.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,14 @@ from typing import TypeAlias
 import msgspec
 import numpy as np
 
-from splitonnx.errors import ArrayMismatch, DataError, MissingArray, NotFinite, UnusableData
+from splitonnx.errors import (
+    ArrayMismatch,
+    DataError,
+    MissingArray,
+    NotFinite,
+    UnusableData,
+    UsageError,
+)
 from splitonnx.expressions import parse_terms
 from splitonnx.runtime.client.array_files import (
     list_batch_files,
@@ -342,6 +350,27 @@ def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> No
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(np.atleast_1d(array)))[0, 0])
             raise NotFinite(name, f"{where}row {row if rows is None else rows[row]}")
+
+
+def join_outputs(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Join the outputs of all batches, with samples along the first dimension.
+
+    If an output is a single number per batch, its array contains one number for each batch.
+
+    Raises:
+        UsageError: the shapes of an output differ between batches in more than the first dimension.
+    """
+    parts: dict[str, list[np.ndarray]] = defaultdict(list)
+    for outputs in batches:
+        for name, array in outputs.items():
+            parts[name].append(np.atleast_1d(array))
+    for name, arrays in parts.items():
+        if len({array.shape[1:] for array in arrays}) > 1:
+            raise UsageError(
+                f"the batches' outputs '{name}' differ in more than their first dimension; "
+                "take them one by one with predict_batches"
+            )
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _any_rows(spec: TensorSpec) -> TensorSpec:

@@ -2,7 +2,8 @@
 
 The stages of a phase are analyzed as one graph: a value that one stage outputs can be read by a
 later stage under the same name.  Each output of a node is assumed to depend on all inputs of the
-node; the outputs of Shape and Size are assumed to depend only on the sizes of the inputs.  What
+node; the outputs of Shape and Size are assumed to depend only on the sizes of the inputs.  A state
+that the model hands itself depends on what replaces it in the step before.  What
 counts as a layer of weights is in :mod:`splitonnx.layers`, as for ``cut``.  The analysis may
 therefore report a dependence that does not exist, but it never misses one.
 """
@@ -16,7 +17,7 @@ from enum import IntEnum
 from splitonnx.bundles import PartyBundle
 from splitonnx.layers import LayerNode, Mixing, may_mix
 from splitonnx.manifests import Phase, Role, Source, Stage
-from splitonnx.names import PREDICT
+from splitonnx.names import PREDICT, TRAIN, name_carried
 from splitonnx.runtime.gate.readings import GraphNode, read_nodes
 
 Value = tuple[str, str]
@@ -83,8 +84,14 @@ class Flow:
         self._weights: dict[Value, tuple[str, ...]] = {
             (Source.STATE.value, spec.tensor.name): (spec.tensor.name,)
             for spec in party.manifest.state
-            if spec.role is not Role.OPTIMIZER
+            if spec.role is not Role.OPTIMIZER and spec.tensor.name not in _list_carried(party)
         }
+        self._carried = {
+            (Source.STASH.value, made): (Source.STATE.value, name)
+            for name, made in phase.commits.items()
+            if name in _list_carried(party)
+        }
+        self._held = {(Source.STATE.value, name) for name in _list_carried(party)}
         self._find_derived_weights()
         forward = next((own for own in party.manifest.phases if own.name == PREDICT), phase)
         self._mixing = Mixing(_list_layers(party, forward), party.weights.get)
@@ -146,7 +153,7 @@ class Flow:
             for step in self._steps
             for value in step.reads
             if value[0] in (Source.DATA.value, Source.WIRE.value)
-        }
+        } | self._held
         moving = self._reach(sources, lambda step: True)
         for step in self._steps:
             names = [name for value in step.reads for name in self._weights.get(value, ())]
@@ -168,6 +175,9 @@ class Flow:
                         extent = Extent.SIZES
                     for value in step.makes:
                         reached[value] = Extent(max(extent, reached.get(value, 0)))
+            for made, kept in self._carried.items():  # the next step reads it
+                if made in reached:
+                    reached[kept] = Extent(max(reached[made], reached.get(kept, 0)))
         return reached
 
     def _walk_back(self, end: Value) -> set[int]:
@@ -181,6 +191,12 @@ class Flow:
                 found.add(index)
                 pending += self._steps[index].reads
         return found
+
+
+def _list_carried(party: PartyBundle) -> set[str]:
+    """Return the names of the states that a model hands itself, which depend on earlier data."""
+    commits = party.manifest.phase(TRAIN).commits
+    return {name for name, made in commits.items() if made == name_carried(name)}
 
 
 def _list_layers(party: PartyBundle, phase: Phase) -> Iterator[LayerNode]:

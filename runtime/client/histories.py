@@ -41,8 +41,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """The result of an evaluation after an epoch: the mean of each metric over all samples.
+    """The result of an evaluation after an epoch: its numbers over all samples.
 
+    ``metrics`` holds the loss, too.  A metric that the data do not define is NaN.
     ``epoch`` is the number of the epoch, starting from 0.  ``seconds`` is how long the evaluation
     took.
     """

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from splitonnx.errors import UsageError
+from splitonnx.manifests import PartyManifest
+from splitonnx.names import COUNTED, EVALUATE, WEIGHT
 from splitonnx.runtime.client.datasets import Dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
+from splitonnx.runtime.client.metrics.choices import Metric, choose_metrics
 from splitonnx.runtime.client.runners import WhenUnsaved
 from splitonnx.schedules import RatePlan, Schedule, plan_rates
 from splitonnx.stopping import EarlyStopping
@@ -23,11 +26,12 @@ class FitOptions:
     """The options of :meth:`Client.fit`; see that method for their meaning.
 
     ``training`` is that method's ``data``, ``held_out`` is its ``eval_data``, and ``rates`` is its
-    ``schedule``, fitted to the length of the run.
+    ``schedule``, fitted to the length of the run.  An evaluation computes ``metrics``, too.
     """
 
     training: Dataset
     held_out: Dataset | None
+    metrics: Sequence[Metric] = ()
     epochs: int
     learning_rate: LearningRate
     rates: RatePlan | None
@@ -83,6 +87,31 @@ def fit_schedule(
     return plan_rates(schedule, epochs=epochs, steps_per_epoch=batches)
 
 
+def choose_measures(
+    manifest: PartyManifest,
+    names: Sequence[str],
+    stopping: EarlyStopping | None,
+    *,
+    has_data: bool,
+    can_return: bool,
+) -> tuple[Metric, ...]:
+    """Return the metrics of a run's evaluations, after checks of them and of early stopping.
+
+    ``names`` are the metrics that the user asks for; ``has_data`` says whether there are data to
+    evaluate on, and ``can_return`` whether both sides can go back to an earlier step.
+
+    Raises:
+        UsageError: the metrics or early stopping do not fit the bundle or the run.
+    """
+    metrics = choose_metrics(names, manifest)
+    if metrics and not has_data:
+        raise UsageError("metrics need data to evaluate on: pass eval_data (--eval-data)")
+    results = [*manifest.phase(EVALUATE).results, *(metric.name for metric in metrics)]
+    told = [name for name in dict.fromkeys(results) if not name.endswith((COUNTED, WEIGHT))]
+    check_stopping(stopping, told if has_data else (), can_return=can_return)
+    return metrics
+
+
 def check_stopping(
     stopping: EarlyStopping | None, metrics: Sequence[str], *, can_return: bool
 ) -> None:
@@ -103,5 +132,5 @@ def check_stopping(
     if stopping.metric not in metrics:
         raise UsageError(
             f"there is no metric '{stopping.metric}' to stop by; an evaluation has "
-            f"{', '.join(metrics)}"
+            f"{', '.join(metrics)}; others are named with metrics (--metric)"
         )

@@ -6,22 +6,28 @@ The task runner performs the tasks and communicates with the server.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 
 from splitonnx.disclosures import list_labels
-from splitonnx.errors import StepsLost
+from splitonnx.errors import StepsLost, UnusableData
 from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN
 from splitonnx.runtime.client.dataset_means import DatasetMeans
 from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
+from splitonnx.runtime.client.metrics.choices import Metric
+from splitonnx.runtime.client.metrics.metric_sets import MetricSet
 from splitonnx.runtime.client.options import FitOptions, LearningRate, has_fixed_rows
 from splitonnx.runtime.client.runners import TaskRunner
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.positions import Best, DataPosition
+
+_logger = logging.getLogger("splitonnx.client")
 
 MOST_RETURNS = 100
 """How many times in a row the server may lose steps without any new step in between."""
@@ -39,6 +45,7 @@ class TrainingLoop:
         self._manifest = executor.manifest
         self._runner = runner
         self._seed = seed
+        self._told: dict[str, str] = {}  # why a metric was not defined, told once
 
     def fit(self, options: FitOptions, start: DataPosition) -> History:
         """Train from a position in the data to the end of the last epoch, and return the history.
@@ -94,9 +101,7 @@ class TrainingLoop:
             if options.checkpoint_every is not None and record.step % options.checkpoint_every == 0:
                 self._runner.checkpoint(position, options.when_unsaved)
         if options.held_out is not None:
-            evaluation = self._record_evaluation(
-                options.held_out, position.batch_size, position.epoch
-            )
+            evaluation = self._record_evaluation(options, options.held_out, position)
             history.evaluations.append(evaluation)
             if options.on_epoch is not None:
                 options.on_epoch(evaluation)
@@ -112,6 +117,13 @@ class TrainingLoop:
         if stopping is None:
             return following
         value = evaluation.metrics[stopping.metric]
+        if best is None and math.isnan(value) and stopping.metric in self._told:
+            reason = self._told[stopping.metric]
+            raise UnusableData(
+                "the data for evaluation",
+                f"training is to stop by the metric '{stopping.metric}', which is not defined for "
+                f"them: {reason}",
+            )
         if best is None or stopping.is_better(value, best.value):
             newest = Best(
                 epoch=evaluation.epoch,
@@ -160,22 +172,35 @@ class TrainingLoop:
             bytes_down=received - down,
         )
 
-    def _record_evaluation(self, dataset: Dataset, batch_size: int, epoch: int) -> Evaluation:
+    def _record_evaluation(
+        self, options: FitOptions, dataset: Dataset, position: DataPosition
+    ) -> Evaluation:
         start = time.perf_counter()
-        metrics = self.evaluate(dataset, batch_size)
-        return Evaluation(epoch=epoch, metrics=metrics, seconds=time.perf_counter() - start)
+        metrics = self.evaluate(dataset, position.batch_size, options.metrics)
+        seconds = time.perf_counter() - start
+        return Evaluation(epoch=position.epoch, metrics=metrics, seconds=seconds)
 
-    def evaluate(self, dataset: Dataset, batch_size: int) -> dict[str, float]:
-        """Return the mean of each metric over all samples of a dataset.
+    def evaluate(
+        self, dataset: Dataset, batch_size: int, metrics: Sequence[Metric] = ()
+    ) -> dict[str, float]:
+        """Return the mean of each result over all samples of a dataset, and the metrics.
 
-        Batches weigh by what counted in them (:class:`DatasetMeans`).
+        Batches weigh by what counted in them (:class:`DatasetMeans`).  A metric that the dataset
+        does not define is NaN, and a warning says why.
         """
         means = DatasetMeans()
+        chosen = MetricSet(metrics)
         for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
             outputs = self.perform(PREDICT, batch)
             results = self.perform(EVALUATE, {**batch, **outputs})
             means.add({n: float(v) for n, v in results.items()}, self._weigh(batch))
-        return means.compute()
+            chosen.add(batch, outputs)
+        values = chosen.compute()
+        for name, value in values.items():
+            if value.reason and self._told.get(name) != value.reason:
+                self._told[name] = value.reason
+                _logger.warning("the metric %s is not defined: %s", name, value.reason)
+        return {**means.compute(), **{name: value.value for name, value in values.items()}}
 
     def _count_samples(self, phase: str, batch: Batch) -> int:
         """Count the rows of the labels, or of the first input if there are none."""

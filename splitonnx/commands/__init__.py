@@ -15,7 +15,16 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from splitonnx.commands import adaptations, disclosures, partitions, security, services, trainings
+from splitonnx.commands import (
+    adaptations,
+    disclosures,
+    evaluations,
+    outputs,
+    partitions,
+    security,
+    services,
+    trainings,
+)
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
 from splitonnx.commands.logs import silencing
 from splitonnx.commands.streams import (
@@ -53,10 +62,11 @@ for command in (
     services.serve,
     security.token,
     trainings.train,
+    evaluations.evaluate,
     services.predict,
-    partitions.merge,
+    outputs.merge,
     partitions.verify,
-    partitions.export,
+    outputs.export,
 ):
     app.command(cls=Command, epilog=f"Example: {EXAMPLES[command.__name__]}")(command)
 

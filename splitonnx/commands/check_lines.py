@@ -22,7 +22,7 @@ _COLUMNS = ("trained", "frozen", "statistics")
 
 
 def format_layers(layers: Sequence[Layer], width: int | None) -> Iterator[str]:
-    """Yield the lines of a table of layers: elements trained, frozen, and of running statistics.
+    """Yield the lines of a table of layers: elements trained, frozen, and of statistics and states.
 
     Below each row are the weights that may be trained or frozen by mistake, each with the reason.
     If there are more than ``MOST_ROWS`` layers, they are grouped by the first parts of their names.
@@ -83,11 +83,13 @@ def format_check(check: Check, path: Path, width: int | None) -> Iterator[str]:
         yield ""
     producer = f", by {check.producer}" if check.producer else ""
     yield f"{path}: opset {check.opset}{producer}"
+    carried = f"{check.carried:,} in states carried from step to step"
     inner = f"{check.conditional:,} in branches or loops, which stay"
     without = f" ({check.untrained:,} of them get no gradient)" if check.untrained else ""
     yield (
         f"parameters: {check.parameters:,} to train, {check.frozen:,} frozen{without}, "
-        f"{check.statistics:,} running statistics{f', {inner}' if check.conditional else ''}"
+        f"{check.statistics:,} running statistics{f', {carried}' if check.carried else ''}"
+        f"{f', {inner}' if check.conditional else ''}"
     )
     for applied in check.groups:
         yield from _wrap(_describe_group(applied), width, "", " " * 8)

@@ -25,6 +25,10 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "serve": "splitonnx serve bundle/server --port 8765",
         "token": "splitonnx token ana --token-file tokens",
         "train": "splitonnx train bundle/client --server ws://127.0.0.1:8765 --data train.npz",
+        "evaluate": (
+            "splitonnx evaluate bundle/client --server ws://127.0.0.1:8765 --data test.npz "
+            "--metric f1"
+        ),
         "predict": (
             "splitonnx predict bundle/client --server ws://127.0.0.1:8765 --data new.npz "
             "-o predicted.npz"

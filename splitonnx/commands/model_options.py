@@ -44,6 +44,18 @@ DequantizeOption = Annotated[
 ]
 
 
+StateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--state",
+        metavar="OUT=IN",
+        help="An output that the model reads as an input in the next step, such as h_n=h_0; "
+        "training keeps it, and it is not part of the data; repeatable.",
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """The options that supply facts missing from a model's file."""
@@ -76,6 +88,7 @@ class ModelOptions:
             rich_help_panel=_PANEL,
         ),
     ] = None
+    state: StateOption = None
     class_axis: Annotated[
         int | None,
         typer.Option(
@@ -119,6 +132,15 @@ class ModelOptions:
             UsageError: a value of ``--tie`` does not have the form ``A=B``.
         """
         return [_part("--tie", text, "A=B") for text in self.tie or ()]
+
+
+def read_states(given: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Return pairs of an output and an input from ``--state`` options such as ``h_n=h_0``.
+
+    Raises:
+        UsageError: an option does not have the form ``OUT=IN``.
+    """
+    return [_part("--state", text, "OUT=IN") for text in given or ()]
 
 
 def read_dims(given: Sequence[str] | None) -> dict[str, int | str]:

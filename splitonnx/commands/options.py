@@ -90,6 +90,16 @@ ParamGroupOption = Annotated[
         rich_help_panel=RECIPE_PANEL,
     ),
 ]
+MetricOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="What an evaluation computes, too: accuracy, top-K, f1, precision, recall, auc, "
+        "perplexity, mae, mse or rmse; of a loss with a name, f1.NAME; repeatable.",
+        show_default=False,
+    ),
+]
 DropoutOption = Annotated[
     Dropout | None,
     typer.Option(help="On or off; by default as the model says.", rich_help_panel=RECIPE_PANEL),

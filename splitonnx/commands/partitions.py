@@ -1,8 +1,7 @@
-"""The commands that work on models and bundles: check, inspect, cut, merge, verify, export."""
+"""The commands that check, cut and compare models: check, inspect, cut and verify."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,8 +18,10 @@ from splitonnx.commands.model_options import (
     DequantizeOption,
     DimOption,
     ModelOptions,
+    StateOption,
     read_bindings,
     read_dims,
+    read_states,
 )
 from splitonnx.commands.options import (
     BatchSizeOption,
@@ -56,18 +57,13 @@ from splitonnx.errors import UsageError
 from splitonnx.partitioner.graphs.pauses import pause_to_the_end
 
 
-class Purpose(StrEnum):
-    """The values that ``export --for`` accepts."""
-
-    MOBILE = "mobile"
-
-
 def check(
     model: ModelArgument,
     loss: LossOption = None,
     output: OutputOption = None,
     dim: DimOption = None,
     bind: BindOption = None,
+    state: StateOption = None,
     dequantize: DequantizeOption = False,
     dropout: DropoutOption = None,
     param_group: ParamGroupOption = None,
@@ -85,6 +81,7 @@ def check(
         output=output,
         dims=read_dims(dim),
         bind=read_bindings(bind),
+        states=read_states(state),
         dequantize=dequantize,
         dropout=None if dropout is None else dropout.value,
         groups=groups,
@@ -132,6 +129,7 @@ def inspect(
     ] = None,
     dim: DimOption = None,
     bind: BindOption = None,
+    state: StateOption = None,
     dequantize: DequantizeOption = False,
     output: OutputOption = None,
     dropout: DropoutOption = None,
@@ -146,6 +144,8 @@ def inspect(
     if u_shape or is_end_named:
         if batch is not None:
             raise UsageError("pairs are listed with their bytes per sample; leave out --batch")
+        if state:
+            raise UsageError("pairs of a U-shaped cut are listed without --state; leave it out")
         pause_to_the_end()
         pairs = splitonnx.inspect_pairs(
             model,
@@ -170,6 +170,7 @@ def inspect(
         sent=sent or (),
         dims=read_dims(dim),
         bind=read_bindings(bind),
+        states=read_states(state),
         dequantize=dequantize,
         output=output,
         dropout=None if dropout is None else dropout.value,
@@ -188,6 +189,7 @@ def inspect(
             model,
             dims=read_dims(dim),
             bind=read_bindings(bind),
+            states=read_states(state),
             dequantize=dequantize,
             output=output,
         )
@@ -292,6 +294,7 @@ def cut(
         dequantize=means.dequantize,
         ties=ties,
         stop_gradients=means.stop_gradient or (),
+        states=read_states(means.state),
         class_axis=means.class_axis,
         labels=means.labels,
         client_target=(client_target or Target.TRAINING).value,
@@ -307,40 +310,6 @@ def cut(
     elif not quiet:
         printing.print_bundle(made, bundle)
         disclosures.print_steps(made.client.manifest)
-
-
-def merge(
-    bundle: BundleArgument,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--output", metavar="FILE", help="The file to write.", show_default=False
-        ),
-    ],
-    fold: Annotated[
-        bool,
-        typer.Option("--fold", help="Add the model's adapters to its weights and remove them."),
-    ] = False,
-    adapters: Annotated[
-        bool,
-        typer.Option("--adapters", help="Write the adapters alone, as a safetensors file."),
-    ] = False,
-    force: ForceOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Merge a bundle's parts into one plain ONNX model for inference, with the trained weights.
-
-    If the weights are too large for one ONNX file (2 GiB), they are written to FILE.data. With
-    --fold or --adapters, the bundle may also be an ONNX model with adapters.
-    """
-    refuse_both("--fold", "--adapters", fold, adapters)
-    refuse_existing(output, force=force)
-    if adapters:
-        size = splitonnx.write_adapters(bundle, output, overwrite=force)
-    else:
-        size = splitonnx.write_merged(bundle, output, fold=fold, overwrite=force)
-    if not quiet:
-        printing.print_written(output, size)
 
 
 def verify(
@@ -377,40 +346,3 @@ def verify(
         printing.print_verification(verification)
     if not verification.ok:
         raise typer.Exit(1)
-
-
-def export(
-    source: Annotated[Path, typer.Argument(help="The party's folder.")],
-    purpose: Annotated[
-        Purpose, typer.Option("--for", help="What it is for: mobile apps.", show_default=False)
-    ],
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FOLDER",
-            help="The folder to write; by default the party's with -mobile behind its name.",
-            show_default=False,
-        ),
-    ] = None,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Export a party's folder for mobile apps, with graphs in ORT format.
-
-    The exported party can train with the same server.  A party whose graphs need training operators
-    cannot be exported.
-    """
-    refuse_both("--json", "--quiet", as_json, quiet)
-    assert purpose is Purpose.MOBILE
-    from splitonnx.runtime.engine.exports import choose_place
-
-    place = choose_place(source) if folder is None else folder
-    refuse_existing(place, force=force, is_folder=True)
-    written = splitonnx.export(source, place, overwrite=force)
-    if as_json:
-        printing.print_json(printing.summarize_export(written))
-    elif not quiet:
-        printing.print_export(written)

@@ -1,14 +1,13 @@
-"""Print the output of commands as tables, progress bars or JSON; nothing is computed here.
+"""Print the output of commands as tables or JSON; nothing is computed here.
 
-Results go to stdout and progress to stderr, so that either can be redirected.
+Results go to stdout, so that they can be redirected without the progress of a training, which
+:mod:`training_displays` shows on stderr.
 """
 
 from __future__ import annotations
 
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,13 +18,11 @@ from splitonnx.names import TRAIN
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
-    from rich.progress import Progress, TaskID
     from rich.table import Table
 
     from splitonnx.bundles import Bundle
     from splitonnx.partitioner.reports.checks import Check
     from splitonnx.partitioner.reports.inspections import CutCandidate
-    from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
     from splitonnx.runtime.engine.exports import Export
     from splitonnx.verifications import Verification
 
@@ -49,18 +46,18 @@ def print_check(check: Check, path: Path) -> None:
     """Print what ``check`` found about a model, and whether the model can be trained."""
     from splitonnx.partitioner.reports.checks import Handling
 
-    table = _make_table("operator")
+    table = make_table("operator")
     for heading in Handling:
         table.add_column(heading, justify="right")
     nodes = {(use.operator, use.handling): str(use.nodes) for use in check.operators}
     for operator in dict.fromkeys(use.operator for use in check.operators):
         table.add_row(operator, *(nodes.get((operator, handling), "") for handling in Handling))
-    _print(table)
-    width = _open_console(sys.stdout).width if sys.stdout.isatty() else None
+    print_item(table)
+    width = open_console(sys.stdout).width if sys.stdout.isatty() else None
     for line in format_check(check, path, width):
-        _print(line)
+        print_item(line)
     verdict = "[green]can be trained[/]" if check.trainable else "[red]cannot be trained[/]"
-    _print(verdict, markup=True)
+    print_item(verdict, markup=True)
 
 
 def print_cuts(cuts: Iterable[CutCandidate]) -> None:
@@ -75,12 +72,12 @@ def print_rows(names: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequen
         lines = format_rows((*names, *sizes), rows, left=len(names))
         sys.stdout.writelines(f"{line}\n" for line in lines)
         return
-    table = _make_table(*names)
+    table = make_table(*names)
     for heading in sizes:
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(*row)
-    _print(table)
+    print_item(table)
 
 
 def summarize_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -123,7 +120,7 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
     summary = summarize_bundle(bundle)
     recipe = bundle.manifest.recipe
     shape = "U-shaped" if recipe.tail_at else "vanilla"
-    table = _make_table("party", "kernels")
+    table = make_table("party", "kernels")
     table.add_column("params", justify="right")
     table.add_column("stages of a step")
     table.add_column("sends")
@@ -136,17 +133,17 @@ def print_bundle(bundle: Bundle, path: Path) -> None:
             "\n".join(party["stages"]),
             "\n".join(sends),
         )
-    _print(table)
+    print_item(table)
     optimizer = read_optimizer(recipe.optimizer)
     groups = f", parameter groups: {len(optimizer.groups)}" if optimizer.groups else ""
     rate = f"{recipe.optimizer['name']} lr {optimizer.lr:g}"
     losses = " + ".join(loss.kind for loss in recipe.list_losses())
-    _print(f"{path}: {shape}, {losses}, {rate}{groups}")
+    print_item(f"{path}: {shape}, {losses}, {rate}{groups}")
 
 
 def print_written(path: Path, size: int) -> None:
     """Print the path and size of a file that was written."""
-    _print(f"{path}: {format_bytes(size)}")
+    print_item(f"{path}: {format_bytes(size)}")
 
 
 def summarize_export(export: Export) -> dict[str, Any]:
@@ -158,7 +155,7 @@ def summarize_export(export: Export) -> dict[str, Any]:
 
 def print_export(export: Export) -> None:
     """Print the size of each exported graph, and the oldest ONNX Runtime that can run them all."""
-    table = _make_table("graph")
+    table = make_table("graph")
     for heading in ("nodes", "as .onnx", "as .ort"):
         table.add_column(heading, justify="right")
     for graph in export.graphs:
@@ -169,14 +166,14 @@ def print_export(export: Export) -> None:
             table.add_row(f"{name}.safetensors", "", "", format_bytes(size))
     table.add_section()
     table.add_row("altogether", "", "", format_bytes(export.total_bytes))
-    _print(table)
+    print_item(table)
     names = {(kernel.domain, kernel.operator) for kernel in export.kernels}
-    _print(
+    print_item(
         f"{len(names)} operators, all in ONNX Runtime {export.oldest_runtime} or newer: "
         "onnxruntime-android, onnxruntime-c and -objc, onnxruntime-react-native; for a build with "
         "no others see required_operators.config"
     )
-    _print(f"{export.path}: converted by {export.converter}")
+    print_item(f"{export.path}: converted by {export.converter}")
 
 
 def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
@@ -184,12 +181,12 @@ def print_outputs(path: Path, outputs: Mapping[str, np.ndarray]) -> None:
     from splitonnx.tensors import describe
 
     arrays = ", ".join(f"{name} {describe(array)}" for name, array in outputs.items())
-    _print(f"{path}: {arrays}")
+    print_item(f"{path}: {arrays}")
 
 
 def print_output_files(folder: Path, count: int) -> None:
     """Print the path of a folder of outputs, and the number of files in it."""
-    _print(f"{folder}: {count:,} {'file' if count == 1 else 'files'}")
+    print_item(f"{folder}: {count:,} {'file' if count == 1 else 'files'}")
 
 
 def summarize_verification(verification: Verification) -> Iterator[dict[str, Any]]:
@@ -210,7 +207,7 @@ def summarize_verification(verification: Verification) -> Iterator[dict[str, Any
 
 def print_verification(verification: Verification) -> None:
     """Print a table that compares the losses after each step, and then the verdict."""
-    table = _make_table()
+    table = make_table()
     for heading in ("step", "loss split", "loss whole", "largest difference"):
         table.add_column(heading, justify="right")
     table.add_column("in")
@@ -223,164 +220,16 @@ def print_verification(verification: Verification) -> None:
             f"{step.difference:.2g}",
             worst if step.difference else "",
         )
-    _print(table)
+    print_item(table)
     verdict = "[green]equal[/]" if verification.ok else "[red]not equal[/]"
     largest, rtol = verification.largest_difference, verification.rtol
-    _print(f"{verdict}: largest relative difference {largest:.2g}, allowed {rtol:g}", markup=True)
+    print_item(
+        f"{verdict}: largest relative difference {largest:.2g}, allowed {rtol:g}", markup=True
+    )
 
 
-class TrainingDisplay(ABC):
-    """Base class of the training displays :class:`Bar`, :class:`Lines` and :class:`Silence`."""
-
-    @contextmanager
-    def showing(self, steps: int | None) -> Iterator[None]:
-        """Show progress during a ``with`` block.
-
-        ``steps`` is the expected number of steps, or ``None`` if it is unknown.
-        """
-        yield
-
-    @abstractmethod
-    def show_step(self, record: StepRecord) -> None:
-        """Show the loss and other figures of one step."""
-
-    @abstractmethod
-    def show_evaluation(self, evaluation: Evaluation) -> None:
-        """Show the evaluation at the end of an epoch."""
-
-    @abstractmethod
-    def summarize(self, history: History, saved: str) -> None:
-        """Show the result of the training; ``saved`` describes where it was saved."""
-
-
-def choose_display(*, as_json: bool, quiet: bool, epochs: int) -> TrainingDisplay:
-    """Return the training display for the given options."""
-    if quiet:
-        return Silence()
-    return Lines() if as_json else Bar(epochs)
-
-
-class Silence(TrainingDisplay):
-    """A display that prints nothing."""
-
-    def show_step(self, record: StepRecord) -> None:
-        """Show nothing."""
-
-    def show_evaluation(self, evaluation: Evaluation) -> None:
-        """Show nothing."""
-
-    def summarize(self, history: History, saved: str) -> None:
-        """Show nothing."""
-
-
-class Lines(TrainingDisplay):
-    """A display that prints each step and each evaluation to stdout as one line of JSON."""
-
-    def show_step(self, record: StepRecord) -> None:
-        """Print the step's record as a JSON line."""
-        print_json_lines([record])
-
-    def show_evaluation(self, evaluation: Evaluation) -> None:
-        """Print the evaluation's record as a JSON line."""
-        print_json_lines([evaluation])
-
-    def summarize(self, history: History, saved: str) -> None:
-        """Print the evaluation whose state was kept, if there is one; the rest was printed."""
-        print_json_lines([] if history.best is None else [{"best": history.best}])
-
-
-class Bar(TrainingDisplay):
-    """A display with a progress bar and evaluations on stderr, and a summary on stdout."""
-
-    def __init__(self, epochs: int) -> None:
-        self._epochs = epochs
-        self._steps: int | None = None
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-
-    @contextmanager
-    def showing(self, steps: int | None) -> Iterator[None]:
-        """Show the progress bar while the ``with`` block runs."""
-        self._steps = steps
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.table import Column
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}", table_column=Column()),  # may wrap
-        )
-        with Progress(*columns, console=_open_console(sys.stderr)) as progress:
-            self._progress = progress
-            self._task = progress.add_task(self._name_epoch(0), total=steps, figures="")
-            yield
-
-    def show_step(self, record: StepRecord) -> None:
-        """Advance the bar to the step in ``record``, and show the step's loss and other figures."""
-        assert self._progress is not None
-        assert self._task is not None
-        figures = {"loss": record.loss, **record.metrics}
-        text = [f"{name} {value:.4f}" for name, value in figures.items()]
-        text.append(f"lr {record.learning_rate:.3g}")
-        text.append(f"{record.samples_per_second:,.0f} samples/s")
-        if record.bytes_up or record.bytes_down:
-            up, down = format_bytes(record.bytes_up), format_bytes(record.bytes_down)
-            text.append(f"{up} up {down} down")
-        self._progress.update(
-            self._task,
-            completed=self._count_steps(record),
-            description=self._name_epoch(record.epoch),
-            figures="  ".join(text),
-        )
-
-    def _count_steps(self, record: StepRecord) -> int:
-        per_epoch = 0 if self._steps is None else self._steps // self._epochs
-        return record.epoch * per_epoch + record.batch
-
-    def show_evaluation(self, evaluation: Evaluation) -> None:
-        """Print the evaluation above the bar."""
-        assert self._progress is not None
-        metrics = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
-        self._progress.print(f"{self._name_epoch(evaluation.epoch)}  held out: {metrics}")
-
-    def summarize(self, history: History, saved: str) -> None:
-        """Print the totals of the training, and where the result was saved."""
-        steps = history.steps
-        up = sum(record.bytes_up for record in steps)
-        down = sum(record.bytes_down for record in steps)
-        figures = {
-            "steps": str(len(steps)),
-            "seconds": f"{sum(record.seconds for record in steps):.2f}",
-            "samples/s": f"{history.samples_per_second:,.0f}",
-        }
-        if up or down:
-            figures["up / step"] = format_bytes(up // len(steps))
-            figures["down / step"] = format_bytes(down // len(steps))
-        last = history.evaluations[-1].metrics if history.evaluations else {}
-        figures |= {f"held-out {name}": f"{value:.4f}" for name, value in last.items()}
-        table = _make_table()
-        for heading in figures:
-            table.add_column(heading, justify="right")
-        table.add_row(*figures.values())
-        _print(table)
-        if history.best is not None:
-            best = f"epoch {history.best.epoch + 1}, step {history.best.step}"
-            _print(f"the weights are those after {best}, the best ones")
-        _print(saved)
-
-    def _name_epoch(self, epoch: int) -> str:
-        return f"epoch {epoch + 1}/{self._epochs}"
-
-
-def _make_table(*headings: str) -> Table:
+def make_table(*headings: str) -> Table:
+    """Return an empty table with left-aligned columns, in the style of all commands."""
     from rich import box
     from rich.table import Table
 
@@ -390,12 +239,14 @@ def _make_table(*headings: str) -> Table:
     return table
 
 
-def _open_console(file: TextIO) -> Console:
+def open_console(file: TextIO) -> Console:
+    """Return a console that writes to ``file``, as wide as its terminal, or 160 columns."""
     from rich.console import Console
 
     # A pipe has no width, and a log that is cut at 80 columns would lose information.
     return Console(file=file, width=None if file.isatty() else 160, highlight=False)
 
 
-def _print(item: Table | str, *, markup: bool = False) -> None:
-    _open_console(sys.stdout).print(item, markup=markup, soft_wrap=isinstance(item, str))
+def print_item(item: Table | str, *, markup: bool = False) -> None:
+    """Print a table or a line of text to stdout; ``markup`` means that it contains styles."""
+    open_console(sys.stdout).print(item, markup=markup, soft_wrap=isinstance(item, str))

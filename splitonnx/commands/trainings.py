@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import splitonnx
-from splitonnx.commands import printing
 from splitonnx.commands.disclosures import RunDisclosure
 from splitonnx.commands.files import refuse_existing
 from splitonnx.commands.groups import list_given, spread
 from splitonnx.commands.loss_options import LossOptions
-from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims
+from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims, read_states
 from splitonnx.commands.options import (
     BatchSizeOption,
     ClientTargetOption,
@@ -30,6 +29,7 @@ from splitonnx.commands.options import (
     FreezeOption,
     GiveUpAfterOption,
     JsonOption,
+    MetricOption,
     MomentumOption,
     OptimizerOption,
     OutputOption,
@@ -49,9 +49,10 @@ from splitonnx.commands.options import (
 from splitonnx.commands.schedules import ScheduleOptions
 from splitonnx.commands.security import ClientSecurity
 from splitonnx.commands.stopping import StoppingOptions
+from splitonnx.commands.training_displays import choose_display
 from splitonnx.commands.training_logs import TrainingLogOptions, call_both
 from splitonnx.errors import UsageError
-from splitonnx.names import CLIENT, EVALUATE
+from splitonnx.names import CLIENT
 
 if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
@@ -78,6 +79,13 @@ class RunOptions:
         float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
     ] = None
     seed: SeedOption = 0
+    shuffle: Annotated[
+        bool,
+        typer.Option(
+            "--shuffle/--no-shuffle",
+            help="Take the data in another random order in each epoch, or always in their own.",
+        ),
+    ] = True
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Resume the run that was interrupted in this folder."),
@@ -165,6 +173,7 @@ class LocalOptions(ModelOptions, LossOptions):
             dequantize=self.dequantize,
             ties=ties,
             stop_gradients=self.stop_gradient or (),
+            states=read_states(self.state),
             class_axis=self.class_axis,
             labels=self.labels,
             client_target=(self.client_target or Target.TRAINING).value,
@@ -193,6 +202,7 @@ def train(
     eval_data: Annotated[
         Path | None, typer.Option(help="Held-out data, evaluated after each epoch.")
     ] = None,
+    metric: MetricOption = None,
     *,
     run: RunOptions,
     rates: ScheduleOptions,
@@ -223,10 +233,10 @@ def train(
         _refuse_local(server, whole)
         bundle = None
     from splitonnx.runtime.client.datasets import open_dataset
-    from splitonnx.runtime.client.options import check_stopping
+    from splitonnx.runtime.client.options import choose_measures
     from splitonnx.runtime.workers.heaps import exempt_loaded
 
-    display = printing.choose_display(as_json=as_json, quiet=quiet, epochs=run.epochs)
+    display = choose_display(as_json=as_json, quiet=quiet, epochs=run.epochs)
     with splitonnx.Client(
         source if bundle is None else bundle.client,
         server,
@@ -237,8 +247,8 @@ def train(
         give_up_after=give_up_after,
         trusted=trusted,
     ) as client:
-        metrics = () if eval_data is None else client.manifest.phase(EVALUATE).results
-        check_stopping(stopping, metrics, can_return=True)
+        has_data, names = eval_data is not None, metric or ()
+        choose_measures(client.manifest, names, stopping, has_data=has_data, can_return=True)
         dataset = open_dataset(data)
         held_out = None if eval_data is None else open_dataset(eval_data)
         batch_size = choose_batch_size(
@@ -259,7 +269,9 @@ def train(
                 dataset,
                 epochs=run.epochs,
                 batch_size=batch_size,
+                shuffle=run.shuffle,
                 eval_data=held_out,
+                metrics=names,
                 learning_rate=run.lr,
                 schedule=schedule,
                 stopping=stopping,

@@ -90,11 +90,13 @@ def _read(source: Bundle | str | Path | bytes) -> tuple[Weights, int | None]:
         raise _refuse_adapters(label)
     arrays: dict[str, np.ndarray] = {}
     trained: set[str] = set()
+    carried = {source for _, source in bundle.manifest.recipe.states}
     for party in bundle.parties.values():
         roles = {spec.tensor.name: spec.role for spec in party.manifest.state}
         state = party.state()
-        arrays |= {n: a for n, a in state.items() if roles[n] is not Role.OPTIMIZER}
-        trained |= {n for n, role in roles.items() if role in (Role.PARAMETER, Role.BUFFER)}
+        kept = {n for n, role in roles.items() if role is not Role.OPTIMIZER and n not in carried}
+        arrays |= {n: a for n, a in state.items() if n in kept}
+        trained |= {n for n in kept if roles[n] in (Role.PARAMETER, Role.BUFFER)}
     ties = {
         dropped: (kept, f"{dropped}.tied".encode() in bundle.skeleton)
         for kept, dropped in bundle.manifest.recipe.ties

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from splitonnx.bundles import Bundle
-from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims
+from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims, read_states
 from splitonnx.errors import UsageError
 from splitonnx.names import BatchNormModes
+from tests.support.carried import BATCH, build_recurrent, draw_data
 from tests.support.commands import AT, MODEL, Command
 from tests.support.small_models import MODELS, load_data
 
@@ -66,6 +69,8 @@ def test_an_option_without_a_name_or_a_value_is_refused(text: str) -> None:
         read_bindings([text])
     with pytest.raises(UsageError, match="write it as A=B"):
         ModelOptions(tie=[text]).read_ties()
+    with pytest.raises(UsageError, match="write it as OUT=IN"):
+        read_states([text])
 
 
 def test_cut_follows_every_option_and_keeps_it_in_the_recipe(
@@ -102,6 +107,34 @@ def test_train_local_follows_them_too(command: Command, tmp_path: Path) -> None:
     assert "--labels" in line
 
 
+def test_states_are_an_option_of_every_command_that_reads_a_model(
+    command: Command, tmp_path: Path
+) -> None:
+    model, data = tmp_path / "model.onnx", tmp_path / "data.npz"
+    onnx.save(build_recurrent(), model)
+    rows = draw_data(10)
+    np.savez(data, x=rows["x"], labels=rows["labels"])
+    assert "cut --state h_out=h_in" in command.succeed("check", model)
+    given = ("--dim", f"N={BATCH}", "--state", "h_out=h_in")
+    out = command.succeed("check", model, *given)
+    assert "20 in states carried from step to step" in out
+    assert "cut --state" not in out
+    assert "fixed at" not in out  # as a state's batch has to be
+    listed = json.loads(command.succeed("inspect", model, *given, "--json"))
+    assert [cut["tensor"] for cut in listed] == ["a", "h", "z", "p"]
+    assert "without --state" in command.fail("inspect", model, "--u-shape", *given)
+    command.succeed(
+        "cut", model, "--at", "a", "--send-labels", "--loss", "mse", *given, "-o", tmp_path / "b"
+    )
+    assert Bundle.load(tmp_path / "b").manifest.recipe.states == (("h_out", "h_in"),)
+    command.succeed(
+        "train", model, "--local", "--data", data, "--loss", "mse", "--batch-size", BATCH, *given,
+        "-o", tmp_path / "merged.onnx", "--quiet",
+    )  # fmt: skip
+    merged = onnx.load(tmp_path / "merged.onnx")
+    assert [value.name for value in merged.graph.input] == ["x", "h_in"]
+
+
 def test_check_and_inspect_fix_sizes(command: Command) -> None:
     lengths = MODELS / "11_lstm_dynamic_time.onnx"
     command.succeed("check", lengths, "--dim", "T=6")
@@ -116,6 +149,7 @@ def test_a_wrong_option_is_one_line(command: Command, tmp_path: Path) -> None:
         ("--batchnorm", "^nothing=train", "matches no BatchNormalization"),
         ("--tie", "nothing=other", "'nothing'"),
         ("--stop-gradient", "nothing", "'nothing'"),
+        ("--state", "nothing=other", "no output 'nothing'"),
         ("--class-axis", "5", "is not an axis"),
     ):
         line = command.fail("cut", MODEL, "--at", AT, option, value, "-o", tmp_path / "bundle")

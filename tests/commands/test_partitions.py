@@ -1,4 +1,4 @@
-"""check, inspect, cut, merge and verify, run as a user runs them."""
+"""check, inspect, cut and verify, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -177,17 +177,6 @@ def test_a_wrong_option_is_told_before_an_output_that_exists(
     assert "there is no optimizer 'sdg'" in command.fail(*line, "--optimizer", "sdg")
     assert "write it as" in command.fail(*line, "--dim", "T")
     assert "it exists already" in command.fail(*line)
-
-
-def test_a_model_in_place_of_a_bundle_is_told_apart(command: Command, tmp_path: Path) -> None:
-    reason = command.fail("merge", MODEL, "-o", tmp_path / "merged.onnx")
-    assert "it is a file, but a bundle is a folder" in reason
-    assert "splitonnx cut" in reason
-
-
-def test_a_value_that_is_not_a_choice_is_told_plainly(command: Command, tmp_path: Path) -> None:
-    reason = command.fail("export", tmp_path, "--for", "desktop")
-    assert "Invalid value for '--for': 'desktop' is not one of 'mobile'" in reason
 
 
 def test_check_and_inspect_take_the_mode_of_dropout(command: Command) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from splitonnx.bundles import Bundle
+from tests.support.carried import build_recurrent, draw_data
 from tests.support.commands import MODEL, SAMPLES, Command, start
 
 
@@ -132,3 +134,27 @@ def test_an_interrupt_ends_training_with_130(bundle: Path, url: str, data: Path)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert Bundle.load(bundle).client.step == 0
+
+
+def test_data_are_taken_in_their_own_order_without_shuffling(
+    command: Command, tmp_path: Path
+) -> None:
+    """The first batch is the first rows, so its loss is that of the model as it is."""
+    model, data = tmp_path / "model.onnx", tmp_path / "data.npz"
+    onnx.save(build_recurrent(), model)
+    rows = draw_data(12)
+    np.savez(data, x=rows["x"], labels=rows["labels"])
+    losses = {}
+    for order in ("--no-shuffle", "--shuffle"):
+        out = command.succeed(
+            "train", model, "--local", "--data", data, "--loss", "mse", "--batch-size", 4, order,
+            "--dim", "N=4", "--state", "h_out=h_in", "--json",
+        )  # fmt: skip
+        records = [json.loads(line) for line in out.splitlines()]
+        losses[order] = [record["loss"] for record in records if "step" in record]
+    given = {"x": rows["x"][:4], "h_in": np.zeros((4, 5), np.float32)}
+    results = ReferenceEvaluator(onnx.load(model)).run(None, given)
+    assert isinstance(results, list)
+    expected = float(((np.asarray(results[0]) - rows["labels"][:4]) ** 2).mean())
+    np.testing.assert_allclose(losses["--no-shuffle"][0], expected, rtol=1e-5)
+    assert losses["--shuffle"][0] != losses["--no-shuffle"][0]

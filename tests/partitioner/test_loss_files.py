@@ -20,6 +20,7 @@ from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import verify
+from tests.support.carried import BATCH, RECURRENT, build_recurrent
 from tests.support.loss_references import build_network, differentiate, draw_weights, predict
 
 CUTS: list[dict[str, object]] = [
@@ -193,3 +194,18 @@ def test_settings_that_a_file_does_not_have_are_refused(
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(SplitonnxError, match=r"--loss absent\.onnx: No such file"):
         cut(build_network(), at=None, loss="absent.onnx")
+
+
+def test_a_state_is_no_array_of_a_loss() -> None:
+    """The loss would read data where the model reads what it keeps."""
+    node = helper.make_node("Sub", ["y", "h_in"], ["gap"])
+    graph = helper.make_graph(
+        [node, helper.make_node("ReduceMean", ["gap"], ["value"], keepdims=0)],
+        "own loss",
+        [helper.make_tensor_value_info(name, FLOAT, ["N", 2]) for name in ("y", "h_in")],
+        [helper.make_tensor_value_info("value", FLOAT, [])],
+    )
+    content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    loss = Loss(kind="from-file", graph=content.SerializeToString())
+    with pytest.raises(SplitonnxError, match="it reads the model's input 'h_in'"):
+        cut(build_recurrent(), at=None, loss=loss, dims={"N": BATCH}, states=RECURRENT)

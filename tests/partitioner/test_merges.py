@@ -17,6 +17,8 @@ from splitonnx.errors import BundleError, BundleMismatch, UnwritableFile, UsageE
 from splitonnx.partitioner import model_files
 from splitonnx.partitioner.merges import collect_weights, merge, restore_model, write_merged
 from splitonnx.partitioner.partitions import cut
+from tests.support.carried import BATCH, RECURRENT, build_recurrent, draw_data
+from tests.support.oracles import make_evaluator
 from tests.support.zoo import ZOO
 
 
@@ -170,3 +172,50 @@ def test_weights_too_large_for_one_file_stand_in_a_second(
     with pytest.raises(UnwritableFile, match=r"model\.onnx\.data"):
         write_merged(bundle, path)
     assert not path.exists()
+
+
+def list_inputs(merged: bytes) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Return the names of a model's inputs, and the initial values of those that have one."""
+    graph = onnx.load_from_string(merged).graph
+    names = [value.name for value in graph.input]
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    return names, {name: stored[name] for name in names if name in stored}
+
+
+def evaluate_state(data: dict[str, np.ndarray]) -> np.ndarray:
+    results = make_evaluator(build_recurrent()).run(None, data)
+    assert isinstance(results, list)
+    return np.asarray(results[1])
+
+
+@pytest.mark.parametrize("at", ["h", "a"])
+def test_a_state_is_an_input_again_and_keeps_its_value_where_the_model_stored_one(
+    at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = np.full((BATCH, 5), 0.25, np.float32)
+    data = {"x": draw_data(BATCH)["x"], "h_in": np.full((BATCH, 5), -0.5, np.float32)}
+    for initial in (None, kept):
+        model = build_recurrent(None if initial is None else initial - 1)
+        bundle = cut(model, at=at, loss="mse", dims={"N": BATCH}, states=RECURRENT)
+        parties = {
+            name: replace(
+                party, trained={n: kept if n == "h_in" else a for n, a in party.state().items()}
+            )
+            for name, party in bundle.parties.items()
+        }
+        caplog.clear()
+        merged = merge(replace(bundle, parties=parties))
+        names, stored = list_inputs(merged)
+        assert names == ["x", "h_in"]
+        assert ("reads 'h_in' as data again" in caplog.text) == (initial is None)
+        session = onnxruntime.InferenceSession(merged)
+        assert [output.name for output in session.get_outputs()] == ["y", "h_out"]
+        expected = evaluate_state(data)
+        np.testing.assert_allclose(session.run(None, data)[1], expected, rtol=1e-6)
+        if initial is not None:
+            np.testing.assert_array_equal(stored["h_in"], kept)
+            expected = evaluate_state({**data, "h_in": kept})
+            found = session.run(None, {"x": data["x"]})
+            np.testing.assert_allclose(found[1], expected, rtol=1e-6)
+        else:
+            assert not stored

@@ -23,6 +23,7 @@ from splitonnx.partitioner.cutting import joints
 from splitonnx.runtime.client.flows import Dependence
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
+from tests.support.carried import build_delayed
 from tests.support.recordings import RecordingTransport
 from tests.support.zoo import FLOAT, ZOO, Net
 
@@ -363,3 +364,31 @@ def test_a_tail_that_only_scales_tells_the_labels_to_cut_and_explain(target: Tar
         splitonnx.cut(model, tail_at="s", **options)
     permitted = splitonnx.cut(model, tail_at="s", send_labels=True, **options)
     assert find_way(permitted, "labels").tells_values
+
+
+def test_a_raw_input_that_a_state_holds_leaves_a_step_later() -> None:
+    """The state adds the input of the step before to what is sent."""
+
+    def cut(**options: Any) -> splitonnx.Bundle:
+        states = {"after": "before"}
+        model = build_delayed()
+        return splitonnx.cut(
+            model, at="s", tail_at="z", loss="mse", dims={"N": 4}, states=states, **options
+        )
+
+    with pytest.raises(InputsNotPermitted, match=r"'s'.*--send-input x"):
+        cut()
+    bundle = cut(send_inputs=["x"])
+    (array,) = [
+        array
+        for phase in splitonnx.explain(bundle.client).phases
+        for array in phase.arrays
+        if phase.leaves.phase == TRAIN and array.name == "x"
+    ]
+    assert [way.dependence.tells_values for way in array.ways] == [True]
+    (found,) = [
+        one
+        for one in splitonnx.inspect(build_delayed(), dims={"N": 4}, states={"after": "before"})
+        if one.tensor == "s"
+    ]
+    assert found.raw == ("x",)

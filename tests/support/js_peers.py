@@ -22,6 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import onnx
 
 from splitonnx.bundles import Bundle
 from splitonnx.codecs import encode_tensors
@@ -34,6 +35,13 @@ from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.server.servers import Server
 from splitonnx.states import STATE
+from tests.support.carried import (
+    AVERAGES,
+    RECURRENT,
+    build_averages,
+    build_recurrent,
+    draw_data,
+)
 from tests.support.small_models import load_data, load_model
 from tests.support.zoo import ZOO, Arrays
 
@@ -47,7 +55,8 @@ SEED = 3
 class Case:
     """A small model under ``tests/cases/models``: where it is cut, and what is said of it.
 
-    ``batches`` cuts its data into batches of their own sizes, where they are not rows.
+    ``build`` makes a model that has no file, for the data of :func:`draw_data`.  ``batches`` cuts
+    its data into batches of their own sizes, where they are not rows, or where a batch is fixed.
     """
 
     at: str | tuple[str, ...]
@@ -58,13 +67,15 @@ class Case:
     ties: tuple[tuple[str, str], ...] = ()
     class_axis: int | None = None
     stop_gradients: tuple[str, ...] = ()
+    states: Mapping[str, str] = field(default_factory=dict)
+    build: Callable[[], onnx.ModelProto] | None = None
     batches: Callable[[Arrays], list[Arrays]] | None = None
 
     def cut(self, name: str, *, whole: bool = False) -> Bundle:
         """Cut the model into portable parts, or leave it whole for the training wheel."""
         target: Target = TRAINING if whole else PORTABLE
         return cut(
-            load_model(name),
+            self.build() if self.build else load_model(name),
             at=None if whole else self.at,
             tail_at=() if whole else self.tail_at,
             loss=self.loss,
@@ -73,9 +84,16 @@ class Case:
             ties=self.ties,
             class_axis=self.class_axis,
             stop_gradients=self.stop_gradients,
+            states=self.states,
             client_target=target,
             server_target=target,
         )
+
+
+def take_rows(data: Arrays) -> list[Arrays]:
+    """Cut data into full batches."""
+    starts = range(0, SAMPLES, BATCH)
+    return [{name: array[i : i + BATCH] for name, array in data.items()} for i in starts]
 
 
 def take_columns(data: Arrays) -> list[Arrays]:
@@ -131,6 +149,24 @@ CASES = {
     "41_lost_detach": Case(at="s", stop_gradients=("e",)),
     "42_fixed_batch": Case(at="b", dims={"x:0": "N"}),
     "43_loop_if_scan": Case(at="h", batches=take_lengths),
+    "state-client": Case(
+        at="h",
+        tail_at="p",
+        loss="mse",
+        dims={"N": BATCH},
+        states=RECURRENT,
+        build=build_recurrent,
+        batches=take_rows,
+    ),
+    "state-server": Case(
+        at="a",
+        loss="mse",
+        dims={"N": BATCH},
+        states=RECURRENT,
+        build=build_recurrent,
+        batches=take_rows,
+    ),
+    "state-both": Case(at="z", loss="mse", states=AVERAGES, build=build_averages),
 }
 
 
@@ -160,7 +196,7 @@ def write_case(folder: Path, name: str) -> str:
     """Cut one small model at its place, train it whole, and return its name."""
     case = CASES[name]
     rows = None if case.batches else SAMPLES
-    data = load_data(name, rows=rows)
+    data = draw_data(SAMPLES) if case.build else load_data(name, rows)
     given = case.batches(data) if case.batches else data
     write(folder / name, case.cut(name), given, train_whole(case.cut(name, whole=True), given))
     return name

@@ -158,7 +158,8 @@ def _list_forms(
     recipe = bundle.manifest.recipe
     predicted = {spec.name for spec in bundle.client.manifest.outputs}
     own = {loss.output or "" for loss in recipe.list_losses() if loss.kind == FROM_MODEL}
-    left_out = own - predicted  # the model's losses, which are not predicted
+    own |= {output for output, _ in recipe.states}
+    left_out = own - predicted  # the model's losses and states, which are not predicted
     if recipe.client_target == PORTABLE:  # an export is optimized at this level
         export = partial(predict, subject=subject, level="basic")
         predicting.append(Made(label="what exported parts predict", run=export, trace=trace))

@@ -97,13 +97,16 @@ def run_prepared(
 ) -> list[Arrays]:
     """Run one form of a prepared model, and return the outputs of each batch by name.
 
+    A graph input in ``weights`` has this value, unless the batches hold others.
+
     If ``is_traced`` is true, return all tensors of the model's graph instead.
 
     Raises:
         NotRun: ONNX Runtime refuses the model or the inputs.
     """
     written = expose(write_model(model)) if is_traced else write_model(model)
-    arrays = {name: read_array(tensor) for name, tensor in weights.items()}
+    given = set().union(*batches)
+    arrays = {name: read_array(tensor) for name, tensor in weights.items() if name not in given}
     return run_session(inline_weights(written, arrays), batches, subject, level="none")
 
 
@@ -113,7 +116,8 @@ def run_split(
     """Predict with the parts of a bundle, one stage after another.
 
     Return a dictionary for each batch with its inputs and with the outputs of all stages.  A tensor
-    has the same name at the party that sends it and at the party that receives it.
+    has the same name at the party that sends it and at the party that receives it.  A state has its
+    initial value, unless a batch holds another.
 
     Raises:
         NotRun: ONNX Runtime refuses a stage or its inputs.
@@ -122,7 +126,12 @@ def run_split(
     for party, stage in _order_stages(bundle):
         states = {i.name: party.weights[i.name] for i in stage.inputs if i.source is Source.STATE}
         read = [i.name for i in stage.inputs if i.source is not Source.STATE]
-        given = [{name: value[name] for name in read} | states for value in values]
+        carried = {name for _, name in bundle.manifest.recipe.states}.intersection(states)
+        given = [
+            {name: value[name] for name in read}
+            | {n: value.get(n, array) if n in carried else array for n, array in states.items()}
+            for value in values
+        ]
         made = run_session(party.graphs[stage.graph], given, subject, level=level)
         for value, outputs in zip(values, made, strict=True):
             value.update(outputs)

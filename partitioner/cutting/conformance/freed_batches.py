@@ -142,7 +142,7 @@ def _read_dims(prepared: PreparedModel) -> dict[Place, int | str]:
     """Map each place of the prepared inputs to its size, with one name for sizes that are equal."""
     read: dict[Place, int | str] = {}
     for value in prepared.skeleton.graph.inputs:
-        if value.name in prepared.state:
+        if value.name in prepared.state.difference(prepared.carried):
             continue
         for axis, dim in enumerate(value.shape or ()):
             known = dim.value if isinstance(dim, ir.SymbolicDim) else dim

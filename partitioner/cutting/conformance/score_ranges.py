@@ -17,8 +17,11 @@ from splitonnx.manifests import KEY
 from splitonnx.partitioner.cutting.conformance.dataflow import NotRun, inline_weights, run_session
 from splitonnx.partitioner.cutting.conformance.samples import Arrays, iter_draws
 from splitonnx.partitioner.cutting.preparations import PreparedModel
-from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
-from splitonnx.partitioner.differentiation.squashings import find_repeated_activation
+from splitonnx.partitioner.differentiation.activations.final_activations import (
+    CONTAINED,
+    find_activation,
+)
+from splitonnx.partitioner.differentiation.activations.squashings import find_repeated_activation
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.normalization.weights import read_array

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveInitializersFromInputsPass
 
 from splitonnx.manifests import Role
+from splitonnx.partitioner.cutting.carried_states.declarations import finish_states, store_inputs
 from splitonnx.partitioner.cutting.passes.batch_decisions import (
     decide_by_batch,
     refuse_batch_of_1,
@@ -98,9 +98,8 @@ def _flatten_sequences_of_loops(work: Work) -> None:
 
 
 def _infer(work: Work) -> None:
-    graph = work.model.graph
     infer_shapes(work.model)
-    if any([make_axes_vectors(graph), obstacles.note_carried_shapes(graph)]):
+    if make_axes_vectors(work.model.graph) | obstacles.note_carried_shapes(work.model.graph):
         infer_shapes(work.model)
 
 
@@ -184,6 +183,7 @@ def _assign_roles(work: Work) -> None:
         train=work.train,
         freeze=[*work.freeze, *bound],
         kept=work.stored.freeze,
+        states=[source for _, source in work.states],
     )
 
 
@@ -208,6 +208,7 @@ def _finish_forms(work: Work) -> None:
         note_shapes(form.graph)
         refuse_tables(form.graph)
         keep_data_outputs(form.graph, work.weights)
+    finish_states(work)
 
 
 _F = Fact
@@ -219,7 +220,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="relieved of inputs with stored values",
-        run=lambda work: RemoveInitializersFromInputsPass()(work.model),
+        run=store_inputs,
         ensures=_F.STORED,
     ),
     Pass(work="given names", run=_name_nodes, requires=_F.INLINED, ensures=_F.NAMED),

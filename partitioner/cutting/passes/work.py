@@ -63,6 +63,8 @@ class Work:
     stop_gradients: Sequence[str] = ()
     stored: StoredOptions = NONE_STORED
     missing: list[str] = field(default_factory=list)
+    states: Sequence[tuple[str, str]] = ()
+    initial_states: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
     dequantize: bool = False
     dequantized: Dequantization | None = None
     given: frozenset[str] = frozenset()

@@ -21,8 +21,8 @@ from splitonnx.partitioner.differentiation.control_flow.gradient_nodes import Gr
 from splitonnx.partitioner.differentiation.control_flow.obstacles import CONTROL_FLOW, find_obstacle
 from splitonnx.partitioner.differentiation.control_flow.steps import differentiate_step, open_step
 from splitonnx.partitioner.differentiation.derived.supplied_gradients import (
-    GRADIENT,
     SuppliedGradients,
+    add_argument,
 )
 from splitonnx.partitioner.graphs.bodies import build_scan, runs_backwards
 from splitonnx.partitioner.graphs.builders import NodeBuilder
@@ -71,7 +71,7 @@ def supply_gradients(
             loop = _derive(model, node, moving, reached)
             gradients = write_backward(loop, _replace_forward(graph, loop), nodes)
         for value, gradient in gradients.items():
-            arguments.append(_add_argument(graph, value, gradient))
+            arguments.append(add_argument(graph, value, gradient))
         protos += nodes.serialize()
         declarations += nodes.declare()
     return SuppliedGradients(
@@ -145,19 +145,6 @@ def _build(builder: NodeBuilder, old: ir.Node, body: ir.Graph, states: int) -> S
         return builder.ops("Loop", old.inputs, len(body.outputs) - 1, {"body": attribute})
     read = [value for value in old.inputs if value is not None]
     return build_scan(builder, body, read[:states], read[states:], backwards=runs_backwards(old))
-
-
-def _add_argument(graph: ir.Graph, value: ir.Value, gradient: ir.Value) -> str:
-    """Add a copy of ``value`` to a graph, with its gradient as an input; return the copy's name.
-
-    ``gradient`` is what the gradient will be named after.
-    """
-    name = _name(gradient).removesuffix(GRADIENT)
-    copy = ir.Value(name=name, type=value.type, shape=value.shape)
-    graph.append(ir.Node("", "Identity", [value], outputs=[copy], name=name))
-    graph.outputs.append(copy)
-    graph.inputs.append(ir.Value(name=_name(gradient), type=value.type, shape=value.shape))
-    return name
 
 
 def _name(value: ir.Value) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 import onnx
 import onnx_ir as ir
 
-from splitonnx.partitioner.differentiation.derived.supplied_gradients import GRADIENT
+from splitonnx.partitioner.differentiation.derived.supplied_gradients import GRADIENT, write_nodes
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.transcripts import write_node
 
 
 class GradientNodes:
@@ -63,10 +62,4 @@ class GradientNodes:
 
     def serialize(self) -> list[onnx.NodeProto]:
         """Return the nodes as protobuf messages."""
-        protos = []
-        for node in self.builder.nodes:
-            inputs = ["" if value is None else value.name or "" for value in node.inputs]
-            proto = write_node(node, inputs, [value.name or "" for value in node.outputs])
-            proto.name = node.name or ""
-            protos.append(proto)
-        return protos
+        return write_nodes(self.builder.nodes)

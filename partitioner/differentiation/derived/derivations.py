@@ -18,6 +18,10 @@ from google.protobuf.message import EncodeError
 from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import NotDifferentiable, SplitonnxError, UnsupportedModel, WrongRuntime
 from splitonnx.extras import has_training_wheel, miss
+from splitonnx.partitioner.differentiation.derived.broadcasts import (
+    remove_copies,
+    supply_broadcasts,
+)
 from splitonnx.partitioner.differentiation.derived.opaques import (
     Opaques,
     put_back_opaques,
@@ -75,6 +79,10 @@ def add_gradients(
         UnsupportedModel: the builder refuses the model for another reason.
         MissingExtra, WrongRuntime: onnxruntime-training is not installed.
     """
+    repeated = supply_broadcasts(
+        model.graph, {*parameters, *supplied.results}, {*ends, *supplied.arguments, loss}
+    )
+    supplied = supplied.join(repeated)
     _part_twins(model.graph, parameters)
     _name_permutations(model.graph)
     _mark_identities(model.graph)
@@ -93,6 +101,7 @@ def add_gradients(
             derived = _read_derived(content, opaques, supplied)
             _put_back_detached(derived.graph, detached)
             _unmark_identities(derived.graph)
+            remove_copies(derived.graph, set(repeated.results))
         _annotate(derived)
     except Refused as error:
         raise _translate(error) from error

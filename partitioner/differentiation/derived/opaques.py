@@ -5,11 +5,12 @@ through the node.  LSTM and GRU become LSTMTraining and GRUTraining, which no ot
 supports.  In the subgraph bodies of If, Loop and Scan, a BatchNormalization in inference mode is
 switched to training mode, which changes its results, and quantized operators are refused.
 
-LSTM, GRU, and nodes with subgraph bodies are called *opaque* here.  If no gradient passes through
-an opaque node, its results can be treated as data.  The node is then removed: its results become
-graph inputs, and the values that it reads become graph outputs.  After differentiation, the node is
-inserted again unchanged.  The caller must make sure that no gradient passes through opaque nodes,
-except where it supplies that gradient itself (:mod:`supplied_gradients`).
+LSTM, GRU, nodes with subgraph bodies, and nodes that are marked as hidden are called *opaque* here.
+If no gradient passes through an opaque node, its results can be treated as data.  The node is then
+removed: its results become graph inputs, and the values that it reads become graph outputs.  After
+differentiation, the node is inserted again unchanged.  The caller must make sure that no gradient
+passes through opaque nodes, except where it supplies that gradient itself
+(:mod:`supplied_gradients`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from splitonnx.partitioner.graphs.builders import HIDDEN
 from splitonnx.partitioner.graphs.transcripts import write_node
 from splitonnx.partitioner.graphs.traversals import (
     disconnect,
@@ -50,8 +52,9 @@ class Opaques:
 
 
 def is_opaque(node: ir.Node) -> bool:
-    """Return whether a node is opaque: an LSTM or a GRU, or a node with subgraph bodies."""
-    return (node.op_type in _RECURRENCES and not node.domain) or bool(list_bodies(node))
+    """Return whether a node is opaque: LSTM, GRU, one with subgraph bodies, or marked as hidden."""
+    is_recurrent = node.op_type in _RECURRENCES and not node.domain
+    return is_recurrent or HIDDEN in node.metadata_props or bool(list_bodies(node))
 
 
 def take_out_opaques(graph: ir.Graph) -> Opaques:
@@ -93,6 +96,8 @@ def put_back_opaques(graph: onnx.GraphProto, taken: Opaques) -> None:
     The nodes are appended, so the caller must sort the graph.
     """
     _drop(graph.input, taken.results)
+    hidden = [value for value in graph.output if value.name in taken.exposed]
+    graph.value_info.extend(value for value in hidden if value.HasField("type"))  # a copy of each
     _drop(graph.output, taken.exposed)
     known = {name for node in graph.node for name in node.output}
     known.update(tensor.name for tensor in graph.initializer)

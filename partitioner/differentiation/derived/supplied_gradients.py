@@ -10,10 +10,13 @@ former are inserted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.transcripts import write_node
 
 GRADIENT = "_grad"
 """Suffix of a gradient's name: the gradient builder names the gradient of ``x`` ``x_grad``."""
@@ -34,9 +37,42 @@ class SuppliedGradients:
     results: Sequence[str] = ()
     arguments: Sequence[str] = ()
 
+    def join(self, other: SuppliedGradients) -> SuppliedGradients:
+        """Return these gradients and those of ``other``."""
+        return SuppliedGradients(
+            nodes=[*self.nodes, *other.nodes],
+            declarations=[*self.declarations, *other.declarations],
+            results=[*self.results, *other.results],
+            arguments=[*self.arguments, *other.arguments],
+        )
+
 
 NONE = SuppliedGradients()
 """No gradients: none passes through any hidden node."""
+
+
+def add_argument(graph: ir.Graph, value: ir.Value, gradient: ir.Value) -> str:
+    """Add a copy of ``value`` to a graph, with its gradient as an input; return the copy's name.
+
+    ``gradient`` is what the gradient will be named after.
+    """
+    name = (gradient.name or "").removesuffix(GRADIENT)
+    copy = ir.Value(name=name, type=value.type, shape=value.shape)
+    graph.append(ir.Node("", "Identity", [value], outputs=[copy], name=name))
+    graph.outputs.append(copy)
+    graph.inputs.append(ir.Value(name=gradient.name, type=value.type, shape=value.shape))
+    return name
+
+
+def write_nodes(nodes: Iterable[ir.Node]) -> list[onnx.NodeProto]:
+    """Return nodes as protobuf messages."""
+    protos = []
+    for node in nodes:
+        inputs = ["" if value is None else value.name or "" for value in node.inputs]
+        proto = write_node(node, inputs, [value.name or "" for value in node.outputs])
+        proto.name = node.name or ""
+        protos.append(proto)
+    return protos
 
 
 def put_back_gradients(graph: onnx.GraphProto, supplied: SuppliedGradients) -> None:

@@ -13,7 +13,7 @@ from splitonnx.partitioner.gate.fused_operators import DOMAIN
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import list_nodes, map_values
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
-from splitonnx.partitioner.normalization.dequantized import dynamic, static
+from splitonnx.partitioner.normalization.dequantized import dynamic, static, stored
 from splitonnx.partitioner.normalization.dequantized.weights import MOVING, FloatWeights
 
 _Formula = Callable[[NodeBuilder, ir.Node, FloatWeights], Sequence[ir.Value] | None]
@@ -30,7 +30,13 @@ DYNAMIC: Mapping[str, _Formula] = {
 PRODUCTS = frozenset({"ConvInteger", "MatMulInteger"})
 """Operators whose sums a Cast and a Mul turn into floats."""
 _UNPACKED = "MatMulNBits"
-_LEFT_OVER = PRODUCTS | MOVING | {"Add", "Cast", "Div", "DynamicQuantizeLinear", "Floor", "Mul"}
+_LEFT_OVER = (
+    PRODUCTS
+    | MOVING
+    | {
+        *("Add", "Cast", "Div", "DynamicQuantizeLinear", "Floor", "Mul", "Sub"),
+    }
+)
 """Operators that may no longer be needed when products of integers were replaced."""
 
 
@@ -65,6 +71,8 @@ class Dequantization:
                 "; activations are still rounded with the stored scales, and the merged model is "
                 "in QDQ form"
             )
+        if self.weights and not (self.is_dynamic or self.is_static):
+            sentence += "; they stay floats in the merged model"
         return sentence
 
 
@@ -87,8 +95,8 @@ def dequantize(model: ir.Model, *, is_rounding: bool = False) -> Dequantization:
                 kinds[node.op_type] += 1
     if not kinds:
         raise UsageError(
-            "--dequantize is for models that compute with integers, and this one does not; leave "
-            "it out (models in QDQ form are trained as they are)"
+            "--dequantize is for models that compute with integers or scale stored ones, and this "
+            "one does not; leave it out (models in QDQ form are trained as they are)"
         )
     for graph in model.graphs():
         _drop_left_over(graph)
@@ -107,6 +115,8 @@ def _replace(node: ir.Node, weights: FloatWeights) -> bool:
         return False
     if kind == _UNPACKED:  # replaced by quantizations.lift_quantized in every case
         return True
+    if kind == "Mul" and not node.domain:
+        return stored.replace_scaled(node, weights)
     if kind in PRODUCTS and not node.domain:
         dynamic.replace_integer_product(node, weights)
         return True

@@ -25,7 +25,6 @@ const ENTRIES = ["index", "node"];
 
 /** Modules that Python has from elsewhere, in another module, or has no need of. */
 const WITHOUT_TWIN: Readonly<Record<string, string>> = {
-  "channels/faults": "a function of runtime/channels/channels.py",
   "client/shuffles": "numpy",
   decoders: "msgspec",
   hashes: "hashlib",

@@ -6,8 +6,8 @@ import { join } from "node:path";
 import { describe, test } from "node:test";
 
 import { loadBundle } from "../src/bundles.js";
-import { planRates } from "../src/client/schedules.js";
-import type { Schedule } from "../src/client/schedules.js";
+import { planRates } from "../src/schedules.js";
+import type { Schedule } from "../src/schedules.js";
 import { shuffleRows } from "../src/client/shuffles.js";
 import { decodeTensors } from "../src/codecs.js";
 import { spell } from "../src/decoders.js";

@@ -11,6 +11,8 @@ from onnx import TensorProto, helper
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import NotACut, UnsupportedModel, UsageError
+from splitonnx.losses import Loss
+from splitonnx.manifests import ScoredOutput, ScoreKind
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
@@ -46,6 +48,39 @@ def test_evaluation_gives_the_mean_over_all_samples(name: str, at: str | None) -
         assert found.keys() == {"loss"}
 
 
+def test_the_client_knows_what_each_output_is_compared_with() -> None:
+    model = ZOO["chain"].build()
+    bundle = cut(model, at="act1")
+    assert bundle.client.manifest.scored == (
+        ScoredOutput(output="linear4", labels="labels", kind=ScoreKind.CLASSES, class_axis=1),
+    )
+    assert bundle.server is not None
+    assert bundle.server.manifest.scored == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "activation", "scored"),
+    [
+        ("cross-entropy", "Softmax", ScoreKind.CLASSES),
+        ("bce-with-logits", "Sigmoid", ScoreKind.BINARY),
+        ("mse", "Softmax", ScoreKind.VALUES),
+    ],
+)
+def test_scores_are_probabilities_where_the_loss_contains_the_activation(
+    kind: str, activation: str, scored: ScoreKind
+) -> None:
+    model = ZOO["chain"].build()
+    (output,) = model.graph.output
+    model.graph.node.append(helper.make_node(activation, [output.name], ["p"]))
+    output.name = "p"
+    losses = [Loss(kind=kind, name="first"), Loss(kind="l1", labels="targets", name="second")]
+    first, second = cut(model, at=None, loss=losses).client.manifest.scored
+    assert (first.kind, first.loss) == (scored, "first")
+    assert first.are_probabilities is (kind != "mse")
+    assert (second.kind, second.loss, second.labels) == (ScoreKind.VALUES, "second", "targets")
+    assert not second.are_probabilities
+
+
 def with_own_loss(reads: str = "target") -> onnx.ModelProto:
     """The chain with its loss in the graph, a second input its labels."""
     model = ZOO["chain"].build()
@@ -56,6 +91,11 @@ def with_own_loss(reads: str = "target") -> onnx.ModelProto:
     model.graph.output.append(helper.make_tensor_value_info("own_loss", FLOAT, []))
     onnx.checker.check_model(model)
     return model
+
+
+def test_of_a_loss_of_the_user_s_own_nothing_is_known() -> None:
+    bundle = cut(with_own_loss(), at=None, loss="from-model", output="own_loss")
+    assert bundle.client.manifest.scored == ()
 
 
 def test_a_model_that_ends_in_its_loss_trains_like_one_given_it() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 from splitonnx.errors import ModelError, NotAModel
 from splitonnx.partitioner.gate.gates import open_model
@@ -53,3 +53,16 @@ def test_a_good_model_passes(name: str) -> None:
     assert [value.name for value in model.graph.outputs] == [
         value.name for value in ZOO[name].build().graph.output
     ]
+
+
+def test_sizes_that_an_exporter_leaves_open_are_not_equal_to_each_other() -> None:
+    dims: list[str | int] = ["N", "?", -1, "?"]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    opsets = [helper.make_opsetid("", 17)]
+    opened = open_model(helper.make_model(graph, opset_imports=opsets, ir_version=9))
+    for value in (*opened.graph.inputs, *opened.graph.outputs):
+        assert value.shape is not None
+        assert [dim if isinstance(dim, int) else dim.value for dim in value.shape] == [
+            "N", None, None, None,
+        ]  # fmt: skip

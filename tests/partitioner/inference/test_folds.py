@@ -333,3 +333,17 @@ def test_a_constant_is_handed_on_without_onnx_s_reference_implementation(
     np.testing.assert_array_equal(handed_on, np.arange(3, dtype=np.float32))
     np.testing.assert_array_equal(negated, -handed_on)
     assert asked == ["Neg"]
+
+
+@pytest.mark.parametrize("dims", [("N", "T", 6), (2, 4, 6)])
+def test_the_number_of_sizes_is_known_also_where_every_size_is(dims: Sequence[int | str]) -> None:
+    """The shape of fixed sizes becomes a constant, though it was declared of unknown length."""
+    paths = Paths(dims)
+    shape = paths.op("Shape", "x")
+    proto = paths.build(paths.op("Mul", "x", paths.op("Cast", paths.op("Size", shape), to=FLOAT)))
+    for value in proto.graph.value_info:
+        if value.name == shape:
+            value.type.tensor_type.shape.dim[0].dim_param = "unk__0"
+    model = ir.from_proto(proto)
+    fold(model, ())
+    assert list_kinds(model) == ["Mul"]

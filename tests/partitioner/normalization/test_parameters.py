@@ -122,6 +122,27 @@ def test_a_weight_comes_to_its_place_through_changes_of_shape() -> None:
     assert "'clipped' (Clip)" in found.reason
 
 
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [
+        (helper.make_node("LSTM", ["x", "t", "r"], ["", "y"]), P),
+        (helper.make_node("GRU", ["x", "v", "t"], ["", "y"]), P),
+        (helper.make_node("LSTM", ["x", "v", "r", "", "", "t"], ["", "y"]), C),
+        (helper.make_node("Exp", ["t"], ["y"]), C),
+    ],
+)
+def test_a_literal_whose_gates_are_reordered_for_a_recurrent_layer_is_a_parameter(
+    last: onnx.NodeProto, expected: TensorKind
+) -> None:
+    pieces = [
+        helper.make_node("Slice", ["w", start, end], [f"p{start}"])
+        for start, end in (("0", "1"), ("1", "2"), ("2", "3"))
+    ]
+    joined = helper.make_node("Concat", ["p0", "p2", "p1"], ["j"], axis=0)
+    turned = helper.make_node("Unsqueeze", ["j", "axes"], ["t"])
+    assert classify(ROW, *pieces, joined, turned, last, literal=True).kind is expected
+
+
 def test_what_is_cast_to_integers_is_no_parameter_by_that() -> None:
     cast = helper.make_node("Cast", ["w"], ["c"], to=onnx.TensorProto.INT64)
     gather = helper.make_node("Gather", ["x", "c"], ["y"])

@@ -9,7 +9,8 @@ from onnx import helper, numpy_helper
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.reports.remarks import Kind, Remark
-from splitonnx.partitioner.reports.running_statistics import remark_on_statistics
+from splitonnx.partitioner.reports.running_statistics import remark_on_states, remark_on_statistics
+from tests.support.carried import AVERAGES, build_averages, build_lstm
 from tests.support.nets import FLOAT, Net
 
 
@@ -62,3 +63,19 @@ def test_statistics_that_share_a_tensor_with_a_parameter_are_told_with_what_was_
     assert remark.kind is Kind.JOINED_PARAMETERS
     assert remark.names == ("n0.bn.scale", "n0.bn.running_var")
     assert "'n0.bn.scale', also the running variance of 'n0.bn'" in remark.sentence
+
+
+def test_outputs_that_look_like_next_states_are_told_with_the_options() -> None:
+    (remark,) = remark_on_states(prepare(open_model(build_lstm())), "y")
+    assert remark.kind is Kind.STATE
+    assert remark.options == ("--state hn=h0", "--state cn=c0")
+    assert remark.names == ("hn", "h0", "cn", "c0")
+    assert "'hn' that of 'h0' and 'cn' that of 'c0'" in remark.sentence
+
+
+def test_states_that_are_carried_already_are_not_told_again() -> None:
+    given = prepare(open_model(build_averages()))
+    assert [remark.kind for remark in remark_on_states(given, "y")] == [Kind.STATE]
+    assert not list(
+        remark_on_states(prepare(open_model(build_averages()), states=[*AVERAGES.items()]), "y")
+    )

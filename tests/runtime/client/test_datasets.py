@@ -10,9 +10,10 @@ from splitonnx.errors import (
     MissingArray,
     NotFinite,
     UnusableData,
+    UsageError,
     ValueOutOfRange,
 )
-from splitonnx.runtime.client.datasets import check_batch, check_finite, open_dataset
+from splitonnx.runtime.client.datasets import check_batch, check_finite, join_outputs, open_dataset
 from splitonnx.tensors import TensorSpec
 
 X = TensorSpec(name="x", dtype="F32", shape=("N", 3))
@@ -280,3 +281,18 @@ def test_labels_of_another_shape_are_refused_with_a_word_on_the_axis_of_the_clas
     image = TensorSpec(name="x", dtype="F32", shape=("N", 5))
     with pytest.raises(ArrayMismatch, match=r"\[16, 7\]$"):
         check_batch({"x": np.zeros((16, 7), np.float32)}, [image])
+
+
+def test_samples_of_all_batches_stand_one_after_the_other() -> None:
+    joined = join_outputs([{"y": np.ones((2, 3))}, {"y": np.zeros((1, 3))}])
+    np.testing.assert_array_equal(joined["y"], [[1, 1, 1], [1, 1, 1], [0, 0, 0]])
+
+
+def test_a_single_number_has_one_entry_for_each_batch() -> None:
+    joined = join_outputs([{"s": np.array(1)}, {"s": np.array(2)}])
+    np.testing.assert_array_equal(joined["s"], [1, 2])
+
+
+def test_other_sizes_that_differ_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"'y' differ.*predict_batches"):
+        join_outputs([{"y": np.ones((2, 3))}, {"y": np.ones((2, 4))}])

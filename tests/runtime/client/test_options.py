@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 
+import msgspec
 import numpy as np
 import pytest
 
 from splitonnx.errors import UsageError
+from splitonnx.manifests import Phase, ScoredOutput, ScoreKind
 from splitonnx.runtime.client.datasets import open_dataset
 from splitonnx.runtime.client.options import (
     FitOptions,
     check_stopping,
+    choose_measures,
     fit_schedule,
     require_positive,
 )
@@ -19,6 +23,7 @@ from splitonnx.schedules import CosineSchedule
 from splitonnx.stopping import EarlyStopping
 from splitonnx.tensors import TensorSpec
 from tests.support import tiny
+from tests.support.scored_manifests import make_manifest
 
 
 def test_counts_from_one_on_are_taken() -> None:
@@ -79,3 +84,26 @@ def test_early_stopping_needs_an_evaluation_with_its_metric_and_a_way_back() -> 
         check_stopping(stopping, ["loss", "mae"], can_return=True)
     with pytest.raises(UsageError, match="a function that connects"):
         check_stopping(stopping, ["f1"], can_return=False)
+
+
+def test_the_metrics_of_a_run_are_fitted_to_its_bundle() -> None:
+    scored = ScoredOutput(output="y", labels="labels", kind=ScoreKind.CLASSES, class_axis=1)
+    results = ("loss", "loss@counted", "accuracy", "accuracy@counted")
+    manifest = msgspec.structs.replace(
+        make_manifest(scored, y=("N", 3)), phases=(Phase(name="evaluate", results=results),)
+    )
+
+    def choose(
+        names: Sequence[str], metric: str | None = None, *, has_data: bool = True
+    ) -> list[str]:
+        stopping = None if metric is None else EarlyStopping(metric=metric)
+        chosen = choose_measures(manifest, names, stopping, has_data=has_data, can_return=True)
+        return [one.name for one in chosen]
+
+    assert choose(["f1"], "f1") == ["f1"]
+    assert choose([], "accuracy") == []
+    assert choose([], has_data=False) == []
+    with pytest.raises(UsageError, match="metrics need data to evaluate on"):
+        choose(["f1"], has_data=False)
+    with pytest.raises(UsageError, match="an evaluation has loss, accuracy, f1; others"):
+        choose(["f1"], "accuracy@counted")

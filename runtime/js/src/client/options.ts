@@ -10,8 +10,8 @@ import type { StateStorage } from "../storage/storages.js";
 import type { DataSource, Dataset } from "./datasets.js";
 import type { Evaluation, StepRecord } from "./histories.js";
 import type { WhenUnsaved } from "./runners.js";
-import { planRates } from "./schedules.js";
-import type { RatePlan, Schedule } from "./schedules.js";
+import { planRates } from "../schedules.js";
+import type { RatePlan, Schedule } from "../schedules.js";
 
 /** Tensors by name, as they are given out. */
 export type Outputs = Record<string, OutputTensor>;

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.differentiation.spelled_activations import find_spelled
+from splitonnx.partitioner.differentiation.activations.spelled_activations import find_spelled
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import map_values
 

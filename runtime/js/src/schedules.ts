@@ -6,7 +6,7 @@
  * resumed, or that repeats lost steps, trains with the same rates.
  */
 
-import { UsageError } from "../errors.js";
+import { UsageError } from "./errors.js";
 
 /** A length of time in training: a number of steps, or of epochs. */
 export type Duration = number | { readonly epochs: number };

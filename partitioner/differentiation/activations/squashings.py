@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.differentiation.final_activations import CONTAINED, find_activation
-from splitonnx.partitioner.differentiation.spelled_activations import find_spelled
+from splitonnx.partitioner.differentiation.activations.final_activations import (
+    CONTAINED,
+    find_activation,
+)
+from splitonnx.partitioner.differentiation.activations.spelled_activations import find_spelled
 from splitonnx.partitioner.graphs.builders import known_array
 
 SQUASHING = frozenset({"HardSigmoid", "Sigmoid", "Softmax"})

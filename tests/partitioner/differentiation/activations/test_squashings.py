@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from splitonnx.partitioner.differentiation.squashings import find_repeated_activation
+from splitonnx.partitioner.differentiation.activations.squashings import find_repeated_activation
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.partitions import cut
 from tests.support.nets import FLOAT, Net

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from splitonnx.partitioner.differentiation.final_activations import find_activation
+from splitonnx.partitioner.differentiation.activations.final_activations import find_activation
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut
 from tests.partitioner.differentiation.test_losses import open_client

@@ -1,0 +1,145 @@
+"""Weights that a model stores as integers, casts to floats and multiplies by a scale.
+
+Models that are quantized by hand, to make the file smaller, have their weights in this form.  The
+activations are floats throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from splitonnx.errors import list_some
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, take_input
+from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.normalization.dequantized.dynamic import find_floats
+from splitonnx.partitioner.normalization.dequantized.weights import (
+    MOVING,
+    FloatWeights,
+    Settings,
+    is_channelwise,
+)
+
+_NARROW = frozenset(
+    {
+        ir.DataType.INT4,
+        ir.DataType.INT8,
+        ir.DataType.INT16,
+        ir.DataType.UINT4,
+        ir.DataType.UINT8,
+        ir.DataType.UINT16,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scaled:
+    """What a Mul scales: integers that a Cast makes floats of, and their zero point if any."""
+
+    cast: ir.Node
+    zero: ir.Value | None
+    scale: ir.Value
+
+
+def replace_scaled(node: ir.Node, weights: FloatWeights) -> bool:
+    """Replace ``Mul(Cast(integers), scale)`` by a float weight of the same name, in place.
+
+    A zero point may be subtracted from the integers before.  All of them must be stored in the
+    model.  If rows are read from the integers first, by a Gather for example, they are read from
+    the float weight instead; the scale must then be a single number.  Return whether the node was
+    replaced.
+    """
+    scaled = _find_scaled(node)
+    if scaled is None:
+        return False
+    integers = take_input(scaled.cast)
+    if known_array(integers) is None:
+        settings = Settings(scale=scaled.scale, zero=scaled.zero)
+        if any(is_channelwise(replace(settings, scale=one)) for one in _list_settings(scaled)):
+            return False
+        builder = NodeBuilder(f"{node.outputs[0].name or node.name}/float")
+        builder.replace(node, [find_floats(builder, node, weights, integers, settings)])
+        return True
+    floats, graph = _compute(scaled), node.graph
+    if floats is None or not isinstance(graph, ir.Graph):
+        return False
+    result = node.outputs[0]
+    name = result.name or ""
+    result.name = None
+    value = ir.Value(name=name, const_value=ir.tensor(floats, name=name))
+    ir.convenience.replace_all_uses_with(result, value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    graph.register_initializer(value)
+    weights.names.append(name)
+    return True
+
+
+def _find_scaled(node: ir.Node) -> _Scaled | None:
+    """Return what a Mul scales, or ``None`` if that is not stored as integers."""
+    for whole, scale in (node.inputs, reversed(node.inputs)):
+        cast, zero = None if whole is None else whole.producer(), None
+        if cast is not None and cast.op_type == "Sub" and not cast.domain:
+            zero = take_input(cast, 1)
+            cast = take_input(cast).producer()
+        if cast is None or scale is None or _find_integers(cast) is None:
+            continue
+        if known_array(scale) is not None and (zero is None or known_array(zero) is not None):
+            return _Scaled(cast=cast, zero=zero, scale=scale)
+    return None
+
+
+def _list_settings(scaled: _Scaled) -> list[ir.Value]:
+    return [scaled.scale, *([] if scaled.zero is None else [scaled.zero])]
+
+
+def _compute(scaled: _Scaled) -> np.ndarray | None:
+    """Return the floats, or ``None`` if they have another shape than the integers."""
+    integers, settings = known_array(take_input(scaled.cast)), _list_settings(scaled)
+    arrays = [array for array in map(known_array, settings) if array is not None]
+    assert integers is not None
+    if np.broadcast_shapes(integers.shape, *(a.shape for a in arrays)) != integers.shape:
+        return None
+    scale, *zeros = arrays
+    floats: np.ndarray = integers.astype(scale.dtype)
+    for zero in zeros:
+        floats = floats - zero
+    scaled_floats: np.ndarray = floats * scale
+    return scaled_floats
+
+
+def _find_integers(node: ir.Node) -> ir.Value | None:
+    """Return the stored matrix of integers of 4 to 16 bits that a node casts to floats.
+
+    Operators that only select or move its elements may come before the Cast.
+    """
+    if node.op_type != "Cast" or node.domain:
+        return None
+    value = take_input(node)
+    while (maker := value.producer()) is not None and maker.op_type in MOVING and not maker.domain:
+        value = take_input(maker)
+    tensor = ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.dtype not in _NARROW or len(tensor.shape) < 2:
+        return None
+    return value if ir.DataType(node.attributes["to"].as_int()).is_floating_point() else None
+
+
+def find_stored_integers(graph: ir.Graph) -> dict[str, int]:
+    """Return how many numbers each stored matrix of integers has that is cast to floats."""
+    found = {}
+    for node in list_nodes(graph):
+        source = _find_integers(node)
+        tensor = None if source is None else ir.convenience.get_const_tensor(source)
+        if source is not None and tensor is not None:
+            found[source.name or ""] = tensor.size
+    return found
+
+
+def describe_stored_integers(found: Mapping[str, int]) -> str:
+    """Return a sentence about weights stored as integers, which are not trained."""
+    return (
+        f"{list_some(tuple(found))}: {sum(found.values()):,} numbers stored as integers are not "
+        "trained; --dequantize makes float weights of those that are multiplied by a stored scale"
+    )

@@ -1,0 +1,84 @@
+"""Training is shown on stderr, or as JSON on stdout, or not at all."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from splitonnx.commands.training_displays import Bar, Lines, Silence, choose_display
+from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
+
+Capture = pytest.CaptureFixture[str]
+
+
+def record(step: int, *, traffic: int = 2_000) -> StepRecord:
+    return StepRecord(
+        step=step,
+        epoch=0,
+        batch=step,
+        loss=1 / step,
+        metrics={"accuracy": 0.25},
+        learning_rate=0.1,
+        samples=8,
+        seconds=0.5,
+        bytes_up=traffic,
+        bytes_down=traffic // 2,
+    )
+
+
+EVALUATION = Evaluation(epoch=0, metrics={"accuracy": 0.75}, seconds=1.0)
+HISTORY = History(steps=[record(1), record(2)], evaluations=[EVALUATION])
+
+
+def test_training_is_shown_as_was_asked_for() -> None:
+    assert isinstance(choose_display(as_json=False, quiet=True, epochs=1), Silence)
+    assert isinstance(choose_display(as_json=True, quiet=False, epochs=1), Lines)
+    assert isinstance(choose_display(as_json=False, quiet=False, epochs=1), Bar)
+
+
+def test_silence_is_silent(capsys: Capture) -> None:
+    silence = Silence()
+    with silence.showing(3):
+        silence.show_step(record(1))
+        silence.show_evaluation(EVALUATION)
+    silence.summarize(HISTORY, "saved")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_are_the_records_and_nothing_else(capsys: Capture) -> None:
+    lines = Lines()
+    with lines.showing(3):
+        lines.show_step(record(1))
+        lines.show_evaluation(EVALUATION)
+    lines.summarize(HISTORY, "saved")
+    out, err = capsys.readouterr()
+    step, evaluation = map(json.loads, out.splitlines())
+    assert (step["step"], evaluation["metrics"], err) == (1, {"accuracy": 0.75}, "")
+
+
+def test_a_bar_moves_on_stderr_and_sums_up_on_stdout(capsys: Capture) -> None:
+    bar = Bar(epochs=1)
+    with bar.showing(2):
+        bar.show_step(record(1))
+        bar.show_step(record(2))
+        bar.show_evaluation(EVALUATION)
+    progress = capsys.readouterr()
+    assert progress.out == ""
+    for word in ("2/2", "epoch 1/1", "loss 0.5000", "accuracy 0.2500", "accuracy 0.7500"):
+        assert word in progress.err
+    bar.summarize(HISTORY, "saved in bundle")
+    out = capsys.readouterr().out
+    for word in ("saved in bundle", "16", "2.0 kB", "1.0 kB", "0.7500"):
+        assert word in out
+
+
+def test_a_run_that_resumes_does_not_begin_at_0(capsys: Capture) -> None:
+    bar = Bar(epochs=2)
+    resumed = StepRecord(
+        step=9, epoch=1, batch=1, loss=1, metrics={}, learning_rate=0.1, samples=1, seconds=1,
+        bytes_up=0, bytes_down=0,
+    )  # fmt: skip
+    with bar.showing(8):
+        bar.show_step(resumed)
+    assert "5/8" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""Weights stored as integers and multiplied by a scale: made floats, or told of."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+import splitonnx
+from splitonnx.errors import UsageError
+from splitonnx.partitioner.normalization.dequantized.replacements import dequantize
+from splitonnx.partitioner.normalization.dequantized.stored import find_stored_integers
+from splitonnx.partitioner.reports.checks import check
+
+X = np.random.default_rng(1).standard_normal((6, 4)).astype(np.float32)
+
+
+def build(*, zero: bool = False) -> onnx.ModelProto:
+    """Build two layers with 8-bit weights, one scale for each column or for all of them."""
+    random = np.random.default_rng(0)
+    arrays = {
+        "w1_q": random.integers(-128, 128, (4, 5), np.int8),
+        "s1": random.uniform(0.005, 0.01, (1, 5)).astype(np.float32),
+        "w2_q": random.integers(0, 256, (5, 3), np.uint8),
+        "s2": np.array([0.01], np.float32),
+        "z2": np.array([127 if zero else 0], np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["w1_q"], ["w1_f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["w1_f", "s1"], ["w1"]),
+        helper.make_node("MatMul", ["x", "w1"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Cast", ["w2_q"], ["w2_f"], to=TensorProto.FLOAT),
+        helper.make_node("Sub", ["w2_f", "z2"], ["w2_c"]),
+        helper.make_node("Mul", ["s2", "w2_c"], ["w2"]),
+        helper.make_node("MatMul", ["r", "w2"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def run(model: onnx.ModelProto) -> np.ndarray:
+    (made,) = ReferenceEvaluator(model).run(None, {"x": X})
+    return np.asarray(made)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_the_float_weights_have_their_own_names_and_the_model_its_results(zero: bool) -> None:
+    given = build(zero=zero)
+    model = ir.from_proto(given)
+    told = dequantize(model).describe()
+    made = ir.to_proto(model)
+    assert [node.op_type for node in made.graph.node] == ["MatMul", "Relu", "MatMul"]
+    assert {tensor.name for tensor in made.graph.initializer} == {"w1", "w2"}
+    np.testing.assert_array_equal(run(made), run(given))
+    assert "turned 2 Mul into" in told
+    assert "'w1', 'w2'; they stay floats in the merged model" in told
+
+
+def test_a_scale_that_would_widen_the_integers_is_left() -> None:
+    given = build()
+    given.graph.initializer[3].CopyFrom(numpy_helper.from_array(np.ones((2, 5, 3), "f4"), "s2"))
+    model = ir.from_proto(given)
+    assert dequantize(model).weights == ("w1",)
+
+
+@pytest.mark.parametrize("scales", [1, 3])
+def test_rows_are_read_from_a_float_table_if_one_number_scales_it(scales: int) -> None:
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("Cast", ["rows"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "scale"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["N"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [
+            numpy_helper.from_array(random.integers(-9, 9, (7, 3), np.int8), "table"),
+            numpy_helper.from_array(np.linspace(0.5, 1, scales, dtype="f4"), "scale"),
+        ],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17)]
+    given = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    model = ir.from_proto(given)
+    assert find_stored_integers(model.graph) == {"table": 21}
+    if scales > 1:
+        with pytest.raises(UsageError, match="scale stored ones, and this one does not"):
+            dequantize(model)
+        return
+    assert dequantize(model).weights == ("table#float",)
+    made, ids = ir.to_proto(model), {"ids": np.array([6, 0, 3])}
+    assert made.graph.node[0].op_type == "Gather"
+    (expected,), (actual,) = (ReferenceEvaluator(one).run(None, ids) for one in (given, made))
+    np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+def test_the_float_weights_are_trained_split_as_they_are_whole() -> None:
+    labels = np.zeros((6, 3), np.float32)
+    bundle = splitonnx.cut(build(), at="r", loss="mse", dequantize=True, send_labels=True)
+    assert set(bundle.client.weights) == {"w1"}
+    found = splitonnx.verify(bundle, {"x": X, "labels": labels}, steps=2, batch_size=3)
+    assert found.largest_difference <= 1e-6
+    merged = onnx.load_from_string(splitonnx.merge(bundle))
+    np.testing.assert_allclose(run(merged), run(build()), rtol=1e-6, atol=1e-6)
+
+
+def test_integers_that_stay_untrained_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    sentence = "'w1_q', 'w2_q': 35 numbers stored as integers are not trained; --dequantize"
+    (remark,) = [one for one in check(build()).remarks if one.options == ("--dequantize",)]
+    assert sentence in remark.sentence
+    assert remark.names == ("w1_q", "w2_q")
+    with caplog.at_level(logging.WARNING):
+        splitonnx.cut(build(), at="r", loss="mse", send_labels=True)
+    assert sentence in caplog.text
+    floats = ir.from_proto(build())
+    dequantize(floats)
+    assert find_stored_integers(floats.graph) == {}
