@@ -65,7 +65,7 @@ from splitonnx.partitioner.cutting.preparations import (
 )
 from splitonnx.partitioner.differentiation.activations.final_activations import CONTAINED
 from splitonnx.partitioner.differentiation.activations.squashings import find_repeated_activation
-from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
+from splitonnx.partitioner.differentiation.control_flow.obstacles import list_undifferentiable
 from splitonnx.partitioner.differentiation.loss_arrays import (
     LossGraphs,
     describe_scores,
@@ -389,7 +389,7 @@ def refuse_untrainable(prepared: PreparedModel, output: str) -> None:
         UsageError: the output depends on no trained parameter.
     """
     graph = prepared.training.graph
-    for fault in list_undifferentiable(graph, prepared.trainable, output):
+    for fault in list_undifferentiable(graph, prepared.trainable, [output]):
         raise fault
     reached = {value.name for value in find_movers([map_values(graph)[output]])}
     if not reached.intersection(prepared.trainable):

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.element_types import ELEMENT_TYPES
-from splitonnx.errors import NotACut, UsageError
+from splitonnx.errors import UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.cutting.cuts import Partition
-from splitonnx.partitioner.graphs.traversals import list_bodies, list_inputs
-from splitonnx.partitioner.inference.control_flows import KEPT
+from splitonnx.partitioner.graphs.traversals import list_inner
 from splitonnx.partitioner.inference.dimensions import name_unknown
 from splitonnx.tensors import DTYPES, TensorSpec
 
@@ -67,9 +66,6 @@ def insert_ports(
     ``server`` holds the server's nodes in the partition, and the nodes of the loss if the server
     computes the loss.  ``arrays`` names what the loss reads beside the model's outputs: labels and
     weights of samples.  Return the inserted ports.
-
-    Raises:
-        NotACut: a subgraph body of a control-flow operator reads a cut tensor.
     """
     ports = []
     for value in partition.at:
@@ -101,12 +97,10 @@ def _insert(
     port = ir.node("Identity", [value], name=f"{name}/port")
     wire = port.outputs[0]
     wire.name, wire.type, wire.shape = name, value.type, value.shape
+    holders = {inner: node for node in graph for inner in list_inner(node)}
     for use in list(value.uses()):
-        if use.node is port:
-            continue
-        if use.node.graph is not graph:
-            raise NotACut([value.name or ""], reason=_explain_inner(graph, value))
-        if (use.node in server) is (receiver == SERVER):
+        reader = holders.get(use.node, use.node)
+        if reader is not port and (reader in server) is (receiver == SERVER):
             use.node.replace_input_with(use.idx, wire)
     producer = value.producer()
     if producer is not None:
@@ -115,16 +109,6 @@ def _insert(
         first = next(iter(graph))
         graph.insert_before(first, port)
     return Port(value=wire, sender=sender, receiver=receiver, kind=kind)
-
-
-def _explain_inner(graph: ir.Graph, value: ir.Value) -> str:
-    """Return why a tensor that a subgraph body reads cannot be sent."""
-    holder = next(node for node in graph if value in list_inputs(node) and list_bodies(node))
-    kept = holder.metadata_props.get(KEPT)
-    return (
-        f"it is read in a body of node '{holder.name}' ({holder.op_type})"
-        f"{f', which stays because {kept}' if kept else ''}; cut before or behind that node"
-    )
 
 
 def _split_output(graph: ir.Graph, value: ir.Value) -> ir.Value:

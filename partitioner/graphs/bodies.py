@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import Attribute, NodeBuilder
@@ -67,3 +68,10 @@ def build_scan(
 def runs_backwards(node: ir.Node) -> bool:
     """Return whether a Scan of :func:`build_scan` starts at the end of its sequences."""
     return any(node.attributes.get_ints("scan_input_directions", []) or [])
+
+
+def reverse_rows(builder: NodeBuilder, value: ir.Value) -> ir.Value:
+    """Return the rows of a sequence in the opposite order."""
+    lowest = int(np.iinfo(np.int64).min)
+    one = builder.integers([-1])
+    return builder.op("Slice", value, one, builder.integers([lowest]), builder.integers([0]), one)

@@ -15,9 +15,6 @@ from splitonnx.errors import UnsupportedModel
 DETACHED = "splitonnx.detached"
 """Metadata key of an Identity node through which no gradient may pass."""
 
-DIFFERENTIABLE = "splitonnx.differentiable"
-"""Metadata key of a Scan whose step can be differentiated, so that a gradient may pass through."""
-
 HIDDEN = "splitonnx.hidden"
 """Metadata key of a node that is hidden from the gradient builder, which gets its gradient."""
 

@@ -105,7 +105,7 @@ def find_dependents(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Valu
     return dependents
 
 
-_RANDOM = frozenset(
+RANDOM = frozenset(
     ["Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
      "RandomUniformLike"]
 )  # fmt: skip
@@ -120,7 +120,7 @@ def find_data(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Value]:
     """
     data = set(roots)
     for node in graph:  # in topological order
-        drawn = node.op_type in _RANDOM and not node.domain
+        drawn = node.op_type in RANDOM and not node.domain
         if drawn or (not reads_size(node) and any(v in data for v in list_inputs(node))):
             data.update(node.outputs)
     return data

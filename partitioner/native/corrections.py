@@ -6,12 +6,14 @@ these classes instead of its own in every opset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from onnx import TypeProto
+from onnx.helper import tensor_dtype_to_np_dtype
 from onnx.reference.op_run import OpRun
-from onnx.reference.ops import op_conv_transpose
+from onnx.reference.ops import op_conv_transpose, op_loop
 from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_25
 
 _FLAT_UNTIL = 12
@@ -74,6 +76,50 @@ class LRN(OpRun):
         sums = [(x[:, start:end] ** 2).sum(1, keepdims=True) for start, end in spans]
         scale = bias + alpha / size * np.concatenate(sums, 1)
         return ((x / scale**beta).astype(x.dtype),)
+
+
+class Loop(op_loop.Loop):
+    """Compute Loop; stack what the iterations compute along a new first axis.
+
+    onnx's own class joins it along the existing first axis, fails if there is no iteration, and
+    runs none if the condition is left out.
+    """
+
+    op_domain = ""
+    body: Any  # onnx sets both from the node's attribute
+    _run_body: Any
+
+    def _run(
+        self,
+        most: np.ndarray | None,
+        condition: np.ndarray | None,
+        *first: np.ndarray,
+        context: Mapping[str, Any] | None = None,
+        body: object = None,
+        attributes: Mapping[str, Any] | None = None,
+        bindings: object = None,
+    ) -> tuple[np.ndarray, ...]:
+        del body, bindings  # onnx's evaluator hands them over
+        names = self.body.input_names
+        carried: Sequence[np.ndarray] = first
+        rows: list[Sequence[np.ndarray]] = []
+        going = condition is None or bool(np.all(condition))
+        while going and (most is None or len(rows) < int(np.squeeze(most))):
+            given = (np.array(len(rows)), np.array(True), *carried)
+            values = {**(context or {}), **dict(zip(names, given, strict=True))}
+            made = self._run_body(values, attributes=attributes)
+            going, carried = bool(np.all(made[0])), made[1 : self.N + 1]
+            rows.append(made[self.N + 1 :])
+        if rows:
+            return (*carried, *map(np.stack, zip(*rows, strict=True)))
+        return (*carried, *map(_make_empty, self.body.output_types[self.N + 1 :]))
+
+
+def _make_empty(kind: TypeProto) -> np.ndarray:
+    """Return what a Loop without an iteration stacks: no rows of the type ``kind``."""
+    tensor = kind.tensor_type
+    shape = (0, *(dim.dim_value for dim in tensor.shape.dim))
+    return np.empty(shape, tensor_dtype_to_np_dtype(tensor.elem_type))
 
 
 class LpNormalization(OpRun):
@@ -186,6 +232,7 @@ CORRECTIONS: tuple[type[OpRun], ...] = (
     ConvTranspose,
     DequantizeLinear,
     LRN,
+    Loop,
     LpNormalization,
     Softmax,
     LogSoftmax,

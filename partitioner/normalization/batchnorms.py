@@ -21,7 +21,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel, UsageError, quote
 from splitonnx.names import BatchNormMode, BatchNormModes
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.traversals import find_data, walk_back
+from splitonnx.partitioner.graphs.traversals import find_data, list_inner, walk_back
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.normalization.parameters import find_stored
 
@@ -180,6 +180,17 @@ def freeze_batchnorms(graph: ir.Graph) -> set[str]:
         with attribute_errors_to(node, "written as its formula"):
             _write_out(graph, node)  # removes the node's inputs
     return statistics
+
+
+def find_inner_statistics(graph: ir.Graph) -> set[str]:
+    """Return the names of the running statistics of all BatchNormalizations in subgraph bodies.
+
+    They stay as they are: no gradient may change them, and no batch updates them.
+    """
+    inner = [part for node in graph for part in list_inner(node)]
+    nodes = [n for n in inner if n.op_type == "BatchNormalization" and not n.domain]
+    read = [find_stored(v) for node in nodes for v in node.inputs[3:5] if v is not None]
+    return {value.name or "" for value in read}
 
 
 def _write_out(graph: ir.Graph, node: ir.Node) -> None:

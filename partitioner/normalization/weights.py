@@ -10,14 +10,14 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError, list_some, quote
 from splitonnx.manifests import Role
-from splitonnx.partitioner.graphs.traversals import list_bodies, list_nodes
+from splitonnx.partitioner.graphs.traversals import list_bodies, list_inputs, list_nodes
 from splitonnx.partitioner.normalization.parameters import (
     Classification,
     TensorKind,
@@ -72,15 +72,24 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
     return {name: _lift(graph, *stored[name]) for name in stored if name in lifted}
 
 
-def return_weights(graph: ir.Graph, weights: dict[str, ir.TensorProtocol]) -> None:
+def return_weights(
+    graph: ir.Graph,
+    weights: dict[str, ir.TensorProtocol],
+    may_train: Callable[[ir.Node], bool],
+) -> None:
     """Convert weights that are used only in subgraph bodies back to constants.
 
-    Such weights cannot be trained.  They are also removed from ``weights``.
+    Only weights that are read in bodies of nodes for which ``may_train`` is false are converted.
+    They cannot be trained, and are also removed from ``weights``.
     """
-    for value in [value for value in graph.inputs if INNER in value.metadata_props]:
-        if all(use.node.graph is not graph for use in value.uses()):
+    inner = [value for value in graph.inputs if INNER in value.metadata_props]
+    holders = [node for node in graph if list_bodies(node) and not may_train(node)] if inner else []
+    read = {value for node in holders for value in list_inputs(node)}
+    for value in inner:
+        if value in read and all(use.node.graph is not graph for use in value.uses()):
             graph.inputs.remove(value)
-            value.const_value = weights.pop(value.name or "")
+            tensor = weights.pop(value.name or "")  # not itself: it would be renamed in the file
+            value.const_value = ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
             graph.register_initializer(value)
 
 

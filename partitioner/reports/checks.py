@@ -36,7 +36,7 @@ from splitonnx.partitioner.cutting.preparations import (
     find_roles,
     prepare,
 )
-from splitonnx.partitioner.differentiation.gradients import list_undifferentiable
+from splitonnx.partitioner.differentiation.control_flow.obstacles import list_undifferentiable
 from splitonnx.partitioner.differentiation.loss_arrays import fit_loss, list_losses
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
@@ -353,7 +353,7 @@ def _try_training(
 
 
 def _list_faults(prepared: PreparedModel, output: str) -> Iterator[NotDifferentiable]:
-    return list_undifferentiable(prepared.training.graph, prepared.trainable, output)
+    return list_undifferentiable(prepared.training.graph, prepared.trainable, [output])
 
 
 @attribute_errors_to_pass("searched for its operators")

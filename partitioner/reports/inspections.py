@@ -146,7 +146,7 @@ def list_cuts(
         for each in found
         if each.at[0].name in trained
         and not _loses_gradient(each)
-        and all(can_travel(value, form.graph) for value in each.at)
+        and all(can_travel(value) for value in each.at)
         and _keeps_states(prepared, each, output)
     ]
 
@@ -244,11 +244,7 @@ def _list_trained(
         )
     finally:
         graph.outputs[:] = outputs
-    return {
-        each.at[0].name or ""
-        for each in found
-        if all(can_travel(value, graph) for value in each.at)
-    }
+    return {each.at[0].name or "" for each in found if all(can_travel(value) for value in each.at)}
 
 
 def _list_passed(prepared: PreparedModel, elements: Mapping[str, int], output: str) -> set[str]:
@@ -258,13 +254,9 @@ def _list_passed(prepared: PreparedModel, elements: Mapping[str, int], output: s
     return {value.name or "" for value in moving & trace_gradients([map_values(graph)[output]])}
 
 
-def can_travel(value: ir.Value, graph: ir.Graph) -> bool:
-    """Return whether a tensor can be sent.
-
-    Its element type and its rank must be known, and it must not be read inside a control-flow node.
-    """
-    is_read_inside = any(use.node.graph is not graph for use in value.uses())
-    return declare_shape(value)[1] > 0 and not is_read_inside
+def can_travel(value: ir.Value) -> bool:
+    """Return whether a tensor can be sent: its element type and its rank must be known."""
+    return declare_shape(value)[1] > 0
 
 
 def _loses_gradient(bisection: Bisection) -> bool:

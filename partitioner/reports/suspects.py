@@ -18,6 +18,7 @@ from splitonnx.partitioner.cutting.preparations import (
     describe_adapters,
     describe_numbers,
 )
+from splitonnx.partitioner.differentiation.control_flow.obstacles import find_obstacle
 from splitonnx.partitioner.differentiation.untrained import explain_untrained
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import map_values, trace_gradients
@@ -144,12 +145,14 @@ def remark_on_conditional(prepared: PreparedModel) -> Iterator[Remark]:
     held: dict[str, list[str]] = {}
     for value in list_returned(prepared.skeleton.graph):
         held.setdefault(value.metadata_props[INNER], []).append(value.name or "")
+    nodes = {node.name or "": node for node in prepared.skeleton.graph}
     for node, names in held.items():
+        reason = find_obstacle(nodes[node]) if node in nodes else None
         yield Remark(
             kind=Kind.CONDITIONAL_WEIGHTS,
-            sentence=f"{list_names(names)} in node '{node}' will not be trained: its branches or "
-            "iterations depend on the data; export the model without this control flow to train "
-            f"{'it' if len(names) == 1 else 'them'}",
+            sentence=f"{list_names(names)} in node '{node}' will not be trained: "
+            f"{reason or 'its branches or iterations depend on the data'}; export the model "
+            f"without this control flow to train {'it' if len(names) == 1 else 'them'}",
             names=tuple(names),
         )
 

@@ -17,7 +17,6 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.bodies import build_scan
 from splitonnx.partitioner.graphs.builders import (
-    DIFFERENTIABLE,
     NodeBuilder,
     known_array,
     known_dims,
@@ -269,7 +268,6 @@ def _run(
         rows = [*inputs[index], *([] if mask is None else [mask])]
         backwards = index == 1 or _read_direction(layer.node) == "reverse"
         *last, sequence = build_scan(builder, body, first, rows, backwards=backwards)
-        builder.nodes[-1].metadata_props[DIFFERENTIABLE] = "1"
         if mask is not None:
             zero = builder.number(0.0, layer.x.dtype)
             sequence = builder.op("Where", mask, sequence, zero)

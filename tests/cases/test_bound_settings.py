@@ -7,17 +7,24 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from splitonnx.bundles import Bundle
 from splitonnx.errors import NotDifferentiable
 from splitonnx.manifests import Role
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
+from splitonnx.verifications import verify
+from tests.support.case_trials import TARGETS
 
 
-def build_rated() -> onnx.ModelProto:
-    """Build a layer for one sampling rate, and another layer for all other rates."""
+def build_rated(*, noisy: bool = False) -> onnx.ModelProto:
+    """Build a layer for one sampling rate, and another layer for all other rates.
+
+    ``noisy`` means that both draw random numbers, so that no gradient can pass through.
+    """
+    noise = [helper.make_node("RandomNormalLike", ["h"], ["noise"])] if noisy else []
     layers = [
         helper.make_graph(
-            [helper.make_node("MatMul", ["h", weight], [out])], out, [],
+            [*noise, helper.make_node("MatMul", ["h", weight], [out])], out, [],
             [helper.make_tensor_value_info(out, TensorProto.FLOAT, ["N", 6])],
         )
         for weight, out in (("fast", "f"), ("slow", "s"))
@@ -44,11 +51,34 @@ def build_rated() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def test_a_branch_that_a_setting_decides_is_refused_with_the_option_that_settles_it() -> None:
-    with pytest.raises(NotDifferentiable, match="input 'rate', which --bind rate=VALUE fixes; oth"):
-        cut(build_rated(), at=None)
-    assert "--bind rate=VALUE" in check(build_rated()).obstacles[0]
+def test_a_branch_that_a_setting_decides_is_trained_alone() -> None:
+    assert list_trained(cut(build_rated(), at=None)) == {"first", "fast", "slow", "last"}
     for rate, weight in ((16000, "fast"), (8000, "slow")):
         bundle = cut(build_rated(), at=None, bind={"rate": rate})
-        trained = {s.tensor.name for s in bundle.client.manifest.state if s.role is Role.PARAMETER}
-        assert trained == {"first", weight, "last"}
+        assert list_trained(bundle) == {"first", weight, "last"}
+
+
+def test_a_setting_that_differs_from_batch_to_batch_trains_its_own_branch() -> None:
+    random = np.random.default_rng(1)
+    batches = [
+        {
+            "x": random.standard_normal((5, 4)).astype(np.float32),
+            "rate": np.array(rate),
+            "labels": random.integers(0, 3, 5),
+        }
+        for rate in (16000, 8000, 16000)
+    ]
+    for target in TARGETS:
+        bundle = cut(build_rated(), at=["h", "rate"], client_target=target, server_target=target)
+        assert verify(bundle, batches, steps=3).largest_difference == 0.0
+
+
+def test_a_setting_decides_a_branch_that_draws_numbers() -> None:
+    with pytest.raises(NotDifferentiable, match="input 'rate', which --bind rate=VALUE fixes; oth"):
+        cut(build_rated(noisy=True), at=None)
+    assert "--bind rate=VALUE" in check(build_rated(noisy=True)).obstacles[0]
+
+
+def list_trained(bundle: Bundle) -> set[str]:
+    state = bundle.client.manifest.state
+    return {each.tensor.name for each in state if each.role is Role.PARAMETER}

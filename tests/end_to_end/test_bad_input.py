@@ -119,13 +119,15 @@ def test_an_operator_that_was_not_rewritten_is_named_with_its_node(kind: str) ->
 
 
 def build_conditional(*, trained: bool) -> onnx.ModelProto:
+    """An If that no gradient can pass through, because its branches draw random numbers."""
     net = Net()
     value = net.op("MatMul", "x", net.weight("w", 4, 4), out="m") if trained else "x"
     doubled = helper.make_node("Add", [value, value], ["doubled"], name="inner")
     kept = helper.make_node("Identity", [value], ["kept"], name="other")
+    noise = helper.make_node("RandomNormalLike", [value], ["noise"], name="drawn")
     output = helper.make_tensor_value_info
     bodies = [
-        helper.make_graph([node], name, [], [output(node.output[0], FLOAT, ["N", 4])])
+        helper.make_graph([noise, node], name, [], [output(node.output[0], FLOAT, ["N", 4])])
         for node, name in ((doubled, "then"), (kept, "else"))
     ]
     most = net.op("ReduceMax", "x", out="most", keepdims=0)

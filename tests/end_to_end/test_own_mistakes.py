@@ -33,7 +33,8 @@ from splitonnx.partitioner.cutting.candidates import bisections
 from splitonnx.partitioner.cutting.conformance import samples
 from splitonnx.partitioner.cutting.conformance.expectations import expect
 from splitonnx.partitioner.cutting.passes import batches
-from splitonnx.partitioner.differentiation import gradients, loss_arrays, losses, updates
+from splitonnx.partitioner.differentiation import loss_arrays, losses, updates
+from splitonnx.partitioner.differentiation.control_flow import obstacles
 from splitonnx.partitioner.differentiation.derived import derivations
 from splitonnx.partitioner.gate import forms, gates, names
 from splitonnx.partitioner.inference import evaluations, folds, shapes
@@ -215,7 +216,7 @@ IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
 IN_A_CHECK: Sequence[tuple[Callable[..., object], str, str]] = [
     (diagnoses._miss_batchnorms, "the model", "searched for what is missing from its training"),
     (loss_arrays.fit_loss, "the model", "tried with the losses"),
-    (gradients.list_undifferentiable, "the model", "tried in training"),
+    (obstacles.list_undifferentiable, "the model", "tried in training"),
     (suspects.find_computed, *REPORTED),
     (formulas.describe_formula, *REPORTED),
     (loss_readings.remark_on_loss, *REPORTED),

@@ -148,6 +148,7 @@ CASES = {
     "39_lstm_layout1": Case(at="f"),
     "41_lost_detach": Case(at="s", stop_gradients=("e",)),
     "42_fixed_batch": Case(at="b", dims={"x:0": "N"}),
+    "43_loop_if_scan": Case(at="h", batches=take_lengths),
     "state-client": Case(
         at="h",
         tail_at="p",

@@ -35,6 +35,7 @@ from splitonnx.partitioner.cutting.passes.joined_statistics import separate_stat
 from splitonnx.partitioner.cutting.passes.resized_batches import refuse_resized_batches
 from splitonnx.partitioner.cutting.passes.ties import tie_weights
 from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
+from splitonnx.partitioner.differentiation.control_flow import obstacles
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
@@ -44,6 +45,7 @@ from splitonnx.partitioner.inference.sequences import flatten_sequences
 from splitonnx.partitioner.inference.shapes import check_ranks, infer_shapes
 from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
 from splitonnx.partitioner.normalization.batchnorms import (
+    find_inner_statistics,
     freeze_batchnorms,
     train_batchnorms,
     write_out_own_statistics,
@@ -98,7 +100,7 @@ def _flatten_sequences_of_loops(work: Work) -> None:
 
 def _infer(work: Work) -> None:
     infer_shapes(work.model)
-    if make_axes_vectors(work.model.graph):
+    if make_axes_vectors(work.model.graph) | obstacles.note_carried_shapes(work.model.graph):
         infer_shapes(work.model)
 
 
@@ -165,7 +167,8 @@ def _set_modes(work: Work) -> None:
     work.buffers = train_batchnorms(
         work.training.graph, mode=work.batchnorm, has_others=work.has_own_statistics
     )
-    work.frozen_statistics = freeze_batchnorms(work.training.graph)
+    work.frozen_statistics = find_inner_statistics(work.training.graph)
+    work.frozen_statistics |= freeze_batchnorms(work.training.graph)
     seed_dropouts(work.training.graph, mode=work.dropout)
     make_inference_form(work.inference.graph)
 
@@ -299,8 +302,8 @@ PASSES: Sequence[Pass] = (
         ensures=_F.FLAT,
     ),
     Pass(
-        work="given back the weights of bodies that still stand",
-        run=lambda work: return_weights(work.model.graph, work.weights),
+        work="given back the weights of bodies that no gradient can pass through",
+        run=lambda work: return_weights(work.model.graph, work.weights, obstacles.has_gradient),
         requires=_F.LIFTED | _F.FOLDED | _F.FLAT,
     ),
     Pass(

@@ -2,7 +2,8 @@
 
 The graph is prepared so that the gradient builder treats it correctly: parameters that a node reads
 twice are separated, and detached values and opaque nodes are taken out.  Afterwards, all of this is
-undone.  :mod:`gradients` differentiates a whole model with it, and :mod:`scans` one step of a Scan.
+undone.  :mod:`gradients` differentiates a whole model with it, and :mod:`control_flow` the bodies
+of its nodes.
 """
 
 from __future__ import annotations

@@ -29,9 +29,11 @@ class SuppliedGradients:
     ``nodes`` read the gradients of ``results``, which are values that hidden nodes compute.  They
     compute the gradients of ``arguments``, which are copies of values that hidden nodes read.  Each
     argument is a graph output, and its gradient is a graph input until the nodes are inserted.
+    ``declarations`` are the known types and shapes of what the nodes compute.
     """
 
     nodes: Sequence[onnx.NodeProto] = ()
+    declarations: Sequence[onnx.ValueInfoProto] = ()
     results: Sequence[str] = ()
     arguments: Sequence[str] = ()
 
@@ -39,6 +41,7 @@ class SuppliedGradients:
         """Return these gradients and those of ``other``."""
         return SuppliedGradients(
             nodes=[*self.nodes, *other.nodes],
+            declarations=[*self.declarations, *other.declarations],
             results=[*self.results, *other.results],
             arguments=[*self.arguments, *other.arguments],
         )
@@ -86,4 +89,5 @@ def put_back_gradients(graph: onnx.GraphProto, supplied: SuppliedGradients) -> N
     graph.input.extend(inputs)
     graph.output.extend(outputs)
     graph.value_info.extend(value for value in hidden if value.HasField("type"))
+    graph.value_info.extend(supplied.declarations)
     graph.node.extend(supplied.nodes)

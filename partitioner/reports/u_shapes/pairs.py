@@ -167,7 +167,7 @@ def _limit_outputs(prepared: PreparedModel, output: str | None) -> Iterator[None
 
 def _can_be_sent(pair: Pair, graph: ir.Graph, trainable: Collection[str]) -> bool:
     """Return whether the tensors of a pair can be sent, without blocking a gradient."""
-    return all(can_travel(value, graph) for value in (*pair.at, *pair.tail_at)) and not any(
+    return all(can_travel(value) for value in (*pair.at, *pair.tail_at)) and not any(
         find_lost(end, trainable) for end in (pair.at, pair.tail_at) if not all(map(is_float, end))
     )
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from splitonnx.errors import NotACut, UsageError
+from splitonnx.errors import UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.cutting.cuts import divide
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import Port, declare, insert_ports
-from splitonnx.partitioner.graphs.traversals import map_values, walk_back
+from splitonnx.partitioner.graphs.traversals import list_inner, map_values, walk_back
 from splitonnx.tensors import TensorSpec
 from tests.support.zoo import ZOO
 
@@ -109,7 +109,7 @@ def test_labels_cross_only_where_the_server_reads_them() -> None:
     assert ports[1].kind is WireKind.INPUT
 
 
-def test_a_cut_tensor_that_a_body_reads_is_refused_by_name() -> None:
+def test_a_body_of_the_server_reads_the_port() -> None:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([3]))
     first = ir.node("Tanh", [x], name="first")
     h = first.outputs[0]
@@ -131,8 +131,10 @@ def test_a_cut_tensor_that_a_body_reads_is_refused_by_name() -> None:
     graph = ir.Graph([x, go], choice.outputs, nodes=[first, choice], opset_imports={"": 18},
                      name="g")  # fmt: skip
     partition = divide(graph, [h, go], state=frozenset())
-    with pytest.raises(NotACut, match=r"'h' .*a body of node 'choice' \(If\)"):
-        insert_ports(graph, partition, partition.server)
+    insert_ports(graph, partition, partition.server)
+    read = [inner.inputs[0].name for inner in list_inner(choice) if inner.inputs[0]]
+    assert read == ["h@server", "h@server"]
+    assert [use.node.op_type for use in h.uses()] == ["Identity"]
 
 
 def make_value(dtype: ir.DataType | None, *dims: int | str | None) -> ir.Value:

@@ -10,7 +10,7 @@ from onnx import helper
 
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.gate.marks import forget_marks
-from splitonnx.partitioner.graphs.builders import DETACHED, DIFFERENTIABLE
+from splitonnx.partitioner.graphs.builders import DETACHED, HIDDEN
 from tests.support.derivatives import close_net, draw_labels, hold_steps, take_step
 from tests.support.zoo import Net
 
@@ -28,7 +28,7 @@ def build(mark: str) -> onnx.ModelProto:
     return model
 
 
-@pytest.mark.parametrize("mark", [DETACHED, DIFFERENTIABLE])
+@pytest.mark.parametrize("mark", [DETACHED, HIDDEN])
 def test_a_gradient_passes_a_node_that_the_file_marks(mark: str) -> None:
     model = build(mark)
     data = {**DATA, "labels": draw_labels(model, DATA)}

@@ -85,6 +85,29 @@ def test_integers_are_dequantized_in_every_opset(opset: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_a_loop_stacks_its_iterations_and_needs_no_condition(most: int) -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 18]>
+        loops (double[2, 3] s, int64 most, double[3] p) => (double[2, 3] last, double[K, 2, 3] rows)
+        {
+            last, rows = Loop <
+                body = step (int64 i, bool going, double[2, 3] a) =>
+                    (bool again, double[2, 3] n, double[2, 3] y) {
+                        again = Identity (going)  n = Mul (a, p)  y = Neg (n)
+                    }
+            > (most, , s)
+        }
+    """)
+    given = {"s": IMAGES[:, 0, 0, :3], "most": np.array(most), "p": np.array([2.0, 1.0, -1.0])}
+    batch = {n: numpy_helper.from_array(a).SerializeToString() for n, a in given.items()}
+    (found,) = natives.run_reference(model.SerializeToString(), [batch], 10.0)
+    last, rows = (numpy_helper.to_array(TensorProto.FromString(found[n])) for n in ("last", "rows"))
+    steps = [given["s"] * given["p"] ** (step + 1) for step in range(most)]
+    np.testing.assert_allclose(last, steps[-1] if steps else given["s"])
+    np.testing.assert_allclose(rows, -np.array(steps).reshape(most, 2, 3))
+
+
 def test_lp_normalization_divides_by_the_sum_of_absolute_values() -> None:
     found = evaluate("LpNormalization", 18, IMAGES, p=1, axis=1)
     np.testing.assert_allclose(np.abs(found).sum(1), 1)

@@ -197,13 +197,18 @@ def test_a_pattern_without_effect_is_refused(
         cut(build_scaled(), at=None, train=train, freeze=freeze)
 
 
-def build_branch(condition: str) -> onnx.ModelProto:
-    """A layer in a branch: of a known condition, or of one that depends on the data."""
+def build_branch(condition: str, *, noisy: bool = False) -> onnx.ModelProto:
+    """A layer in a branch: of a known condition, or of one that depends on the data.
+
+    ``noisy`` means that the branches draw random numbers, so that no gradient can pass through.
+    """
     branches = {}
+    noise = [helper.make_node("RandomNormalLike", ["x"], ["noise"])] if noisy else []
     for name, seed in (("then", 1), ("else", 2)):
         weight = np.random.default_rng(seed).standard_normal((4, 4), np.float32)
+        product = helper.make_node("MatMul", ["x", "inner"], [f"{name}_out"], name=f"{name}_node")
         branches[f"{name}_branch"] = helper.make_graph(
-            [helper.make_node("MatMul", ["x", "inner"], [f"{name}_out"], name=f"{name}_node")],
+            [*noise, product],
             name,
             [],
             [helper.make_tensor_value_info(f"{name}_out", FLOAT, ["N", 4])],
@@ -224,13 +229,18 @@ def test_weights_of_a_settled_branch_are_trained() -> None:
     assert verify(bundle, DATA, steps=2, batch_size=8).largest_difference == 0.0
 
 
-def test_weights_of_a_branch_that_depends_on_the_data_stay() -> None:
-    bundle = cut(build_branch("any"), at="chosen")
-    assert list_trained(bundle) == {"w"}
+@pytest.mark.parametrize("noisy", [False, True])
+def test_weights_of_a_branch_that_depends_on_the_data_are_trained_where_they_can(
+    noisy: bool,
+) -> None:
+    model = build_branch("any", noisy=noisy)
+    bundle = cut(model, at="chosen")
+    held = set() if noisy else {"chosen_node/inner", "inner"}
+    assert list_trained(bundle) == {"w", *held}
     assert verify(bundle, DATA, steps=2, batch_size=8).largest_difference == 0.0
-    assert check(build_branch("any")).conditional == 2 * 4 * 4
+    assert check(model).conditional == (2 * 4 * 4 if noisy else 0)
     inputs = {"x": DATA["x"]}
-    original = onnxruntime.InferenceSession(build_branch("any").SerializeToString())
+    original = onnxruntime.InferenceSession(model.SerializeToString())
     merged = onnxruntime.InferenceSession(merge(bundle))
     np.testing.assert_array_equal(merged.run(None, inputs)[0], original.run(None, inputs)[0])
 

@@ -191,15 +191,19 @@ def test_a_tensor_that_a_body_reads_is_no_cut() -> None:
         cut(model, at=[each.tensor, *each.sent], loss="mse")
 
 
-def build_choice(source: str) -> onnx.ModelProto:
-    """A branch chosen by the size T, which reads ``source``: ``x``, or what weights made of it."""
+def build_choice(source: str, *, noisy: bool = False) -> onnx.ModelProto:
+    """A branch chosen by the size T, which reads ``source``: ``x``, or what weights made of it.
+
+    ``noisy`` means that it draws random numbers, so that no gradient can pass through.
+    """
+    noise = [helper.make_node("RandomNormalLike", ["x"], ["noise"])] if noisy else []
     net = Net()
     net.op("MatMul", "x", net.weight("w1", 4, 4), out="hidden")
     net.op("Gather", net.op("Shape", "x", out="sizes"), net.constant("one", np.array(1)), out="t")
     net.op("Greater", "t", net.constant("three", np.array(3)), out="is_long")
     bodies = [
         helper.make_graph(
-            [helper.make_node(kind, [source], [kind])], kind, [],
+            [*noise, helper.make_node(kind, [source], [kind])], kind, [],
             [helper.make_tensor_value_info(kind, FLOAT, None)],
         )
         for kind in ("Tanh", "Sigmoid")
@@ -210,8 +214,8 @@ def build_choice(source: str) -> onnx.ModelProto:
     return net.finish({"x": (FLOAT, ["N", "T", 4])}, "y", "T", 3)
 
 
-def test_where_a_size_chooses_a_branch_that_is_trained_no_cut_is_listed_and_none_taken() -> None:
-    model = build_choice("hidden")
+def test_where_a_size_chooses_a_branch_that_draws_numbers_no_cut_is_listed_and_none_taken() -> None:
+    model = build_choice("hidden", noisy=True)
     expected = r"'chosen_node' \(If\).*depends on the size 'T', which --dim T=SIZE fixes"
     with pytest.raises(NotDifferentiable, match=expected):
         inspect(model)

@@ -152,11 +152,12 @@ def test_numbers_that_are_written_in_code_are_not_told() -> None:
 
 
 def build_conditional() -> onnx.ModelProto:
-    """A branch that depends on the data, with a weight that only it reads."""
+    """A branch that depends on the data and draws numbers, with a weight that only it reads."""
+    noise = onnx.helper.make_node("RandomNormalLike", ["h"], ["noise"])
     value = onnx.helper.make_tensor_value_info
     branches = {
         name: onnx.helper.make_graph(
-            [onnx.helper.make_node("MatMul", ["h", weight], [f"{name}_out"])],
+            [noise, onnx.helper.make_node("MatMul", ["h", weight], [f"{name}_out"])],
             name, [], [value(f"{name}_out", FLOAT, None)],
             [onnx.numpy_helper.from_array(np.ones((4, 4), np.float32) * 0.5, weight)],
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.differentiation.scans.steps import (
+from splitonnx.partitioner.differentiation.control_flow.forward import supply_gradients
+from splitonnx.partitioner.differentiation.control_flow.steps import (
     DerivedStep,
     Step,
     differentiate_step,
     open_step,
 )
-from tests.partitioner.differentiation.scans.scan_models import read, write_scan
+from tests.partitioner.differentiation.control_flow.scan_models import read, write_scan
 
 LINEAR = "m = Gemm (a, w, b)  n = Tanh (m)  y = Mul (n, p)"
 
@@ -27,7 +28,9 @@ def derive(step: str, moving: str, ends: str = "ny") -> DerivedStep:
     named = dict(zip("ab", [*opened.states, *opened.rows], strict=True))
     named |= {value.name or "": own for own, value in opened.held.items()}
     outputs = dict(zip("ny", [*opened.nexts, *opened.shown], strict=True))
-    return differentiate_step(opened, [named[n] for n in moving], [outputs[n] for n in ends])
+    return differentiate_step(
+        opened, [named[n] for n in moving], [outputs[n] for n in ends], supply_gradients
+    )
 
 
 def list_kinds(nodes: list[ir.Node]) -> list[str]:

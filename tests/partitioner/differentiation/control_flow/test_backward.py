@@ -6,9 +6,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from splitonnx.partitioner.differentiation.control_flow.forward import supply_gradients
 from splitonnx.partitioner.differentiation.derived.supplied_gradients import SuppliedGradients
-from splitonnx.partitioner.differentiation.scans.scans import supply_gradients
-from tests.partitioner.differentiation.scans.scan_models import LOSS, read, write_scan
+from tests.partitioner.differentiation.control_flow.scan_models import LOSS, read, write_scan
 
 STEP = "m = Gemm (a, w, b)  n = Tanh (m)  y = Mul (n, p)"
 LAST = "loss = ReduceSumSquare <keepdims = 0> (last)"
@@ -18,7 +18,7 @@ def supply(
     trained: list[str], loss: str = LOSS, *, backwards: bool = False
 ) -> tuple[ir.Model, SuppliedGradients]:
     model = read(write_scan(STEP, loss, backwards=backwards), trained)
-    return model, supply_gradients(model, trained, "loss")
+    return model, supply_gradients(model, trained, ["loss"])
 
 
 def find_scan(supplied: SuppliedGradients) -> onnx.NodeProto:
