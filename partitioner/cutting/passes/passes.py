@@ -220,11 +220,7 @@ PASSES: Sequence[Pass] = (
         run=lambda work: inline_functions(work.model),
         ensures=_F.INLINED,
     ),
-    Pass(
-        work="relieved of inputs with stored values",
-        run=store_inputs,
-        ensures=_F.STORED,
-    ),
+    Pass(work="relieved of inputs with stored values", run=store_inputs, ensures=_F.STORED),
     Pass(work="given names", run=_name_nodes, requires=_F.INLINED, ensures=_F.NAMED),
     Pass(
         work="given running statistics that are no parameters",
@@ -266,16 +262,8 @@ PASSES: Sequence[Pass] = (
         requires=_F.LIFTED,
     ),
     Pass(work="typed", run=_type, requires=_F.ADAPTED | _F.USUAL, ensures=_F.TYPED),
-    Pass(
-        work="given one name for equal sizes",
-        run=_join_sizes,
-        requires=_F.LIFTED | _F.TYPED,
-    ),
-    Pass(
-        work="freed of a batch of 1",
-        run=_free_batches,
-        requires=_F.LIFTED | _F.TYPED,
-    ),
+    Pass(work="given one name for equal sizes", run=_join_sizes, requires=_F.LIFTED | _F.TYPED),
+    Pass(work="freed of a batch of 1", run=_free_batches, requires=_F.LIFTED | _F.TYPED),
     Pass(
         work="given the branches of larger batches",
         run=_decide_by_batch,
