@@ -80,8 +80,9 @@ class Surroundings:
     ``raw`` holds the inputs that are data, in the graph's order.  ``data`` holds the values that
     depend on these inputs, and ``private`` the values computed from them without a trained
     parameter.  ``sizes`` maps each node that computes sizes of data to the tensors whose shapes it
-    reads.  ``readers`` holds the nodes in ``sizes`` that read a shape directly.  ``known`` holds
-    the dimensions that were inferred.
+    reads.  ``readers`` holds the nodes in ``sizes`` that read a shape directly.  ``passing`` holds
+    the outputs that the client computes itself unless they depend on the cut.  ``known`` holds the
+    dimensions that were inferred.
     """
 
     raw: Mapping[ir.Value, None]
@@ -89,6 +90,7 @@ class Surroundings:
     private: set[ir.Value]
     sizes: Mapping[ir.Node, frozenset[ir.Value]]
     readers: frozenset[ir.Node]
+    passing: frozenset[ir.Value]
     known: Inference
 
 
@@ -98,21 +100,26 @@ def survey(
     state: Collection[str],
     trainable: Collection[str] = frozenset(),
     known: Inference | None = None,
+    is_training: bool = False,
 ) -> Surroundings:
     """Collect the facts about a graph that :func:`divide` needs for any cut.
 
-    ``known`` may hold inferred dimensions that the graph itself does not declare.
+    ``known`` may hold inferred dimensions that the graph itself does not declare.  In a graph for
+    training, the loss reads all outputs, so none of them is ``passing``.
     """
     known = known or Inference(graph.opset_imports[""])
     raw = {value: None for value in graph.inputs if value.name not in state}
     data = find_data(graph, raw)
     sizes = find_sizes(graph, data, known)
+    private = find_opened(graph, raw, data, trainable)
+    passing = {value for value in graph.outputs if value in private and not is_training}
     return Surroundings(
         raw=raw,
         data=data,
-        private=find_opened(graph, raw, data, trainable),
+        private=private,
         sizes=sizes,
         readers=frozenset(node for node in sizes if reads_size(node)),
+        passing=frozenset(passing if passing != set(graph.outputs) else ()),
         known=known,
     )
 
@@ -175,11 +182,12 @@ def trace_sides(
         if value not in around.data:
             reason = f"'{value.name}' does not depend on the model's inputs"
             raise NotACut(_list_names(at, tail_at), reason=reason)
-    ends = tail_at or list_server_outputs(graph, at, sizes)
+    ends = tail_at or list_server_outputs(graph, at, around)
+    own = graph.outputs if tail_at else list_kept_outputs(graph, at, around)
     head, _ = walk_back(at, ends=sizes)  # nodes before the cut cannot read its shape
     server = _walk_side(ends, at, lambda _: at, sizes, known)
     client = _walk_side(
-        (*at, *graph.outputs) if tail_at else at,
+        (*at, *own),
         tail_at,
         lambda node: raw if node in head else (*tail_at, *at, *raw),
         sizes,
@@ -317,15 +325,27 @@ def _walk_side(
 
 
 def list_server_outputs(
-    graph: ir.Graph, at: Sequence[ir.Value], sizes: Collection[ir.Node]
+    graph: ir.Graph, at: Sequence[ir.Value], around: Surroundings
 ) -> list[ir.Value]:
     """List the model outputs that the server computes if the cut has no ``tail_at``.
 
-    Outputs that the client's head already computes are not listed.  ``sizes`` holds the nodes that
-    compute sizes.
+    Outputs that the client's head already computes are not listed, nor those that the client
+    computes from raw inputs beside it.
     """
-    head, _ = walk_back(at, ends=sizes)
-    return [value for value in graph.outputs if value.producer() not in head]
+    head, _ = walk_back(at, ends=around.sizes)
+    kept = list_kept_outputs(graph, at, around)
+    return [v for v in graph.outputs if v.producer() not in head and v not in kept]
+
+
+def list_kept_outputs(
+    graph: ir.Graph, at: Collection[ir.Value], around: Surroundings
+) -> list[ir.Value]:
+    """List the outputs that the client computes from raw inputs, not from the tensors in ``at``.
+
+    A model may pass an attention mask on to its user, for example.  The server has no use for it.
+    """
+    reached = find_dependents(graph, at) if around.passing else set[ir.Value]()
+    return [v for v in graph.outputs if v in around.passing and v not in reached]
 
 
 def _find_missing(graph: ir.Graph, sides: Sides, data: Collection[ir.Value]) -> list[str]:

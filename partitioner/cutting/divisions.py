@@ -40,7 +40,7 @@ def divide_training(
     values = map_values(graph)
     graph.outputs[:] = [values[name] for name in dict.fromkeys(outputs)]
     first, last = (_keep_needed(graph, values) for values in cut)
-    return _divide(prepared, graph, keep_reached(graph, first, last), last)
+    return _divide(prepared, graph, keep_reached(graph, first, last), last, is_training=True)
 
 
 def divide_inference(
@@ -118,11 +118,20 @@ def find_needed(graph: ir.Graph) -> set[ir.Value]:
 
 
 def _divide(
-    prepared: PreparedModel, graph: ir.Graph, first: Sequence[ir.Value], last: Sequence[ir.Value]
+    prepared: PreparedModel,
+    graph: ir.Graph,
+    first: Sequence[ir.Value],
+    last: Sequence[ir.Value],
+    *,
+    is_training: bool = False,
 ) -> Partition:
     known = Inference(graph.opset_imports[""])
     state, trainable = prepared.state, prepared.trainable
-    around = survey(graph, state=state, trainable=trainable, known=known) if first else None
+    around = None
+    if first:
+        around = survey(
+            graph, state=state, trainable=trainable, known=known, is_training=is_training
+        )
     try:
         partition = divide(graph, first, last, state=state, trainable=trainable, around=around)
     except NotACut as error:

@@ -6,7 +6,7 @@ These values count as read by the node that contains the body, so no dependency 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -103,6 +103,20 @@ def find_dependents(graph: ir.Graph, roots: Collection[ir.Value]) -> set[ir.Valu
         if any(value in dependents for value in list_inputs(node)):
             dependents.update(node.outputs)
     return dependents
+
+
+def find_last_read(targets: Iterable[ir.Value], row: Sequence[ir.Value]) -> dict[ir.Value, int]:
+    """Map each target to the position of the last value in ``row`` that it is or depends on.
+
+    The position is -1 if the target depends on none of them.
+    """
+    places = {value: place for place, value in enumerate(row)}
+    found = {}
+    for target in targets:
+        nodes, sources = walk_back([target])
+        before = {target, *sources, *(value for node in nodes for value in node.outputs)}
+        found[target] = max((places[value] for value in before if value in places), default=-1)
+    return found
 
 
 RANDOM = frozenset(

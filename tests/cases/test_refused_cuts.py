@@ -2,40 +2,94 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
-from splitonnx.errors import NotACut, quote
-from splitonnx.names import Target
+import numpy as np
+import pytest
+from onnx import ModelProto, TensorProto, helper
+
+from splitonnx.disclosures import list_sent
+from splitonnx.errors import NotACut
+from splitonnx.names import PREDICT, TRAIN, Target
+from splitonnx.partitioner.cutting.divisions import divide_training
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.inspections import inspect
 from splitonnx.verifications import verify
 from tests.support.case_trials import TARGETS
 from tests.support.small_models import hold_predictions, hold_step, load_data, load_model
+from tests.support.zoo import FLOAT, Net
 
-IN_THE_WAY = {
-    ("34_passed_through", "b"): ("x",),
+PASSED_ON: dict[str, Callable[[Net], str]] = {
+    "Identity": lambda net: net.op("Identity", "x", out="extra"),
+    "Cast": lambda net: net.op("Cast", "x", out="extra", to=TensorProto.INT64),
+    "two nodes": lambda net: net.op("Neg", net.op("Softmax", "x", out="s"), out="extra"),
+    "a constant": lambda net: net.op("Add", "x", net.weight("offset", 4), out="extra"),
 }
-"""Cuts, and the raw inputs that the server would need for an output of its own."""
+"""Second outputs that are computed from the raw input alone."""
 
 
-@pytest.mark.parametrize(("name", "at"), IN_THE_WAY)
-def test_a_cut_that_would_need_a_raw_input_names_it(name: str, at: str) -> None:
-    with pytest.raises(NotACut) as refused:
-        cut(load_model(name), at=at, loss="mse")
-    assert f"'{at}' does not divide the model: {quote(IN_THE_WAY[name, at])}" in str(refused.value)
-    assert "stays home" in str(refused.value)
+def build_with(extra: Callable[[Net], str]) -> ModelProto:
+    """Build two layers, whose activations are 'h', and a second output named 'extra'."""
+    net = Net()
+    hidden = net.op("Relu", net.op("MatMul", "x", net.weight("w1", 4, 6), out="m"), out="h")
+    net.op("MatMul", hidden, net.weight("w2", 6, 4), out="y")
+    extra(net)
+    model = net.finish({"x": (FLOAT, ["N", 4])}, "y", 4)
+    kinds = {n.output[0]: n.attribute[0].i for n in model.graph.node if n.op_type == "Cast"}
+    kind = kinds.get("extra", FLOAT)
+    model.graph.output.append(helper.make_tensor_value_info("extra", kind, ["N", 4]))
+    return model
 
 
-def test_inspect_lists_such_a_cut_only_where_the_raw_input_may_leave() -> None:
-    model = load_model("34_passed_through")
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_what_passes_a_raw_input_on_stays_home(name: str) -> None:
+    model = build_with(PASSED_ON[name])
+    frozen = ["offset"] if name == "a constant" else []
+    bundle = cut(model, at="h", loss="mse", freeze=frozen)
+    manifest = bundle.client.manifest
+    sent = [one for phase in (TRAIN, PREDICT) for one in list_sent(manifest, phase).tensors]
+    assert {one.tensor for one in sent} == {"h", "labels"}
+    data = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    hold_predictions(bundle, model, {"x": data})
+
+
+@pytest.mark.parametrize("name", ["Identity", "Cast", "two nodes"])
+def test_inspect_lists_such_a_cut_without_the_raw_input(name: str) -> None:
+    model = build_with(PASSED_ON[name])
+    for sent in ([], ["x"]):
+        assert ("h", ()) in [(found.tensor, found.sent) for found in inspect(model, sent=sent)]
+
+
+def test_an_output_that_reads_a_raw_input_beyond_the_cut_needs_it_there() -> None:
+    model = build_with(lambda net: net.op("Add", "x", "y", out="extra"))
     assert inspect(model) == []
-    assert [found.tensor for found in inspect(model, sent=["x"])] == ["a", "b"]
+    with pytest.raises(NotACut) as refused:
+        cut(model, at="h", loss="mse")
+    assert "'h' does not divide the model: 'x' would cross too" in str(refused.value)
+    assert "stays home" in str(refused.value)
+    (found,) = [one for one in inspect(model, sent=["x"]) if one.tensor == "h"]
+    assert found.sent == ("x",)
+    assert cut(model, at=["h", "x"], loss="mse").server
 
 
+def test_what_a_loss_reads_is_computed_where_the_loss_is() -> None:
+    prepared = prepare(open_model(build_with(PASSED_ON["two nodes"])))
+    graph = copy_model(prepared.training).graph
+    with pytest.raises(NotACut) as refused:
+        divide_training(prepared, graph, ["h"], (), ["y", "extra"])
+    assert refused.value.raw == ["x"]
+
+
+@pytest.mark.parametrize("at", ["b", ["b", "x"]])
 @pytest.mark.parametrize("target", TARGETS)
-def test_with_the_raw_input_in_the_cut_it_trains_split_as_unsplit(target: Target) -> None:
+def test_with_and_without_the_raw_input_it_trains_split_as_unsplit(
+    target: Target, at: str | list[str]
+) -> None:
     model, data = load_model("34_passed_through"), load_data("34_passed_through")
-    bundle = cut(model, at=["b", "x"], client_target=target, server_target=target)
+    bundle = cut(model, at=at, client_target=target, server_target=target)
     hold_predictions(bundle, model, data)
     assert verify(bundle, data, batch_size=8).ok
     whole = cut(model, at=None, client_target=target, server_target=target)

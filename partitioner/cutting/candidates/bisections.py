@@ -23,17 +23,21 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import NotACut, SharedParameter, TooManyTries
-from splitonnx.partitioner.cutting.candidates.bottlenecks import find_bottlenecks
+from splitonnx.partitioner.cutting.candidates.bottlenecks import add_beside, list_candidates
 from splitonnx.partitioner.cutting.cuts import (
     Partition,
     Surroundings,
     divide,
-    find_opened,
     list_server_outputs,
     survey,
 )
 from splitonnx.partitioner.cutting.sizes import SizeWatch, find_underived
-from splitonnx.partitioner.graphs.traversals import ResumedWalk, list_inputs, reads_size, walk_back
+from splitonnx.partitioner.graphs.traversals import (
+    ResumedWalk,
+    find_last_read,
+    list_inputs,
+    walk_back,
+)
 from splitonnx.partitioner.inference.dimensions import Amount, Dim
 
 MOST_VISITS = 4_000_000
@@ -73,13 +77,13 @@ def find_bisections(
         TooManyTries: checking tensors one by one would visit more than :data:`MOST_VISITS` nodes.
     """
     around = survey(graph, state=state, trainable=trainable)
-    candidates = _list_candidates(graph, around, sent, trainable)
+    candidates = list_candidates(graph, around, sent, trainable)
     client = _Client(around, trainable)
     row = [value for value in candidates if client.advance(value)]
     server = _Server(graph, around, trainable, client, row)
     classified = {row[place]: server.classify(place) for place in reversed(range(len(row)))}
     visits, found = 0, []
-    for value in _add_beside(graph, candidates, around, sent, trainable):
+    for value in add_beside(graph, candidates, around, sent, trainable):
         made = classified.get(value)
         if made is None or (made is _REFUSED and sent):
             visits += len(graph)
@@ -93,60 +97,6 @@ def find_bisections(
         if made is not _REFUSED:
             found.append(made)
     return found
-
-
-def _list_candidates(
-    graph: ir.Graph,
-    around: Surroundings,
-    sent: Sequence[ir.Value],
-    trainable: Collection[str],
-) -> list[ir.Value]:
-    """List the tensors at which a single-tensor cut may be possible, according to a quick test.
-
-    A tensor passes the test if, just after it is computed, no other tensor that depends on data is
-    needed later.  Every legal single-tensor cut passes, whatever the topological order.
-    """
-    lone = around.data - find_opened(graph, sent, around.data, trainable)
-    needed, _ = walk_back(graph.outputs, ends={node for node in graph if reads_size(node)})
-    order = [node for node in graph if node in needed and set(node.outputs) & lone]
-    waiting: dict[ir.Value, set[ir.Node]] = {value: set() for value in lone}
-    for node in order:
-        for value in list_inputs(node):
-            if value in lone:
-                waiting[value].add(node)
-    alive = {value for value in around.raw if value in lone and waiting[value]}
-    found = []
-    for node in order:
-        for value in list_inputs(node):
-            if value in waiting:
-                waiting[value].discard(node)
-                if not waiting[value]:
-                    alive.discard(value)
-        alive.update(value for value in node.outputs if value in lone and waiting[value])
-        if len(alive) == 1 and (only := next(iter(alive))) in node.outputs:
-            found.append(only)
-    return found
-
-
-def _add_beside(
-    graph: ir.Graph,
-    candidates: list[ir.Value],
-    around: Surroundings,
-    sent: Sequence[ir.Value],
-    trainable: Collection[str],
-) -> list[ir.Value]:
-    """Add the tensors that may divide the graph if the inputs in ``sent`` are sent too.
-
-    At such a tensor, values that the server computes from these inputs may still be needed.
-    """
-    if not sent:
-        return candidates
-    needed, _ = walk_back(graph.outputs, ends=around.readers)
-    data = around.data - {value for node in around.sizes for value in node.outputs}
-    nodes = [n for n in graph if n in needed and n not in around.sizes and set(n.outputs) & data]
-    free = find_opened(graph, sent, around.data, trainable)
-    chosen = {*candidates, *find_bottlenecks(nodes, data, free)}
-    return [value for node in graph for value in node.outputs if value in chosen]
 
 
 def _try(
@@ -201,7 +151,7 @@ def _list_read(
     graph: ir.Graph, only: ir.Value, sent: Sequence[ir.Value], around: Surroundings
 ) -> list[ir.Value]:
     """List the inputs in ``sent`` that the server would read if all of them were sent."""
-    ends = list_server_outputs(graph, [only], around.sizes)
+    ends = list_server_outputs(graph, [only], around)
     _, sources = walk_back(ends, {only, *sent}, around.sizes)
     return [value for value in sent if value in sources]
 
@@ -286,10 +236,11 @@ class _Server:
         self._wanted: dict[ir.Node, _Sizes] = {}
         self._derived: dict[tuple[_Sizes, _Sizes], bool] = {}
         self._ends: defaultdict[int, list[ir.Value]] = defaultdict(list)
+        last = find_last_read(around.passing, row)  # beyond it, the client computes the output
         for value in graph.outputs:
             maker = value.producer()
             entered = client.entered.get(maker, len(row)) if maker is not None else len(row)
-            self._ends[entered - 1].append(value)
+            self._ends[min(entered - 1, last.get(value, entered - 1))].append(value)
         self._reached: set[int] = set()
         self._leaks, self._computes = False, False
         self._shared, self._until = 0, Counter[int]()

@@ -4,8 +4,9 @@ A tensor is a candidate if every path from its sources (the values from which it
 graph's outputs passes through it.  Paths through the graph inputs that may be sent are ignored.
 All candidates are found in one walk over the post-dominator tree (Cooper, Harvey and Kennedy, "A
 Simple, Fast Dominance Algorithm"), in which the parent of a node or value is the nearest node or
-value that is on all of its paths to the outputs.  Because this module ignores weights and
-sizes, :mod:`bisections` checks each candidate again.
+value that is on all of its paths to the outputs.  Outputs that the client computes itself
+(``Surroundings.passing``) do not count.  Because this module ignores weights and sizes,
+:mod:`bisections` checks each candidate again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.traversals import list_inputs
+from splitonnx.partitioner.cutting.cuts import Surroundings, find_opened
+from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size, walk_back
 
 Place = ir.Node | ir.Value
 
@@ -116,3 +118,64 @@ def _list_backwards(
             yield from outputs
             yield node
     yield from (value for value in readers if value not in made)
+
+
+def list_candidates(
+    graph: ir.Graph,
+    around: Surroundings,
+    sent: Sequence[ir.Value],
+    trainable: Collection[str],
+) -> list[ir.Value]:
+    """List the tensors at which a single-tensor cut may be possible, according to a quick test.
+
+    A tensor passes the test if, just after it is computed, no other tensor that depends on data is
+    needed later.  Every legal single-tensor cut passes, whatever the topological order.
+    """
+    lone = around.data - find_opened(graph, sent, around.data, trainable)
+    ends = _list_served(graph, around)
+    needed, _ = walk_back(ends, ends={node for node in graph if reads_size(node)})
+    order = [node for node in graph if node in needed and set(node.outputs) & lone]
+    waiting: dict[ir.Value, set[ir.Node]] = {value: set() for value in lone}
+    for node in order:
+        for value in list_inputs(node):
+            if value in lone:
+                waiting[value].add(node)
+    alive = {value for value in around.raw if value in lone and waiting[value]}
+    found = []
+    for node in order:
+        for value in list_inputs(node):
+            if value in waiting:
+                waiting[value].discard(node)
+                if not waiting[value]:
+                    alive.discard(value)
+        alive.update(value for value in node.outputs if value in lone and waiting[value])
+        if len(alive) == 1 and (only := next(iter(alive))) in node.outputs:
+            found.append(only)
+    return found
+
+
+def _list_served(graph: ir.Graph, around: Surroundings) -> tuple[ir.Value, ...]:
+    return tuple(value for value in graph.outputs if value not in around.passing)
+
+
+def add_beside(
+    graph: ir.Graph,
+    candidates: list[ir.Value],
+    around: Surroundings,
+    sent: Sequence[ir.Value],
+    trainable: Collection[str],
+) -> list[ir.Value]:
+    """Add the tensors that may divide the graph if the inputs in ``sent`` are sent too.
+
+    At such a tensor, values that the server computes from these inputs may still be needed.
+    """
+    if not sent:
+        return candidates
+    data = around.data - {value for node in around.sizes for value in node.outputs}
+    made = [n for n in graph if n not in around.sizes and set(n.outputs) & data]
+    free = find_opened(graph, sent, around.data, trainable)
+    chosen = set(candidates)
+    for ends in dict.fromkeys([tuple(graph.outputs), _list_served(graph, around)]):
+        needed, _ = walk_back(ends, ends=around.readers)
+        chosen.update(find_bottlenecks([n for n in made if n in needed], data, free))
+    return [value for node in graph for value in node.outputs if value in chosen]

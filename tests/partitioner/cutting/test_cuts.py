@@ -18,6 +18,8 @@ from splitonnx.partitioner.cutting.cuts import (
     find_duplicated,
     find_lost,
     find_opened,
+    list_kept_outputs,
+    list_server_outputs,
     survey,
     trace_sides,
 )
@@ -145,6 +147,24 @@ def test_a_survey_of_the_graph_serves_every_partition() -> None:
         assert divide(graph, values, state=weights, trainable=weights) == divide(
             graph, values, state=weights, trainable=weights, around=around
         )
+
+
+def test_an_output_of_raw_data_is_the_servers_only_where_it_depends_on_the_cut() -> None:
+    model = ZOO["residual"].build()
+    model.graph.node.append(helper.make_node("Neg", ["x"], ["negated"]))
+    model.graph.output.append(helper.make_tensor_value_info("negated", FLOAT, None))
+    graph, weights = lift(model)
+    state = {"state": weights, "trainable": weights}
+    around = survey(graph, **state)
+    assert [value.name for value in around.passing] == ["negated"]
+    assert not survey(graph, **state, is_training=True).passing
+    for at, is_kept in ((["sum"], True), (["x"], False)):
+        values = resolve_names(graph, at)
+        partition = divide(graph, values, **state, around=around)
+        kept = [value.name for value in list_kept_outputs(graph, values, around)]
+        served = [value.name for value in list_server_outputs(graph, values, around)]
+        assert ("negated" in kept, "negated" in served) == (is_kept, not is_kept)
+        assert ("negated" in names(partition.client)) is is_kept
 
 
 # --- the three steps of a partition -----------------------------------------------------------

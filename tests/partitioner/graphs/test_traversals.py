@@ -15,6 +15,7 @@ from splitonnx.partitioner.graphs.traversals import (
     disconnect,
     find_data,
     find_dependents,
+    find_last_read,
     find_movers,
     find_moving,
     list_bodies,
@@ -204,3 +205,16 @@ def test_disconnected_nodes_use_nothing() -> None:
     disconnect(list_inner(outer))
     (w,) = pick(graph, "w")
     assert {node.name for node, _ in w.uses()} == {"mul"}
+
+
+def test_the_last_value_read_is_the_last_in_the_row_that_a_target_is_or_depends_on() -> None:
+    graph = make_graph()
+    values = map_values(graph)
+    (y,) = [value for value in graph.outputs if value.name == "y"]
+    row = [values["x"], y]
+    assert find_last_read([values["w"], values["x"], y], row) == {
+        values["w"]: -1,
+        values["x"]: 0,
+        y: 1,
+    }
+    assert find_last_read([y], row[:1]) == {y: 0}
