@@ -37,12 +37,18 @@ def remark_on_batches(
     symbols = {dim for value in raw for dim in _read_dims(value) if isinstance(dim, str)}
     likely = fixed == {1} or not symbols  # otherwise the batch may be on another axis
     likely &= not prepared.states  # a state may have a batch, which must be fixed
+    decided = fixed.intersection(prepared.adjustments.dims.values())  # by the user
+    if decided and fixed == firsts:
+        return
     if likely and raw and fixed == firsts and len(fixed) == 1 and first == list(fixed):
         names = tuple(value.name or "" for value in raw)
         tried = trials.free(prepared.adjustments, names)
         yield _remark_on_inputs(names, output, fixed.pop(), producer, tried)
         return
     held = list(_find_constants(graph, symbols))
+    if not held and not prepared.states and (single := trials.explain_single(prepared)):
+        options = tuple(make_option("--dim", f"{symbol}=1") for symbol in firsts - fixed)
+        yield Remark(kind=Kind.FIXED_BATCH, sentence=single, options=options)
     for symbol, batch in dict.fromkeys((symbol, batch) for _, symbol, batch in held):
         nodes = tuple(node.name or "" for node, *own in held if own == [symbol, batch])
         yield Remark(

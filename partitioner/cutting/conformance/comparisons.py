@@ -29,7 +29,7 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
     run_session,
     run_split,
 )
-from splitonnx.partitioner.cutting.conformance.expectations import Expectation, expect
+from splitonnx.partitioner.cutting.conformance.expectations import Expectation, describe_single, expect
 from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, Difference, measure
 from splitonnx.partitioner.cutting.conformance.originals import (
@@ -133,7 +133,8 @@ def compare_with_original(
     mixed = [remark for batch in freed for remark in compare_samples(batch, model, forms[0].made)]
     remarks = compare_dequantized(source, prepared.adjustments, subject)
     sizes = _list_sizes(prepared.skeleton.graph)
-    remarks += [remark for form in forms for remark in _hold(form, sizes, subject)]
+    is_doubled = not freed and not prepared.states  # of those, others say which batches they take
+    remarks += [remark for form in forms for remark in _hold(form, sizes, subject, is_doubled=is_doubled)]
     return list(dict.fromkeys([*remarks, *mixed]))
 
 
@@ -195,8 +196,13 @@ def _run_merged(
     return run_session(merged, given, subject, level=level)
 
 
-def _hold(form: _Form, sizes: Mapping[str, Sequence[int]], subject: str) -> list[str]:
-    """Compare a form of the original with what was made from it, and return remarks."""
+def _hold(
+    form: _Form, sizes: Mapping[str, Sequence[int]], subject: str, *, is_doubled: bool
+) -> list[str]:
+    """Compare a form of the original with what was made from it, and return remarks.
+
+    If ``is_doubled`` is true, a remark says whether it takes one sample only.
+    """
     try:
         expectation = expect(form.original, subject, _SEEDS[0])
     except NotRun as error:
@@ -213,6 +219,9 @@ def _hold(form: _Form, sizes: Mapping[str, Sequence[int]], subject: str) -> list
             f"rounding leaves little of '{noise.tensor}' in {subject}: onnx's reference evaluator "
             f"and ONNX Runtime differ by {noise.gap:.1e}, {noise.size:.1e} of its largest value"
         )
+    if is_doubled:
+        run, batches = form.made[0].run, expectation.batches
+        remarks += filter(None, [describe_single(form.original, batches, run, subject)])
     for made in form.made:
         try:
             found = made.run(expectation.batches)

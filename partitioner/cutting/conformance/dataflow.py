@@ -5,6 +5,7 @@ The models run in the worker process for native code, so a crash does not end th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -29,12 +30,19 @@ Sessions of level ``usual`` are those that users make: without splitonnx's own s
 """
 Run: TypeAlias = Callable[[Sequence[Arrays]], list[Arrays]]
 """A function that runs a model on batches of inputs, and returns the outputs of each batch."""
+_FAILED = re.compile(r"running (\w+) node\. Name:'([^']*)'")
 SECONDS = 1.0
 """The processor time allowed to the reference evaluator, whose Python loops can be very slow."""
 
 
 class NotRun(Exception):
     """Raised if a model cannot be run on the given inputs; the message contains the reason."""
+
+
+def describe_failure(error: NotRun) -> str:
+    """Return the node that failed, as ONNX Runtime names it, or else the entire message."""
+    found = _FAILED.search(str(error))
+    return f"node '{found[2]}' ({found[1]}) fails" if found else str(error)
 
 
 @dataclass(frozen=True, kw_only=True)

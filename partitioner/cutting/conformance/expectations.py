@@ -6,6 +6,7 @@ Two independent evaluators compute them: onnx's reference evaluator and ONNX Run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -15,6 +16,8 @@ import onnx
 from splitonnx.partitioner.cutting.conformance.dataflow import (
     CorrectionFailed,
     NotRun,
+    Run,
+    describe_failure,
     run_reference,
     run_session,
 )
@@ -23,7 +26,12 @@ from splitonnx.partitioner.cutting.conformance.measures import (
     find_largest,
     list_differences,
 )
-from splitonnx.partitioner.cutting.conformance.samples import Arrays, iter_draws
+from splitonnx.partitioner.cutting.conformance.samples import (
+    Arrays,
+    double_sample,
+    find_open_batch,
+    iter_draws,
+)
 from splitonnx.partitioner.gate.walks import list_nodes
 from splitonnx.partitioner.graphs.faults import report_mistake
 
@@ -219,6 +227,40 @@ def _expect(
     if not halves:
         raise refusal
     return halves[max(0, len(halves) - 2)]  # of 0 and 1: ONNX Runtime reads beyond some tables
+
+
+def describe_single(
+    model: onnx.ModelProto, batches: Sequence[Arrays], run: Run, subject: str
+) -> str:
+    """Return a sentence if a model takes one sample only, though it leaves its batch size open.
+
+    ``batches`` are inputs that the model takes, and ``run`` runs what is tried with two samples.
+    Return an empty string if it takes them, or if it took several already.
+    """
+    symbol = find_open_batch(model)
+    doubled = [double_sample(model, batch, symbol) for batch in batches] if symbol else []
+    tried = [batch for batch in doubled if batch is not None]
+    if not tried or len(tried) < len(batches):
+        return ""
+    try:
+        run(tried)
+    except NotRun as error:
+        return (
+            f"{subject} takes a batch of 1 only, though its inputs leave it open as '{symbol}': "
+            f"with 2 samples, {describe_failure(error)}; export it again with a dynamic batch, or "
+            f"train with one sample in each batch, with --dim {symbol}=1"
+        )
+    return ""
+
+
+def draw_accepted(model: onnx.ModelProto, subject: str, seed: int) -> Sequence[Arrays]:
+    """Return random inputs that a model accepts in ONNX Runtime, or nothing if there are none."""
+    content = model.SerializeToString()
+    for batches in iter_draws(model, seed):
+        with suppress(NotRun):
+            run_session(content, batches, subject, level="none")
+            return batches
+    return ()
 
 
 def _count_rows(array: np.ndarray) -> int:

@@ -11,7 +11,13 @@ from functools import partial
 
 from splitonnx.errors import SplitonnxError
 from splitonnx.partitioner.cutting.conformance.comparisons import USUAL_BYTES
-from splitonnx.partitioner.cutting.conformance.dataflow import Made, NotRun, run_prepared
+from splitonnx.partitioner.cutting.conformance.dataflow import (
+    Made,
+    NotRun,
+    run_prepared,
+    run_session,
+)
+from splitonnx.partitioner.cutting.conformance.expectations import describe_single, draw_accepted
 from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.originals import (
     name_source,
@@ -68,6 +74,23 @@ class Trials:
         run = partial(run_prepared, prepared.inference, prepared.weights, subject=subject.name)
         made = Made(label="the prepared model", run=run, trace=partial(run, is_traced=True))
         return [note for batch in batches for note in compare_samples(batch, subject, [made])]
+
+    @attribute_errors_to_pass("tried with two samples")
+    def explain_single(self, prepared: PreparedModel) -> str:
+        """Return why the model takes one sample only, though it leaves its batch size open.
+
+        Return an empty string if it takes more, if its batch was freed, or if it was not tried.
+        """
+        if list_freed(self.source, prepared):
+            return ""
+        try:
+            original = read_comparable(self.source, prepared, USUAL_BYTES)
+        except NotRun:
+            return ""
+        set_inference_modes(original)
+        subject = name_source(self.source)
+        run = partial(run_session, original.SerializeToString(), subject=subject, level="none")
+        return describe_single(original, draw_accepted(original, subject, 0), run, subject)
 
     def free(self, adjustments: Adjustments, inputs: Sequence[str]) -> list[str] | SplitonnxError:
         """Free the first axis of each input in ``inputs``, as ``--dim`` would, and compare.

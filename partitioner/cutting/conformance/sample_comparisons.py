@@ -25,6 +25,7 @@ from splitonnx.partitioner.cutting.conformance.alignments import (
 from splitonnx.partitioner.cutting.conformance.dataflow import (
     Made,
     NotRun,
+    describe_failure,
     expose,
     run_reference,
     run_session,
@@ -129,7 +130,10 @@ def compare_samples(batch: FreedBatch, subject: Subject, made: Sequence[Made]) -
                 raise BatchNotFreed(
                     subject.name, batch.options, batch.rows, tried, str(error)
                 ) from error
-            remarks.append(f"{each.label} still takes a batch of {batch.rows} only: {error}")
+            remarks.append(
+                f"{each.label} still takes a batch of {batch.rows} only ({describe_failure(error)} "
+                f"with more); {_advise_single(batch)}"
+            )
             if each is made[0]:
                 return remarks
             continue
@@ -280,12 +284,17 @@ def _refuse(
             tensor,
             difference.tensor,
         )
-    options = " ".join(f"--dim {place}:{axis}=1" for place, axis in batch.places)
     return (
         f"node '{name}' ({node.op_type}) of {subject.name} mixes samples, and a batch of 1 in the "
-        "model's file leaves open whether this is meant for larger batches; export it again with "
-        f"a dynamic batch, or keep batches of 1 with {options}"
+        "model's file leaves open whether this is meant for larger batches; "
+        f"{_advise_single(batch)}"
     )
+
+
+def _advise_single(batch: FreedBatch) -> str:
+    options = " ".join(f"--dim {place}:{axis}={batch.rows}" for place, axis in batch.places)
+    batches = f"batches of {batch.rows}"
+    return f"export it again with a dynamic batch, or keep {batches} with {options}"
 
 
 def _find_mixed_statistics(

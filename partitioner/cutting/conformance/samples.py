@@ -1,13 +1,14 @@
 """Draw random inputs for a model from the shapes and types that it declares.
 
-A symbolic size of an input's first axis counts as the batch size, and any other as a length.
+A symbolic size of an input's first axis counts as the batch size, on other axes too if it has a
+name, and any other as a length.
 A model does not declare which integers and lengths it accepts, so several draws are made, and the
 first that the model accepts is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 
 import numpy as np
@@ -44,8 +45,11 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
     if not all(_is_numeric(value) for value in inputs):
         return
     has_batch = any(_is_symbolic(value, 0) for value in inputs)
+    rows = _list_batches(inputs)
     has_length = any(
-        _is_symbolic(value, axis) for value in inputs for axis in range(1, len(_dims(value)))
+        _is_symbolic(value, axis) and _dims(value)[axis].dim_param not in rows
+        for value in inputs
+        for axis in range(1, len(_dims(value)))
     )
     has_integers = any(_dtype(value).kind in "iu" for value in inputs)
     lengths = _LENGTHS if has_length else _LENGTHS[:1]
@@ -55,12 +59,36 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
     for sizes, length, limit in product(batches, lengths, limits):
         random = np.random.default_rng(seed)
         drawn = [
-            {value.name: _draw(random, value, size, length, limit, spread) for value in inputs}
+            {v.name: _draw(random, v, rows, size, length, limit, spread) for v in inputs}
             for size, spread in [(size, scale * factor) for size, factor in sizes]
         ]
         for name, end in ends.items():
             drawn[-1][name] = _draw_near(random, drawn[-1][name], end)
         yield drawn
+
+
+def find_open_batch(model: onnx.ModelProto) -> str:
+    """Return the symbol of a model's batch size: the only symbol on the first axes of its inputs.
+
+    Return an empty string if there is no such symbol, or more than one.
+    """
+    names = _list_batches(list_inputs(model))
+    return names.pop() if len(names) == 1 else ""
+
+
+def double_sample(model: onnx.ModelProto, batch: Arrays, symbol: str) -> Arrays | None:
+    """Return a batch with its only sample twice, or ``None`` if it holds more than one sample.
+
+    ``symbol`` is the symbol of the batch size, which may be on any axis.
+    """
+    doubled = dict(batch)
+    for value in list_inputs(model):
+        for axis, dim in enumerate(_dims(value)):
+            if dim.dim_param == symbol:
+                if doubled[value.name].shape[axis] != 1:
+                    return None
+                doubled[value.name] = np.repeat(doubled[value.name], 2, axis)
+    return doubled
 
 
 def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
@@ -73,15 +101,17 @@ def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
 def _draw(
     random: np.random.Generator,
     value: onnx.ValueInfoProto,
+    rows: Collection[str],
     batch: int,
     length: int,
     limit: int,
     scale: float,
 ) -> np.ndarray:
-    shape = [
-        dim.dim_value if not _is_symbolic(value, axis) else length if axis else batch
-        for axis, dim in enumerate(_dims(value))
-    ]
+    shape = []
+    for axis, dim in enumerate(_dims(value)):
+        is_batch = not axis or dim.dim_param in rows
+        open_size = batch if is_batch else length
+        shape.append(open_size if _is_symbolic(value, axis) else dim.dim_value)
     dtype = _dtype(value)
     if dtype.kind == "b":
         return random.random(shape) < 0.5
@@ -94,6 +124,12 @@ def _draw_near(random: np.random.Generator, usual: np.ndarray, end: float) -> np
     """Draw numbers like ``usual``, but most of them between 0.9 ``end`` and ``end``."""
     drawn = random.uniform(0.9 * end, end, usual.shape).astype(usual.dtype)
     return np.where(random.random(usual.shape) < 0.9, drawn, usual)
+
+
+def _list_batches(inputs: Sequence[onnx.ValueInfoProto]) -> set[str]:
+    """List the symbols on the first axes of the inputs."""
+    firsts = [_dims(value)[0] for value in inputs if len(_dims(value))]
+    return {dim.dim_param for dim in firsts if dim.dim_param}
 
 
 def _dims(value: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:

@@ -9,7 +9,9 @@ import pytest
 from splitonnx.partitioner.cutting.conformance import freeing_trials
 from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.adjustments import Adjustments
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.batches import remark_on_batches
 from splitonnx.partitioner.reports.remarks import Remark
 from tests.support.nets import FLOAT, Net
@@ -50,6 +52,40 @@ def test_a_split_of_the_batch_into_constant_sizes_fixes_it() -> None:
 @pytest.mark.parametrize("target", [(-1, 2, 4), (0, 2, 4), (1, -1, 4)])
 def test_a_target_that_follows_the_batch_calls_for_no_remark(target: tuple[int, ...]) -> None:
     assert list_remarks(build_reshape(*target)) == []
+
+
+def build_single() -> onnx.ModelProto:
+    """Swap the axes of (B, T, 8), and reshape them to (T, 1, 8) with the length that it reads."""
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w", 4, 8), out="m")
+    value = net.op("Transpose", value, out="t", perm=[1, 0, 2])
+    length = net.op("Shape", "x", out="length", start=1, end=2)
+    rest = net.constant("rest", np.array([1, 8]))
+    target = net.op("Concat", length, rest, out="target", axis=0)
+    value = net.op("Reshape", value, target, out="r")
+    return net.finish({"x": (FLOAT, ["B", "T", 4])}, net.op("Relu", value, out="y"), 1, 8)
+
+
+def test_a_batch_of_1_within_a_computed_shape_is_found_by_trying_two_samples() -> None:
+    (remark,) = list_remarks(build_single())
+    assert "takes a batch of 1 only" in remark.sentence
+    assert "node 'r_node' (Reshape) fails" in remark.sentence
+    assert remark.options == ("--dim B=1",)
+
+
+def test_a_batch_that_the_user_fixed_calls_for_no_remark() -> None:
+    model, own = build_single(), Adjustments(dims={"B": 1})
+    prepared = prepare(open_model(model, own), adjustments=own)
+    assert list(remark_on_batches(prepared, "y", "", Trials(source=model))) == []
+
+
+def test_cut_says_that_the_model_takes_one_sample_only(caplog: pytest.LogCaptureFixture) -> None:
+    cut(build_single(), at="m", loss="mse", check=True)
+    assert "takes a batch of 1 only" in caplog.text
+    assert "--dim B=1" in caplog.text
+    caplog.clear()
+    cut(build_single(), at="m", loss="mse", check=True, dims={"B": 1})
+    assert "batch of 1 only" not in caplog.text
 
 
 def test_a_class_token_of_one_sample_is_freed_before() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from splitonnx.partitioner.cutting.conformance.dataflow import NotRun
+from splitonnx.partitioner.cutting.conformance.dataflow import NotRun, run_session
 from splitonnx.partitioner.cutting.conformance.expectations import (
     COARSE,
     EXACT,
     Expectation,
+    describe_single,
+    draw_accepted,
     expect,
 )
 from tests.support.nets import FLOAT, INT64, Net
@@ -49,6 +53,21 @@ def test_a_model_that_works_with_one_sample_alone_is_run_with_it() -> None:
     one = net.constant("one", np.array([1, 6]))
     model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("Reshape", "x", one, out="y"), 6)
     assert [len(batch["x"]) for batch in expect(model, "it", 0).batches] == [1, 1]
+
+
+def test_what_takes_one_sample_only_is_said_with_the_node_that_fails() -> None:
+    net = Net()
+    one = net.constant("one", np.array([1, 6]))
+    model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("Reshape", "x", one, out="y"), 6)
+    run = partial(run_session, model.SerializeToString(), subject="it", level="none")
+    batches = draw_accepted(model, "it", 0)
+    assert [len(batch["x"]) for batch in batches] == [1, 1]
+    said = describe_single(model, batches, run, "it")
+    assert "leave it open as 'N': with 2 samples, node 'y_node' (Reshape) fails" in said
+    assert "--dim N=1" in said
+    assert describe_single(model, batches, list, "it") == ""
+    chain = build_chain()
+    assert describe_single(chain, draw_accepted(chain, "it", 0), run, "it") == ""
 
 
 def test_integers_are_drawn_small_enough_for_a_table() -> None:

@@ -213,4 +213,7 @@ def test_a_size_that_cannot_be_compared_is_said_to_be_unchecked() -> None:
     assert "may mix samples, which was not checked (no time)" in remark
     made = Made(label="it", run=refuse, trace=refuse)
     (remark,) = compare_samples(free(1, ""), subject, [made])
-    assert remark == "it still takes a batch of 1 only: too large"
+    assert remark == (
+        "it still takes a batch of 1 only (too large with more); export it again with a dynamic "
+        "batch, or keep batches of 1 with --dim x:0=1"
+    )

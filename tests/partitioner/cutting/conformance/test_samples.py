@@ -8,6 +8,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.partitioner.cutting.conformance.samples import (
+    double_sample,
+    find_open_batch,
     iter_draws,
     list_inputs,
 )
@@ -26,6 +28,30 @@ def test_a_symbolic_batch_is_drawn_with_several_sizes_and_one_alone_after_them()
     model = make_model(helper.make_tensor_value_info("x", FLOAT, ["N", 3]))
     sizes = [[len(batch["x"]) for batch in draw] for draw in iter_draws(model, 0)]
     assert sizes == [[2, 3, 5], [1, 1]]
+
+
+def test_the_symbol_of_the_batch_has_one_size_on_every_axis() -> None:
+    x = helper.make_tensor_value_info("x", FLOAT, ["N", "T", 3])
+    state = helper.make_tensor_value_info("state", FLOAT, [2, "N", 5])
+    model = make_model(x, state)
+    for draw in iter_draws(model, 0):
+        assert all(batch["x"].shape[0] == batch["state"].shape[1] for batch in draw)
+    assert find_open_batch(model) == "N"
+    single = {"x": np.ones((1, 7, 3)), "state": np.ones((2, 1, 5))}
+    doubled = double_sample(model, single, "N")
+    assert doubled is not None
+    assert {name: array.shape for name, array in doubled.items()} == {
+        "x": (2, 7, 3),
+        "state": (2, 2, 5),
+    }
+    assert double_sample(model, doubled, "N") is None
+
+
+def test_without_one_symbol_on_the_first_axes_no_batch_is_open() -> None:
+    x, z = (helper.make_tensor_value_info(n, FLOAT, [n.upper(), 3]) for n in ("x", "z"))
+    assert find_open_batch(make_model(x)) == "X"
+    assert find_open_batch(make_model(x, z)) == ""
+    assert find_open_batch(make_model(helper.make_tensor_value_info("x", FLOAT, [1, 3]))) == ""
 
 
 def test_a_fixed_batch_is_kept() -> None:
