@@ -21,6 +21,7 @@ from splitonnx.partitioner.differentiation.class_axes import (
 )
 from splitonnx.partitioner.differentiation.loss_formulas import ACCURACY, list_formulas
 from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.inference.undecided_sizes import explain_unknown_rank
 from splitonnx.tensors import TensorSpec
 
 
@@ -99,7 +100,9 @@ def fit_loss(
         return ()
     if value.shape is None or value.dtype is None or not value.dtype.is_floating_point():
         raise UnsupportedModel(
-            f"output '{output}'", f"{loss.kind} needs a float tensor of known rank"
+            f"output '{output}'",
+            f"{loss.kind} needs a float tensor of known rank",
+            advice=explain_unknown_rank(value) if value.shape is None else "",
         )
     if loss.kind == CROSS_ENTROPY:
         labels = _describe_classes(value, loss)

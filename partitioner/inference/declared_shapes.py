@@ -28,6 +28,11 @@ _MOST_ROUNDS = 16
 _CARRIED = 2
 """The number of inputs of a Loop, and of its body, before the values that it carries."""
 _LOOPS = ("Loop", "Scan")
+_ELEMENTWISE = frozenset(
+    ["Abs", "Add", "Cast", "Clip", "Div", "Elu", "Exp", "Identity", "LeakyRelu", "Log", "LogSoftmax",
+     "Mul", "Neg", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Sub", "Tanh"]
+)  # fmt: skip
+"""Operators whose result has the largest of their inputs' ranks."""
 
 Dims = Sequence[int | str | None]
 
@@ -36,7 +41,8 @@ def drop_declared_shapes(model: ir.Model) -> None:
     """Replace the declared shapes of values with shapes inferred from the model's inputs, in place.
 
     This includes the values in the bodies of If, Loop and Scan.  A declared shape is kept if
-    nothing is inferred for the value, not even its number of dimensions.  In the shapes of the
+    nothing is inferred for the value, not even its number of dimensions; but it is dropped behind
+    a Squeeze that would have this rank for a batch of 1 only.  In the shapes of the
     model's outputs, declared sizes after the first axis replace sizes that onnx cannot infer,
     because a loss needs the number of classes.
     """
@@ -106,8 +112,14 @@ def _note_shapes(
     """Replace the shapes of a graph's values, and of those in its bodies, by those in ``typed``."""
     found, outputs = _list_types(typed), () if is_body else set(graph.outputs)
     inputs = list(graph.inputs) if is_body else []
+    ranks: dict[ir.Value, int] = {}
+    sizes = {name: _read_dims(kind, symbols) for name, kind in found.items()}
     for value in (*inputs, *(value for node in graph for value in node.outputs)):
-        declared, dims = _list_dims(value.shape), _read_dims(found.get(value.name or ""), symbols)
+        declared, dims = _list_dims(value.shape), sizes.get(value.name or "")
+        if not dims and (rank := _find_rank(value, ranks, sizes)) is not None:
+            ranks[value] = rank
+            if len(declared) != rank:
+                value.shape = None
         if not declared or not dims:
             continue
         if value in outputs and len(declared) == len(dims):
@@ -117,6 +129,27 @@ def _note_shapes(
     for node, made in zip(graph, typed.node, strict=True):
         for body, typed_body in zip(list_bodies(node), _list_bodies(made), strict=True):
             _note_shapes(body, typed_body, symbols, is_body=True)
+
+
+def _find_rank(
+    value: ir.Value, ranks: Mapping[ir.Value, int], sizes: Mapping[str, Dims | None]
+) -> int | None:
+    """Return the rank of a value behind a Squeeze without axes, for a batch of several samples.
+
+    For a batch of 1, the Squeeze drops the batch, too, and an export with one sample declares that.
+    ``ranks`` holds the ranks of earlier such values, and ``sizes`` the inferred shapes of others.
+    Return ``None`` for all other values.
+    """
+    node = value.producer()
+    if node is None or node.domain:
+        return None
+    read = [each for each in node.inputs if each is not None]
+    given = {each: sizes.get(each.name or "") or _list_dims(each.shape) for each in read}
+    if node.op_type == "Squeeze" and len(read) == 1 and given[read[0]]:
+        return len([dim for dim in given[read[0]] if dim != 1])
+    if node.op_type not in _ELEMENTWISE or ranks.keys().isdisjoint(read):
+        return None
+    return max(ranks.get(each, len(given[each])) for each in read)
 
 
 def _list_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto]:

@@ -38,6 +38,34 @@ def explain_unknown(value: ir.Value | None, graph: ir.Graph, known: Inference) -
     return "depends on the data"
 
 
+def explain_unknown_rank(value: ir.Value) -> str:
+    """Return a sentence about the first node before ``value`` whose result has no known rank.
+
+    A Squeeze without axes drops each axis of size 1.  The sentence names the sizes that decide, and
+    the options that fix them.  Return an empty string if there is no such node.
+    """
+    node = value.producer()
+    while node is not None:
+        unknown = [v for v in node.inputs if v is not None and v.shape is None and v.producer()]
+        if not unknown:
+            break
+        node = unknown[0].producer()
+    if node is None:
+        return ""
+    label = f"node '{node.name}' ({node.op_type})"
+    data = node.inputs[0] if node.inputs else None
+    if node.op_type != "Squeeze" or data is None or data.shape is None or node.graph is None:
+        return f"the rank of what {label} computes is not known"
+    atoms = {dim.value or "" for dim in data.shape if isinstance(dim, ir.SymbolicDim)}
+    graph = node.graph.graph if isinstance(node.graph, ir.Function) else node.graph
+    sizes = list_options(atoms, graph)
+    fixing = f" depends on {name_sizes(sizes)}" if sizes else " is not known"
+    return (
+        f"{label} has no axes and drops each axis of size 1, so its rank{fixing}; or export the "
+        "model again with the axis to drop, such as x.squeeze(1)"
+    )
+
+
 def name_settings(inputs: Sequence[str]) -> str:
     """Return a phrase with the names of inputs, and the ``--bind`` options that fix them."""
     options = " ".join(f"--bind {shlex.quote(name)}=VALUE" for name in inputs)

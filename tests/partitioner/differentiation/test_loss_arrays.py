@@ -9,6 +9,7 @@ from splitonnx.losses import Loss
 from splitonnx.partitioner.partitions import cut
 from splitonnx.tensors import TensorSpec
 from tests.support.loss_references import build_network
+from tests.support.nets import FLOAT, Net
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,24 @@ def test_a_setting_that_does_not_fit_is_refused(loss: Loss, told: str) -> None:
 def test_a_loss_of_the_model_reads_no_arrays() -> None:
     with pytest.raises(UnsupportedModel, match="a loss is a float32 scalar"):
         cut(build_network(), at=None, loss=Loss(kind="from-model", sample_weights="trust"))
+
+
+def test_an_output_whose_rank_a_size_decides_names_the_option_that_fixes_it() -> None:
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w", 4, 2), out="m")
+    value = net.op("Squeeze", value, out="s")
+    model = net.finish({"x": (FLOAT, ["N", 1, 4])}, net.op("Sigmoid", value, out="y"))  # (N)
+    with pytest.raises(UnsupportedModel, match=r"'s_node' \(Squeeze\).* --dim N=SIZE"):
+        cut(model, at=None, loss="mse")
+    assert cut(model, at=None, loss="mse", dims={"N": 3}).client
+
+
+def test_scores_of_one_class_may_lose_their_axis() -> None:
+    net = Net()
+    value = net.op("MatMul", "x", net.weight("w", 4, 1), out="m")
+    model = net.finish({"x": (FLOAT, ["N", 4])}, net.op("Squeeze", value, out="y"))
+    labels = cut(model, at=None, loss="mse").client.manifest.phase("train").data[1]
+    assert labels.shape == ("N",)
 
 
 def test_several_losses_may_share_their_labels_but_not_in_two_meanings() -> None:

@@ -10,6 +10,7 @@ from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.inference.undecided_sizes import (
     explain_unknown,
+    explain_unknown_rank,
     list_open_sizes,
     list_options,
     list_settings,
@@ -44,6 +45,30 @@ g (float[N,T,4] x, float[N,M] z, float[?,2] u, int64[2] s, float t0, int64[N] r,
     j = Greater (w, rate)
 }
 """
+
+
+RANKS = """<ir_version: 8, opset_import: ["" : 18]>
+g (float[N,1,2] x, float[M] z, int64[R] target) => (float[] a, float[] b, float[] c) {
+    q = Squeeze (x)
+    a = Relu (q)
+    r = Reshape (z, target)
+    b = Neg (r)
+    c = Tanh (x)
+}
+"""
+
+
+def test_the_node_from_which_on_the_rank_is_unknown_is_named_with_the_sizes_that_decide() -> None:
+    values = map_values(ir.from_onnx_text(RANKS).graph)
+    for name in ("q", "a", "r", "b"):
+        values[name].shape = None
+    said = explain_unknown_rank(values["a"])
+    assert "(Squeeze) has no axes and drops each axis of size 1" in said
+    assert "depends on the size 'N', which --dim N=SIZE fixes" in said
+    said = explain_unknown_rank(values["b"])
+    assert "the rank of what node" in said
+    assert "(Reshape) computes is not known" in said
+    assert explain_unknown_rank(values["x"]) == ""
 
 
 @pytest.fixture
