@@ -160,6 +160,8 @@ def check(
     states: Pairs = (),
     dequantize: bool = False,
     dropout: DropoutMode | None = None,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
     groups: Sequence[ParameterGroup] = (),
 ) -> Check:
     """Check whether and how a model can be trained.
@@ -170,7 +172,7 @@ def check(
         output: the output from which the loss is computed; by default the first float output.
         dims, bind, states: sizes, values and states of inputs, as for ``cut``.
         dequantize: whether to replace integer arithmetic, as for ``cut``.
-        dropout: whether Dropout nodes are on, as for ``cut``.
+        dropout, train, freeze: whether Dropout nodes are on, and what is trained, as for ``cut``.
         groups: the optimizer's parameter groups.
 
     Raises:
@@ -186,7 +188,14 @@ def check(
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
     decided = {Kind.DROPOUT_OFF: dropout, Kind.STORED_INTEGERS: dequantize}
     exported = [one for one in diagnose(opened) if not decided.get(one.kind)]
-    prepared = prepare(opened, dropout=dropout, adjustments=adjustments, states=list_pairs(states))
+    prepared = prepare(
+        opened,
+        dropout=dropout,
+        train=train,
+        freeze=freeze,
+        adjustments=adjustments,
+        states=list_pairs(states),
+    )
     output = choose_output(prepared, output)
     losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
     faults: list[NotDifferentiable] = []

@@ -83,6 +83,8 @@ def inspect(
     dequantize: bool = False,
     output: str | None = None,
     dropout: DropoutMode | None = None,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
 ) -> list[CutCandidate]:
     """List the single tensors at which a model can be cut, in the order of the graph.
 
@@ -95,6 +97,7 @@ def inspect(
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
         dropout: whether Dropout nodes are on, as for ``cut``.
+        train, freeze: regular expressions for what is trained and what is not, as for ``cut``.
 
     Raises:
         ModelError: the model cannot be read, prepared or differentiated, so no cut is valid.
@@ -105,6 +108,8 @@ def inspect(
     prepared = prepare(
         open_model(model, adjustments),
         dropout=dropout,
+        train=train,
+        freeze=freeze,
         adjustments=adjustments,
         states=list_pairs(states),
     )
@@ -187,6 +192,8 @@ def advise_sent(
     states: Pairs = (),
     dequantize: bool = False,
     output: str | None = None,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
 ) -> list[tuple[str, ...]]:
     """List the raw inputs that could be sent together with a tensor to make a cut possible.
 
@@ -197,7 +204,11 @@ def advise_sent(
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     prepared = prepare(
-        open_model(model, adjustments), adjustments=adjustments, states=list_pairs(states)
+        open_model(model, adjustments),
+        train=train,
+        freeze=freeze,
+        adjustments=adjustments,
+        states=list_pairs(states),
     )
     inputs = [v.name or "" for v in prepared.inference.graph.inputs]
     raw = [name for name in inputs if name not in prepared.state]

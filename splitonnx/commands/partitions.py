@@ -66,6 +66,8 @@ def check(
     state: StateOption = None,
     dequantize: DequantizeOption = False,
     dropout: DropoutOption = None,
+    train: TrainOption = None,
+    freeze: FreezeOption = None,
     param_group: ParamGroupOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -84,6 +86,8 @@ def check(
         states=read_states(state),
         dequantize=dequantize,
         dropout=None if dropout is None else dropout.value,
+        train=train or (),
+        freeze=freeze or (),
         groups=groups,
     )
     if as_json:
@@ -133,6 +137,8 @@ def inspect(
     dequantize: DequantizeOption = False,
     output: OutputOption = None,
     dropout: DropoutOption = None,
+    train: TrainOption = None,
+    freeze: FreezeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the tensors at which a model can be cut, and how much data each cut sends per step.
@@ -157,6 +163,8 @@ def inspect(
             dequantize=dequantize,
             output=output,
             dropout=None if dropout is None else dropout.value,
+            train=train or (),
+            freeze=freeze or (),
         )
         if as_json:
             printing.print_json(pairs)
@@ -174,6 +182,8 @@ def inspect(
         dequantize=dequantize,
         output=output,
         dropout=None if dropout is None else dropout.value,
+        train=train or (),
+        freeze=freeze or (),
     )
     if as_json:
         printing.print_json(cuts)
@@ -192,6 +202,8 @@ def inspect(
             states=read_states(state),
             dequantize=dequantize,
             output=output,
+            train=train or (),
+            freeze=freeze or (),
         )
     print(escape(describe_no_cuts(advised)))
 

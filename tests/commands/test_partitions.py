@@ -29,6 +29,28 @@ def test_check_says_what_becomes_of_a_model(command: Command) -> None:
     assert "cannot be trained" in out
 
 
+def test_what_is_frozen_is_not_counted_as_trained(command: Command) -> None:
+    options = ["--freeze", ".", "--train", r"^head\."]
+    found = json.loads(command.succeed("check", MODEL, *options, "--json"))
+    trained = [
+        weight
+        for layer in found["layers"]
+        for weight in layer["weights"]
+        if weight["role"] == "parameter"
+    ]
+    assert {weight["name"].split(".")[0] for weight in trained} == {"head"}
+    assert 0 < found["parameters"] < 23122
+    cuts = json.loads(command.succeed("inspect", MODEL, *options, "--json"))
+    (cut,) = [each for each in cuts if each["tensor"] == AT]
+    assert (cut["client_parameters"], cut["bytes_down"]) == (0, 0)
+    assert cut["server_parameters"] == found["parameters"]
+    pairs = json.loads(command.succeed("inspect", MODEL, "--at", AT, *options, "--json"))
+    assert all(pair["head_parameters"] == 0 for pair in pairs)
+    code, _, told = command("inspect", MODEL, "--freeze", "no such parameter")
+    assert code == 2
+    assert "no such parameter" in told
+
+
 def test_inspect_lists_cuts_as_a_table_and_as_json(command: Command) -> None:
     table = command.succeed("inspect", MODEL, "--batch", 32)
     assert "/block1/Relu_output_0" in table

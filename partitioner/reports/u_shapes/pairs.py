@@ -86,6 +86,8 @@ def inspect_pairs(
     dequantize: bool = False,
     output: str | None = None,
     dropout: DropoutMode | None = None,
+    train: Sequence[str] = (),
+    freeze: Sequence[str] = (),
 ) -> list[PairCandidate]:
     """List the pairs of tensors at which ``cut`` can cut a model in a U-shape.
 
@@ -99,6 +101,7 @@ def inspect_pairs(
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
         dropout: whether Dropout nodes are on, as for ``cut``.
+        train, freeze: regular expressions for what is trained and what is not, as for ``cut``.
 
     Returns:
         The pairs, ordered by the first tensor and then by the last, as in the graph.
@@ -110,7 +113,10 @@ def inspect_pairs(
             model, or ``output`` is not one of its outputs.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
-    prepared = prepare(open_model(model, adjustments), dropout=dropout, adjustments=adjustments)
+    opened = open_model(model, adjustments)
+    prepared = prepare(
+        opened, dropout=dropout, train=train, freeze=freeze, adjustments=adjustments
+    )
     return list_pairs(prepared, at=at, tail_at=tail_at, sent=sent, output=output)
 
 
