@@ -29,8 +29,8 @@ _CARRIED = 2
 """The number of inputs of a Loop, and of its body, before the values that it carries."""
 _LOOPS = ("Loop", "Scan")
 _ELEMENTWISE = frozenset(
-    ["Abs", "Add", "Cast", "Clip", "Div", "Elu", "Exp", "Identity", "LeakyRelu", "Log", "LogSoftmax",
-     "Mul", "Neg", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Sub", "Tanh"]
+    ["Abs", "Add", "Cast", "Clip", "Div", "Elu", "Exp", "Identity", "LeakyRelu", "Log",
+     "LogSoftmax", "Mul", "Neg", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Sub", "Tanh"]
 )  # fmt: skip
 """Operators whose result has the largest of their inputs' ranks."""
 

@@ -29,7 +29,11 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
     run_session,
     run_split,
 )
-from splitonnx.partitioner.cutting.conformance.expectations import Expectation, describe_single, expect
+from splitonnx.partitioner.cutting.conformance.expectations import (
+    Expectation,
+    describe_single,
+    expect,
+)
 from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, Difference, measure
 from splitonnx.partitioner.cutting.conformance.originals import (
@@ -134,7 +138,9 @@ def compare_with_original(
     remarks = compare_dequantized(source, prepared.adjustments, subject)
     sizes = _list_sizes(prepared.skeleton.graph)
     is_doubled = not freed and not prepared.states  # of those, others say which batches they take
-    remarks += [remark for form in forms for remark in _hold(form, sizes, subject, is_doubled=is_doubled)]
+    remarks += [
+        remark for form in forms for remark in _hold(form, sizes, subject, is_doubled=is_doubled)
+    ]
     return list(dict.fromkeys([*remarks, *mixed]))
 
 

@@ -28,9 +28,9 @@ from splitonnx.partitioner.cutting.conformance.measures import (
 )
 from splitonnx.partitioner.cutting.conformance.samples import (
     Arrays,
-    double_sample,
     find_open_batch,
     iter_draws,
+    repeat_sample,
 )
 from splitonnx.partitioner.gate.walks import list_nodes
 from splitonnx.partitioner.graphs.faults import report_mistake
@@ -238,8 +238,8 @@ def describe_single(
     Return an empty string if it takes them, or if it took several already.
     """
     symbol = find_open_batch(model)
-    doubled = [double_sample(model, batch, symbol) for batch in batches] if symbol else []
-    tried = [batch for batch in doubled if batch is not None]
+    repeated = [repeat_sample(model, batch, symbol) for batch in batches] if symbol else []
+    tried = [batch for batch in repeated if batch is not None]
     if not tried or len(tried) < len(batches):
         return ""
     try:

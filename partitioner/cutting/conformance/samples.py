@@ -76,19 +76,19 @@ def find_open_batch(model: onnx.ModelProto) -> str:
     return names.pop() if len(names) == 1 else ""
 
 
-def double_sample(model: onnx.ModelProto, batch: Arrays, symbol: str) -> Arrays | None:
+def repeat_sample(model: onnx.ModelProto, batch: Arrays, symbol: str) -> Arrays | None:
     """Return a batch with its only sample twice, or ``None`` if it holds more than one sample.
 
     ``symbol`` is the symbol of the batch size, which may be on any axis.
     """
-    doubled = dict(batch)
+    repeated = dict(batch)
     for value in list_inputs(model):
         for axis, dim in enumerate(_dims(value)):
             if dim.dim_param == symbol:
-                if doubled[value.name].shape[axis] != 1:
+                if repeated[value.name].shape[axis] != 1:
                     return None
-                doubled[value.name] = np.repeat(doubled[value.name], 2, axis)
-    return doubled
+                repeated[value.name] = np.repeat(repeated[value.name], 2, axis)
+    return repeated
 
 
 def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:

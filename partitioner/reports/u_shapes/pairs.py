@@ -114,9 +114,7 @@ def inspect_pairs(
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     opened = open_model(model, adjustments)
-    prepared = prepare(
-        opened, dropout=dropout, train=train, freeze=freeze, adjustments=adjustments
-    )
+    prepared = prepare(opened, dropout=dropout, train=train, freeze=freeze, adjustments=adjustments)
     return list_pairs(prepared, at=at, tail_at=tail_at, sent=sent, output=output)
 
 

@@ -154,13 +154,12 @@ def test_an_output_of_raw_data_is_the_servers_only_where_it_depends_on_the_cut()
     model.graph.node.append(helper.make_node("Neg", ["x"], ["negated"]))
     model.graph.output.append(helper.make_tensor_value_info("negated", FLOAT, None))
     graph, weights = lift(model)
-    state = {"state": weights, "trainable": weights}
-    around = survey(graph, **state)
+    around = survey(graph, state=weights, trainable=weights)
     assert [value.name for value in around.passing] == ["negated"]
-    assert not survey(graph, **state, is_training=True).passing
+    assert not survey(graph, state=weights, trainable=weights, is_training=True).passing
     for at, is_kept in ((["sum"], True), (["x"], False)):
         values = resolve_names(graph, at)
-        partition = divide(graph, values, **state, around=around)
+        partition = divide(graph, values, state=weights, trainable=weights, around=around)
         kept = [value.name for value in list_kept_outputs(graph, values, around)]
         served = [value.name for value in list_server_outputs(graph, values, around)]
         assert ("negated" in kept, "negated" in served) == (is_kept, not is_kept)

@@ -8,10 +8,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.partitioner.cutting.conformance.samples import (
-    double_sample,
     find_open_batch,
     iter_draws,
     list_inputs,
+    repeat_sample,
 )
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
@@ -38,13 +38,13 @@ def test_the_symbol_of_the_batch_has_one_size_on_every_axis() -> None:
         assert all(batch["x"].shape[0] == batch["state"].shape[1] for batch in draw)
     assert find_open_batch(model) == "N"
     single = {"x": np.ones((1, 7, 3)), "state": np.ones((2, 1, 5))}
-    doubled = double_sample(model, single, "N")
-    assert doubled is not None
-    assert {name: array.shape for name, array in doubled.items()} == {
+    repeated = repeat_sample(model, single, "N")
+    assert repeated is not None
+    assert {name: array.shape for name, array in repeated.items()} == {
         "x": (2, 7, 3),
         "state": (2, 2, 5),
     }
-    assert double_sample(model, doubled, "N") is None
+    assert repeat_sample(model, repeated, "N") is None
 
 
 def test_without_one_symbol_on_the_first_axes_no_batch_is_open() -> None:
