@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import BatchNotFreed, MixedSamples, SplitonnxError
 from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
+from splitonnx.partitioner.cutting.passes.batches import find_fixing_node
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.exporters import CALL
 from splitonnx.partitioner.graphs.builders import known_array
@@ -48,7 +49,8 @@ def remark_on_batches(
     held = list(_find_constants(graph, symbols))
     if not held and not prepared.states and (single := trials.explain_single(prepared)):
         options = tuple(make_option("--dim", f"{symbol}=1") for symbol in firsts - fixed)
-        yield Remark(kind=Kind.FIXED_BATCH, sentence=single, options=options)
+        fixing = find_fixing_node(prepared.training.graph, prepared.state, output)
+        yield Remark(kind=Kind.FIXED_BATCH, sentence=fixing or single, options=options)
     for symbol, batch in dict.fromkeys((symbol, batch) for _, symbol, batch in held):
         nodes = tuple(node.name or "" for node, *own in held if own == [symbol, batch])
         yield Remark(

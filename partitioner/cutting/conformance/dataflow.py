@@ -42,7 +42,9 @@ class NotRun(Exception):
 def describe_failure(error: NotRun) -> str:
     """Return the node that failed, as ONNX Runtime names it, or else the entire message."""
     found = _FAILED.search(str(error))
-    return f"node '{found[2]}' ({found[1]}) fails" if found else str(error)
+    if found is None:
+        return str(error)
+    return f"node '{found[2]}' ({found[1]}) fails" if found[2] else f"a node ({found[1]}) fails"
 
 
 @dataclass(frozen=True, kw_only=True)
