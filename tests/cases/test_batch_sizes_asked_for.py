@@ -71,12 +71,17 @@ def test_one_size_of_the_batch_decides_for_itself() -> None:
         hold_predictions(bundle, load_model(NAME), load_data(NAME, rows))
 
 
-def test_a_size_between_is_still_not_decided() -> None:
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_size_between_is_not_decided_but_trained_by_the_branch_that_is_taken(
+    target: Target,
+) -> None:
     model = load_model(NAME)
     bound = next(tensor for tensor in model.graph.initializer if tensor.name == "one")
     bound.CopyFrom(onnx.numpy_helper.from_array(np.array(3), "one"))
-    (obstacle,) = check(model).obstacles
-    assert "depends on the size 'N', which --dim N=SIZE fixes" in obstacle
+    assert check(model).trainable
+    whole = cut(model, at=None, client_target=target)
+    for rows in (2, 3, 4):
+        hold_step(whole, model, load_data(NAME, rows), TRAINED)
 
 
 def _write_branch(model: onnx.ModelProto) -> onnx.ModelProto:
