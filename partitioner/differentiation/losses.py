@@ -6,7 +6,7 @@ module does not depend on cuts or gradients; :mod:`loss_formulas` has the formul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -23,6 +23,7 @@ from splitonnx.partitioner.differentiation.class_axes import (
     choose_class_axis,
     move_classes,
 )
+from splitonnx.partitioner.differentiation.label_shapes import check_labels, list_sizes
 from splitonnx.partitioner.differentiation.loss_arrays import (
     LossGraph,
     LossGraphs,
@@ -97,6 +98,7 @@ def attach_losses(
         value.name = f"{value.name}.model"
     if [loss.kind for loss in losses] == [FROM_MODEL] and not graphs:
         return _adopt_loss(graph, sources[0])
+    sizes = set() if evaluating else list_sizes(graph.inputs)  # predictions have sizes of their own
     inputs = {name: _make_input(spec) for name, spec in data.items()}
     graph.inputs.extend(inputs.values())
     builder = NodeBuilder("splitonnx.loss")
@@ -107,7 +109,7 @@ def attach_losses(
     for number, (loss, source) in enumerate(zip(losses, sources, strict=True)):
         file = find_graph(loss, graphs)
         if file is None:
-            means.append(_build(builder, loss, source, inputs, counting=counting))
+            means.append(_build(builder, loss, source, inputs, sizes, counting=counting))
             continue
         known = {**reads[number], **inputs}
         model = file.inference if evaluating else file.training
@@ -199,6 +201,7 @@ def _build(
     loss: Loss,
     source: ir.Value,
     inputs: Mapping[str, ir.Value],
+    sizes: Collection[str],
     *,
     counting: bool,
 ) -> Mapping[str, Mean]:
@@ -207,7 +210,8 @@ def _build(
     scores = source
     if loss.kind == CROSS_ENTROPY:
         scores = move_classes(builder, source, choose_class_axis(source, loss.class_axis))
-    labels = inputs[loss.array]
+    has_classes = loss.kind == CROSS_ENTROPY
+    labels = check_labels(builder, inputs[loss.array], scores, sizes, has_classes=has_classes)
     weights = None if loss.sample_weights is None else inputs[loss.sample_weights]
     rank = len(labels.shape or ())
     reads = LossInputs(scores=scores, labels=labels, weights=weights, rank=rank)
