@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
+from splitonnx.expressions import UNKNOWN
 from splitonnx.partitioner.differentiation.control_flow.obstacles import (
     list_undifferentiable,
     note_carried_shapes,
@@ -224,7 +225,23 @@ def differentiate_step(
         raise fault
     supplied = supply(step.model, names, targets)
     derived = add_gradients(step.model, names, targets, supplied).graph
+    _forget_unknown(derived)
     return _divide(step, derived, names, targets, products)
+
+
+def _forget_unknown(graph: ir.Graph) -> None:
+    """Remove the names of unknown sizes from all shapes of a step's graph.
+
+    ONNX Runtime numbers them anew in each graph.  In a body, it would take them for sizes of the
+    graph around it that have the same names.
+    """
+    values = [value for node in graph for value in node.outputs]
+    for value in (*graph.inputs, *values):
+        if value.shape is not None:
+            dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+            value.shape = ir.Shape(
+                [None if isinstance(dim, str) and UNKNOWN in dim else dim for dim in dims]
+            )
 
 
 def _find_moving(step: Step, moving: Collection[ir.Value]) -> set[ir.Value]:
