@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.cutting.passes.work import Work
-from splitonnx.partitioner.graphs.traversals import find_dependents, list_bodies
+from splitonnx.partitioner.graphs.traversals import find_dependents, list_bodies, list_nodes
 from splitonnx.partitioner.normalization.batchnorms import (
     list_batchnorms,
     use_running_statistics,
@@ -75,6 +75,27 @@ def name_nodes(graph: ir.Graph) -> None:
         taken.add(node.name)
         for body in list_bodies(node):
             name_nodes(body)
+
+
+def name_outputs(graph: ir.Graph) -> None:
+    """Give a name to each output without one of a node with subgraph bodies, in place.
+
+    Nobody reads such an output, but ONNX Runtime needs its name: it refuses the node, or a loop
+    that carries the output ends the whole process.  Nodes in bodies are treated too.
+    """
+    nodes = list_nodes(graph)
+    taken = {value.name for node in nodes for value in (*node.inputs, *node.outputs) if value}
+    for each in (graph, *(body for node in nodes for body in list_bodies(node))):
+        taken |= {value.name for value in (*each.inputs, *each.initializers.values())}
+    for node in nodes:
+        if not list_bodies(node):
+            continue
+        for index, value in enumerate(node.outputs):
+            if not value.name:
+                value.name = f"{node.name}/unused/{index}"
+                while value.name in taken:
+                    value.name += "_"
+                taken.add(value.name)
 
 
 def refuse_unkept_statistics(statistics: Collection[str], weights: Collection[str]) -> None:

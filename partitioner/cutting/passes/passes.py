@@ -27,6 +27,7 @@ from splitonnx.partitioner.cutting.passes.forms import (
     lift_integers,
     make_inference_form,
     name_nodes,
+    name_outputs,
     refuse_unkept_statistics,
 )
 from splitonnx.partitioner.cutting.passes.given_names import list_names
@@ -77,6 +78,7 @@ def _on_graph(change: Callable[[ir.Graph], object]) -> Callable[[Work], object]:
 def _name_nodes(work: Work) -> None:
     name_nodes(work.model.graph)
     work.given = list_names(work.model.graph)
+    name_outputs(work.model.graph)
 
 
 def _separate_statistics(work: Work) -> None:
