@@ -12,6 +12,7 @@ from splitonnx.partitioner.cutting.passes.forms import (
     lift_integers,
     make_inference_form,
     name_nodes,
+    name_outputs,
     refuse_unkept_statistics,
 )
 from splitonnx.partitioner.cutting.passes.work import Work
@@ -106,3 +107,17 @@ def test_integer_arithmetic_is_replaced_only_if_the_user_asked_for_it() -> None:
     assert turned.dequantized is not None
     assert turned.dequantized.kinds == {"MatMulInteger": 2}
     assert {"W1", "W2"} <= turned.given
+
+
+def test_outputs_of_control_flow_get_names_that_nothing_else_has() -> None:
+    graph = ir.from_proto(ZOO["chain"].build()).graph
+    inner = ir.node("Relu", [graph.inputs[0]], outputs=[ir.Value(name="choice/unused/0")])
+    body = ir.Graph([], [*inner.outputs] * 2, nodes=[inner], opset_imports={"": 18})
+    attributes = {"then_branch": body, "else_branch": body.clone(allow_outer_scope_values=True)}
+    made = [ir.Value(name=""), ir.Value(name="y")]
+    graph.append(ir.node("If", [graph.inputs[0]], attributes, name="choice", outputs=made))
+    plain = ir.node("Dropout", [made[1]], outputs=[ir.Value(name="z"), ir.Value(name="")])
+    graph.append(plain)
+    name_outputs(graph)
+    assert [value.name for value in made] == ["choice/unused/0_", "y"]
+    assert [value.name for value in plain.outputs] == ["z", ""]
