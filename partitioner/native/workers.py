@@ -28,6 +28,8 @@ _MOST_KEPT = 1 << 26
 """After a request or response with more bytes, the process is ended to free its memory."""
 
 _ADVICE = "check how the model was exported"
+_STOPPED = ("SIGKILL", "SIGTERM", "SIGINT", "SIGXCPU")
+"""Signals by which a user or the system stops a process, whatever it runs."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -166,7 +168,8 @@ class Isolation:
             how = self.end()
             reason = f"took over {natives.SECONDS} s" if late else f"broke down over it ({how})"
             code = natives.NATIVES[name][1]
-            raise NativeCrash(subject, f"{code} {reason}", _ADVICE) from error
+            is_breakdown = not late and how not in _STOPPED
+            raise NativeCrash(subject, f"{code} {reason}", _ADVICE, is_breakdown) from error
         except BaseException:  # the next call would read this call's late response
             self.end()
             raise

@@ -36,8 +36,14 @@ class UnsupportedModel(ModelError):
         return f"{self.subject}: {self.reason}" + (f"; {self.advice}" if self.advice else "")
 
 
+@dataclass(eq=False)
 class NativeCrash(UnsupportedModel):
-    """Native code of onnx or ONNX Runtime crashed or took too long while processing the model."""
+    """Native code of onnx or ONNX Runtime crashed or took too long while processing the model.
+
+    If ``is_breakdown`` is true, it ended its process, and not because of a limit on time or memory.
+    """
+
+    is_breakdown: bool = False
 
 
 class TooManyTries(UnsupportedModel):

@@ -8,8 +8,10 @@ of an optimization in ONNX Runtime, never of the user.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import onnx
 import onnx_ir as ir
@@ -21,10 +23,12 @@ from splitonnx.losses import FROM_MODEL
 from splitonnx.manifests import KEY
 from splitonnx.names import PORTABLE
 from splitonnx.partitioner.cutting.conformance.dataflow import (
+    BrokeDown,
     Level,
     Made,
     NotRun,
     expose,
+    refuse_breakdowns,
     run_prepared,
     run_session,
     run_split,
@@ -49,7 +53,7 @@ from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
     compare_samples,
     describe_unchecked,
 )
-from splitonnx.partitioner.cutting.conformance.samples import Arrays
+from splitonnx.partitioner.cutting.conformance.samples import Arrays, iter_draws
 from splitonnx.partitioner.cutting.dequantized_originals import compare_dequantized
 from splitonnx.partitioner.cutting.passes.batches import JOINING
 from splitonnx.partitioner.cutting.preparations import PreparedModel
@@ -113,6 +117,7 @@ def compare_with_original(
         DifferentResult: a result differs from that of the original by more than a small amount.
         MixedSamples, BatchNotFreed: the user freed a fixed batch, but the model's nodes rely on it.
         NotAModel: the original model can no longer be read.
+        NativeCrash: ONNX Runtime ends its process over what was made from the original.
         UnsupportedModel: an output has other sizes than the original model's file declares.
     """
     subject = name_source(source)
@@ -126,7 +131,10 @@ def compare_with_original(
     if not JOINING.isdisjoint(changed):
         for batch in freed:  # the original runs with other batches, but joins or drops samples
             inlined = batch.fix(inlined)
-    forms = _list_forms(inlined, prepared, bundle, merge(), subject)
+    forms = [
+        _refuse_breakdowns(form, subject)
+        for form in _list_forms(inlined, prepared, bundle, merge(), subject)
+    ]
     model = Subject(
         name=subject,
         original=forms[0].original,
@@ -193,6 +201,15 @@ def _list_forms(
     ]
 
 
+def _refuse_breakdowns(form: _Form, subject: str) -> _Form:
+    """Refuse whatever ends its process, but for what only leads to remarks with advice."""
+    made = [
+        each if each.advice else replace(each, run=refuse_breakdowns(each.run, each.label, subject))
+        for each in form.made
+    ]
+    return replace(form, made=made)
+
+
 def _run_merged(
     bundle: Bundle, merged: bytes, batches: Sequence[Arrays], subject: str, level: Level
 ) -> list[Arrays]:
@@ -212,6 +229,8 @@ def _hold(
     try:
         expectation = expect(form.original, subject, _SEEDS[0])
     except NotRun as error:
+        if isinstance(error, BrokeDown):  # perhaps its parts do so too
+            _try_first_draw(form)
         return [f"{subject} was not compared with its parts, since it does not run: {error}"]
     _check_sizes(expectation, sizes, subject)
     remarks = []
@@ -240,6 +259,14 @@ def _hold(
         if (remark := _hold_made(made, found, expectation, subject)) is not None:
             remarks.append(remark)
     return remarks
+
+
+def _try_first_draw(form: _Form) -> None:
+    """Run what was made from the original on random inputs, to see whether it breaks down."""
+    for batches in islice(iter_draws(form.original, _SEEDS[0]), 1):
+        for made in form.made:
+            with suppress(NotRun):
+                made.run(batches)
 
 
 def _list_sizes(graph: ir.Graph) -> dict[str, list[int]]:

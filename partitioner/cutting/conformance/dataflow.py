@@ -64,6 +64,10 @@ class Made:
     advice: str = ""
 
 
+class BrokeDown(NotRun):
+    """Raised if native code ends its process while it runs a model."""
+
+
 class CorrectionFailed(NotRun):
     """Raised if an operator of :mod:`native.corrections` fails on a model or on its inputs."""
 
@@ -177,8 +181,35 @@ def _decode(run: Callable[[], Sequence[Mapping[str, bytes]]]) -> list[Arrays]:
         return [natives.decode_arrays(outputs) for outputs in run()]
     except (workers.Refused, NativeCrash) as error:
         is_corrected = getattr(error, "kind", "") == natives.CorrectionFailed.__name__
-        reason = " ".join(str(error).split())
-        raise (CorrectionFailed if is_corrected else NotRun)(flatten(reason)) from error
+        is_breakdown = isinstance(error, NativeCrash) and error.is_breakdown
+        kind = CorrectionFailed if is_corrected else BrokeDown if is_breakdown else NotRun
+        raise kind(flatten(" ".join(str(error).split()))) from error
+
+
+def refuse_breakdowns(run: Run, label: str, subject: str) -> Run:
+    """Return a function like ``run`` that refuses the model if native code ends its process.
+
+    ``label`` names what ``run`` runs, and ``subject`` names the model from which it was made.
+
+    Raises:
+        NativeCrash: raised by the function returned, since a party would be ended in the same way.
+    """
+
+    def run_all(batches: Sequence[Arrays]) -> list[Arrays]:
+        try:
+            return run(batches)
+        except BrokeDown as error:
+            crash = error.__cause__
+            reason = crash.reason if isinstance(crash, NativeCrash) else str(error)
+            raise NativeCrash(
+                f"{label}, made from {subject}",
+                f"{reason}, which would also end a party that trains or predicts",
+                "cut at another tensor, or export the model otherwise, and please report it with "
+                "the model; --no-check (check=False) leaves out this comparison",
+                is_breakdown=True,
+            ) from error
+
+    return run_all
 
 
 def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from splitonnx.partitioner.cutting.conformance.dataflow import (
+    BrokeDown,
     CorrectionFailed,
     NotRun,
     Run,
@@ -178,7 +179,8 @@ def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_dr
     draws the inputs.
 
     Raises:
-        NotRun: neither evaluator accepts any of the random inputs.
+        NotRun: neither evaluator accepts any of the random inputs; this is a :class:`BrokeDown` if
+            one of them ended its process.
         InternalModelError: an operator of :mod:`native.corrections` fails on inputs that ONNX
             Runtime accepts.
     """
@@ -207,7 +209,7 @@ def _expect(
             try:
                 made[name] = run(batches)
             except NotRun as error:
-                refusal = error
+                refusal = refusal if isinstance(refusal, BrokeDown) else error
                 failed = error if isinstance(error, CorrectionFailed) else failed
         if failed is not None and "session" in made:
             raise report_mistake(subject, "evaluated with operators of our own", failed)

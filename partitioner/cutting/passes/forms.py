@@ -78,7 +78,7 @@ def name_nodes(graph: ir.Graph) -> None:
 
 
 def name_outputs(graph: ir.Graph) -> None:
-    """Give a name to each output without one of a node with subgraph bodies, in place.
+    """Name each unnamed output of a node with subgraph bodies, in place.
 
     Nobody reads such an output, but ONNX Runtime needs its name: it refuses the node, or a loop
     that carries the output ends the whole process.  Nodes in bodies are treated too.

@@ -56,8 +56,11 @@ def test_an_exception_comes_back_by_its_kind() -> None:
 
 def test_a_model_that_ends_the_process_is_refused_and_the_next_one_is_served() -> None:
     for _ in range(2):
-        with pytest.raises(NativeCrash, match="the split: onnx's inference of shapes broke down"):
+        with pytest.raises(
+            NativeCrash, match="the split: onnx's inference of shapes broke down"
+        ) as caught:
             infer(build_split(1))
+        assert caught.value.is_breakdown
         assert infer(build_split(3)) == [2, 3]
 
 
@@ -186,8 +189,11 @@ def test_what_needs_too_much_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     answer = msgspec.msgpack.encode(["MemoryError", "std::bad_alloc"])
     monkeypatch.setattr(workers._Worker, "ask", lambda worker, request: answer)
     isolation = Isolation()
-    with pytest.raises(NativeCrash, match="the split: onnx's checker needs more memory than it"):
+    with pytest.raises(
+        NativeCrash, match="the split: onnx's checker needs more memory than it"
+    ) as caught:
         isolation.call(natives.check_form, "the split", build_split(3))
+    assert not caught.value.is_breakdown
     isolation.end()
 
 

@@ -12,9 +12,9 @@ import pytest
 from onnx import helper
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import DifferentResult, UsageError
+from splitonnx.errors import DifferentResult, NativeCrash, UsageError
 from splitonnx.partitioner.cutting.assemblies import assemble
-from splitonnx.partitioner.cutting.conformance.dataflow import run_session, run_split
+from splitonnx.partitioner.cutting.conformance.dataflow import BrokeDown, run_session, run_split
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.adjustments import Adjustments
 from splitonnx.partitioner.gate.gates import open_model
@@ -318,3 +318,37 @@ def test_weights_that_may_saturate_are_told_on_every_processor(
     cut(build_quantized(65), at="first", loss="mse", check=True)
     told = [record.getMessage() for record in caplog.records]
     assert any("too small products with 'w', without an error" in text for text in told)
+
+
+CRASH = NativeCrash("it", "ONNX Runtime broke down over it (SIGSEGV)", is_breakdown=True)
+
+
+def break_down(*_: object, **__: object) -> list[Arrays]:
+    raise BrokeDown(str(CRASH)) from CRASH
+
+
+@pytest.mark.parametrize(
+    ("runner", "label"),
+    [
+        ("run_split", "what the parts predict"),
+        ("_run_merged", "the merged model"),
+        ("run_prepared", "the model prepared for training"),
+    ],
+)
+def test_what_was_made_and_ends_its_process_is_refused(
+    runner: str, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{COMPARISONS}.{runner}", break_down)
+    with pytest.raises(NativeCrash, match=rf"^{label}, made from .*SIGSEGV.*cut at another.*check"):
+        cut(build_model(), at="second", check=True)
+
+
+def test_a_model_that_alone_ends_its_process_is_said_not_to_be_compared(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(f"{COMPARISONS}.expect", break_down)
+    cut(build_model(), at="second", check=True)
+    assert "was not compared with its parts" in caplog.text
+    monkeypatch.setattr(f"{COMPARISONS}.run_split", break_down)
+    with pytest.raises(NativeCrash, match="what the parts predict"):
+        cut(build_model(), at="second", check=True)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import pytest
 
+from splitonnx.errors import NativeCrash
 from splitonnx.partitioner.cutting.conformance.dataflow import (
+    BrokeDown,
     NotRun,
     expose,
     inline_weights,
+    refuse_breakdowns,
     run_reference,
     run_session,
     run_split,
 )
+from splitonnx.partitioner.native import workers
 from splitonnx.partitioner.partitions import cut
 from tests.support import small_models
-from tests.support.nets import FLOAT, Net
+from tests.support.nets import FLOAT, Arrays, Net
 from tests.support.zoo import build_chain, build_two_streams
 
 BATCHES = [
@@ -86,3 +92,22 @@ def test_weights_that_are_inputs_become_initializers_of_their_type() -> None:
     content = inline_weights(model, {"b": np.arange(6.0), "other": np.ones(2)})
     (values,) = run_session(content, BATCHES[:1], "it", level="none")
     np.testing.assert_allclose(values["y"], BATCHES[0]["x"] + np.arange(6, dtype=np.float32))
+
+
+@pytest.mark.parametrize("is_breakdown", [True, False])
+def test_an_end_of_the_process_is_told_from_a_limit_of_time(
+    is_breakdown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise NativeCrash("it", "ONNX Runtime ended", "look", is_breakdown)
+
+    def run(batches: Sequence[Arrays]) -> list[Arrays]:
+        return run_session(b"", batches, "it", level="none")
+
+    monkeypatch.setattr(workers, "call", crash)
+    with pytest.raises(NotRun, match="ONNX Runtime ended") as caught:
+        run(BATCHES)
+    assert isinstance(caught.value, BrokeDown) == is_breakdown
+    expected = NativeCrash if is_breakdown else NotRun
+    with pytest.raises(expected, match="ONNX Runtime ended"):
+        refuse_breakdowns(run, "the parts", "it")(BATCHES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from splitonnx.partitioner.cutting.conformance.dataflow import NotRun, run_session
+from splitonnx.partitioner.cutting.conformance.dataflow import BrokeDown, NotRun, run_session
 from splitonnx.partitioner.cutting.conformance.expectations import (
     COARSE,
     EXACT,
@@ -197,3 +198,19 @@ def test_a_quantized_model_is_allowed_its_coarse_numbers() -> None:
     model.graph.node.add(op_type="QuantizeLinear", input=["x", "s"], output=["q"])
     made = Expectation(model=model, batches=[], reference=[], session=None)
     assert made.least == COARSE
+
+
+def test_that_onnx_runtime_broke_down_is_said_before_what_the_reference_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(kind: type[NotRun]) -> Callable[..., None]:
+        def run(*_: object, **__: object) -> None:
+            raise kind(kind.__name__)
+
+        return run
+
+    module = "splitonnx.partitioner.cutting.conformance.expectations"
+    monkeypatch.setattr(f"{module}.run_session", refuse(BrokeDown))
+    monkeypatch.setattr(f"{module}.run_reference", refuse(NotRun))
+    with pytest.raises(BrokeDown):
+        expect(build_chain(), "it", 0)
