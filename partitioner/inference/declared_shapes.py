@@ -19,9 +19,8 @@ from splitonnx.partitioner.graphs.faults import (
 )
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.graphs.traversals import list_bodies
-from splitonnx.partitioner.inference.shapes import lighten, refuse_types
-from splitonnx.partitioner.native import natives
-from splitonnx.partitioner.native.workers import Refused, call
+from splitonnx.partitioner.inference.shapes import infer_message, lighten, refuse_types
+from splitonnx.partitioner.native.workers import Refused
 
 _MOST_ROUNDS = 16
 """The limit on how often shapes are inferred until those of all loops agree with their bodies."""
@@ -97,7 +96,7 @@ def _infer(proto: onnx.ModelProto, loops: _Loops) -> onnx.GraphProto | None:
     """Infer the shapes of a model, also of what its loops carry, or return None if onnx cannot."""
     for _ in range(_MOST_ROUNDS):
         try:
-            content = call(natives.infer_shapes, "the model", proto.SerializeToString(), False)
+            content = infer_message(proto.SerializeToString(), check_type=False)
         except Refused:
             return None
         typed: onnx.GraphProto = onnx.ModelProto.FromString(content).graph

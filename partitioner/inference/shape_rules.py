@@ -7,6 +7,7 @@ or ``None`` if it is not certain.  A rule returns ``None`` if it cannot infer an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +22,10 @@ from splitonnx.partitioner.inference.dimensions import (
     is_equal,
     is_less,
     is_natural,
+    is_unknown,
     multiply,
+    name_unknown,
+    parse_dim,
     prod_of,
     sum_of,
 )
@@ -122,6 +126,94 @@ def _concat(known: Known, node: ir.Node) -> list[list[Amount | None]] | None:
     return [result]
 
 
+def _einsum(known: Known, node: ir.Node) -> list[Dims] | None:
+    shapes = [known.shape(value) for value in node.inputs if value is not None]
+    output = node.outputs[0]
+    noted = [d if isinstance(d, int) else d.value for d in output.shape or ()]
+    equation = node.attributes.get_string("equation") or ""
+    found = spread_operands(equation, shapes, noted, output.name or "")
+    return None if found is None else [found]
+
+
+def spread_operands(
+    equation: str,
+    shapes: Sequence[Sequence[Amount] | None],
+    declared: Sequence[int | str | None],
+    name: str,
+) -> Dims | None:
+    """Return the dimensions of an Einsum's result ``name``, or ``None`` if they are not known.
+
+    Operands are broadcast along an axis where their size is 1.  onnx takes the size of the first
+    operand instead, and the ``declared`` dimensions of the result may come from onnx.  A declared
+    symbol is therefore not used if it is that of one operand while the model names another for
+    another operand.
+    """
+    known = [shape for shape in shapes if shape is not None]
+    read = read_equation(equation, [len(shape) for shape in known])
+    if len(known) != len(shapes) or read is None:
+        return None
+    sizes: dict[str, list[Amount]] = {}
+    for term, shape in zip(read[0], known, strict=True):
+        for label, size in zip(term, shape, strict=True):
+            sizes.setdefault(label, []).append(size)
+    if not sizes.keys() >= {*read[1]}:
+        return None
+    result: Dims = []
+    for axis, label in enumerate(read[1]):
+        dim = _join(sizes[label])
+        noted = declared[axis] if len(declared) == len(read[1]) else None
+        if dim is None and isinstance(noted, str) and noted:
+            own = parse_dim(noted)
+            is_doubtful = own in sizes[label] and not any(map(is_unknown, sizes[label]))
+            dim = None if is_doubtful else own
+        result.append(name_unknown(name, axis) if dim is None else dim)
+    return result
+
+
+def _join(sizes: Sequence[Amount]) -> Amount | None:
+    """Return the size that operands are broadcast to along an axis, or ``None`` if not certain."""
+    others = [dim for dim in dict.fromkeys(sizes) if dim != 1]
+    numbers = [dim for dim in others if isinstance(dim, int)]
+    if not others:
+        return 1
+    return numbers[0] if numbers else others[0] if len(others) == 1 else None
+
+
+Labels = tuple[str, ...]
+
+
+def read_equation(equation: str, ranks: Sequence[int]) -> tuple[list[Labels], Labels] | None:
+    """Return the labels of the axes of each operand of an Einsum, and of its result.
+
+    The axes that an ellipsis stands for are labelled ``...0``, ``...1`` and so on, from the last
+    axis to the first.  Return ``None`` if the equation does not fit operands of these ranks.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    spelled = left.split(",")
+    if len(spelled) != len(ranks):
+        return None
+    terms = []
+    for term, rank in zip(spelled, ranks, strict=True):
+        hidden = rank - len(term.replace("...", ""))
+        if hidden < 0 or (hidden and "..." not in term):
+            return None
+        terms.append(_spell(term, hidden))
+    most = max(sum(label.startswith("...") for label in term) for term in terms)
+    if arrow:
+        return terms, _spell(right, most)
+    every = [label for term in terms for label in term]
+    named_once = sorted(label for label in {*every} if every.count(label) == 1 and label[0] != ".")
+    return terms, (*_spell("...", most), *named_once)
+
+
+def _spell(term: str, hidden: int) -> Labels:
+    """Return the labels of a term's axes; its ellipsis stands for ``hidden`` axes."""
+    labels: list[str] = []
+    for piece in re.findall(r"\.\.\.|.", term):
+        labels += [f"...{i}" for i in reversed(range(hidden))] if piece == "..." else [piece]
+    return tuple(labels)
+
+
 def _flatten(known: Known, node: ir.Node) -> list[Dims] | None:
     dims = known.shape(_first(node))
     if dims is None:
@@ -203,6 +295,7 @@ def _keep(known: Known, node: ir.Node) -> list[Dims] | None:
 RULES: Mapping[str, Rule] = {
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
+    "Einsum": _einsum,
     "Expand": _expand,
     "Flatten": _flatten,
     "GroupNormalization": _keep,

@@ -5,20 +5,23 @@ This covers every value whose type onnx's schemas define.  :mod:`inferences` inf
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx
 import onnx_ir as ir
 
 from splitonnx.errors import NotAModel
+from splitonnx.operators import EINSUM
 from splitonnx.partitioner.graphs.builders import known_dims, known_rank, take_input
 from splitonnx.partitioner.graphs.faults import (
     attribute_errors_to_bytes,
     attribute_errors_to_pass,
 )
 from splitonnx.partitioner.graphs.transcripts import write_model
+from splitonnx.partitioner.inference.dimensions import name_unknown, parse_dim
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
+from splitonnx.partitioner.inference.shape_rules import Dims, spread_operands
 from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 
@@ -32,6 +35,8 @@ onnxruntime-training 1.19.2 has loops that count up to the length of an image's 
 _MOST_BYTES = 1 << 10
 """Initializers with more bytes are passed to onnx without contents, which do not affect types."""
 _MOST_DIMENSIONS = 32
+_SKIPPED = "splitonnx.skipped"
+"""The domain of nodes that onnx's inference skips."""
 _WINDOWED = frozenset({*_KERNELS, "AveragePool", "LpPool", "MaxPool", "MaxUnpool"})
 
 
@@ -49,7 +54,7 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
     with attribute_errors_to_pass("written down"), lighten(model.graph):
         content = write_model(model).SerializeToString()
     try:
-        inferred = call(natives.infer_shapes, "the model", content, check_type)
+        inferred = infer_message(content, check_type=check_type)
     except Refused:
         return  # a contradictory graph stays unchanged
     graphs = list(model.graphs())
@@ -62,6 +67,113 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
         found = ir.serde.deserialize_model(proto)
     for graph, typed in zip(graphs, found.graphs(), strict=False):
         _note_types(graph, typed)
+
+
+def infer_message(content: bytes, *, check_type: bool) -> bytes:
+    """Return a model with the types and shapes that onnx infers, except for Einsum.
+
+    onnx takes the size of the first operand of an Einsum where operands are broadcast.  The result
+    of such a node therefore gets its shape from :mod:`shape_rules`, and onnx infers the rest anew.
+
+    Raises:
+        Refused: onnx cannot infer the shapes.
+        NativeCrash: onnx's inference crashes on the model.
+    """
+    made: bytes = call(natives.infer_shapes, "the model", content, check_type)
+    if EINSUM.encode() not in content:
+        return made
+    given = onnx.ModelProto.FromString(content)
+    declared = _list_types(given.graph)
+    corrected: Mapping[str, Dims] = {}
+    for _ in range(1 + content.count(EINSUM.encode())):  # each round completes one more node
+        typed = onnx.ModelProto.FromString(made)
+        found = {**corrected, **_correct_einsums(typed.graph, declared)}
+        if found == corrected:
+            break
+        corrected = found
+        model = onnx.ModelProto.FromString(content)
+        model.opset_import.append(onnx.helper.make_opsetid(_SKIPPED, 1))
+        _write_dims(model.graph, corrected, _list_types(typed.graph))
+        made = call(natives.infer_shapes, "the model", model.SerializeToString(), check_type)
+    return made
+
+
+def _list_graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
+    """List a graph and the bodies of its nodes, also the nested ones."""
+    bodies = [
+        body
+        for node in graph.node
+        for attribute in node.attribute
+        for body in (attribute.g, *attribute.graphs)
+        if body.node
+    ]
+    return [graph, *(inner for body in bodies for inner in _list_graphs(body))]
+
+
+def _list_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto]:
+    return {
+        info.name: info.type
+        for each in _list_graphs(graph)
+        for info in (*each.value_info, *each.input, *each.output)
+    } | {
+        tensor.name: onnx.helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
+        for each in _list_graphs(graph)
+        for tensor in each.initializer
+    }
+
+
+def _list_dims(kind: onnx.TypeProto | None) -> list[int | str | None] | None:
+    if kind is None or not kind.tensor_type.HasField("shape"):
+        return None
+    return [
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+        for dim in kind.tensor_type.shape.dim
+    ]
+
+
+def _correct_einsums(
+    graph: onnx.GraphProto, declared: Mapping[str, onnx.TypeProto]
+) -> dict[str, Dims]:
+    """Return the right shapes of the results of Einsum whose inferred ones are not right."""
+    types = _list_types(graph)
+    corrected: dict[str, Dims] = {}
+    for node in (node for each in _list_graphs(graph) for node in each.node):
+        if node.op_type != EINSUM or node.domain not in ("", "ai.onnx", _SKIPPED):
+            continue
+        shapes: list[Dims | None] = []
+        for name in node.input:
+            dims = _list_dims(types.get(name))
+            named = enumerate(dims or ())
+            shape = [
+                d if isinstance(d, int) else parse_dim(d) if d else name_unknown(name, axis)
+                for axis, d in named
+            ]
+            shapes.append(None if dims is None else shape)
+        equation = next((a.s.decode() for a in node.attribute if a.name == "equation"), "")
+        result = node.output[0]
+        noted = _list_dims(declared.get(result)) or []
+        right = spread_operands(equation, shapes, noted, result)
+        own = _list_dims(types.get(result))
+        if right is not None and own != [d if isinstance(d, int) else str(d) for d in right]:
+            corrected[result] = right
+    return corrected
+
+
+def _write_dims(
+    graph: onnx.GraphProto, corrected: Mapping[str, Dims], types: Mapping[str, onnx.TypeProto]
+) -> None:
+    """Declare the results in ``corrected``, and have onnx's inference skip their nodes."""
+    for each in _list_graphs(graph):
+        outputs = {info.name: info for info in (*each.value_info, *each.output)}
+        for node in each.node:
+            if node.op_type != EINSUM or node.output[0] not in corrected:
+                continue
+            name, first = node.output[0], types[node.input[0]]
+            node.domain = _SKIPPED
+            dims = [d if isinstance(d, int) else str(d) for d in corrected[name]]
+            kind = onnx.helper.make_tensor_type_proto(first.tensor_type.elem_type, dims)
+            info = outputs[name] if name in outputs else each.value_info.add(name=name)
+            info.type.CopyFrom(kind)
 
 
 def refuse_types(reason: str) -> NotAModel:

@@ -1,14 +1,13 @@
 """Rewrite Einsum as a sequence of diagonals, sums, products and transpositions.
 
-The operands are contracted from left to right.  Each axis is identified by its label.  The axes
-that an ellipsis stands for get the labels ``...0``, ``...1`` and so on, from the last axis to the
-first.  The formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
+The operands are contracted from left to right.  Each axis is identified by its label.  An operand
+that may have size 1 along an axis is first repeated where a sum or a Reshape needs the complete
+axis.  The formulas are those of Einsum-12 at onnx.ai/onnx/operators, and of numpy.einsum.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
+from splitonnx.partitioner.inference.shape_rules import Labels, read_equation
 
 Values = Sequence[ir.Value | None]
 Size = int | ir.Value
@@ -27,7 +27,7 @@ class _Operand:
     """A value with one label per axis."""
 
     value: ir.Value
-    labels: tuple[str, ...]
+    labels: Labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class _Sum:
 
     builder: NodeBuilder
     sizes: Mapping[str, Size]
+    unsure: Collection[str]
+    """Labels along which one operand may have size 1, and another the size in ``sizes``."""
 
     def contract(self, left: _Operand, right: _Operand, kept: Collection[str]) -> _Operand:
         """Multiply two operands, and sum over labels that both have and that ``kept`` lacks."""
@@ -46,6 +48,9 @@ class _Sum:
         columns = tuple(label for label in right.labels if label not in shared)
         if not summed:
             return self._multiply(left, right, batch, rows, columns)
+        is_stacked = len(rows) == len(columns) == len(summed) == 1
+        needed = summed if is_stacked else (*summed, *batch, *rows, *columns)
+        left, right = self._repeat(left, needed), self._repeat(right, needed)
         a = self._group(left, batch, rows, summed)
         b = self._group(right, batch, summed, columns)
         product = self.builder.op("MatMul", a, b)
@@ -54,13 +59,22 @@ class _Sum:
             product = self._shape(product, labels)
         return _Operand(value=product, labels=labels)
 
+    def _repeat(self, operand: _Operand, needed: Collection[str]) -> _Operand:
+        """Repeat an operand along the axes in ``needed`` where its size may be 1."""
+        unsure = [label for label in needed if label in self.unsure and label in operand.labels]
+        if not unsure:
+            return operand
+        pieces = [self.sizes[label] if label in unsure else 1 for label in operand.labels]
+        value = self.builder.op("Expand", operand.value, self._join(pieces))
+        return _Operand(value=value, labels=operand.labels)
+
     def _multiply(
         self,
         left: _Operand,
         right: _Operand,
-        batch: tuple[str, ...],
-        rows: tuple[str, ...],
-        columns: tuple[str, ...],
+        batch: Labels,
+        rows: Labels,
+        columns: Labels,
     ) -> _Operand:
         """Multiply two operands elementwise, without summing; the axes are batch, rows, columns."""
         a = self.transpose(left, batch + rows)
@@ -77,16 +91,14 @@ class _Sum:
         value = self.builder.op("Unsqueeze", operand.value, self.builder.integers(places))
         return _Operand(value=value, labels=operand.labels)
 
-    def _group(
-        self, operand: _Operand, batch: tuple[str, ...], *groups: tuple[str, ...]
-    ) -> ir.Value:
+    def _group(self, operand: _Operand, batch: Labels, *groups: Labels) -> ir.Value:
         """Return an operand as a stack of matrices: batch axes, then one axis per group."""
         value = self.transpose(operand, batch + sum(groups, ())).value
         if all(len(group) == 1 for group in groups):
             return value
         return self._shape(value, batch, groups)
 
-    def transpose(self, operand: _Operand, labels: tuple[str, ...]) -> _Operand:
+    def transpose(self, operand: _Operand, labels: Labels) -> _Operand:
         """Transpose an operand so that its axes have the order of ``labels``."""
         if operand.labels == labels:
             return operand
@@ -108,6 +120,7 @@ class _Sum:
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is None:
             return operand
+        operand = self._repeat(operand, [twice])
         first, second = [axis for axis, label in enumerate(labels) if label == twice][:2]
         rest = [axis for axis in range(len(labels)) if axis not in (first, second)]
         others = tuple(labels[axis] for axis in rest)
@@ -124,22 +137,22 @@ class _Sum:
         places = self.builder.op("Range", self.builder.integer(0), size, self.builder.integer(1))
         return self.builder.op("Mul", places, self.builder.op("Add", size, self.builder.integer(1)))
 
-    def _shape(
-        self, value: ir.Value, batch: tuple[str, ...], groups: Sequence[tuple[str, ...]] = ()
-    ) -> ir.Value:
+    def _shape(self, value: ir.Value, batch: Labels, groups: Sequence[Labels] = ()) -> ir.Value:
         """Reshape to one axis per label of ``batch`` and one per group; one may be unknown."""
         found = [self._measure(group) for group in [*((label,) for label in batch), *groups]]
         unknown = [index for index, size in enumerate(found) if not isinstance(size, int)]
         if len(unknown) == 1:
             found[unknown[0]] = -1
-        if all(isinstance(size, int) for size in found):
-            shape = self.builder.integers([size for size in found if isinstance(size, int)])
-        else:
-            pieces = [self.builder.integers([s]) if isinstance(s, int) else s for s in found]
-            shape = self.builder.op("Concat", *pieces, axis=0)
-        return self.builder.op("Reshape", value, shape)
+        return self.builder.op("Reshape", value, self._join(found))
 
-    def _measure(self, group: tuple[str, ...]) -> Size:
+    def _join(self, found: Sequence[Size]) -> ir.Value:
+        """Return the vector of the lengths in ``found``."""
+        if all(isinstance(size, int) for size in found):
+            return self.builder.integers([size for size in found if isinstance(size, int)])
+        pieces = [self.builder.integers([s]) if isinstance(s, int) else s for s in found]
+        return self.builder.op("Concat", *pieces, axis=0)
+
+    def _measure(self, group: Labels) -> Size:
         sizes = [self.sizes[label] for label in group]
         total: Size = math.prod(size for size in sizes if isinstance(size, int))
         for size in sizes:
@@ -158,8 +171,9 @@ def rewrite_einsum(builder: NodeBuilder, node: ir.Node) -> Values:
     values = [value for value in node.inputs if value is not None]
     terms, result = _read_equation(node, values)
     operands = [_Operand(value=v, labels=t) for v, t in zip(values, terms, strict=True)]
-    sizes, operands = _measure_labels(builder, operands)
-    work = _Sum(builder=builder, sizes=sizes)
+    unsure = _find_unsure(operands)
+    sizes, operands = _measure_labels(builder, operands, unsure)
+    work = _Sum(builder=builder, sizes=sizes, unsure=unsure)
     operands = [work.diagonal(operand) for operand in operands]
     made: _Operand | None = None
     for index, operand in enumerate(operands):
@@ -175,55 +189,61 @@ def rewrite_einsum(builder: NodeBuilder, node: ir.Node) -> Values:
     return [work.transpose(made, result).value]
 
 
-def _read_equation(
-    node: ir.Node, values: Sequence[ir.Value]
-) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+def _read_equation(node: ir.Node, values: Sequence[ir.Value]) -> tuple[list[Labels], Labels]:
     """Return the labels of the axes of each operand, and of the result."""
-    equation = (node.attributes.get_string("equation") or "").replace(" ", "")
-    left, arrow, right = equation.partition("->")
-    terms = []
-    for term, value in zip(left.split(","), values, strict=False):
-        named = re.sub(r"\.\.\.", "", term)
-        rank = None if value.shape is None else len(value.shape)
-        if rank is None or rank < len(named) or ("..." not in term and rank != len(named)):
-            raise UnsupportedModel(
-                f"node '{node.name}' (Einsum)",
-                f"'{value.name}' has to have a known number of axes that fits '{equation}'",
-                "export the model with shapes",
-            )
-        terms.append(_spell(term, rank - len(named)))
-    if len(terms) != len(values):
-        raise UnsupportedModel(
-            f"node '{node.name}' (Einsum)", f"'{equation}' does not fit its {len(values)} inputs"
-        )
-    hidden = max(sum(label.startswith("...") for label in term) for term in terms)
-    if arrow:
-        return terms, _spell(right, hidden)
-    every = [label for term in terms for label in term]
-    named_once = sorted(label for label in {*every} if every.count(label) == 1 and label[0] != ".")
-    return terms, (*_spell("...", hidden), *named_once)
+    equation = node.attributes.get_string("equation") or ""
+    for value in values:
+        if value.shape is None:
+            raise _refuse(node, f"'{value.name}' has to have a known number of axes")
+    read = read_equation(equation, [len(value.shape or ()) for value in values])
+    if read is None:
+        raise _refuse(node, f"'{equation}' does not fit its {len(values)} inputs")
+    return read
 
 
-def _spell(term: str, hidden: int) -> tuple[str, ...]:
-    """Return the labels of a term's axes; its ellipsis stands for ``hidden`` axes."""
-    labels: list[str] = []
-    for piece in re.findall(r"\.\.\.|.", term):
-        labels += [f"...{i}" for i in reversed(range(hidden))] if piece == "..." else [piece]
-    return tuple(labels)
+def _refuse(node: ir.Node, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"node '{node.name}' (Einsum)", reason, "export the model with shapes that fit"
+    )
+
+
+def _find_unsure(operands: Sequence[_Operand]) -> set[str]:
+    """Find the labels along which an operand may have size 1 while another has more."""
+    found: dict[str, set[int | str]] = {}
+    for operand in operands:
+        for axis, (label, dim) in enumerate(
+            zip(operand.labels, operand.value.shape or (), strict=True)
+        ):
+            own = dim if isinstance(dim, int) else dim.value or f"{operand.value.name}:{axis}"
+            found.setdefault(label, set()).add(own)
+    return {label for label, dims in found.items() if len(dims - {1}) > 1}
+
+
+def _choose_size(builder: NodeBuilder, left: Size, right: Size) -> Size:
+    """Return the length that two axes of these lengths are broadcast to."""
+    if isinstance(left, int) and isinstance(right, int):
+        return right if left == 1 else left
+    if isinstance(left, int) or isinstance(right, int):
+        number, other = (left, right) if isinstance(left, int) else (right, left)
+        return other if number == 1 else number
+    is_one = builder.op("Equal", left, builder.integers([1]))
+    return builder.op("Where", is_one, right, left)
 
 
 def _measure_labels(
-    builder: NodeBuilder, operands: Sequence[_Operand]
+    builder: NodeBuilder, operands: Sequence[_Operand], unsure: Collection[str]
 ) -> tuple[dict[str, Size], list[_Operand]]:
     """Find the length of each label's axes, and drop axes of length 1 that are broadcast."""
     sizes: dict[str, Size] = {}
     for operand in operands:
         dims = known_dims(operand.value) or []
         for axis, (label, dim) in enumerate(zip(operand.labels, dims, strict=True)):
-            if dim is None and sizes.get(label, 1) == 1:
-                sizes[label] = builder.shape(operand.value, axis, axis + 1)
-            elif dim is not None and (dim != 1 or label not in sizes):
-                sizes[label] = dim
+            old = sizes.get(label, 1)
+            if dim is not None:
+                sizes[label] = _choose_size(builder, dim, old)
+            elif old == 1 or (label in unsure and not isinstance(old, int)):
+                own = builder.shape(operand.value, axis, axis + 1)
+                sizes[label] = _choose_size(builder, old, own)
     spread = []
     for operand in operands:
         dims = known_dims(operand.value) or []

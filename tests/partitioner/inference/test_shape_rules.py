@@ -9,8 +9,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from splitonnx.partitioner.inference.dimensions import Amount, Dim, Undecided, list_terms, make_atom
-from splitonnx.partitioner.inference.shape_rules import RULES
+from splitonnx.partitioner.inference.dimensions import (
+    Amount,
+    Dim,
+    Undecided,
+    list_terms,
+    make_atom,
+    name_unknown,
+)
+from splitonnx.partitioner.inference.shape_rules import RULES, read_equation, spread_operands
 
 N, T = make_atom("N"), make_atom("T")
 LARGE = 2**63 - 1
@@ -179,3 +186,27 @@ def test_a_constant_has_the_shape_that_is_its_content() -> None:
     found = apply("ConstantOfShape", "to", contents={"to": [2, 3]})
     assert found == [2, 3]
     assert all(list_terms(dim) for dim in found if dim is not None)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "declared", "expected"),
+    [
+        ([N, 5], [N, 5], [None, None], [N, 5]),
+        ([1, 5], [N, 5], ["T", 5], [N, 5]),
+        ([N, 1], [N, 5], ["N", 1], [N, 5]),
+        ([N, 5], [T, 5], ["N", 5], [name_unknown("y", 0), 5]),
+        ([N, 5], [T, 5], ["K", 5], [make_atom("K"), 5]),
+        ([N, 5], [name_unknown("b", 0), 5], ["N", 5], [N, 5]),
+        ([N, 5], [T, 5, 5], [], None),
+    ],
+)
+def test_operands_of_an_einsum_are_broadcast_to_one_another(
+    first: list[Amount], second: list[Amount], declared: list[Any], expected: list[Amount] | None
+) -> None:
+    assert spread_operands("ij,ij->ij", [first, second], declared, "y") == expected
+
+
+def test_an_equation_is_read_to_the_labels_of_each_axis() -> None:
+    read = read_equation("i...j, jk", [4, 2])
+    assert read == ([("i", "...1", "...0", "j"), ("j", "k")], ("...1", "...0", "i", "k"))
+    assert read_equation("ij,jk", [2]) is None

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.inference.dimensions import name_unknown
 from splitonnx.partitioner.inference.shapes import (
     MOST_ALONG,
     check_ranks,
@@ -150,3 +151,38 @@ def test_a_window_without_an_image_is_told_by_its_node() -> None:
     graph[0].resize_inputs(1)
     with pytest.raises(UnsupportedModel, match=r"'node' \(Conv\)"):
         check_ranks(graph)
+
+
+EINSUMS = [
+    ("ntd,ntd->ntd", ["N", "T", 5], ["N", "S", 5], ["N", "%y:1", 5]),
+    ("...d,...d->...d", ["N", "T", 5], ["N", "S", 5], ["N", "%y:1", 5]),
+    ("...d,...d->...d", ["N", "T", 5], ["S", 5], ["N", "%y:1", 5]),
+    ("ntd,ntd->ntd", ["N", 1, 5], ["N", "S", 5], ["N", "S", 5]),
+    ("ntd,ntd->ntd", ["N", 1, 5], ["N", 3, 5], ["N", 3, 5]),
+    ("ntd,ntd->ntd", ["N", "T", 5], ["N", 3, 5], ["N", 3, 5]),
+    ("ntd,ntd->ntd", ["N", "T", 5], ["N", "T", 5], ["N", "T", 5]),
+    ("ntd,nsd->nts", ["N", "T", 5], ["N", "S", 5], ["N", "T", "S"]),
+    ("ntd,ntk", ["N", "T", 4], ["N", "S", 5], [4, 5]),
+]
+
+
+@pytest.mark.parametrize(("equation", "first", "second", "expected"), EINSUMS)
+def test_an_einsum_and_what_follows_it_have_the_sizes_that_operands_are_repeated_to(
+    equation: str, first: list[Any], second: list[Any], expected: list[Any]
+) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("Einsum", ["a", "b"], ["y"], equation=equation),
+            helper.make_node("Einsum", ["y"], ["z"], equation="...->..."),
+            helper.make_node("Relu", ["z"], ["end"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info(n, FLOAT, d) for n, d in (("a", first), ("b", second))],
+        [onnx.ValueInfoProto(name="end")],
+    )
+    opsets = [helper.make_opsetid("", 18)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=9))
+    for _ in range(2):  # shapes that are already noted stay
+        infer_shapes(model)
+        dims = [str(name_unknown("y", 1)) if dim == "%y:1" else dim for dim in expected]
+        assert [list_dims(model, name) for name in ("y", "z", "end")] == [dims] * 3

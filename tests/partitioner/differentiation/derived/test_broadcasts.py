@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import helper
 
 from splitonnx.partitioner.differentiation.derived.broadcasts import supply_broadcasts
 from splitonnx.partitioner.differentiation.derived.opaques import (
@@ -13,6 +14,7 @@ from splitonnx.partitioner.differentiation.derived.opaques import (
 )
 from splitonnx.partitioner.graphs.builders import HIDDEN
 from tests.support.derivatives import assert_differentiable, close_net
+from tests.support.differentiations import hold_gradients
 from tests.support.zoo import Net
 
 KINDS = (
@@ -51,6 +53,34 @@ def build(kind: str, rows: int) -> Net:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_is_summed_where_the_operand_was_repeated(kind: str, rows: int) -> None:
     assert_differentiable(build(kind, rows), DATA)
+
+
+@pytest.mark.parametrize("repeated", [0, 1])
+@pytest.mark.parametrize(
+    "equation",
+    ["ntd,ntd->ntd", "...d,...d->...d", "ntd,ntd->nd", "ntd,ntk->ndk", "ntd,ntk->ntk",
+     "ntdd,ntd->nt", "ntd,ntd,td->td"],
+)  # fmt: skip
+def test_either_operand_of_an_einsum_may_be_the_one_that_is_repeated(
+    equation: str, repeated: int
+) -> None:
+    terms = equation.split("->")[0].replace("...", "nt").split(",")
+    sizes = {"n": 2, "d": 3, "k": 4}
+    draw = np.random.default_rng(3).standard_normal
+    arrays = {
+        f"x{index}": draw(
+            [1 if label == "t" and index == repeated else sizes.get(label, 3) for label in term]
+        ).astype(np.float32)
+        for index, term in enumerate(terms)
+    }
+    hold_gradients(
+        [helper.make_node("Einsum", list(arrays), ["y"], equation=equation)],
+        arrays,
+        ["y"],
+        evaluate=lambda feeds: {"y": np.einsum(equation, *feeds.values())},
+        dynamic={name: term.index("t") for name, term in zip(arrays, terms, strict=True)},
+        entries=3,
+    )
 
 
 def test_several_axes_and_one_that_only_the_result_has_are_summed() -> None:
