@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.gate.fused_operators import DOMAIN
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, take_input
+from splitonnx.partitioner.normalization.dequantized.moved import can_move, pair_moved
 from splitonnx.partitioner.normalization.dequantized.weights import (
     MOVING,
     FloatWeights,
@@ -178,7 +179,7 @@ def find_floats(
         x = find_floats(builder, node, weights, take_input(maker), settings)
         kept = dict(maker.attributes)
         return builder.ops(maker.op_type, [x, *maker.inputs[1:]], 1, kept)[0]
-    return weights.pair(builder, node, value, settings)
+    return pair_moved(builder, node, weights, value, settings)
 
 
 def write_dequantize(
@@ -186,15 +187,16 @@ def write_dequantize(
 ) -> list[ir.Value] | None:
     """Read from a float table what is read from a table of integers and then dequantized.
 
-    Return ``None`` if the node dequantizes anything else.
+    The table stays quantized (in QDQ form) in models of ``quantize_static``, and where its scale
+    has several elements.  Return ``None`` if the node dequantizes anything else.
     """
-    value, settings = take_input(node), _take(node, take_input(node, 1), 2)
-    start = value
-    while (maker := start.producer()) is not None and maker.op_type in MOVING and not maker.domain:
-        start = take_input(maker)
-    if start is value or known_array(start) is None or is_channelwise(settings):
+    axes = (node.attributes.get_int("axis", 1),)
+    value, settings = take_input(node), _take(node, take_input(node, 1), 2, axes)
+    if not can_move(value, settings):
         weights.keep(node)
         return None
+    if weights.is_static or is_channelwise(settings):
+        return [pair_moved(builder, node, weights, value, settings)]
     return [find_floats(builder, node, weights, value, settings)]
 
 

@@ -14,6 +14,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import list_nodes, map_values
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.normalization.dequantized import dynamic, static, stored
+from splitonnx.partitioner.normalization.dequantized.moved import SPREADING
 from splitonnx.partitioner.normalization.dequantized.weights import MOVING, FloatWeights
 
 _Formula = Callable[[NodeBuilder, ir.Node, FloatWeights], Sequence[ir.Value] | None]
@@ -33,6 +34,7 @@ _UNPACKED = "MatMulNBits"
 _LEFT_OVER = (
     PRODUCTS
     | MOVING
+    | SPREADING
     | {
         *("Add", "Cast", "Div", "DynamicQuantizeLinear", "Floor", "Mul", "Sub"),
     }
@@ -46,7 +48,8 @@ class Dequantization:
 
     ``chosen`` holds the names of all tensors that have the names of the float model again.
     ``is_dynamic`` is true if activations were rounded by scales computed from the data, and
-    ``is_static`` if they were rounded by stored scales.
+    ``is_static`` if they were rounded by stored scales.  ``left`` maps weights that are still
+    integers, and so not trained, to their number of elements.
     """
 
     kinds: Mapping[str, int]
@@ -54,6 +57,7 @@ class Dequantization:
     chosen: frozenset[str]
     is_dynamic: bool
     is_static: bool
+    left: Mapping[str, int]
 
     def describe(self) -> str:
         """Return a sentence about what was turned and what the merged model will be."""
@@ -73,6 +77,8 @@ class Dequantization:
             )
         if self.weights and not (self.is_dynamic or self.is_static):
             sentence += "; they stay floats in the merged model"
+        if self.left:
+            sentence += f"; {stored.count_stored_integers(self.left)}"
         return sentence
 
 
@@ -87,7 +93,11 @@ def dequantize(model: ir.Model, *, is_rounding: bool = False) -> Dequantization:
         UsageError: the model does not compute with integers.
     """
     values = [value for graph in model.graphs() for value in map_values(graph).values()]
-    weights = FloatWeights(is_rounding=is_rounding, taken={value.name or "" for value in values})
+    weights = FloatWeights(
+        is_rounding=is_rounding,
+        taken={value.name or "" for value in values},
+        is_static=any(node.op_type in static.FORMULAS for node in list_nodes(model.graph)),
+    )
     kinds: Counter[str] = Counter()
     for node in list_nodes(model.graph):
         with attribute_errors_to(node, "turned into arithmetic with floats"):
@@ -104,9 +114,16 @@ def dequantize(model: ir.Model, *, is_rounding: bool = False) -> Dequantization:
         kinds=dict(kinds),
         weights=tuple(weights.names),
         chosen=frozenset(weights.chosen),
-        is_dynamic=any(kind in PRODUCTS or kind in DYNAMIC for kind in kinds),
+        is_dynamic=any(_is_dynamic(kind, weights) for kind in kinds),
         is_static=any(kind in static.FORMULAS or kind in static.DIRECT for kind in kinds),
+        left=stored.find_stored_integers(model.graph),
     )
+
+
+def _is_dynamic(kind: str, weights: FloatWeights) -> bool:
+    if kind == "DequantizeLinear" and weights.is_static:
+        return False
+    return kind in PRODUCTS or kind in DYNAMIC
 
 
 def _replace(node: ir.Node, weights: FloatWeights) -> bool:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_rank, take_input
 from splitonnx.partitioner.normalization.dequantized.dynamic import find_settings
+from splitonnx.partitioner.normalization.dequantized.moved import pair_moved
 from splitonnx.partitioner.normalization.dequantized.weights import (
     FloatWeights,
     Settings,
@@ -165,7 +166,7 @@ def _read(
     settings = Settings(scale=scale, zero=zero, axes=axes or (-1,))
     if not axes:
         check_single(node, settings)
-    return weights.pair(builder, node, take_input(node, index), settings)
+    return pair_moved(builder, node, weights, take_input(node, index), settings)
 
 
 def _make_bias(node: ir.Node, weights: FloatWeights, bias: ir.Value, factor: float) -> ir.Value:

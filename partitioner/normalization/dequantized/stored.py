@@ -16,6 +16,7 @@ from splitonnx.errors import list_some
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, take_input
 from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.normalization.dequantized.dynamic import find_floats
+from splitonnx.partitioner.normalization.dequantized.moved import list_stored
 from splitonnx.partitioner.normalization.dequantized.weights import (
     MOVING,
     FloatWeights,
@@ -33,6 +34,14 @@ _NARROW = frozenset(
         ir.DataType.UINT16,
     }
 )
+
+_OPERANDS: Mapping[str, tuple[int, ...]] = {
+    "ConvInteger": (1,),
+    "MatMulInteger": (0, 1),
+    "QLinearConv": (3,),
+    "QLinearMatMul": (0, 3),
+}
+"""Map operators that compute with integers to the inputs that may be weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,19 +136,45 @@ def _find_integers(node: ir.Node) -> ir.Value | None:
 
 
 def find_stored_integers(graph: ir.Graph) -> dict[str, int]:
-    """Return how many numbers each stored matrix of integers has that is cast to floats."""
+    """Return how many numbers each stored matrix of integers has that is not trained.
+
+    It is cast to floats, computed with, or moved before it is dequantized.
+    """
     found = {}
     for node in list_nodes(graph):
         source = _find_integers(node)
-        tensor = None if source is None else ir.convenience.get_const_tensor(source)
-        if source is not None and tensor is not None:
-            found[source.name or ""] = tensor.size
+        for value in _list_computed(node) if source is None else [source]:
+            tensor = ir.convenience.get_const_tensor(value)
+            if tensor is not None:
+                found[value.name or ""] = tensor.size
     return found
+
+
+def _list_computed(node: ir.Node) -> list[ir.Value]:
+    """Return the stored matrices that a node computes with as integers, or dequantizes moved."""
+    if node.domain:
+        return []
+    operands = [node.inputs[index] for index in _OPERANDS.get(node.op_type, ())]
+    if node.op_type == "DequantizeLinear" and not _is_stored(node.inputs[0]):
+        operands = [node.inputs[0]]
+    found = [value for one in operands if one is not None for value in list_stored(one)]
+    return [value for value in found if _is_stored(value)]
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return tensor is not None and tensor.dtype in _NARROW and len(tensor.shape) > 1
 
 
 def describe_stored_integers(found: Mapping[str, int]) -> str:
     """Return a sentence about weights stored as integers, which are not trained."""
     return (
-        f"{list_some(tuple(found))}: {sum(found.values()):,} numbers stored as integers are not "
-        "trained; --dequantize makes float weights of those that are multiplied by a stored scale"
+        f"{count_stored_integers(found)}; --dequantize makes float weights of those whose "
+        "scale is stored"
     )
+
+
+def count_stored_integers(found: Mapping[str, int]) -> str:
+    """Return which weights stored as integers are not trained, without advice."""
+    total = sum(found.values())
+    return f"{list_some(tuple(found))}: {total:,} numbers stored as integers are not trained"

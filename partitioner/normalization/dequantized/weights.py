@@ -43,14 +43,18 @@ class FloatWeights:
     """The float weights made for a model.
 
     If ``is_rounding`` is true, activations are still rounded to integers where the model does so.
-    ``taken`` holds the names of all tensors, ``names`` those of the weights that were made, and
-    ``chosen`` those of weights and activations that have the names of the float model again.
+    If ``is_static`` is true, the model rounds activations with stored scales.  ``taken`` holds the
+    names of all tensors, ``names`` those of the weights that were made, and ``chosen`` those of
+    weights and activations that have the names of the float model again.  ``moved`` holds the
+    floats that operators make of whole weights, by the integers that they made before.
     """
 
     is_rounding: bool
     taken: set[str]
+    is_static: bool = False
     names: list[str] = field(default_factory=list)
     chosen: set[str] = field(default_factory=set)
+    moved: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
     _made: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
 
     def make(
@@ -91,7 +95,7 @@ class FloatWeights:
         """Store floats made from ``integers`` in the graph that holds the integers."""
         owner = integers.graph if integers.is_initializer() else node.graph
         assert isinstance(owner, ir.Graph)
-        name = self._choose_name(integers.name or "weight")
+        name = self.choose_name(integers.name or "weight")
         value = ir.Value(name=name, const_value=ir.tensor(floats, name=name))
         owner.register_initializer(value)
         self.names.append(name)
@@ -119,7 +123,7 @@ class FloatWeights:
         inputs = [integers, settings.scale, *([] if settings.zero is None else [settings.zero])]
         made = builder.op("DequantizeLinear", *inputs, axis=settings.axes[0])
         if integers.producer() is not None:
-            made.name = self._choose_name(integers.name or "activation")
+            made.name = self.choose_name(integers.name or "activation")
         mark_version(made, node)
         self._made[key] = made
         return made
@@ -154,7 +158,7 @@ class FloatWeights:
             self.names.append(name)
             return integers
         assert isinstance(owner, ir.Graph)
-        chosen = self._choose_name(name)
+        chosen = self.choose_name(name)
         # a tensor of its own, because the model given shares the old one, and a value names both
         integers.const_value = ir.tensor(array, dtype=dtype, name=chosen)
         integers.name = chosen
@@ -162,7 +166,8 @@ class FloatWeights:
         self.names.append(chosen)
         return integers
 
-    def _choose_name(self, name: str) -> str:
+    def choose_name(self, name: str) -> str:
+        """Return the name that a tensor had in the float model, or a new one like it."""
         plain = name.removesuffix(_ENDING) or name
         chosen, count = plain, 1
         while chosen in self.taken:
