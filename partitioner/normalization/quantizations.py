@@ -49,6 +49,9 @@ _SELECTING = frozenset(
 )
 """Operators that may move integers between a QuantizeLinear and its DequantizeLinear."""
 
+_KEPT = {"axis": 1, "block_size": 0}
+"""Attributes that belong to a scale, and their defaults."""
+
 INTEGER_ARITHMETIC = frozenset(STANDARD_TOOLS)
 """Operators that compute with integers throughout; a model made of them is in QOperator form."""
 
@@ -72,7 +75,7 @@ def lift_quantized(graph: ir.Graph) -> None:
         tensor = source.const_value
         if settings is None or tensor is None or tensor.shape.rank() == 0:
             continue
-        if tensor.dtype in _NARROW and len(source.uses()) == 1:
+        if tensor.dtype in _NARROW and all(_equals(node, use.node) for use in source.uses()):
             _lift_narrow(graph, node, source, settings)
         elif tensor.dtype == ir.DataType.INT32:
             _lift_wide(graph, node, source, settings)
@@ -95,14 +98,25 @@ def _lift_narrow(
             name=f"{name}#zero_point", const_value=ir.tensor(zeros, dtype=tensor.dtype)
         )
         graph.register_initializer(zero_point)
-    kept = {k: a for k, a in node.attributes.items() if k in ("axis", "block_size")}
+    kept = {k: a for k, a in node.attributes.items() if k in _KEPT}
     quantize = ir.node(
         "QuantizeLinear", [value, node.inputs[1], zero_point], kept, name=f"{name}#quantize"
     )
     quantize.metadata_props[_LIFTED] = "1"
     quantize.outputs[0].name = f"{name}#quantized"
     graph.insert_before(node, quantize)
-    node.replace_input_with(0, quantize.outputs[0])
+    for use in source.uses():
+        use.node.replace_input_with(use.idx, quantize.outputs[0])
+
+
+def _equals(node: ir.Node, other: ir.Node) -> bool:
+    """Return whether two nodes dequantize with the same settings, as those of a tied weight do."""
+    if not _is(other, "DequantizeLinear") or other.graph is not node.graph:
+        return False
+    pairs = [_read_settings(one) or () for one in (node, other)]
+    kept = [[one.attributes.get_int(k, d) for k, d in _KEPT.items()] for one in (node, other)]
+    same = len(pairs[0]) == len(pairs[1]) and all(map(np.array_equal, *pairs))
+    return same and kept[0] == kept[1]
 
 
 def _lift_wide(

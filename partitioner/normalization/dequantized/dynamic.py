@@ -27,6 +27,9 @@ from splitonnx.partitioner.normalization.fused.operands import take_optional
 
 _CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 _ATTENTION = ("do_rotary", "mask_filter_value", "num_heads", "scale", "unidirectional")
+_ENDS = frozenset({"ReduceMax", "ReduceMin"})
+_RANGING = _ENDS | {"Abs", "Div", "Max", "Mul", "Sub"}
+"""Operators with which older tools compute a scale from the range of an activation."""
 _TABLES = range(2, 7)
 """The inputs of QEmbedLayerNormalization that are stored as integers."""
 
@@ -173,13 +176,33 @@ def find_floats(
         return weights.make(node, value, settings)
     if maker is None or maker.domain:
         return weights.pair(builder, node, value, settings)
-    if maker.op_type == "DynamicQuantizeLinear" and not weights.is_rounding:
+    is_dynamic = maker.op_type == "DynamicQuantizeLinear" or _is_ranged(maker)
+    if is_dynamic and not weights.is_rounding:
         return take_input(maker)
     if maker.op_type in MOVING and not is_channelwise(settings):
         x = find_floats(builder, node, weights, take_input(maker), settings)
         kept = dict(maker.attributes)
         return builder.ops(maker.op_type, [x, *maker.inputs[1:]], 1, kept)[0]
     return pair_moved(builder, node, weights, value, settings)
+
+
+def _is_ranged(maker: ir.Node) -> bool:
+    """Return whether a QuantizeLinear has a scale computed from the range of its input.
+
+    ``quantize_dynamic`` writes this for opset 10, which has no DynamicQuantizeLinear.
+    """
+    if maker.op_type != "QuantizeLinear":
+        return False
+    x, pending, ends = take_input(maker), [take_input(maker, 1)], set()
+    while pending:
+        node = pending.pop().producer()
+        if node is None or node.domain or node.op_type not in _RANGING:
+            continue
+        if node.op_type in _ENDS and take_input(node) is x:
+            ends.add(node.op_type)
+            continue
+        pending += [value for value in node.inputs if value is not None]
+    return ends == _ENDS
 
 
 def write_dequantize(

@@ -62,10 +62,21 @@ def pair_moved(
         inner, parts = replace(settings, axes=(axis,)), _list_parts(value)
         read = [pair_moved(builder, node, weights, part, inner) for part in parts]
         inputs = [*read, *maker.inputs[len(parts) :]]
-        made = builder.ops(maker.op_type, inputs, 1, dict(maker.attributes))[0]
+        made = builder.ops(maker.op_type, inputs, 1, _list_attributes(maker))[0]
         made.name = weights.choose_name(value.name or "activation")
         weights.moved[key] = made
     return weights.moved[key]
+
+
+def _list_attributes(maker: ir.Node) -> dict[str, ir.Attr]:
+    """Return a node's attributes, with the order of a Transpose written out.
+
+    ONNX Runtime 1.19.2 breaks down over one without, after a DequantizeLinear with several scales.
+    """
+    kept, rank = dict(maker.attributes), known_rank(take_input(maker))
+    if maker.op_type == "Transpose" and rank is not None:
+        kept.setdefault("perm", ir.AttrInt64s("perm", range(rank)[::-1]))
+    return kept
 
 
 def _list_parts(value: ir.Value) -> list[ir.Value]:

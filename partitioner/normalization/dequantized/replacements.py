@@ -37,6 +37,7 @@ _LEFT_OVER = (
     | SPREADING
     | {
         *("Add", "Cast", "Div", "DynamicQuantizeLinear", "Floor", "Mul", "Sub"),
+        *("QuantizeLinear", "ReduceMax", "ReduceMin"),  # what older tools write for it
     }
 )
 """Operators that may no longer be needed when products of integers were replaced."""

@@ -132,6 +132,17 @@ def close(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["perceptron", "convolutions"])
+def test_scales_that_opset_10_computes_from_the_range_are_left_out(name: str) -> None:
+    model, floats, x = quantize(name, "dynamic", 10), build_float(name, 10), draw(name)
+    assert {"ReduceMin", "ReduceMax", "QuantizeLinear"} <= list_kinds(model)
+    turned = turn(model)
+    assert list_kinds(turned) <= list_kinds(floats) | {"Add", "Reshape", "MatMul"}
+    assert set(read_weights(floats)) <= set(read_weights(turned))
+    assert measure(run(turned, x), run(floats, x)) < 0.04
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_sums_without_their_scales_are_refused() -> None:
     model = onnx.ModelProto()
     model.CopyFrom(quantize("perceptron", "dynamic"))

@@ -1,4 +1,4 @@
-"""Integer weights that are moved before they are dequantized, as ``quantize_static`` writes them."""
+"""Integer weights that are moved before they are dequantized, as in QOperator form."""
 
 from __future__ import annotations
 
