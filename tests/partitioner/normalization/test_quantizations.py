@@ -209,6 +209,20 @@ def test_integer_weights_of_any_kind_train_and_come_back(
     np.testing.assert_array_equal(numpy_helper.to_array(weights["w"]).astype(int), before)
 
 
+def test_a_weight_that_two_nodes_dequantize_alike_is_one_parameter() -> None:
+    net = hold_integers(TensorProto.INT8, 19)
+    net.op("DequantizeLinear", "w", "s", out="again")
+    net.op("MatMul", "x", "again", out="more")
+    net.op("Add", "y", "more", out="sum")
+    model = close_net(net, {"x": X}, output="sum")
+    (total,) = evaluate(model)
+    expected = X.T @ (2 * 2 * (total - draw_labels(model, {"x": X})) / total.size)
+    for found in take_step(model, {"x": X}):
+        np.testing.assert_allclose(found["w_grad"], expected, rtol=1e-4, atol=1e-6)
+    merged = onnx.load_from_string(merge(cut(model, at=None, loss="mse")))
+    np.testing.assert_array_equal(*(evaluate(one)[0] for one in (merged, model)))
+
+
 def test_integers_of_32_bits_become_floats() -> None:
     net = Net(opset=19)
     net.constant("b", np.array([100, -200, 300], np.int32))

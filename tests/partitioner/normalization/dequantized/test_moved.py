@@ -140,6 +140,6 @@ def test_an_embedding_is_trained_and_becomes_integers_again() -> None:
     np.testing.assert_array_equal(run(merged, ids=IDS), run(given, ids=IDS))
     stored = read_weights(merged)
     np.testing.assert_array_equal(stored["E"], draw(9, 4))
-    data = {"ids": IDS, "labels": np.zeros((6, 4), np.float32)}
+    data: dict[str, np.ndarray] = {"ids": IDS, "labels": np.zeros((6, 4), np.float32)}
     found = splitonnx.verify(bundle, data, steps=2, batch_size=3)
     assert found.largest_difference <= 1e-6

@@ -127,3 +127,32 @@ def test_integers_that_stay_untrained_are_told_of(caplog: pytest.LogCaptureFixtu
     floats = ir.from_proto(build())
     dequantize(floats)
     assert find_stored_integers(floats.graph) == {}
+
+
+def test_integers_that_a_part_of_the_model_computes_with_are_told_of() -> None:
+    random = np.random.default_rng(0)
+    settings = {"scale": np.float32(0.05), "zero": np.uint8(128)}
+    arrays = {
+        **settings,
+        "W_quantized": random.integers(100, 156, (4, 5), np.uint8),
+        "V": random.standard_normal((5, 3)).astype(np.float32),
+    }
+    given = ["x_q", "scale", "zero", "W_quantized", "scale", "zero", "scale", "zero"]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["x_q"]),
+        helper.make_node("QLinearMatMul", given, ["h_q"]),
+        helper.make_node("DequantizeLinear", ["h_q", "scale", "zero"], ["h"]),
+        helper.make_node("MatMul", ["h", "V"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
+    )  # fmt: skip
+    opsets = [helper.make_opsetid("", 17)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    (remark,) = [one for one in check(model).remarks if one.options == ("--dequantize",)]
+    assert "'W_quantized': 20 numbers stored as integers are not trained" in remark.sentence
+    told = [one.sentence for one in check(model, dequantize=True).remarks]
+    assert not [one for one in told if "not trained" in one]
