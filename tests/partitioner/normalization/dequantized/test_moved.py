@@ -107,6 +107,20 @@ def test_a_weight_is_dequantized_before_it_is_moved(name: str, scales: int) -> N
     np.testing.assert_array_equal(read_weights(turned)["W"], draw(*shape))
 
 
+def test_rows_with_a_scale_for_each_channel_are_read_from_a_whole_table() -> None:
+    nodes = [
+        helper.make_node("Gather", ["E_quantized", "ids"], ["e_quantized"]),
+        helper.make_node("DequantizeLinear", ["e_quantized", "scale"], ["y"], axis=2),
+    ]
+    given = helper.make_tensor_value_info("ids", TensorProto.INT64, ["N", 5])
+    scale = np.linspace(0.01, 0.04, 4, dtype=np.float32)
+    arrays = {"E_quantized": draw(9, 4), "scale": scale}
+    model = close(nodes, given, ["N", 5, 4], arrays)
+    turned = turn(model)
+    assert [node.op_type for node in turned.graph.node] == ["DequantizeLinear", "Gather"]
+    np.testing.assert_array_equal(run(turned, ids=IDS), draw(9, 4)[IDS] * scale)
+
+
 def build_embedding() -> onnx.ModelProto:
     """Build what the tool writes of a table whose rows are multiplied by a matrix."""
     nodes = [
