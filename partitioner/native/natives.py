@@ -47,7 +47,8 @@ _FAILURES = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError
 )  # fmt: skip
 """Exceptions that Python code raises over wrong values or by mistake."""
-_CORRECTIONS = "splitonnx.partitioner.native.corrections"
+_NATIVE = "splitonnx.partitioner.native"
+_CORRECTIONS = (f"{_NATIVE}.corrections", f"{_NATIVE}.recurrent_layers")
 
 
 class CorrectionFailed(Exception):
@@ -221,7 +222,9 @@ def _find_correction(error: BaseException) -> str:
         for frame, number in traceback.walk_tb(error.__traceback__)
     ]
     module, name, number = [line for line in lines if line[0].partition(".")[0] != "numpy"][-1]
-    return f"line {number} of corrections ({name})" if module == _CORRECTIONS else ""
+    if module not in _CORRECTIONS:
+        return ""
+    return f"line {number} of {module.rpartition('.')[2]} ({name})"
 
 
 @contextmanager
