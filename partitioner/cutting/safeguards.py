@@ -22,7 +22,13 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.expressions import UNKNOWN, is_quotient
 from splitonnx.partitioner.cutting.addresses import ADDRESS_CHECKS
-from splitonnx.partitioner.graphs.assertions import known_sizes, note, require_rank, reshape
+from splitonnx.partitioner.graphs.assertions import (
+    check_lengths,
+    known_sizes,
+    note,
+    require_rank,
+    reshape,
+)
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.dimensions import Amount, list_terms, parse_dim
@@ -158,6 +164,16 @@ def _check_divisor(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     return {1: note(checked, divisor.dtype, shape)}
 
 
+def _check_lengths(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+    """Check the lengths of an LSTM, GRU or RNN that is not rewritten as a Scan, which checks them.
+
+    Raises:
+        UnsupportedModel: the lengths are constants, and one of them is not allowed.
+    """
+    lengths = node.inputs[4] if len(node.inputs) > 4 else None
+    return {} if lengths is None else {4: check_lengths(builder, node, lengths)}
+
+
 def _check_diagonal(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     """Limit a diagonal's offset to a range for which addresses can be computed."""
     diagonal = node.inputs[1] if len(node.inputs) > 1 else None
@@ -251,8 +267,11 @@ def _list_dims(value: ir.Value, count: int | None) -> list[Amount | None]:
 _CHECKS: Mapping[str, Check] = {
     "Div": _check_divisor,
     "Einsum": _check_operands,
+    "GRU": _check_lengths,
     "GatherND": _check_gather,
+    "LSTM": _check_lengths,
     "Mod": _check_divisor,
+    "RNN": _check_lengths,
     "SoftmaxCrossEntropyLoss": _check_labels,
     "Trilu": _check_diagonal,
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
-from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 
 I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
@@ -81,3 +81,42 @@ def known_sizes(value: ir.Value, start: int = 0, end: int | None = None) -> list
     dims = list(value.shape)[start:end]
     sizes = [dim for dim in dims if isinstance(dim, int)]
     return sizes if len(sizes) == len(dims) else None
+
+
+def check_lengths(builder: NodeBuilder, node: ir.Node, lengths: ir.Value) -> ir.Value:
+    """Check that the sequences of an LSTM, GRU or RNN have lengths from 1 to the number of steps.
+
+    What an empty sequence gives is not defined: a Scan hands on its initial state, and the kernels
+    of ONNX Runtime give zeros or uninitialized memory.  The name of the node that fails tells what
+    is allowed.  Return the checked lengths, or ``lengths`` if they need no check.
+
+    Raises:
+        UnsupportedModel: the lengths are constants, and one of them is not allowed.
+    """
+    x = node.inputs[0]
+    assert x is not None
+    steps, batch = (1, 0) if node.attributes.get_int("layout", 0) else (0, 1)
+    known, size = known_array(lengths), known_sizes(x, steps, steps + 1)
+    if known is not None and ((known < 1).any() or (size and (known > size[0]).any())):
+        raise UnsupportedModel(
+            f"node '{node.name}' ({node.op_type})",
+            f"its sequence_lens are {known.min()} to {known.max()}, and not 1 to the number of "
+            "steps",
+            "leave out empty sequences, or give them the length 1",
+        )
+    if known is not None and size:
+        return lengths
+    wide = builder.cast(lengths, I64)
+    fits = builder.op("Equal", builder.op("Shape", lengths), builder.shape(x, batch, batch + 1))
+    bad = either(
+        builder,
+        note(builder.op("Less", wide, builder.integer(1)), BOOL),
+        note(builder.op("Greater", wide, builder.shape(x, steps, steps + 1)), BOOL),
+        note(builder.op("Not", note(fits, BOOL)), BOOL),
+    )
+    zero = refuse_where(builder, bad)
+    refusing = zero.producer()
+    assert refusing is not None
+    refusing.name = f"{node.name or node.outputs[0].name}/sequence_lens_must_be_1_to_steps"
+    checked = builder.op("Add", lengths, builder.cast(zero, lengths.dtype))
+    return note(checked, lengths.dtype, lengths.shape)

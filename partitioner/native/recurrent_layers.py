@@ -80,12 +80,15 @@ class _Recurrence(OpRun):
         turned = bool(attributes.get("layout"))
         steps = x.swapaxes(0, 1) if turned else x
         count, hidden, batch = len(w), r.shape[2], steps.shape[1]
+        size = self.gates * hidden
+        if w.shape != (count, size, steps.shape[2]) or r.shape != (count, size, hidden):
+            raise RuntimeError(f"weights of {w.shape} and {r.shape} do not fit data of {x.shape}")
         lengths = _read_lengths(lengths, len(steps), batch)
-        biases = np.zeros((count, 2 * self.gates * hidden)) if b is None else b
+        biases = np.zeros((count, 2 * size)) if b is None else b
         peepholes = others[2] if self.states > 1 and others[2] is not None else None
         starts = [_read_state(v, (count, batch, hidden), turned) for v in others[: self.states]]
         functions = list(_read_functions(attributes, self.defaults, count))
-        size = len(self.defaults)
+        own_count = len(self.defaults)
         rows = np.zeros((len(steps), count, batch, hidden))
         for index in range(count):
             halves = np.split(biases[index].astype(np.float64), 2)
@@ -96,7 +99,7 @@ class _Recurrence(OpRun):
                 rb=halves[1],
                 p=np.zeros(3 * hidden) if peepholes is None else peepholes[index],
             )
-            own = functions[index * size : (index + 1) * size]
+            own = functions[index * own_count : (index + 1) * own_count]
             backwards = index == 1 or attributes.get("direction") == "reverse"
             for number in range(lengths.max(initial=0)):
                 going = np.flatnonzero(number < lengths)
@@ -155,7 +158,8 @@ def _fix(function: Callable[..., np.ndarray], settings: Sequence[float]) -> Func
 
 def _clip(x: np.ndarray, attributes: Mapping[str, Any]) -> np.ndarray:
     most = attributes.get("clip") or np.inf
-    return np.minimum(np.maximum(x, -most), most)
+    limited: np.ndarray = np.clip(x, -most, most)
+    return limited
 
 
 class RNN(_Recurrence):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.graphs.assertions import check_lengths
 from splitonnx.partitioner.graphs.bodies import build_scan
 from splitonnx.partitioner.graphs.builders import (
     NodeBuilder,
@@ -349,6 +350,7 @@ def _make_mask(builder: NodeBuilder, layer: _Layer) -> ir.Value | None:
     """
     if layer.lengths is None:
         return None
+    checked = check_lengths(builder, layer.node, layer.lengths)
     constant = known_array(layer.lengths)
     dims = known_dims(layer.x)
     steps = None if dims is None else dims[0]
@@ -357,6 +359,6 @@ def _make_mask(builder: NodeBuilder, layer: _Layer) -> ir.Value | None:
     length = builder.op("Squeeze", builder.shape(layer.x, 0, 1), builder.integers([0]))
     times = builder.op("Range", builder.integer(0), length, builder.integer(1))
     column = builder.op("Unsqueeze", times, builder.integers([1, 2]))  # (T, 1, 1)
-    lengths = builder.op("Cast", layer.lengths, to=ir.DataType.INT64.value)
+    lengths = builder.op("Cast", checked, to=ir.DataType.INT64.value)
     row = builder.op("Unsqueeze", lengths, builder.integers([0, 2]))  # (1, N, 1)
     return builder.op("Greater", row, column)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
-from splitonnx.errors import ArrayMismatch
+from splitonnx.errors import ArrayMismatch, StageFailed, UnsupportedModel
 from splitonnx.names import Target
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
@@ -145,3 +147,43 @@ def test_a_cut_falls_between_layers_or_around_them(target: Target) -> None:
             prepared, at=at, tail_at=tail, loss="mse", client_target=target, server_target=target
         )
         assert verify(bundle, batches, steps=3).largest_difference == 0.0, (at, tail)
+
+
+def write_masked(lens: list[int] | None = None) -> onnx.ModelProto:
+    """Write a GRU with the lengths of its sequences, which are data unless they are given."""
+    net = Net(opset=17)
+    given = "lens" if lens is None else net.constant("fixed", np.array(lens, np.int32))
+    weights = [net.weight("w", 1, 12, 3), net.weight("r", 1, 12, 4)]
+    net.nodes.append(helper.make_node("GRU", ["x", *weights, "", given], ["", "hs"], hidden_size=4))
+    net.op("Squeeze", "hs", net.constant("zero", np.array([0])), out="last")
+    net.op("MatMul", "last", net.weight("v", 4, 2), out="scores")
+    data: dict[str, tuple[int, list[int | str]]] = {"x": (FLOAT, ["T", "N", 3])}
+    if lens is None:
+        data["lens"] = (TensorProto.INT32, ["N"])
+    return net.finish(data, "scores", 2)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("lens", [[2, 0], [3, 1]])
+def test_sequences_without_a_step_are_refused_in_training_and_prediction(
+    lens: list[int], target: Target
+) -> None:
+    bundle = cut(write_masked(), at=None, loss="mse", client_target=target)
+    data = {
+        "x": np.ones((3, 2, 3), np.float32),
+        "lens": np.array(lens, np.int32),
+        "labels": np.ones((2, 2), np.float32),
+    }
+    for is_training in (True, False):
+        with Client(bundle.client, threads=1) as client:
+            work = partial(client.step, data) if is_training else partial(client.predict, [data])
+            if min(lens):
+                work()
+                continue
+            with pytest.raises(StageFailed, match="sequence_lens_must_be_1_to_steps"):
+                work()
+
+
+def test_constant_lengths_of_0_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"GRU.*sequence_lens are 0 to 2"):
+        cut(write_masked([2, 0]), at=None, loss="mse")

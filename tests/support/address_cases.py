@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from tests.support.zoo import FLOAT, INT64, Arrays, Net
 
-BOOL = TensorProto.BOOL
+BOOL, INT32 = TensorProto.BOOL, TensorProto.INT32
 Dims = list[int | str]
 
 
@@ -223,6 +223,27 @@ KERNELS: Mapping[str, KernelCase] = {
         {"steps": (FLOAT, [3, 1, 2]), "w": floats(2, 6, 2), "r": (FLOAT, [2, "G", 2])},
         {"steps": floats(3, 1, 2), "r": floats(2, 6, 2)}, {"r": floats(2, 2, 2)},
         hidden_size=2, direction="bidirectional",
+    ),
+    "an empty sequence": kernel(
+        "LSTM",
+        {"steps": (FLOAT, [3, 2, 2]), "w": floats(1, 8, 2), "r": floats(1, 8, 2), "": np.array(0),
+         "lens": (INT32, [2])},
+        {"steps": floats(3, 2, 2), "lens": np.array([3, 1], np.int32)},
+        {"lens": np.array([3, 0], np.int32)}, hidden_size=2,
+    ),
+    "an empty sequence of a GRU": kernel(
+        "GRU",
+        {"steps": (FLOAT, [3, 2, 2]), "w": floats(1, 6, 2), "r": floats(1, 6, 2), "": np.array(0),
+         "lens": (INT32, [2])},
+        {"steps": floats(3, 2, 2), "lens": np.array([3, 1], np.int32)},
+        {"lens": np.array([0, 1], np.int32)}, hidden_size=2,
+    ),
+    "a sequence longer than its steps": kernel(
+        "RNN",
+        {"steps": (FLOAT, [3, 2, 2]), "w": floats(1, 2, 2), "r": floats(1, 2, 2), "": np.array(0),
+         "lens": (INT32, [2])},
+        {"steps": floats(3, 2, 2), "lens": np.array([3, 1], np.int32)},
+        {"lens": np.array([4, 1], np.int32)}, hidden_size=2,
     ),
     "a condition longer than its axis": kernel(
         "Compress", {"row": (FLOAT, [4]), "kept": (BOOL, ["K"])},

@@ -15,8 +15,13 @@ import numpy as np
 import onnx
 
 from splitonnx.partitioner.cutting.conformance.quantized_ranges import find_upper_ends
+from splitonnx.partitioner.gate.walks import list_nodes
 
 Arrays = dict[str, np.ndarray]
+
+_RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
+_RENAMING = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operators whose results are the numbers of their first input."""
 
 _BATCHES = (((2, 1.0), (3, 1.0), (5, 3.0)), ((1, 1.0), (1, 3.0)))
 """Batch sizes to try, each with a factor for the standard deviation of floats.
@@ -54,7 +59,7 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
     has_integers = any(_dtype(value).kind in "iu" for value in inputs)
     lengths = _LENGTHS if has_length else _LENGTHS[:1]
     limits = _INTEGERS if has_integers else _INTEGERS[:1]
-    ends = find_upper_ends(model)
+    ends, counted = find_upper_ends(model), _find_lengths(model)
     batches = _BATCHES if has_batch else _BATCHES[-1:]
     for sizes, length, limit in product(batches, lengths, limits):
         random = np.random.default_rng(seed)
@@ -62,6 +67,8 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
             {v.name: _draw(random, v, rows, size, length, limit, spread) for v in inputs}
             for size, spread in [(size, scale * factor) for size, factor in sizes]
         ]
+        for batch in drawn:
+            batch.update({name: batch[name] + batch[name].dtype.type(1) for name in counted})
         for name, end in ends.items():
             drawn[-1][name] = _draw_near(random, drawn[-1][name], end)
         yield drawn
@@ -96,6 +103,16 @@ def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
     given = {tensor.name for tensor in model.graph.initializer}
     given |= {tensor.values.name for tensor in model.graph.sparse_initializer}
     return [value for value in model.graph.input if value.name not in given]
+
+
+def _find_lengths(model: onnx.ModelProto) -> set[str]:
+    """Find the inputs that hold the lengths of sequences of an LSTM, GRU or RNN: at least 1."""
+    nodes = list(list_nodes(model.graph.node))
+    found = {node.input[4] for node in nodes if node.op_type in _RECURRENT and len(node.input) > 4}
+    for node in reversed(nodes):
+        if node.op_type in _RENAMING and not found.isdisjoint(node.output):
+            found.add(node.input[0])
+    return found & {v.name for v in list_inputs(model) if _dtype(v).kind in "iu"}
 
 
 def _draw(

@@ -122,3 +122,14 @@ def test_a_quantized_model_gets_a_batch_near_the_end_of_its_range(size: str | in
     assert np.abs(usual["x"]).max() < 6
     assert near["x"].dtype == np.float32
     assert 0.8 < np.mean((near["x"] > 0.9 * 25.5) & (near["x"] <= 25.5)) < 1
+
+
+def test_lengths_of_sequences_are_drawn_from_1_on() -> None:
+    x = helper.make_tensor_value_info("x", FLOAT, ["N", "T", 2])
+    lens = helper.make_tensor_value_info("lens", INT64, ["N"])
+    model = make_model(x, lens)
+    cast = helper.make_node("Cast", ["lens"], ["cast"], to=TensorProto.INT32)
+    layer = helper.make_node("GRU", ["x", "w", "r", "", "cast"], ["z"])
+    model.graph.node.extend([cast, layer])
+    for draw in iter_draws(model, 0):
+        assert all((batch["lens"] >= 1).all() for batch in draw)
