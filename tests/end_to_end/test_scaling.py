@@ -84,7 +84,7 @@ def test_kinds_of_node_say_the_types_that_the_whole_graph_says(
         assert untyped == set(kinds)
         return whole
 
-    monkeypatch.setattr("splitonnx.partitioner.differentiation.derivations.list_types", spy)
+    monkeypatch.setattr("splitonnx.partitioner.differentiation.derived.derivations.list_types", spy)
     cut(ZOO[name].build(), at=None, loss=ZOO[name].loss)
     ((kinds, whole),) = found
     assert kinds == whole

@@ -189,7 +189,9 @@ def test_what_a_kernel_reads_is_never_empty_though_it_depends_on_values() -> Non
         replace(
             part,
             manifest=msgspec.json.decode(
-                msgspec.json.encode(part.manifest).replace(b'"kind":"output"', b'"kind":"activation"'),
+                msgspec.json.encode(part.manifest).replace(
+                    b'"kind":"output"', b'"kind":"activation"'
+                ),
                 type=PartyManifest,
             ),
         )

@@ -178,7 +178,7 @@ def test_an_action_without_tensors_has_no_places_for_any() -> None:
 def test_every_error_of_an_executor_can_be_told(name: str) -> None:
     kind = getattr(splitonnx.errors, name)
     assert issubclass(kind, SplitonnxError)
-    values: dict[str, Any] = {"int": 3, "float": 2.5, "str": "text"}
+    values: dict[str, Any] = {"int": 3, "int | None": 4, "float": 2.5, "str": "text"}
     facts = {
         field.name: values.get(str(field.type), ("a", "b")) for field in dataclasses.fields(kind)
     }
