@@ -344,7 +344,7 @@ def test_lengths_and_batches_that_only_the_data_know(
     time = attributes.get("layout", 0)
     single = {**arrays, "x": np.take(arrays["x"], [2], time)}
     if "lens" in arrays:
-        single["lens"] = np.array([1, 1, 0], np.int32)
+        single["lens"] = np.array([1, 1, 1], np.int32)
     hold_dynamic(bundle, kind, attributes, single)
     row = {
         n: np.take(a, [1], 0 if n == "lens" else 0 if time else 1)
