@@ -167,6 +167,19 @@ def _make_tensor(value: float | list[int], dtype: ir.DataType) -> ir.TensorProto
     return ir.Tensor(array, dtype=dtype, shape=ir.Shape(array.shape))
 
 
+def insert_copy(graph: ir.Graph, node: ir.Node, index: int, name: str) -> ir.Value:
+    """Have a node read a copy of one of its inputs; return the copy.
+
+    ``index`` is the input's position.  ``name`` is the name of the copy and of the Identity that
+    makes it, which is inserted before the node.
+    """
+    source = take_input(node, index)
+    copy = ir.Value(name=name, type=source.type, shape=source.shape)
+    graph.insert_before(node, ir.Node("", "Identity", [source], outputs=[copy], name=name))
+    node.replace_input_with(index, copy)
+    return copy
+
+
 def known_dims(value: ir.Value) -> list[int | None] | None:
     """List a value's dimensions, with ``None`` for each unknown dimension.
 

@@ -20,7 +20,7 @@ from splitonnx.partitioner.differentiation.derived.supplied_gradients import (
     add_argument,
     write_nodes,
 )
-from splitonnx.partitioner.graphs.builders import HIDDEN, NodeBuilder
+from splitonnx.partitioner.graphs.builders import HIDDEN, NodeBuilder, insert_copy, take_input
 from splitonnx.partitioner.graphs.traversals import find_moving, trace_gradients
 
 _OPERANDS = {
@@ -56,9 +56,13 @@ def supply_broadcasts(
     results: list[str] = []
     arguments: list[str] = []
     for node, index, shape in [*_list_uncertain(graph, moving, reached)]:
-        source = node.inputs[index]
-        assert source is not None
-        copy = _insert_copy(graph, node, index, shape)
+        source = take_input(node, index)
+        name = f"{source.name}/repeated/{node.outputs[0].name}/{index}"
+        copy = insert_copy(graph, node, index, name)
+        copy.shape = shape
+        hidden = copy.producer()
+        assert hidden is not None
+        hidden.metadata_props[HIDDEN] = "1"
         builder = NodeBuilder(f"{copy.name}/sum")
         total = _sum(builder, copy, len(shape) - len(source.shape or ()))
         total.name = f"{copy.name}/argument{GRADIENT}"
@@ -120,16 +124,3 @@ def _repeat(own: ir.Shape | None, result: ir.Shape | None, is_product: bool) -> 
     if all(isinstance(here, int) or (here.value and here == there) for here, there in pairs):
         return None
     return ir.Shape([*result[: shift + count], *own[count:]])
-
-
-def _insert_copy(graph: ir.Graph, node: ir.Node, index: int, shape: ir.Shape) -> ir.Value:
-    """Have a node read a hidden copy of an input."""
-    source = node.inputs[index]
-    assert source is not None
-    name = f"{source.name}/repeated/{node.outputs[0].name}/{index}"
-    copy = ir.Value(name=name, type=source.type, shape=shape)
-    made = ir.Node("", "Identity", [source], outputs=[copy], name=name)
-    made.metadata_props[HIDDEN] = "1"
-    graph.insert_before(node, made)
-    node.replace_input_with(index, copy)
-    return copy

@@ -34,7 +34,7 @@ from splitonnx.partitioner.differentiation.derived.supplied_gradients import (
     SuppliedGradients,
     put_back_gradients,
 )
-from splitonnx.partitioner.graphs.builders import DETACHED
+from splitonnx.partitioner.graphs.builders import DETACHED, insert_copy
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import read_model
 from splitonnx.partitioner.graphs.transcripts import write_model
@@ -141,11 +141,7 @@ def _part_twins(graph: ir.Graph, parameters: Sequence[str]) -> None:
         for use in list(value.uses()):
             if use.node.graph is graph and use.node in readers:
                 name = f"{value.name}/twin/{use.node.name}/{use.idx}"
-                twin = ir.node("Identity", [value], name=name)
-                copy = twin.outputs[0]
-                copy.name, copy.type, copy.shape = name, value.type, value.shape
-                graph.insert_before(use.node, twin)
-                use.node.replace_input_with(use.idx, copy)
+                insert_copy(graph, use.node, use.idx, name)
             readers.add(use.node)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from splitonnx.partitioner.graphs.builders import insert_copy
+
 _NORMALIZATIONS = frozenset(
     {
         "BatchNormInternal",
@@ -33,11 +35,6 @@ def separate_scales(graph: ir.Graph) -> bool:
             if value is None or value not in read:
                 read.update([] if value is None else [value])
                 continue
-            name = f"{value.name}/own/{node.outputs[0].name}/{index}"
-            copy = ir.node("Identity", [value], name=name)
-            own = copy.outputs[0]
-            own.name, own.type, own.shape = name, value.type, value.shape
-            graph.insert_before(node, copy)
-            node.replace_input_with(index, own)
+            insert_copy(graph, node, index, f"{value.name}/own/{node.outputs[0].name}/{index}")
             changed = True
     return changed

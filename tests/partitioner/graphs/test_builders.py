@@ -13,6 +13,7 @@ from splitonnx.partitioner.graphs.builders import (
     DETACHED,
     MissingOutput,
     NodeBuilder,
+    insert_copy,
     known_array,
     known_dims,
     known_rank,
@@ -189,3 +190,14 @@ def test_what_is_known_of_a_shape() -> None:
     node = ir.node("Relu", [ir.Value(name="x")], name="act")
     with pytest.raises(UnsupportedModel, match=r"'act' \(Relu\): the rank of 'x'"):
         require_rank(node, ir.Value(name="x"))
+
+
+def test_one_input_of_a_node_is_read_through_a_copy() -> None:
+    graph = make_model().graph
+    add = graph.node(1)
+    before = add.inputs[1]
+    copy = insert_copy(graph, add, 1, "copy")
+    assert (copy.name, copy.type, copy.shape) == ("copy", ir.TensorType(FLOAT), ir.Shape([3]))
+    assert [node.op_type for node in graph] == ["Softplus", "Identity", "Add"]
+    assert add.inputs[1] is copy
+    assert graph.node(1).inputs[0] is before
