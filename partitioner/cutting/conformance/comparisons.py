@@ -302,7 +302,7 @@ def _check_sizes(
 
 
 def _contradict(declared: Sequence[int], shape: Sequence[int]) -> bool:
-    """Return whether a size behind the batch differs from the one declared; 0 stands for any."""
+    """Return whether a size after the batch differs from the declared one; 0 matches any size."""
     pairs = list(zip(declared, shape, strict=True))[1:]
     return any(own and own != size for own, size in pairs)
 

@@ -256,7 +256,7 @@ def describe_single(
 
 
 def draw_accepted(model: onnx.ModelProto, subject: str, seed: int) -> Sequence[Arrays]:
-    """Return random inputs that a model accepts in ONNX Runtime, or nothing if there are none."""
+    """Return random inputs that ONNX Runtime accepts, or nothing if none are found."""
     content = model.SerializeToString()
     for batches in iter_draws(model, seed):
         with suppress(NotRun):

@@ -52,8 +52,9 @@ def describe_probabilities(
 
     Only outputs to which ``loss`` applies a Softmax or a Sigmoid are examined, and only if no such
     activation was recognised by its operators.  ``axis`` is the axis of the classes.  A model whose
-    weights take more than ``most_bytes`` is not examined.  A trained layer at the end settles that
-    scores are none, unless its weights, as they are, keep those of an activation between 0 and 1.
+    weights take more than ``most_bytes`` is not examined.  If the model ends in a trained layer,
+    its output is not like probabilities, unless the layer's current weights keep the results of an
+    activation between 0 and 1.
     """
     if loss not in CONTAINED or _is_explained(prepared, loss, output, axis):
         return ""
