@@ -79,6 +79,7 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import find_movers, map_values
 from splitonnx.partitioner.loss_files import read_loss_files
+from splitonnx.partitioner.lowerings.centred_normalizations import describe_narrow
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.model_losses import list_predicted, separate_losses
 from splitonnx.partitioner.normalization.dequantized.stored import (
@@ -305,11 +306,15 @@ def _warn(prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs) -
         if axis != 1 and loss.class_axis is None:
             _say_class_axis(prepared, loss.output or "", axis)
         _say_repeated_activation(prepared, loss.kind, loss.output or "", axis)
-    _say_batch(prepared)
-    if prepared.dequantized is not None:
-        _log.warning("%s", prepared.dequantized.describe())
-    if told := describe_separations(prepared.separations):
-        _log.warning("%s", told)
+    sentences = (
+        describe_freed(prepared.freed),
+        describe_decided(prepared.decided),
+        "" if prepared.dequantized is None else prepared.dequantized.describe(),
+        describe_separations(prepared.separations),
+        describe_narrow(prepared.skeleton.graph),
+    )
+    for sentence in filter(None, sentences):
+        _log.warning("%s", sentence)
 
 
 def _say_repeated_activation(prepared: PreparedModel, loss: str, output: str, axis: int) -> None:
@@ -355,13 +360,6 @@ def _list_bound(adjustments: Adjustments) -> dict[str, list[float]]:
     return {
         name: np.asarray(value).ravel().tolist() for name, value in adjustments.bindings.items()
     }
-
-
-def _say_batch(prepared: PreparedModel) -> None:
-    """Log a warning if nodes were changed because of a batch of 1."""
-    for sentence in (describe_freed(prepared.freed), describe_decided(prepared.decided)):
-        if sentence:
-            _log.warning("%s", sentence)
 
 
 def _say_class_axis(prepared: PreparedModel, output: str, axis: int) -> None:

@@ -14,8 +14,12 @@ differentiation; the backward pass needs no additional nodes.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
+from splitonnx.errors import count_some
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_rank
 from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.lowerings.optimization_barriers import (
@@ -26,6 +30,57 @@ from splitonnx.partitioner.lowerings.optimization_barriers import (
 
 _TRANSPARENT = ("Cast", "Identity")
 """Operators that ONNX Runtime skips when it looks for the formula of a LayerNormalization."""
+
+_NARROW = 4
+"""Numbers normalized together that data may well make nearly equal.
+
+Where there are more, their mean exceeds their deviation in all rows or in none, which random inputs
+show.
+"""
+
+
+def describe_narrow(graph: ir.Graph) -> str:
+    """Say which normalizations of few numbers lose precision in a model that is not changed here.
+
+    Return an empty string if there are none.  Those whose sizes are not known are left out.
+    """
+    names = [node.outputs[0].name or "" for node in _list_narrow(graph)]
+    if not names:
+        return ""
+    verb = "normalizes" if len(names) == 1 else "normalize"
+    return (
+        f"{count_some(names, _NARROW)} {verb} at most {_NARROW} numbers at a time: where these are "
+        "nearly equal, ONNX Runtime 1.19 loses digits in the model given and in the merged one, "
+        "but not in training and predict; ONNX Runtime 1.32 does not (docs/commands.md)"
+    )
+
+
+def _list_narrow(graph: ir.Graph) -> Iterator[ir.Node]:
+    for node in graph:
+        for body in list_bodies(node):
+            yield from _list_narrow(body)
+        if node.domain or not node.inputs or _is_double(node.inputs[0]):
+            continue
+        if 0 < _count_normalized(node) <= _NARROW:
+            yield node
+
+
+def _count_normalized(node: ir.Node) -> int:
+    """Count the numbers that a node normalizes together; return 0 if that is not known."""
+    mean = next((mean for _, mean in _find_gaps(node)), None) if node.op_type == "Div" else None
+    x = node.inputs[0] if mean is None else mean.inputs[0]
+    if x is None or x.shape is None:
+        return 0
+    sizes = [size if isinstance(size, int) else 0 for size in x.shape]
+    if node.op_type == "LayerNormalization":
+        return math.prod(sizes[node.attributes.get_int("axis", -1) :])
+    if node.op_type == "GroupNormalization":
+        return math.prod(sizes[1:]) // node.attributes.get_int("num_groups", 1)
+    kept = None if mean is None else mean.outputs[0].shape
+    if kept is None or len(kept) != len(sizes):
+        return 0
+    axes = [axis for axis, size in enumerate(kept) if size != x.shape[axis]]
+    return math.prod(sizes[axis] for axis in axes) if axes else 0
 
 
 def centre_normalizations(graph: ir.Graph) -> None:

@@ -22,6 +22,7 @@ from splitonnx.partitioner.differentiation.control_flow.obstacles import find_ob
 from splitonnx.partitioner.differentiation.untrained import explain_untrained
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import map_values, trace_gradients
+from splitonnx.partitioner.lowerings.centred_normalizations import describe_narrow
 from splitonnx.partitioner.normalization.weights import INNER, list_returned, make_pattern
 from splitonnx.partitioner.reports.formulas import (
     describe_formula,
@@ -158,7 +159,10 @@ def remark_on_conditional(prepared: PreparedModel) -> Iterator[Remark]:
 
 
 def remark_on_precisions(prepared: PreparedModel) -> Iterator[Remark]:
-    """Yield a remark for each type of parameters that are trained in another type."""
+    """Yield a remark for each type of parameters that are trained in another type.
+
+    Another remark tells of normalizations that lose precision in the model given.
+    """
     types = {value.name: value.dtype for value in prepared.skeleton.graph.inputs}
     held: dict[str, list[str]] = {}
     for name in prepared.trainable:
@@ -173,6 +177,8 @@ def remark_on_precisions(prepared: PreparedModel) -> Iterator[Remark]:
             f"and rounded to {kind} once merged",
             names=tuple(names),
         )
+    if told := describe_narrow(prepared.skeleton.graph):
+        yield Remark(kind=Kind.PRECISION, sentence=told)
 
 
 @attribute_errors_to_pass("searched for what gets no gradient")

@@ -10,8 +10,13 @@ import pytest
 from onnx import helper
 
 from splitonnx.names import Target
-from splitonnx.partitioner.lowerings.centred_normalizations import centre_normalizations
+from splitonnx.partitioner.lowerings.centred_normalizations import (
+    centre_normalizations,
+    describe_narrow,
+)
+from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
@@ -176,3 +181,37 @@ def test_gradients_gain_no_nodes() -> None:
     assert [node.output[0] for node in nodes if node.op_type == "ReduceMean"].count(
         "y/centred/1"
     ) == 1
+
+
+@pytest.mark.parametrize("kind", ["layer norm", "formula", "group norm"])
+def test_normalizations_of_two_numbers_are_told_since_only_the_parts_are_exact(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = np.repeat([[4.0, 4.001], [-2.0, -2.001]], 2, axis=0).astype(np.float32)
+    net = Net(opset=21)
+    net.op("Add", "x", net.constant("shift", np.array([1, 1], np.float32)), out="h")
+    pair = [net.constant(name, np.ones(2, np.float32)) for name in ("gain", "bias")]
+    if kind == "formula":
+        _add_formula(net, kind, net.constant("axes", np.array([-1])))
+    elif kind == "group norm":
+        net.op("GroupNormalization", "h", *pair, out="y", num_groups=1)
+    else:
+        net.op("LayerNormalization", "h", *pair, out="y")
+    model = close_net(net, {"x": rows})
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", FLOAT, ["N", 2]))
+    bundle = cut(model, at="h", loss="mse")
+    result = make_evaluator(to_double(model)).run(None, {"x": rows.astype(np.float64)})[0]
+    server = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
+    with Client(bundle.client, server, threads=1) as client:
+        assert measure(client.predict({"x": rows})["y"], np.asarray(result)) < TOLERANCE
+    session = onnxruntime.InferenceSession(merge(bundle))
+    assert measure(np.array(session.run(None, {"x": rows})[0]), np.asarray(result)) > TOLERANCE
+    (told,) = (line for line in caplog.messages if "numbers at a time" in line)
+    assert told.startswith("'normal'" if kind == "formula" else "'y'")
+    assert any("numbers at a time" in remark.sentence for remark in check(model).remarks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_normalizations_of_more_numbers_are_not_told(kind: str) -> None:
+    model = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(build(kind)))
+    assert describe_narrow(model.graph) == ""
