@@ -31,6 +31,8 @@ from splitonnx.session_settings import EXACT_SETTINGS
 
 SECONDS = 300
 """Time limit of one request; the process exits if a request takes longer."""
+_AGAIN = 0.5
+"""Seconds of processor time after which a time limit takes effect again, if it was discarded."""
 BASE_BYTES = 4 << 30
 """Extra address space for every request, beyond the space that the process uses already."""
 BYTES_PER_BYTE = 64
@@ -231,7 +233,8 @@ def _find_correction(error: BaseException) -> str:
 def _limit_time(seconds: float) -> Iterator[None]:
     """Raise ``TimeoutError`` in a ``with`` block that takes more processor time than ``seconds``.
 
-    There is no such limit on Windows.
+    The error is raised again from time to time, because Python discards an exception that is raised
+    in a destructor or in a callback of the garbage collector.  There is no such limit on Windows.
     """
     if sys.platform == "win32":
         yield
@@ -241,7 +244,7 @@ def _limit_time(seconds: float) -> Iterator[None]:
         raise TimeoutError
 
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN)
     try:
         yield
     finally:

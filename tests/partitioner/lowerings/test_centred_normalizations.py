@@ -200,7 +200,8 @@ def test_normalizations_of_two_numbers_are_told_since_only_the_parts_are_exact(
     model = close_net(net, {"x": rows})
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", FLOAT, ["N", 2]))
     bundle = cut(model, at="h", loss="mse")
-    result = make_evaluator(to_double(model)).run(None, {"x": rows.astype(np.float64)})[0]
+    (result,) = make_evaluator(to_double(model)).run(None, {"x": rows.astype(np.float64)})
+    assert bundle.server is not None
     server = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
     with Client(bundle.client, server, threads=1) as client:
         assert measure(client.predict({"x": rows})["y"], np.asarray(result)) < TOLERANCE

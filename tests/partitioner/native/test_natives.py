@@ -221,6 +221,25 @@ def test_the_reference_evaluator_is_stopped_after_its_time() -> None:
         natives.run_reference(model.SerializeToString(), [{}], 0.2)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_a_time_limit_holds_though_its_first_error_is_discarded() -> None:
+    caught: list[str] = []
+
+    def work() -> None:
+        with natives._limit_time(0.01):
+            try:
+                while True:
+                    pass
+            except TimeoutError:
+                caught.append("discarded")
+            while True:
+                pass
+
+    with pytest.raises(TimeoutError):
+        work()
+    assert caught == ["discarded"]
+
+
 def test_a_stock_runtime_is_told_from_the_training_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(onnxruntime.capi._pybind_state, "GradientGraphBuilder")
     with pytest.raises(StockRuntime, match="GradientGraphBuilder"):
