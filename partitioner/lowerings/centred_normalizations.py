@@ -40,7 +40,7 @@ show.
 
 
 def describe_narrow(graph: ir.Graph) -> str:
-    """Say which normalizations of few numbers lose precision in a model that is not changed here.
+    """Describe the normalizations of few numbers, which lose precision in a model left as it is.
 
     Return an empty string if there are none.  Those whose sizes are not known are left out.
     """

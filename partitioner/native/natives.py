@@ -43,8 +43,6 @@ MISTAKES = frozenset({"AttributeError", "NameError", "TypeError", "UnboundLocalE
 
 _LENGTH = struct.Struct("<Q")
 """The prefix of each request and response: its length in bytes."""
-
-
 _FAILURES = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError
 )  # fmt: skip
