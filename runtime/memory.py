@@ -12,6 +12,7 @@ from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, LocalProtocolError
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.dispatchers import Dispatcher
+from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.registries import Registry
 
 
@@ -36,9 +37,12 @@ class MemoryTransport:
 
         The executor exists once the client has sent its greeting.
         """
-        if self._dispatcher.session is None:
+        session = self._dispatcher.session
+        if session is None:
             raise LocalProtocolError("nobody has said hello")
-        executor = self._dispatcher.session.executor
+        policy = self._dispatcher.registry.policy
+        assert isinstance(policy, PerClient)
+        executor = policy.models[session.id].executor
         assert isinstance(executor, Executor)  # nothing is isolated in memory
         return executor
 

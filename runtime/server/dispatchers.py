@@ -71,9 +71,9 @@ class Dispatcher:
     limit.  ``estimates`` computes how much memory a task needs, and ``task_bytes`` is the largest
     amount allowed.  If ``estimates`` is ``None``, memory is not checked.
 
-    ``session`` is ``None`` until the client has sent its greeting, and ``refused`` is ``None``
-    until an error ends the connection.  :meth:`read` may be called at any time.  While any other
-    method runs, nothing else may use the session.
+    ``registry`` holds the server's sessions.  ``session`` is ``None`` until the client has sent its
+    greeting, and ``refused`` is ``None`` until an error ends the connection.  :meth:`read` may be
+    called at any time.  While any other method runs, nothing else may use the session.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Dispatcher:
     ) -> None:
         self.session: Session | None = None
         self.refused: SplitonnxError | None = None
-        self._registry = registry
+        self.registry = registry
         self._owner = owner
         self._estimates = estimates
         self._task_bytes = task_bytes
@@ -146,7 +146,7 @@ class Dispatcher:
         """
         if isinstance(received.message, Hello):
             with attribute_errors_to_us("a greeting"):
-                found = self._registry.seek(received.message, self._owner, self._tried)
+                found = self.registry.seek(received.message, self._owner, self._tried)
             if not isinstance(found, Session):
                 return found
             self.session = found
@@ -209,7 +209,7 @@ class Dispatcher:
         The session is kept for the client's next connection.
         """
         if self.session is not None:
-            self._registry.release(self.session)
+            self.registry.release(self.session)
 
     @property
     def _held(self) -> Session | None:
@@ -240,7 +240,7 @@ class Dispatcher:
         assert self.session is not None  # found when the greeting was read
         step = self.session.greet(hello)
         self._generation = hello.generation
-        manifest = self._registry.manifest
+        manifest = self.registry.manifest
         return self._protocol.send(
             Welcome(
                 session=self.session.id,
@@ -266,7 +266,7 @@ class Dispatcher:
     def _leave(self) -> None:
         if self._held is not None:
             self._held.finish()
-            self._registry.end(self._held)
+            self.registry.end(self._held)
 
     def check_session(self, name: str) -> Session:
         """Check that a message names this connection's session, and return the session.

@@ -392,7 +392,7 @@ class ConnectionHandler:
                 "peer": self._peer.name,
                 "owner": self._peer.owner or None,
                 "session": None if session is None else session.id,
-                "step": None if session is None else session.executor.step,
+                "step": None if session is None else session.ledger.step,
                 "reason": None if reason is None else type(reason).__name__,
             },
         )

@@ -1,9 +1,8 @@
 """The registry of the sessions that a server has in memory.
 
 The registry finds the session that a greeting asks for, and moves sessions to disk when they are no
-longer needed.  :mod:`capacities` decides how many sessions may be in memory, and
-:mod:`session_makers` decides from which state a session starts.  The server decides when to look
-for sessions without a connection.
+longer needed.  :mod:`capacities` decides how many sessions may be in memory, and the policy decides
+which model a session trains.  The server decides when to look for sessions without a connection.
 """
 
 from __future__ import annotations
@@ -27,7 +26,9 @@ from splitonnx.errors import (
 from splitonnx.messages import Hello
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.capacities import Capacity, Occupant
-from splitonnx.runtime.server.session_makers import SessionMaker
+from splitonnx.runtime.server.policies.model_makers import ModelMaker
+from splitonnx.runtime.server.policies.per_client import PerClient
+from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import is_session
@@ -58,6 +59,7 @@ class Registry:
         disk_per_owner: the largest number of bytes that an owner's checkpoints and outcomes may
             use; ``None`` for no limit.
         keep_seconds: how long the files of unused sessions are kept; ``None`` to keep them forever.
+        policy: decides which model a session trains; by default, each session trains its own.
         clock: a monotonic clock in seconds.
     """
 
@@ -73,6 +75,7 @@ class Registry:
         workers: WorkerPool | None = None,
         disk_per_owner: int | None = None,
         keep_seconds: float | None = None,
+        policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = executor.manifest
@@ -94,7 +97,7 @@ class Registry:
                 self._folder, self.manifest, most_bytes=disk_per_owner, keep_seconds=keep_seconds
             )
             self.expire()
-        self._maker = SessionMaker(executor, self._archive, workers)
+        self.policy = policy or PerClient(ModelMaker(executor, self._archive, workers))
         if memory_bytes is not None:
             sessions = min(sessions, memory_bytes // max(1, executor.nbytes))
         self._capacity = Capacity(
@@ -172,10 +175,9 @@ class Registry:
         """Load a session from disk, or make a new one; in either case check its owner."""
         if self._archive is not None:
             self._archive.require_owner(hello.session, owner)
-        session = None
-        if self._resume or hello.session in self._unloaded:
-            session = self._maker.load(hello, owner)
-        return session or self._maker.make(hello, owner)
+        resume = self._resume or hello.session in self._unloaded
+        joined = self.policy.join(hello, owner, resume=resume)
+        return Session(hello.session, joined, self.policy)
 
     def release(self, session: Session) -> None:
         """Record that a connection no longer uses the session."""

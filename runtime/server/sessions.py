@@ -1,15 +1,16 @@
-"""A session: one client's training run, with its own copy of the server's part of the model.
+"""A session: one client's training run, in which each step is performed exactly once.
 
-A session outlives its connections.  The session yields each reply as soon as it is ready, so that a
-gradient is sent before the server's own update runs.  The dispatcher decodes messages and encodes
-replies.  The registry decides who may use a session and how many sessions there are.
+A session outlives its connections.  It counts its client's steps; a policy decides how they change
+the server's model.  Session and policy exchange data only.  The session yields each reply as soon
+as it is ready, so that a gradient is sent before the server's own update runs.  The dispatcher
+decodes messages and encodes replies.  The registry decides who may use a session and how many
+sessions there are.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 import numpy as np
@@ -24,10 +25,9 @@ from splitonnx.errors import (
 )
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
 from splitonnx.names import TRAIN
-from splitonnx.runtime.engine.executors import Executor, SessionExecutor
 from splitonnx.runtime.server.ledgers import Fingerprint, Ledger, Reply, Verdict
-from splitonnx.runtime.storage.archives import Archive
-from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
+from splitonnx.runtime.server.policies.policies import Policy
+from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
 
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
 
@@ -37,43 +37,27 @@ _logger = logging.getLogger("splitonnx.server")
 class Session:
     """The server's side of one client's training run, which handles one message at a time.
 
-    ``executor`` holds the session's state.  ``store`` holds its checkpoints, and is part of
-    ``archive``; both are ``None`` if there is no folder.  ``start`` is an executor with the state
-    that the session started from, or ``None`` if that state is not known.  ``generation`` is the
-    number of the newest connection.  ``tasks_done`` counts finished steps and predictions.
+    ``policy`` has let the session join, with the answer ``joined``.  ``generation`` is the number
+    of the newest connection.  ``tasks_done`` counts finished steps and predictions.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        owner: str,
-        executor: SessionExecutor,
-        start: Executor | None,
-        store: CheckpointStore | None,
-        archive: Archive | None = None,
-    ) -> None:
+    def __init__(self, name: str, joined: Joined, policy: Policy) -> None:
         self.id = name
-        self.owner = owner
-        self.executor = executor
-        self.ledger = Ledger(executor.step)
+        self.owner = joined.owner
+        self.ledger = Ledger(joined.step)
         self.generation = 0
         self.tasks_done = 0
-        self._start = start
-        self._store, self._archive = store, archive
-        self._saved = executor.step
-        self._published = -1
+        self._policy = policy
+        self._saved = joined.step
+        self._is_closed = False
         self._running: TaskKey | None = None
         self._query: TaskKey | None = None
         self._query_turns = self._query_replies = 0
 
     @property
     def is_saved(self) -> bool:
-        """Return whether the state can be restored.
-
-        This is possible if the state is on disk, or has not changed since the session started.
-        """
-        return self._saved == self.executor.step
+        """Return whether the client's current step is the last one that was saved."""
+        return self._saved == self.ledger.step
 
     @property
     def open_phases(self) -> frozenset[str]:
@@ -117,6 +101,8 @@ class Session:
         """
         if generation != self.generation:
             raise StaleConnection(generation, self.generation)
+        if self._is_closed:  # it was lost, and a newer connection has loaded it again
+            raise StaleConnection(generation, generation + 1)
 
     def handle_training(
         self,
@@ -144,22 +130,20 @@ class Session:
                 return
             case Verdict.BEGIN:
                 self.abandon()
-                self._begin(message)
                 self._running = message.key
                 self.ledger.begin(fingerprint)
             case Verdict.CONTINUE:
                 if message.key != self._running:
                     raise RemoteProtocolError(f"it continues {message.key}, which is not open")
                 self.ledger.continue_step(fingerprint)
-        self.executor.deliver(message.key, tensors)
-        for wires in self.executor.advance(message.key):
-            reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
-            yield self.ledger.answer(encode(reply, wires))
-        if self.executor.is_finished(message.key):
-            self.executor.finish(message.key)
-            self.tasks_done += 1
-            self._running = None
-            self.ledger.commit()
+        for delivery in self._submit(message, tensors):
+            if delivery.tensors:
+                reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
+                yield self.ledger.answer(encode(reply, delivery.tensors))
+            if delivery.is_last:
+                self.tasks_done += 1
+                self._running = None
+                self.ledger.commit()
         fingerprint.take()  # after the replies, so that they need not wait for the hash
 
     def save(self, message: Save) -> Saved | Unsaved:
@@ -171,18 +155,12 @@ class Session:
         Raises:
             RemoteProtocolError: the client is at another step, or a step is unfinished.
         """
-        if message.step != self.executor.step or self.ledger.is_open:
+        if message.step != self.ledger.step or self.ledger.is_open:
             raise RemoteProtocolError(
-                f"it would save step {message.step}, the server is at {self.executor.step}"
+                f"it would save step {message.step}, the server is at {self.ledger.step}"
             )
         try:
-            if self._store is None:
-                raise BundleError("bundle in memory", "it has no folder to save the state in")
-            with self._saving(self._store, publish=message.publish):
-                self._store.write(self._make_checkpoint(), keep=message.keep)
-                if message.publish:
-                    self.executor.publish(session=self.id, owner=self.owner)
-                    self._published = message.step
+            self._policy.save(message)
         except (BundleError, NotSaved) as error:
             _logger.error("session %s: %s", self.id, error)  # the client may not learn the path
             return Unsaved(session=self.id, step=message.step, reason=error.reason)
@@ -192,8 +170,7 @@ class Session:
     def finish(self) -> None:
         """End the session for good; if its current state was published, delete its checkpoints."""
         self.abandon()
-        if self._store is not None and self._published == self.executor.step:
-            self._store.remove()
+        self._policy.finish(self.id)
 
     def unload(self) -> None:
         """Write the state to disk, unless it is already there, before the session leaves memory.
@@ -204,19 +181,19 @@ class Session:
             NotSaved: the state cannot be written.
         """
         self.abandon()
-        if self._store is not None and not self.is_saved:
-            with self._saving(self._store):
-                self._store.write_stopped(self._make_checkpoint())
-            self._saved = self.executor.step
+        self._policy.unload(self.id)
 
     @property
     def is_lost(self) -> bool:
         """Return whether the state was lost because the session's worker process has ended."""
-        return self.executor.is_lost
+        return self._policy.is_lost(self.id)
 
     def close(self) -> None:
         """Release the state after the session has been removed from memory."""
-        self.executor.close()
+        self._running = self._query = None
+        if not self._is_closed:
+            self._policy.leave(self.id)
+        self._is_closed = True
 
     def abandon(self) -> None:
         """Abort every unfinished task and discard its changes to the state."""
@@ -227,16 +204,22 @@ class Session:
     def give_up(self, phase: str) -> None:
         """Abort the unfinished task of a phase, if there is one."""
         if self._running is not None and self._running.phase == phase:
-            self.executor.abandon(self._running)
+            self._policy.withdraw(self._running)
             self._running = None
             self.ledger.abandon()
         if self._query is not None and self._query.phase == phase:
-            self.executor.abandon(self._query)
+            self._policy.withdraw(self._query)
             self._query = None
 
-    def _begin(self, message: Tensors) -> None:
-        self.executor.begin(
-            message.key, data={}, seed=message.seed, learning_rate=message.learning_rate
+    def _submit(self, message: Tensors, tensors: Mapping[str, np.ndarray]) -> Iterator[Delivery]:
+        return self._policy.submit(
+            Task(
+                key=message.key,
+                turn=message.turn,
+                seed=message.seed,
+                learning_rate=message.learning_rate,
+                tensors=tensors,
+            )
         )
 
     def _handle_query(
@@ -246,28 +229,23 @@ class Session:
         key = message.key
         if message.turn == 0:
             if self._query is not None:
-                self.executor.abandon(self._query)
-            self._begin(message)
+                self._policy.withdraw(self._query)
             self._query, self._query_turns, self._query_replies = key, 0, 0
         elif key != self._query or message.turn != self._query_turns:
             raise RemoteProtocolError(f"message {message.turn} of {key} is not due now")
         self._query_turns += 1
-        self.executor.deliver(key, tensors)
-        for wires in self.executor.advance(key):
-            yield encode(msgspec.structs.replace(message, turn=self._query_replies), wires)
-            self._query_replies += 1
-        if self.executor.is_finished(key):
-            self.executor.finish(key)
-            self.tasks_done += 1
-            self._query = None
+        for delivery in self._submit(message, tensors):
+            if delivery.tensors:
+                reply = msgspec.structs.replace(message, turn=self._query_replies)
+                yield encode(reply, delivery.tensors)
+                self._query_replies += 1
+            if delivery.is_last:
+                self.tasks_done += 1
+                self._query = None
 
     def _find_common(self, hello: Hello) -> int:
         """Return the newest step that both sides can go back to."""
-        present = {self.ledger.step}
-        if self._store is not None:
-            present.update(self._store.steps())
-        if self._start is not None:
-            present.add(self._start.step)
+        present = {self.ledger.step, *self._policy.list_steps(self.id)}
         for step in hello.candidates:
             if step in present:
                 return step
@@ -277,24 +255,6 @@ class Session:
         self.abandon()
         if step == self.ledger.step:
             return
-        if self._store is not None:
-            self._store.rewind(step)
-        if self._store is not None and step in self._store.steps():
-            self.executor.restore(self._store.read(step).tensors, step)
-        elif self._start is not None and step == self._start.step:
-            self.executor.restore(self._start.state(), step)
+        self._policy.rewind(self.id, step)
         self.ledger = Ledger(step)
         self._saved = step
-
-    def _saving(
-        self, store: CheckpointStore, *, publish: bool = False
-    ) -> AbstractContextManager[None]:
-        if self._archive is None:
-            return nullcontext()
-        return self._archive.saving(store, self.owner, publish=publish)
-
-    def _make_checkpoint(self) -> Checkpoint:
-        executor = self.executor
-        return Checkpoint(
-            session=self.id, step=executor.step, tensors=executor.state(), owner=self.owner
-        )

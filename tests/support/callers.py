@@ -56,7 +56,7 @@ class Caller:
     @property
     def step(self) -> int:
         assert self.dispatcher.session is not None
-        return self.dispatcher.session.executor.step
+        return self.dispatcher.session.ledger.step
 
 
 ACTIVATION = {"act1@server": np.ones((2, 7), np.float32)}

@@ -9,7 +9,8 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.messages import Hello
 from splitonnx.runtime.engine.engines import Engine
-from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.wire.protocols import list_wires
@@ -36,8 +37,14 @@ def greet(session: str, *, origin: str = "", start: int = 0, generation: int = 1
     )
 
 
-def advance(session: Session, step: int, value: float = 1.0) -> None:
+def find_executor(registry: Registry, session: Session) -> SessionExecutor:
+    """Return what holds the state of a session's model."""
+    assert isinstance(registry.policy, PerClient)
+    return registry.policy.models[session.id].executor
+
+
+def advance(registry: Registry, session: Session, step: int, value: float = 1.0) -> None:
     """Bring a session to a step without the work of training."""
-    tensors = {name: np.full_like(a, value) for name, a in session.executor.state().items()}
-    session.executor.restore(tensors, step)
+    executor = find_executor(registry, session)
+    executor.restore({n: np.full_like(a, value) for n, a in executor.state().items()}, step)
     session.ledger.step = step

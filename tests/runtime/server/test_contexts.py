@@ -77,7 +77,7 @@ def test_a_silent_client_s_open_step_is_given_up_and_the_client_sent_away(play: 
         scene.context.give_up_idle()
         assert waiting.done()
         assert not scene.session.open_phases
-        assert scene.session.executor.step == 0
+        assert scene.session.ledger.step == 0
         assert scene.holder.dismissed == [RESTART]
 
     play(test)

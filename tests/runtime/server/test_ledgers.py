@@ -49,6 +49,7 @@ from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
 from tests.support.hashing import HashingEngine
 from tests.support.networks import HONEST, ClientCrash, Event, Network
+from tests.support.registries import find_executor
 from tests.support.zoo import ZOO
 
 BATCH, STEPS_AN_EPOCH, EPOCHS, EVERY = 2, 3, 2, 2
@@ -147,7 +148,8 @@ def make_course(shape: str, *, hashed: bool) -> Course:
     def look(client: Client) -> None:
         digests["client"][client.steps] = digest_state(client.state())
         for session in side.network.registry.sessions:
-            digests["server"][session.executor.step] = digest_state(session.executor.state())
+            executor = find_executor(side.network.registry, session)
+            digests["server"][executor.step] = digest_state(executor.state())
 
     side.train(look)
     return Course(
@@ -162,7 +164,9 @@ def make_course(shape: str, *, hashed: bool) -> Course:
 def check(course: Course, side: Side, client: Client | None = None) -> None:
     """Hold every state in memory against the one that it has at its step without faults."""
     for session in side.network.registry.sessions:
-        step, state = session.executor.step, session.executor.state()
+        executor = find_executor(side.network.registry, session)
+        step, state = executor.step, executor.state()
+        assert step == session.ledger.step
         assert digest_state(state) == course.digests["server"][step], step
     if client is not None:
         assert digest_state(client.state()) == course.digests["client"][client.steps], client.steps

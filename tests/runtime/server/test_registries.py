@@ -83,7 +83,7 @@ def test_while_a_session_is_unloaded_to_a_slow_disk_others_are_greeted_and_only_
     disk = SlowDisk(monkeypatch)
     registry = open_registry(folder, sessions=2)
     unloaded = registry.find(greet(ANN), "ann")
-    advance(unloaded, 6)
+    advance(registry, unloaded, 6)
     registry.release(unloaded)
     attended = registry.find(greet(BOB), "bob")
     tried: set[str] = set()
@@ -105,7 +105,7 @@ def test_while_a_session_is_unloaded_to_a_slow_disk_others_are_greeted_and_only_
     registry.release(attended)
     returned = registry.find(greet(ANN, generation=2), "ann")
     assert returned is not unloaded
-    assert returned.executor.step == 6
+    assert returned.ledger.step == 6
 
 
 def test_a_server_greets_others_while_a_disk_is_slow(

@@ -22,7 +22,7 @@ from splitonnx.runtime.storage.checkpoint_files import list_folders
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.states import State, list_outcomes, read_state, write_state
 from tests.support import tiny
-from tests.support.registries import ANN, BOB, advance, greet, open_registry
+from tests.support.registries import ANN, BOB, advance, find_executor, greet, open_registry
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def save(session: Session, *, publish: bool = False) -> Saved | Unsaved:
-    step = session.executor.step
+    step = session.ledger.step
     return session.save(Save(session=session.id, step=step, publish=publish))
 
 
 def finish(registry: Registry, name: str, owner: str, step: int = 1) -> None:
     """Let a session train, publish and end."""
     session = registry.find(greet(name), owner)
-    advance(session, step)
+    advance(registry, session, step)
     assert isinstance(save(session, publish=True), Saved)
     session.finish()
     registry.end(session)
@@ -65,14 +65,14 @@ def test_a_finished_session_s_name_stays_its_owner_s(folder: Path, later: bool) 
             server.find(greet(BOB, origin=ANN, start=1), "")
     assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == before
     session = registry.find(greet(BOB, origin=ANN, start=1), "ann")
-    np.testing.assert_array_equal(session.executor.state()["W2"], np.ones((4, 2)))
+    np.testing.assert_array_equal(find_executor(registry, session).state()["W2"], np.ones((4, 2)))
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_session_that_is_only_on_disk_stays_its_owner_s(folder: Path, resume: bool) -> None:
     first = open_registry(folder)
     session = first.find(greet(ANN), "ann")
-    advance(session, 7)
+    advance(first, session, 7)
     assert isinstance(save(session), Saved)
     registry = open_registry(folder, resume=resume)
     with pytest.raises(ForeignSession):
@@ -94,7 +94,7 @@ def test_what_has_no_owner_is_a_server_s_without_tokens_and_a_published_state_an
     with pytest.raises(ForeignSession):
         registry.find(greet(BOB, origin=ANN, start=1), "bob")
     session = registry.find(greet(BOB, origin="c" * 32, start=2), "bob")
-    assert (session.owner, session.executor.step) == ("bob", 2)
+    assert (session.owner, session.ledger.step) == ("bob", 2)
     assert registry.find(greet(ANN), "").owner == ""
 
 
@@ -156,7 +156,7 @@ def test_an_owner_s_saves_end_at_its_quota_and_no_other_s(folder: Path) -> None:
     answers = []
     for number in range(20):
         session = registry.find(greet(f"{number:032x}"), "ann")
-        advance(session, 1)
+        advance(registry, session, 1)
         answers.append(save(session))
     refused = [answer for answer in answers if isinstance(answer, Unsaved)]
     assert 0 < len(refused) < 20
@@ -164,7 +164,7 @@ def test_an_owner_s_saves_end_at_its_quota_and_no_other_s(folder: Path) -> None:
     assert str(folder) not in refused[0].reason
     assert 2_500 < measure(folder) <= 4_000
     other = registry.find(greet(BOB), "bob")
-    advance(other, 1)
+    advance(registry, other, 1)
     assert isinstance(save(other, publish=True), Saved)
 
 
@@ -172,7 +172,7 @@ def test_a_session_that_goes_on_stays_within_its_quota(folder: Path) -> None:
     registry = open_registry(folder, disk_per_owner=4_000)
     session = registry.find(greet(ANN), "ann")
     for step in range(1, 30):
-        advance(session, step)
+        advance(registry, session, step)
         assert isinstance(save(session, publish=step % 5 == 0), Saved)
         assert measure(folder) <= 4_000
 
@@ -180,7 +180,7 @@ def test_a_session_that_goes_on_stays_within_its_quota(folder: Path) -> None:
 def test_a_session_over_its_quota_leaves_the_memory_all_the_same(folder: Path) -> None:
     registry = open_registry(folder, disk_per_owner=100, sessions=1, sessions_per_owner=1)
     session = registry.find(greet(ANN), "ann")
-    advance(session, 1)
+    advance(registry, session, 1)
     registry.release(session)
     assert registry.find(greet(BOB), "bob").owner == "bob"
     assert not list_folders(folder)
@@ -194,7 +194,7 @@ def test_what_nobody_came_back_to_is_deleted_after_the_days_said_but_the_newest_
     finish(registry, BOB, "bob")
     for name in ("1" * 32, "2" * 32, "3" * 32):
         session = registry.find(greet(name), "ann")
-        advance(session, 5)
+        advance(registry, session, 5)
         save(session)
     for path in folder.rglob("*.safetensors"):
         if "3" * 32 not in str(path):
@@ -228,9 +228,9 @@ def test_a_number_of_days_is_needed(folder: Path, days: float) -> None:
 def test_a_state_that_is_not_finite_is_neither_saved_nor_published(folder: Path) -> None:
     registry = open_registry(folder)
     session = registry.find(greet(ANN), "")
-    advance(session, 3)
+    advance(registry, session, 3)
     assert isinstance(save(session), Saved)
-    advance(session, 4, np.inf)
+    advance(registry, session, 4, np.inf)
     for publish in (False, True):
         answer = save(session, publish=publish)
         assert isinstance(answer, Unsaved)
@@ -286,7 +286,7 @@ def test_a_folder_that_is_gone_or_another_s_is_not_written_into(
 ) -> None:
     registry = open_registry(folder)
     session = registry.find(greet(ANN), "")
-    advance(session, 1)
+    advance(registry, session, 1)
     change(folder)
     before = set(folder.parent.rglob("*"))
     answer = save(session, publish=publish)

@@ -1,7 +1,6 @@
-"""Create a server's sessions from the server's state, another session's state, or a checkpoint.
+"""Create the models of sessions from the server's state, another session's state, or a checkpoint.
 
-A session may start only from a state that belongs to its owner or to nobody.  The registry decides
-how many sessions there may be.
+A model may start only from a state that belongs to the session's owner or to nobody.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from splitonnx.errors import BundleMismatch, ForeignSession, SessionLost
 from splitonnx.messages import Hello
 from splitonnx.names import PREDICT, TRAIN
 from splitonnx.runtime.engine.executors import Executor, SessionExecutor
-from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import is_session
 
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from splitonnx.runtime.workers.pools import WorkerPool
 
 
-class SessionMaker:
-    """A factory for a server's sessions, which creates them or loads them from disk.
+class ModelMaker:
+    """A factory for the models of sessions, which creates them or loads them from disk.
 
     ``base`` is an executor that holds the state of the server's folder; it is never trained itself.
     ``archive`` holds the sessions on disk; it is ``None`` if there is no folder.  ``workers`` are
@@ -37,8 +36,8 @@ class SessionMaker:
         self._archive = archive
         self._workers = workers
 
-    def load(self, hello: Hello, owner: str) -> Session | None:
-        """Load a session from its newest checkpoint on disk; return ``None`` if there is none.
+    def load(self, hello: Hello, owner: str) -> ServerModel | None:
+        """Load a session's model from its newest checkpoint; return ``None`` if there is none.
 
         Raises:
             ForeignSession: the session started from another owner's state.
@@ -49,7 +48,7 @@ class SessionMaker:
         checkpoint = store.read(steps[0])
         executor = self._fork(self._base, checkpoint.owner, hello.session)
         executor.restore(checkpoint.tensors, checkpoint.step)
-        return Session(
+        return ServerModel(
             hello.session,
             owner=checkpoint.owner,
             executor=executor,
@@ -58,8 +57,8 @@ class SessionMaker:
             archive=self._archive,
         )
 
-    def make(self, hello: Hello, owner: str) -> Session:
-        """Create a new session, which starts from the state that the greeting names.
+    def make(self, hello: Hello, owner: str) -> ServerModel:
+        """Create the model of a new session, which starts from the state that the greeting names.
 
         Raises:
             SessionLost: the client already has checkpoints of this session, so the server must have
@@ -73,7 +72,7 @@ class SessionMaker:
             raise SessionLost(hello.session, hello.candidates, ())
         if start is None:
             raise self._explain(hello, owner)
-        return Session(
+        return ServerModel(
             hello.session,
             owner=owner,
             executor=self._fork(start, owner, hello.session),
@@ -83,7 +82,7 @@ class SessionMaker:
         )
 
     def _fork(self, start: Executor, owner: str, session: str) -> SessionExecutor:
-        """Create a session's executor, in a worker process if the server uses workers."""
+        """Create a model's executor, in a worker process if the server uses workers."""
         if self._workers is None:
             return start.fork()
         is_untrained = start is self._untrained and start.party.trained is None

@@ -1,4 +1,4 @@
-"""How a server's sessions begin: from which state, of whom, and in which process."""
+"""How the models of a server's sessions begin: from which state, of whom, and in which process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleMismatch, ForeignSession, SessionLost
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.server.session_makers import SessionMaker
+from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.states import State, write_state
@@ -27,10 +27,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "bundle" / "server"
 
 
-def open_maker(folder: Path, workers: Any = None) -> SessionMaker:
+def open_maker(folder: Path, workers: Any = None) -> ModelMaker:
     party = PartyBundle.load(folder)
     archive = Archive(folder, party.manifest, most_bytes=None, keep_seconds=None)
-    return SessionMaker(Executor(party, Engine(threads=1)), archive, workers)
+    return ModelMaker(Executor(party, Engine(threads=1)), archive, workers)
 
 
 def publish(folder: Path, *, session: str, owner: str, step: int, value: float) -> None:
@@ -49,18 +49,18 @@ def keep(folder: Path, *, session: str, owner: str, step: int, value: float) -> 
 
 def test_a_session_begins_untrained_though_another_s_outcome_was_published(folder: Path) -> None:
     publish(folder, session=ANN, owner="", step=5, value=2.0)
-    session = open_maker(folder).make(greet(BOB), "bob")
-    assert (session.id, session.owner, session.executor.step) == (BOB, "bob", 0)
-    state = session.executor.state()
+    model = open_maker(folder).make(greet(BOB), "bob")
+    assert (model.name, model.owner, model.version) == (BOB, "bob", 0)
+    state = model.executor.state()
     np.testing.assert_array_equal(state["W2"], tiny.WEIGHTS["W2"])
     assert not state["W2.m"].any()
 
 
 def test_a_session_begins_from_the_outcome_that_its_client_has_too(folder: Path) -> None:
     publish(folder, session=ANN, owner="", step=5, value=2.0)
-    session = open_maker(folder).make(greet(BOB, origin=ANN, start=5), "bob")
-    assert session.executor.step == 5
-    assert (session.executor.state()["W2"] == 2.0).all()
+    model = open_maker(folder).make(greet(BOB, origin=ANN, start=5), "bob")
+    assert model.version == 5
+    assert (model.executor.state()["W2"] == 2.0).all()
 
 
 def test_sessions_go_their_own_ways_from_one_start(folder: Path) -> None:
@@ -78,14 +78,14 @@ def test_an_owner_s_outcome_is_no_other_owner_s_start(folder: Path) -> None:
     maker = open_maker(folder)
     with pytest.raises(ForeignSession):
         maker.make(greet(BOB, origin=ANN, start=5), "bob")
-    assert maker.make(greet(BOB, origin=ANN, start=5), "ann").executor.step == 5
+    assert maker.make(greet(BOB, origin=ANN, start=5), "ann").version == 5
 
 
 def test_a_session_begins_from_its_owner_s_checkpoint(folder: Path) -> None:
     keep(folder, session=ANN, owner="ann", step=3, value=4.0)
-    session = open_maker(folder).make(greet(BOB, origin=ANN, start=3), "ann")
-    assert session.executor.step == 3
-    assert (session.executor.state()["W2"] == 4.0).all()
+    model = open_maker(folder).make(greet(BOB, origin=ANN, start=3), "ann")
+    assert model.version == 3
+    assert (model.executor.state()["W2"] == 4.0).all()
 
 
 def test_where_the_two_sides_were_trained_apart_it_says_by_how_many_steps(folder: Path) -> None:
@@ -113,19 +113,19 @@ def test_a_session_that_is_known_to_be_older_is_not_begun_again(folder: Path) ->
 def test_a_session_is_taken_up_from_its_newest_checkpoint(folder: Path) -> None:
     keep(folder, session=ANN, owner="ann", step=2, value=2.0)
     keep(folder, session=ANN, owner="ann", step=4, value=4.0)
-    session = open_maker(folder).load(greet(ANN), "ann")
-    assert session is not None
-    assert (session.owner, session.executor.step, session.is_saved) == ("ann", 4, True)
-    assert (session.executor.state()["W2"] == 4.0).all()
+    model = open_maker(folder).load(greet(ANN), "ann")
+    assert model is not None
+    assert (model.owner, model.version, model.is_saved) == ("ann", 4, True)
+    assert (model.executor.state()["W2"] == 4.0).all()
 
 
 def test_without_a_checkpoint_or_a_folder_there_is_nothing_to_take_up(folder: Path) -> None:
     assert open_maker(folder).load(greet(ANN), "ann") is None
     server = tiny.split_bundle().server
     assert server is not None
-    maker = SessionMaker(Executor(server, Engine(threads=1)), None, None)
+    maker = ModelMaker(Executor(server, Engine(threads=1)), None, None)
     assert maker.load(greet(ANN), "ann") is None
-    assert maker.make(greet(ANN), "ann").executor.step == 0
+    assert maker.make(greet(ANN), "ann").version == 0
 
 
 class Workers:

@@ -1,0 +1,170 @@
+"""A server's model: a state that training changes, its version, and its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+import msgspec
+import numpy as np
+
+from splitonnx.errors import BundleError
+from splitonnx.messages import TaskKey
+from splitonnx.names import TRAIN
+from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.storage.archives import Archive
+from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
+
+
+class ServerModel:
+    """The state of a model on the server, which runs one task after another.
+
+    ``version`` is the number of updates that led to the state.  It is the step of the optimizer, so
+    it does not depend on how many steps a client has done.  ``name`` is the session whose files
+    hold the checkpoints, and ``owner`` is the owner of these files.  ``store`` holds the
+    checkpoints, and is part of ``archive``; both are ``None`` if there is no folder.  ``start`` is
+    an executor with the state that the model started from, or ``None`` if that state is not known.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        owner: str,
+        executor: SessionExecutor,
+        start: Executor | None,
+        store: CheckpointStore | None,
+        archive: Archive | None = None,
+    ) -> None:
+        self.name = name
+        self.owner = owner
+        self.executor = executor
+        self._start = start
+        self._store, self._archive = store, archive
+        self._saved = executor.step
+        self._published = -1
+        self._keys: dict[TaskKey, TaskKey] = {}
+
+    @property
+    def version(self) -> int:
+        """Return the number of updates that led to the state."""
+        return self.executor.step
+
+    @property
+    def is_saved(self) -> bool:
+        """Return whether the state can be restored.
+
+        This is possible if the state is on disk, or has not changed since the model was made.
+        """
+        return self._saved == self.version
+
+    @property
+    def is_lost(self) -> bool:
+        """Return whether the state was lost because the worker process that held it has ended."""
+        return self.executor.is_lost
+
+    def begin(self, key: TaskKey, *, seed: int, learning_rate: float) -> None:
+        """Open a task.
+
+        The model runs it as its own next step, whatever the client's step in ``key`` is.
+
+        Raises:
+            SplitonnxError: as raised by :meth:`Executor.begin`.
+        """
+        own = msgspec.structs.replace(key, step=self.version) if key.phase == TRAIN else key
+        self.executor.begin(own, data={}, seed=seed, learning_rate=learning_rate)
+        self._keys[key] = own
+
+    def run(
+        self, key: TaskKey, tensors: Mapping[str, np.ndarray]
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Pass tensors to an open task, and yield the tensors that the stages send.
+
+        Raises:
+            SplitonnxError: as raised by :meth:`Executor.deliver` and :meth:`Executor.advance`.
+        """
+        self.executor.deliver(self._keys[key], tensors)
+        yield from self.executor.advance(self._keys[key])
+
+    def finish(self, key: TaskKey) -> bool:
+        """Commit a task's changes to the state if all its stages have run; return whether."""
+        if not self.executor.is_finished(self._keys[key]):
+            return False
+        self.executor.finish(self._keys.pop(key))
+        return True
+
+    def abandon(self, key: TaskKey) -> None:
+        """Abort a task and discard its changes to the state; do nothing if it is not open."""
+        own = self._keys.pop(key, None)
+        if own is not None:
+            self.executor.abandon(own)
+
+    def list_versions(self) -> tuple[int, ...]:
+        """Return the versions of the checkpoints and of the start.
+
+        Raises:
+            BundleError: the folder cannot be read.
+        """
+        found = set() if self._store is None else set(self._store.steps())
+        if self._start is not None:
+            found.add(self._start.step)
+        return tuple(found)
+
+    def rewind(self, version: int) -> None:
+        """Go back to a version that :meth:`list_versions` returned, and abort open tasks."""
+        self._keys.clear()
+        if self._store is not None:
+            self._store.rewind(version)
+        if self._store is not None and version in self._store.steps():
+            self.executor.restore(self._store.read(version).tensors, version)
+        elif self._start is not None and version == self._start.step:
+            self.executor.restore(self._start.state(), version)
+        self._saved = version
+
+    def save(self, *, publish: bool = False, keep: bool = False) -> None:
+        """Write a durable checkpoint and, if ``publish`` is true, the outcome of the training.
+
+        Raises:
+            BundleError, NotSaved: the state cannot be written.
+        """
+        if self._store is None:
+            raise BundleError("bundle in memory", "it has no folder to save the state in")
+        with self._saving(self._store, publish=publish):
+            self._store.write(self._make_checkpoint(), keep=keep)
+            if publish:
+                self.executor.publish(session=self.name, owner=self.owner)
+                self._published = self.version
+        self._saved = self.version
+
+    def remove_published(self) -> None:
+        """Delete the checkpoints if the current state was published."""
+        if self._store is not None and self._published == self.version:
+            self._store.remove()
+
+    def unload(self) -> None:
+        """Write the state to disk, unless it is already there.
+
+        Raises:
+            NotSaved: the state cannot be written.
+        """
+        if self._store is not None and not self.is_saved:
+            with self._saving(self._store):
+                self._store.write_stopped(self._make_checkpoint())
+            self._saved = self.version
+
+    def close(self) -> None:
+        """Release the state."""
+        self.executor.close()
+
+    def _saving(
+        self, store: CheckpointStore, *, publish: bool = False
+    ) -> AbstractContextManager[None]:
+        if self._archive is None:
+            return nullcontext()
+        return self._archive.saving(store, self.owner, publish=publish)
+
+    def _make_checkpoint(self) -> Checkpoint:
+        executor = self.executor
+        return Checkpoint(
+            session=self.name, step=executor.step, tensors=executor.state(), owner=self.owner
+        )

@@ -1,0 +1,113 @@
+"""The policy ``per-client``: each client trains a copy of the server's model of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from splitonnx.messages import Hello, Save, TaskKey
+from splitonnx.runtime.server.policies.models import ServerModel
+from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
+
+
+class ModelSource(Protocol):
+    """What makes the models of sessions that join, such as :class:`~model_makers.ModelMaker`."""
+
+    def load(self, hello: Hello, owner: str) -> ServerModel | None:
+        """Load a session's model from its newest checkpoint; return ``None`` if there is none."""
+
+    def make(self, hello: Hello, owner: str) -> ServerModel:
+        """Create a model that starts from the state that the greeting names."""
+
+
+class PerClient:
+    """A policy that gives each session a model, whose version is always the client's step."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self._models: dict[str, ServerModel] = {}
+
+    @property
+    def models(self) -> Mapping[str, ServerModel]:
+        """Return the models in memory, by the sessions that train them."""
+        return MappingProxyType(self._models)
+
+    def name_lock(self, session: str) -> str:
+        """Return the session's name, because sessions share nothing."""
+        return session
+
+    def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
+        """Load the session's model from disk, or make a new one.
+
+        Raises:
+            SessionLost, BundleMismatch, ForeignSession, ServerBusy: see :class:`ModelMaker`.
+        """
+        model = self._source.load(hello, owner) if resume else None
+        model = model or self._source.make(hello, owner)
+        self._models[hello.session] = model
+        return Joined(owner=model.owner, step=model.version)
+
+    def submit(self, task: Task) -> Iterator[Delivery]:
+        """Run a task on the session's model at once; every delivery is for the same session.
+
+        Raises:
+            DataError, StageFailed, WorkerLost: the task cannot be carried out.
+        """
+        model, key = self._models[task.key.session], task.key
+        if task.turn == 0:
+            model.begin(key, seed=task.seed, learning_rate=task.learning_rate)
+        for tensors in model.run(key, task.tensors):
+            yield Delivery(key=key, version=model.version, tensors=tensors)
+        if model.finish(key):
+            yield Delivery(key=key, version=model.version, is_last=True)
+
+    def withdraw(self, key: TaskKey) -> None:
+        """Abort a task that is not finished, and discard its changes."""
+        if (model := self._models.get(key.session)) is not None:
+            model.abandon(key)
+
+    def list_steps(self, session: str) -> tuple[int, ...]:
+        """Return the steps whose state can be restored for a session, other than its current one.
+
+        Raises:
+            BundleError: the session's folder cannot be read.
+        """
+        return self._models[session].list_versions()
+
+    def rewind(self, session: str, step: int) -> None:
+        """Go back to the state of an earlier step that :meth:`list_steps` returned."""
+        self._models[session].rewind(step)
+
+    def save(self, request: Save) -> None:
+        """Write a durable checkpoint and, if requested, the outcome of the training.
+
+        Raises:
+            BundleError, NotSaved: the state cannot be written.
+        """
+        self._models[request.session].save(publish=request.publish, keep=request.keep)
+
+    def finish(self, session: str) -> None:
+        """End a session for good; if its current state was published, delete its checkpoints."""
+        self._models[session].remove_published()
+
+    def unload(self, session: str) -> None:
+        """Write the session's state to disk, unless it is already there.
+
+        Raises:
+            NotSaved: the state cannot be written.
+        """
+        self._models[session].unload()
+
+    def is_lost(self, session: str) -> bool:
+        """Return whether the session's state was lost, because a worker process has ended."""
+        return self._models[session].is_lost
+
+    def leave(self, session: str) -> None:
+        """Release the session's model."""
+        if (model := self._models.pop(session, None)) is not None:
+            model.close()
+
+    def tick(self, now: float) -> Iterator[Delivery]:
+        """Yield nothing, because no client waits for another one."""
+        yield from ()

@@ -1,0 +1,51 @@
+"""The data that sessions and policies exchange: tasks, deliveries, and answers to a greeting.
+
+Everything can be sent to another process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from splitonnx.messages import TaskKey
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """Tensors of a client's task, which a session submits to the policy.
+
+    ``key.step`` is the client's own step.  ``turn`` counts the submissions that belong to one task;
+    the first one, number 0, begins the task with the client's ``seed`` and ``learning_rate``.
+    """
+
+    key: TaskKey
+    turn: int
+    seed: int
+    learning_rate: float
+    tensors: Mapping[str, np.ndarray] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Delivery:
+    """Tensors for the client of any session, or the end of its task, or both.
+
+    ``key`` is the task's key as it was submitted.  ``version`` is the number of updates that led to
+    the model with which the tensors were computed.  ``is_last`` means that the task is finished and
+    its changes to the model are committed.
+    """
+
+    key: TaskKey
+    version: int
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    is_last: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """The answer to a session that joins: its owner, and the client's step that it continues at."""
+
+    owner: str
+    step: int

@@ -1,0 +1,135 @@
+"""A server's model counts its own updates, whoever's step each of them is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from splitonnx.bundles import PartyBundle
+from splitonnx.errors import BundleError
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.policies.models import ServerModel
+from splitonnx.runtime.storage.archives import Archive
+from splitonnx.states import read_state
+from tests.support import tiny
+from tests.support.registries import ANN
+
+FIRST = {"h": np.ones((2, 4), np.float32)}
+SECOND = {"labels": np.zeros((2, 2), np.float32)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.split_bundle().save(tmp_path / "bundle")
+    return tmp_path / "bundle" / "server"
+
+
+def open_model(folder: Path) -> ServerModel:
+    party = PartyBundle.load(folder)
+    archive = Archive(folder, party.manifest, most_bytes=None, keep_seconds=None)
+    start = Executor(party, Engine(threads=1))
+    start.prepare("train")
+    return ServerModel(
+        ANN,
+        owner="ann",
+        executor=start.fork(),
+        start=start,
+        store=archive.open_store(ANN),
+        archive=archive,
+    )
+
+
+def update(model: ServerModel, step: int = 0) -> TaskKey:
+    """Let a client's step change the model."""
+    key = TaskKey(ANN, "train", step, 0)
+    model.begin(key, seed=0, learning_rate=0.1)
+    sent = list(model.run(key, FIRST))
+    assert not model.finish(key)
+    sent += model.run(key, SECOND)
+    assert {name for wires in sent for name in wires} == {"h.grad", "loss"}
+    assert model.finish(key)
+    return key
+
+
+def test_the_version_is_the_optimizer_s_step_and_not_the_client_s(folder: Path) -> None:
+    own, other = open_model(folder), open_model(folder)
+    for step in (0, 1, 2):
+        update(own, step)
+    for step in (9, 0, 4):
+        update(other, step)
+    assert own.version == other.version == 3
+    found = other.executor.state()
+    for name, array in own.executor.state().items():
+        assert array.tobytes() == found[name].tobytes(), name
+
+
+def test_an_abandoned_task_changes_nothing(folder: Path) -> None:
+    model = open_model(folder)
+    before = model.executor.state()
+    key = TaskKey(ANN, "train", 0, 0)
+    model.begin(key, seed=0, learning_rate=0.1)
+    list(model.run(key, FIRST))
+    model.abandon(key)
+    model.abandon(key)
+    assert model.version == 0
+    for name, array in model.executor.state().items():
+        np.testing.assert_array_equal(array, before[name])
+    update(model)
+    assert model.version == 1
+
+
+def test_a_model_goes_back_to_what_was_saved_or_to_its_start(folder: Path) -> None:
+    model = open_model(folder)
+    update(model)
+    assert not model.is_saved
+    model.save()
+    assert model.is_saved
+    kept = model.executor.state()
+    update(model)
+    assert set(model.list_versions()) == {0, 1}
+    model.rewind(1)
+    for name, array in model.executor.state().items():
+        np.testing.assert_array_equal(array, kept[name])
+    model.rewind(0)
+    np.testing.assert_array_equal(model.executor.state()["W2"], tiny.WEIGHTS["W2"])
+    assert (model.version, model.is_saved, model.list_versions()) == (0, True, (0,))
+
+
+def test_only_what_was_published_is_removed(folder: Path) -> None:
+    model = open_model(folder)
+    update(model)
+    model.save()
+    model.remove_published()
+    assert set(model.list_versions()) == {0, 1}
+    model.save(publish=True)
+    model.remove_published()
+    assert model.list_versions() == (0,)
+    outcome = read_state(folder, PartyBundle.load(folder).manifest, ANN)
+    assert outcome is not None
+    assert (outcome.step, outcome.session, outcome.owner) == (1, ANN, "ann")
+
+
+def test_unsaved_changes_are_written_when_the_model_leaves_the_memory(folder: Path) -> None:
+    model = open_model(folder)
+    model.unload()
+    assert not (folder / "sessions").exists()
+    update(model)
+    model.unload()
+    assert model.is_saved
+    assert set(open_model(folder).list_versions()) == {0, 1}
+
+
+def test_a_model_without_a_folder_cannot_be_saved() -> None:
+    server = tiny.split_bundle().server
+    assert server is not None
+    executor = Executor(server, Engine(threads=1))
+    model = ServerModel(ANN, owner="", executor=executor, start=None, store=None)
+    with pytest.raises(BundleError, match="no folder"):
+        model.save()
+    model.unload()
+    assert (model.list_versions(), model.is_lost) == ((), False)
+    model.close()
