@@ -6,6 +6,7 @@ process starts as a fresh interpreter is for ``tests/partitioner/native/test_wor
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -48,6 +49,7 @@ class ForkedNatives:
                 os.close(given)
             natives.main()
 
+        faulthandler.cancel_dump_traceback_later()  # pytest's, whose lock it would hold for good
         self._process = multiprocessing.get_context("fork").Process(target=serve)
         self._process.start()
         os.close(asked)
