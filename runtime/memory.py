@@ -30,21 +30,17 @@ class MemoryTransport:
         self._replies: Iterator[list[Chunk]] = iter(())
         self._waiting: list[bytes] = []
         self._closed = False
+        self._executor: Executor | None = None
 
     @property
     def executor(self) -> Executor:
-        """Return the server's executor for this session.
+        """Return the server's executor for this session, also after the session has ended.
 
         The executor exists once the client has sent its greeting.
         """
-        session = self._dispatcher.session
-        if session is None:
+        if self._executor is None:
             raise LocalProtocolError("nobody has said hello")
-        policy = self._dispatcher.registry.policy
-        assert isinstance(policy, PerClient)
-        executor = policy.models[session.id].executor
-        assert isinstance(executor, Executor)  # nothing is isolated in memory
-        return executor
+        return self._executor
 
     def send(self, chunks: Sequence[Chunk]) -> None:
         """Send one message to the server, after the server has finished its remaining work."""
@@ -77,7 +73,17 @@ class MemoryTransport:
 
     def _next_reply(self) -> bytes | None:
         chunks = next(self._replies, None)
+        if self._executor is None and self._dispatcher.session is not None:
+            self._executor = self._find_executor(self._dispatcher.session.id)
         return None if chunks is None else b"".join(chunks)
+
+    def _find_executor(self, session: str) -> Executor | None:
+        policy = self._dispatcher.registry.policy
+        if not isinstance(policy, PerClient):
+            return None  # the models are elsewhere
+        executor = policy.models[session].executor
+        assert isinstance(executor, Executor)  # nothing is isolated in memory
+        return executor
 
 
 def connect_in_memory(executor: Executor) -> MemoryTransport:
