@@ -58,8 +58,8 @@ def check_operators(
     ``others`` names operators of ONNX Runtime's domain that are accepted, too.
 
     Raises:
-        NotAModel: a function is declared twice or called with too many arguments, or an attribute
-            is not valid.
+        NotAModel: a function is declared twice or called with too many arguments, an attribute is
+            not valid, or a node has more or fewer outputs than its subgraph body computes.
         UnsupportedModel: an operator or a function's opset is not known; a function calls itself;
             function calls and subgraph bodies are nested too deeply; or there are too many nodes.
     """
@@ -104,6 +104,7 @@ def _check_nodes(
             is_other = node.domain == FUSED_DOMAIN and node.op_type in others
             schema = None if is_other else _find_schema(node, version)
             _check_attributes(node, schema, label)
+            _check_results(node, label)
             if any(a.type in _GRAPHS and a.ref_attr_name for a in node.attribute):
                 raise UnsupportedModel(label_node(node), "it takes a graph from a function's call")
         elif len(node.input) > len(called.input) or len(node.output) > len(called.output):
@@ -175,6 +176,21 @@ def _check_attributes(node: NodeProto, schema: onnx.defs.OpSchema | None, label:
         if attribute.name == "batch_dims" and attribute.i < 0:
             # onnx's inference of GatherND reads beyond its dimensions there, and may crash
             raise NotAModel(label, f"{label_node(node)} has {attribute.i} batch dimensions")
+
+
+def _check_results(node: NodeProto, label: str) -> None:
+    """Check that a node has one output for each result of its bodies, also for trailing ones.
+
+    onnx's checker lets some others pass, but neither its inference nor ONNX Runtime takes them.
+    """
+    for body in list_bodies(node):
+        count = len(body.output) - (node.op_type == "Loop")  # its first result is the condition
+        if len(node.output) != count:
+            raise NotAModel(
+                label,
+                f"{label_node(node)} has {len(node.output)} outputs, but its body '{body.name}' "
+                f"computes {count}; export it with an output for each, also where nothing reads it",
+            )
 
 
 def _is_text(contents: Iterable[bytes]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import ModelProto, TensorProto, helper
 
@@ -189,3 +190,50 @@ def test_an_operator_that_its_opset_has_no_longer_is_refused() -> None:
     model.graph.node.append(helper.make_node("Upsample", ["x", "x"], ["odd"], name="odd"))
     with pytest.raises(UnsupportedModel, match="opset 18 no longer has it"):
         check_operators(model, 18, "the model")
+
+
+RESULTS = {
+    "Loop": """last, other, rows = Loop <body = step (int64 i, bool on, float[N] a, float[N] b) =>
+        (bool again, float[N] c, float[N] d, float[N] e)
+        { again = Identity (on)  c = Add (a, b)  d = Identity (a)  e = Identity (c) }
+    > (most, , x, x)""",
+    "Scan": """last, other, rows = Scan <num_scan_inputs = 1, body = step (float[N] a, float[N] b)
+        => (float[N] c, float[N] d, float[N] e)
+        { c = Add (a, b)  d = Identity (a)  e = Identity (c) }
+    > (x, rows_given)""",
+    "If": """last, other, rows = If <
+        then_branch = one () => (float[N] c, float[N] d, float[N] e)
+        { c = Neg (x)  d = Abs (x)  e = Exp (x) },
+        else_branch = two () => (float[N] f, float[N] g, float[N] h)
+        { f = Exp (x)  g = Neg (x)  h = Abs (x) }
+    > (chosen)""",
+}
+
+
+def write_results(kind: str, outputs: list[str]) -> ModelProto:
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 9, opset_import: ["" : 18]>
+        results (float[N] x, float[T, N] rows_given, int64 most, bool chosen) => (float[N] y)
+        {{ {RESULTS[kind]}  y = Neg (last) }}"""
+    )
+    node = next(node for node in model.graph.node if node.op_type == kind)
+    node.name = "flow"
+    del node.output[:]
+    node.output.extend(outputs)
+    return model
+
+
+@pytest.mark.parametrize("outputs", [["last"], ["last", "other"], ["last", "other", "rows", "s"]])
+@pytest.mark.parametrize("kind", RESULTS)
+def test_a_node_has_an_output_for_each_result_of_its_body(kind: str, outputs: list[str]) -> None:
+    check_operators(write_results(kind, ["last", "other", "rows"]), 18, "the model")
+    check_operators(write_results(kind, ["last", "", ""]), 18, "the model")
+    count = f"'flow' .{kind}. has {len(outputs)} outputs, but its body '(step|one)' computes 3"
+    with pytest.raises(NotAModel, match=count):
+        open_model(write_results(kind, outputs))
+
+
+@pytest.mark.parametrize("kind", ["Scan", "If"])  # a Loop may end the process
+def test_onnx_runtime_does_not_run_a_node_with_fewer_outputs_than_results(kind: str) -> None:
+    with pytest.raises(ort.capi.onnxruntime_pybind11_state.Fail):
+        ort.InferenceSession(write_results(kind, ["last", "other"]).SerializeToString())
