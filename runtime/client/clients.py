@@ -29,7 +29,6 @@ from splitonnx.runtime.client.datasets import (
     check_batch,
     check_finite,
     join_outputs,
-    open_dataset,
 )
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.client.metrics.choices import choose_metrics
@@ -38,6 +37,7 @@ from splitonnx.runtime.client.options import (
     LearningRate,
     choose_measures,
     fit_schedule,
+    open_fitting,
     require_positive,
 )
 from splitonnx.runtime.client.runners import TaskRunner, WhenUnsaved
@@ -206,8 +206,9 @@ class Client:
         Args:
             data: the training data; see :func:`~splitonnx.runtime.client.datasets.open_dataset`.
             epochs: number of passes over the data.
-            batch_size: number of samples per step; a smaller last batch is skipped if the model's
-                batch size is fixed.  Ignored if the data are already divided into batches.
+            batch_size: number of samples per step.  If the model's batch is fixed, it must be
+                that number, and a smaller last batch is skipped.  Ignored if the data are already
+                divided into batches.
             eval_data: the data on which the model is evaluated after each epoch.
             metrics: what else an evaluation computes; see :meth:`evaluate`.
             learning_rate: a number, or a function that computes the rate from the number of steps
@@ -242,16 +243,15 @@ class Client:
                 error.
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
-        training = open_dataset(data)
-        training.check(self._phase(TRAIN).data)
-        held_out = None if eval_data is None else open_dataset(eval_data)
-        if held_out is not None:
-            held_out.check(self._evaluation_data())
+        specs = self._phase(TRAIN).data
+        training = open_fitting(data, specs, batch_size, is_training=True)
+        held_out = None
+        if eval_data is not None:
+            held_out = open_fitting(eval_data, self._evaluation_data(), batch_size)
         has_data, can_return = held_out is not None, self._runner.can_return
         measures = choose_measures(
             self._manifest, metrics, stopping, has_data=has_data, can_return=can_return
         )
-        specs = self._phase(TRAIN).data
         rates = fit_schedule(
             schedule, learning_rate, training, specs, epochs=epochs, batch_size=batch_size
         )
@@ -328,8 +328,7 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_dataset(data)
-        dataset.check(self._evaluation_data())
+        dataset = open_fitting(data, self._evaluation_data(), batch_size)
         return self._loop.evaluate(dataset, batch_size, choose_metrics(metrics, self._manifest))
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
@@ -353,8 +352,7 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_dataset(data)
-        dataset.check(self._phase(PREDICT).data)
+        dataset = open_fitting(data, self._phase(PREDICT).data, batch_size)
         batches = dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
         return (self._loop.perform(PREDICT, batch) for batch in batches)
 

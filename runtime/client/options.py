@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from splitonnx.errors import UsageError
+from splitonnx.errors import UnusableData, UsageError
 from splitonnx.manifests import PartyManifest
 from splitonnx.names import COUNTED, EVALUATE, WEIGHT
-from splitonnx.runtime.client.datasets import Dataset
+from splitonnx.runtime.client.datasets import Dataset, DataSource, open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric, choose_metrics
 from splitonnx.runtime.client.runners import WhenUnsaved
@@ -57,6 +57,50 @@ def require_positive(**counts: int | None) -> None:
 def has_fixed_rows(specs: Sequence[TensorSpec]) -> bool:
     """Return whether an array has a fixed number of rows, so that smaller batches do not fit."""
     return any(isinstance(size, int) for spec in specs for size in spec.shape[:1])
+
+
+def open_fitting(
+    source: DataSource, specs: Sequence[TensorSpec], batch_size: int, *, is_training: bool = False
+) -> Dataset:
+    """Open data, and check them and their division into batches against ``specs``.
+
+    Raises:
+        DataError: the data do not fit ``specs``, or some batches of them do not.
+        UsageError: the model fixes another batch size.
+    """
+    dataset = open_dataset(source)
+    dataset.check(specs)
+    if dataset.size is not None and not dataset.has_own_batches:
+        _check_rows(dataset.size, specs, batch_size, is_training=is_training)
+    return dataset
+
+
+def _check_rows(
+    size: int, specs: Sequence[TensorSpec], batch_size: int, *, is_training: bool
+) -> None:
+    """Check that all batches have the number of rows that an array fixes, if one does.
+
+    Training skips a smaller last batch, but needs at least one batch.
+    """
+    fixed = ((s.name, s.shape[0]) for s in specs if s.shape and isinstance(s.shape[0], int))
+    name, rows = next(fixed, ("", 0))
+    cause = f"the model fixes its batch at {rows} rows, in '{name}'"
+    advice = f"or cut the model with --dim {name}:0=N, which frees its batch"
+    if not rows or (size == rows and batch_size >= rows and not is_training):
+        return
+    if size < rows:
+        raise UnusableData(
+            "the data",
+            f"{cause}, and there are only {size} rows; give {rows} or more, {advice}",
+        )
+    if batch_size != rows:
+        raise UsageError(f"{cause}; use batch_size={rows} (--batch-size {rows}), {advice}")
+    if size % rows and not is_training:
+        raise UnusableData(
+            "the data",
+            f"{cause}, and {size} rows leave a last batch of {size % rows}; give a multiple of "
+            f"{rows}, {advice}",
+        )
 
 
 def fit_schedule(

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
@@ -157,6 +159,19 @@ def split_bundle() -> Bundle:
 def local_bundle() -> Bundle:
     """The same model left whole, all of it with the client."""
     return _bundle({"client": _whole()})
+
+
+def fixed_bundle() -> PartyBundle:
+    """The client of the whole model, with a batch that is fixed at 8 rows."""
+    bundle = local_bundle().client
+    phases = tuple(
+        msgspec.structs.replace(
+            phase,
+            data=tuple(msgspec.structs.replace(s, shape=(8, *s.shape[1:])) for s in phase.data),
+        )
+        for phase in bundle.manifest.phases
+    )
+    return replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, phases=phases))
 
 
 def _bundle(parties: Mapping[str, PartyBundle]) -> Bundle:

@@ -5,12 +5,19 @@ import { describe, test } from "node:test";
 
 import * as ort from "onnxruntime-node";
 
-import { openDataset } from "../src/client/datasets.js";
+import { openDataset, openFitting } from "../src/client/datasets.js";
 import type { DataSource } from "../src/client/datasets.js";
 import { shuffleRows } from "../src/client/shuffles.js";
 import { takeTensor } from "../src/engine/engines.js";
 import type { TensorLike } from "../src/engine/engines.js";
-import { ArrayMismatch, MissingArray, NotFinite, UnusableData, ValueOutOfRange } from "../src/index.js";
+import {
+  ArrayMismatch,
+  MissingArray,
+  NotFinite,
+  UnusableData,
+  UsageError,
+  ValueOutOfRange,
+} from "../src/index.js";
 import type { TensorSpec } from "../src/tensors.js";
 
 const spec = (name: string, dtype: string, shape: TensorSpec["shape"], bounds = null as never) => ({
@@ -87,6 +94,37 @@ describe("data are refused", () => {
     await assert.rejects(deal({ x: { dims: [4, 2], data }, labels }), (error: Error) => {
       return error instanceof NotFinite && error.message.includes("row 2");
     });
+  });
+});
+
+describe("where the model fixes its batch, at 4 rows,", () => {
+  const fixed = [spec("x", "F32", [4, 2])];
+  const open = (rows: number, batchSize: number, isTraining: boolean) => () =>
+    openFitting(make(rows), fixed, batchSize, { isTraining });
+  const refuse = (kind: typeof UsageError | typeof UnusableData, reason: RegExp) =>
+    (error: Error) => error instanceof kind && reason.test(error.message);
+
+  test("training takes whole batches, an evaluation nothing else", () => {
+    for (const rows of [4, 6, 8]) assert.equal(open(rows, 4, true)().size, rows);
+    for (const [rows, batchSize] of [[8, 4], [4, 32]] as const) {
+      assert.equal(open(rows, batchSize, false)().size, rows);
+    }
+    assert.throws(open(6, 4, false), refuse(UnusableData, /6 rows leave a last batch of 2;/));
+  });
+  test("fewer rows are refused, and say how to free the batch", () => {
+    const reason = /only 3 rows; give 4 or more, or cut the model with --dim x:0=N/;
+    for (const isTraining of [true, false]) {
+      assert.throws(open(3, 4, isTraining), refuse(UnusableData, reason));
+    }
+  });
+  test("so is another size of batches", () => {
+    const refused = [[6, 32, true], [8, 2, true], [8, 2, false], [4, 32, true]] as const;
+    for (const [rows, batchSize, isTraining] of refused) {
+      assert.throws(open(rows, batchSize, isTraining), refuse(UsageError, /use batchSize 4,/));
+    }
+  });
+  test("data in batches of their own are not counted", () => {
+    assert.equal(openFitting([make(4)], fixed, 32, { isTraining: true }).size, null);
   });
 });
 

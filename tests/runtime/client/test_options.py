@@ -9,14 +9,16 @@ import msgspec
 import numpy as np
 import pytest
 
-from splitonnx.errors import UsageError
+from splitonnx.errors import UnusableData, UsageError
 from splitonnx.manifests import Phase, ScoredOutput, ScoreKind
+from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.datasets import open_dataset
 from splitonnx.runtime.client.options import (
     FitOptions,
     check_stopping,
     choose_measures,
     fit_schedule,
+    open_fitting,
     require_positive,
 )
 from splitonnx.schedules import CosineSchedule
@@ -63,6 +65,81 @@ def test_a_schedule_counts_the_steps_of_the_run_that_it_is_for(rows: int | str, 
     assert plan is not None
     assert plan.steps == steps
     assert fit_schedule(None, 0.1, data, specs, epochs=2, batch_size=4) is None
+
+
+FIXED = [TensorSpec(name="x", dtype="F32", shape=(8, 3))]
+DATA = {
+    name: np.concatenate([tiny.batch(index)[name] for index in range(3)]) for name in tiny.batch(0)
+}
+SEVERAL = r"or cut the model with --dim x:0=N, which frees its batch$"
+
+
+def give(rows: int) -> dict[str, np.ndarray]:
+    return {"x": np.zeros((rows, 3), np.float32)}
+
+
+@pytest.mark.parametrize("rows", [8, 9, 16, 31])
+def test_training_with_a_fixed_batch_takes_every_number_of_rows_from_one_batch_on(
+    rows: int,
+) -> None:
+    assert open_fitting(give(rows), FIXED, 8, is_training=True).size == rows
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(8, 8), (24, 8), (8, 32)])
+def test_an_evaluation_with_a_fixed_batch_takes_whole_batches(rows: int, batch_size: int) -> None:
+    assert open_fitting(give(rows), FIXED, batch_size).size == rows
+
+
+@pytest.mark.parametrize("batch_size", [4, 8, 32])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_fewer_rows_than_a_fixed_batch_are_refused(batch_size: int, is_training: bool) -> None:
+    reason = f"fixes its batch at 8 rows, in 'x', and there are only 4 rows; give 8 or.*{SEVERAL}"
+    with pytest.raises(UnusableData, match=reason):
+        open_fitting(give(4), FIXED, batch_size, is_training=is_training)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "is_training"),
+    [(20, 32, True), (40, 32, True), (8, 32, True), (20, 4, True), (16, 4, False), (8, 4, False)],
+)
+def test_another_batch_size_than_the_models_is_refused_before_any_batch(
+    rows: int, batch_size: int, is_training: bool
+) -> None:
+    with pytest.raises(UsageError, match=rf"use batch_size=8 \(--batch-size 8\), {SEVERAL}"):
+        open_fitting(give(rows), FIXED, batch_size, is_training=is_training)
+
+
+def test_an_evaluation_refuses_the_smaller_last_batch_that_training_skips() -> None:
+    with pytest.raises(UnusableData, match=f"20 rows leave a last batch of 4; give a.*{SEVERAL}"):
+        open_fitting(give(20), FIXED, 8)
+
+
+def test_data_that_a_fixed_batch_cannot_take_are_refused_before_the_first_step() -> None:
+    few = {name: array[:5] for name, array in DATA.items()}
+    uneven = {name: array[:12] for name, array in DATA.items()}
+    client = Client(tiny.fixed_bundle())
+    with pytest.raises(UnusableData, match="only 5 rows; give 8 or more"):
+        client.fit(few, batch_size=8)
+    with pytest.raises(UsageError, match="--batch-size 8"):
+        client.fit(DATA)
+    for use in (
+        lambda: client.evaluate(uneven, batch_size=8),
+        lambda: client.fit(DATA, batch_size=8, eval_data=uneven),
+        lambda: client.predict(uneven, batch_size=8),
+    ):
+        with pytest.raises(UnusableData, match="12 rows leave a last batch of 4"):
+            use()
+    assert client.steps == 0
+
+
+def test_data_with_batches_of_their_own_are_not_counted_in_rows() -> None:
+    assert open_fitting([give(8)], FIXED, 32, is_training=True).has_own_batches
+
+
+@pytest.mark.parametrize("rows", ["N", None])
+def test_a_batch_that_is_not_fixed_takes_any_number_of_rows(rows: str | None) -> None:
+    specs = [TensorSpec(name="x", dtype="F32", shape=(rows, 3))]
+    assert open_fitting(give(5), specs, 8, is_training=True).size == 5
 
 
 def test_a_schedule_needs_a_rate_and_a_number_of_steps() -> None:

@@ -23,7 +23,7 @@ import {
   checkFinite,
   dealInOrder,
   hasFixedRows,
-  openDataset,
+  openFitting,
   takeBatch,
 } from "./datasets.js";
 import type { Batch, DataSource } from "./datasets.js";
@@ -165,11 +165,10 @@ export class SplitClient {
   async fit(data: DataSource, options: FitOptions = {}): Promise<History> {
     const { epochs = 1, batchSize = 32, evalData, checkpointEvery } = options;
     requirePositive({ epochs, batchSize, checkpointEvery });
-    const training = openDataset(data);
-    training.check(this.#phase(TRAIN).data);
-    const heldOut = evalData && openDataset(evalData);
-    heldOut?.check(this.#evaluationData());
-    const rates = fitSchedule(options, training, hasFixedRows(this.#phase(TRAIN).data));
+    const specs = this.#phase(TRAIN).data;
+    const training = openFitting(data, specs, batchSize, { isTraining: true });
+    const heldOut = evalData && openFitting(evalData, this.#evaluationData(), batchSize);
+    const rates = fitSchedule(options, training, hasFixedRows(specs));
     this.#requireIdle();
     this.#isTraining = true;
     try {
@@ -233,8 +232,7 @@ export class SplitClient {
     { batchSize = 32 }: { batchSize?: number } = {},
   ): Promise<Record<string, number>> {
     requirePositive({ batchSize });
-    const dataset = openDataset(data);
-    dataset.check(this.#evaluationData());
+    const dataset = openFitting(data, this.#evaluationData(), batchSize);
     return this.#loop.evaluate(dataset, batchSize);
   }
 
@@ -274,8 +272,8 @@ export class SplitClient {
   async *#predict(data: DataSource | TensorLike, batchSize: number): AsyncGenerator<NdArrays, void> {
     requirePositive({ batchSize });
     const { data: inputs } = this.#phase(PREDICT);
-    const dataset = openDataset(isTensor(data) ? { [inputs[0]?.name ?? ""]: data } : data);
-    dataset.check(inputs);
+    const source = isTensor(data) ? { [inputs[0]?.name ?? ""]: data } : data;
+    const dataset = openFitting(source, inputs, batchSize);
     for await (const batch of dataset.batches(dealInOrder(batchSize))) {
       yield await this.#loop.perform(PREDICT, batch);
     }

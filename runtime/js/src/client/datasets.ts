@@ -6,7 +6,7 @@
 
 import { takeTensor } from "../engine/engines.js";
 import type { TensorLike } from "../engine/engines.js";
-import { ArrayMismatch, MissingArray, NotFinite, UnusableData } from "../errors.js";
+import { ArrayMismatch, MissingArray, NotFinite, UnusableData, UsageError } from "../errors.js";
 import type { Sizes } from "../expressions.js";
 import { checkArray, describe, findNotFinite, takeRows } from "../tensors.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
@@ -66,6 +66,55 @@ export function openDataset(source: DataSource): Dataset {
     return new BatchDataset(source as Iterable<Batch> | AsyncIterable<Batch>);
   }
   return new ArrayDataset(takeBatch(source));
+}
+
+/**
+ * Open data, and check them and their division into batches.
+ *
+ * @throws DataError: the data do not fit what is declared, or some batches of them do not.
+ * @throws UsageError: the model fixes another batch size.
+ */
+export function openFitting(
+  source: DataSource,
+  specs: readonly TensorSpec[],
+  batchSize: number,
+  { isTraining = false }: { isTraining?: boolean } = {},
+): Dataset {
+  const dataset = openDataset(source);
+  dataset.check(specs);
+  if (dataset.size !== null) checkRows(dataset.size, specs, batchSize, isTraining);
+  return dataset;
+}
+
+/**
+ * Throw unless all batches have the number of rows that an array fixes, if one does.
+ *
+ * Training skips a smaller last batch, but needs at least one batch.
+ */
+function checkRows(
+  size: number,
+  specs: readonly TensorSpec[],
+  batchSize: number,
+  isTraining: boolean,
+): void {
+  const fixed = specs.find((spec) => typeof spec.shape[0] === "number");
+  const rows = fixed?.shape[0];
+  if (!fixed || typeof rows !== "number") return;
+  if (size === rows && batchSize >= rows && !isTraining) return;
+  const cause = `the model fixes its batch at ${rows} rows, in '${fixed.name}'`;
+  const advice = `or cut the model with --dim ${fixed.name}:0=N, which frees its batch`;
+  if (size < rows) {
+    throw new UnusableData(
+      `${cause}, and there are only ${size} rows; give ${rows} or more, ${advice}`,
+    );
+  }
+  if (batchSize !== rows) throw new UsageError(`${cause}; use batchSize ${rows}, ${advice}`);
+  if (size % rows && !isTraining) {
+    throw new UnusableData(
+      `${cause}, and ${size} rows leave a last batch of ${size % rows}; give a multiple of ` +
+        `${rows}, ${advice}`,
+    );
+  }
 }
 
 /** Convert a batch of the app. */

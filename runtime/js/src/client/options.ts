@@ -57,7 +57,10 @@ export interface ConnectOptions extends SocketOptions {
 export interface FitOptions {
   /** Times through the data; 1 by default. */
   readonly epochs?: number | undefined;
-  /** Samples a step, 32 by default; a smaller last batch is left out where the model's is fixed. */
+  /**
+   * Samples a step, 32 by default.  Where the model's batch is fixed, it is to be that number, and
+   * a smaller last batch is left out.
+   */
   readonly batchSize?: number | undefined;
   /** Shuffle the samples in each epoch; true by default. */
   readonly shuffle?: boolean | undefined;
