@@ -351,17 +351,17 @@ def choose_output(prepared: PreparedModel, output: str | None) -> str:
 
 
 @attribute_errors_to_pass("searched for what the loss trains")
-def find_roles(prepared: PreparedModel, output: str) -> dict[str, Role]:
-    """Return the role of each weight if the loss is computed from ``output``.
+def find_roles(prepared: PreparedModel, outputs: Sequence[str]) -> dict[str, Role]:
+    """Return the role of each weight if the losses are computed from ``outputs``.
 
-    These are the roles in a bundle: parameters that get no gradient from the output, and running
-    statistics on which neither the output nor a state depends, are frozen.
+    These are the roles in a bundle: parameters that get no gradient from the outputs, and running
+    statistics on which neither the outputs nor a state depends, are frozen.
     """
     values = map_values(prepared.training.graph)
-    end = values[output]
-    reached = {value.name for value in find_movers([end])}
+    ends = [values[output] for output in outputs]
+    reached = {value.name for value in find_movers(ends)}
     states = [values[made] for made in prepared.carried.values() if made in values]
-    needed, _ = walk_back([end, *states])
+    needed, _ = walk_back([*ends, *states])
 
     def changes(name: str, role: Role) -> bool:
         if name in prepared.carried:
@@ -375,12 +375,12 @@ def find_roles(prepared: PreparedModel, output: str) -> dict[str, Role]:
     }
 
 
-def count_trained(prepared: PreparedModel, output: str) -> dict[str, int]:
-    """Map each parameter to the number of elements that are trained by a loss on ``output``.
+def count_trained(prepared: PreparedModel, outputs: Sequence[str]) -> dict[str, int]:
+    """Map each parameter to the number of elements that are trained by losses on ``outputs``.
 
-    This is 0 for a parameter that gets no gradient from the output.
+    This is 0 for a parameter that gets no gradient from the outputs.
     """
-    roles = find_roles(prepared, output)
+    roles = find_roles(prepared, outputs)
     return {
         name: prepared.weights[name].size if roles[name] is Role.PARAMETER else 0
         for name in prepared.trainable

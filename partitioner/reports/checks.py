@@ -20,7 +20,7 @@ from splitonnx.errors import (
     TooManyTries,
     UsageError,
 )
-from splitonnx.losses import Loss
+from splitonnx.losses import FROM_MODEL, LossSource
 from splitonnx.manifests import Role
 from splitonnx.names import DropoutMode
 from splitonnx.optimizers import ParameterGroup, assign_groups
@@ -32,12 +32,10 @@ from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fi
 from splitonnx.partitioner.cutting.passes.stored_options import describe_stored
 from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
-    choose_output,
     find_roles,
     prepare,
 )
 from splitonnx.partitioner.differentiation.control_flow.obstacles import list_undifferentiable
-from splitonnx.partitioner.differentiation.loss_arrays import fit_loss, list_losses
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -50,7 +48,11 @@ from splitonnx.partitioner.reports.detaches import remark_on_detaches
 from splitonnx.partitioner.reports.diagnoses import diagnose
 from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
 from splitonnx.partitioner.reports.layers import Layer, list_layers
-from splitonnx.partitioner.reports.loss_readings import remark_on_loss
+from splitonnx.partitioner.reports.loss_readings import (
+    TriedLosses,
+    remark_on_losses,
+    try_losses,
+)
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 from splitonnx.partitioner.reports.running_statistics import (
     remark_on_states,
@@ -106,7 +108,8 @@ class AppliedGroup:
 class Check:
     """The result of :func:`check`.
 
-    ``losses`` names the losses that fit the output.  ``obstacles`` holds one sentence for each
+    ``outputs`` are those that the losses are computed from, and ``output`` is the first of them;
+    ``losses`` names the losses that fit.  ``obstacles`` holds one sentence for each
     reason why the model cannot be trained; if it is empty, the model can be trained.  ``layers``
     lists the weights by layer, and ``groups`` the parameter groups that were given.  ``remarks``
     describe what the export changed, and where training may differ from what the model's author
@@ -115,11 +118,11 @@ class Check:
 
     These fields count the elements of weights and states:
 
-    - ``parameters``: trained parameters, that is, those that get a gradient from ``output``;
+    - ``parameters``: trained parameters, that is, those that get a gradient from ``outputs``;
     - ``frozen``: weights that are not trained;
-    - ``untrained``: the weights in ``frozen`` that are frozen only because training from ``output``
-      cannot change them: parameters that get no gradient from ``output``, and running statistics on
-      which ``output`` does not depend; a remark names them, with the reason;
+    - ``untrained``: the weights in ``frozen`` that are frozen only because training from
+      ``outputs`` cannot change them: parameters that get no gradient, and running statistics on
+      which none of these depends; a remark names them, with the reason;
     - ``statistics``: running statistics that training updates;
     - ``carried``: states that the model hands itself from step to step;
     - ``conditional``: weights that cannot be trained because they are in branches or loops that
@@ -129,6 +132,7 @@ class Check:
     opset: int
     producer: str
     output: str
+    outputs: tuple[str, ...]
     losses: tuple[str, ...]
     obstacles: tuple[str, ...]
     remarks: tuple[Remark, ...]
@@ -153,7 +157,7 @@ class Check:
 def check(
     model: ModelSource,
     *,
-    loss: str | None = None,
+    loss: LossSource | None = None,
     output: str | None = None,
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
@@ -168,8 +172,9 @@ def check(
 
     Args:
         model: a path, the bytes of an ONNX model, or a loaded model.
-        loss: the loss to try; by default the first loss that fits the output.
-        output: the output from which the loss is computed; by default the first float output.
+        loss: the loss to try, or several, as for ``cut``; by default the first one that fits.
+        output: the output from which the loss is computed, unless the loss names its own; by
+            default the first float output.
         dims, bind, states: sizes, values and states of inputs, as for ``cut``.
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         dropout, train, freeze: whether Dropout nodes are on, and what is trained, as for ``cut``.
@@ -178,11 +183,9 @@ def check(
     Raises:
         NotAModel, ForbiddenExternalData: the model cannot be read.
         UnsupportedModel: the model cannot be prepared; the message names the node.
-        UsageError: ``loss`` is not the name of a loss, the model has no such ``output``, or a
-            group has no parameter.
+        UsageError: ``loss`` is not a loss, the model has no such ``output``, or a group has no
+            parameter.
     """
-    if loss is not None and loss not in list_losses():
-        raise UsageError(f"there is no loss '{loss}'; choose from {', '.join(list_losses())}")
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     opened = open_model(model, adjustments)
     producer = " ".join(filter(None, (opened.producer_name, opened.producer_version)))
@@ -196,28 +199,26 @@ def check(
         adjustments=adjustments,
         states=list_pairs(states),
     )
-    output = choose_output(prepared, output)
-    losses, obstacles = _fit_losses(prepared, output, [loss] if loss else list_losses())
-    faults: list[NotDifferentiable] = []
-    if losses:
-        faults, obstacles = _try_training(prepared, losses[0], output)
-    trials = Trials(source=model, has_loss=losses[:1] == ("from-model",))
-    doubts, noticed = _list_remarks(prepared, losses, output, producer, trials)
+    tried = try_losses(prepared, loss, output)
+    faults, obstacles = _try_training(prepared, tried)
+    trials = Trials(source=model, has_loss=any(one.kind == FROM_MODEL for one in tried.trained))
+    doubts, noticed = _list_remarks(prepared, tried, producer, trials)
     mixed, unmixed = _compare_samples(trials, prepared)
-    cuts, unlisted = _list_cuts(prepared, output)
-    roles = find_roles(prepared, output)
+    cuts, unlisted = _list_cuts(prepared, tried.outputs)
+    roles = find_roles(prepared, tried.outputs)
     carried = sum(prepared.weights[name].size for name in prepared.carried)
     untrained = [name for name, role in roles.items() if role is not prepared.roles[name]]
     return Check(
         opset=opened.graph.opset_imports.get("", 0),
         producer=producer,
-        output=output,
-        losses=losses,
+        output=tried.outputs[0],
+        outputs=tried.outputs,
+        losses=tried.fitting,
         obstacles=(*map(str, faults), *obstacles, *mixed),
         remarks=(
             *exported,
             *noticed,
-            *remark_on_untrained(prepared, output, untrained),
+            *remark_on_untrained(prepared, tried.outputs, untrained),
             *unmixed,
             *unlisted,
         ),
@@ -250,10 +251,10 @@ def _apply_groups(
 
 @attribute_errors_to_pass("searched for what training would do unmeant")
 def _list_remarks(
-    prepared: PreparedModel, losses: Sequence[str], output: str, producer: str, trials: Trials
+    prepared: PreparedModel, tried: TriedLosses, producer: str, trials: Trials
 ) -> tuple[dict[str, str], list[Remark]]:
     """Return why the roles of weights may be wrong, by name, and the remarks on a model."""
-    computed = find_computed(prepared)
+    computed, output = find_computed(prepared), tried.outputs[0]
     noticed = [
         *_note_stored(prepared),
         *remark_on_adapters(prepared),
@@ -264,7 +265,7 @@ def _list_remarks(
         *remark_on_statistics(prepared),
         *remark_on_states(prepared, output),
         *remark_on_detaches(prepared),
-        *remark_on_loss(prepared, losses, output),
+        *remark_on_losses(prepared, tried),
         *remark_on_batches(prepared, output, producer, trials),
         *remark_on_conditional(prepared),
         *remark_on_precisions(prepared),
@@ -316,53 +317,40 @@ def _note_stored(prepared: PreparedModel) -> Iterator[Remark]:
 
 @attribute_errors_to_pass("searched for cuts")
 def _list_cuts(
-    prepared: PreparedModel, output: str
+    prepared: PreparedModel, outputs: Sequence[str]
 ) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
     """List the cuts, or return no cuts and a remark if finding them would take too long.
 
     A model that cannot be trained has no cuts; :func:`check` reports the reason as an obstacle.
     """
     try:
-        return tuple(list_cuts(prepared, None, output=output)), ()
+        return tuple(list_cuts(prepared, None, outputs=outputs)), ()
     except (NotDifferentiable, UsageError):
         return (), ()
     except TooManyTries as error:
         return (), (Remark(kind=Kind.CUTS_NOT_LISTED, sentence=str(error)),)
 
 
-@attribute_errors_to_pass("tried with the losses")
-def _fit_losses(
-    prepared: PreparedModel, output: str, losses: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the losses that fit the output, or the error messages if none of them fits."""
-    fitting, reasons = [], []
-    for loss in losses:
-        try:
-            fit_loss(prepared.training.graph, Loss(kind=loss, output=output))
-            fitting.append(loss)
-        except ModelError as error:
-            reasons.append(str(error))
-    return tuple(fitting), () if fitting else tuple(dict.fromkeys(reasons))
-
-
 @attribute_errors_to_pass("tried in training")
 def _try_training(
-    prepared: PreparedModel, loss: str, output: str
+    prepared: PreparedModel, tried: TriedLosses
 ) -> tuple[list[NotDifferentiable], tuple[str, ...]]:
     """Differentiate and lower the uncut model, and return the obstacles to training."""
-    faults = list(_list_faults(prepared, output))
+    if not tried.trained:
+        return [], tried.obstacles
+    faults = list(_list_faults(prepared, tried.outputs))
     if faults:
         return faults, ()
     try:
-        joint = build_training(prepared, (), (), [Loss(kind=loss, output=output)])
+        joint = build_training(prepared, (), (), tried.trained, graphs=tried.graphs)
         lower(joint.graph)
     except (ModelError, UsageError) as error:
         return [], (str(error),)
     return [], ()
 
 
-def _list_faults(prepared: PreparedModel, output: str) -> Iterator[NotDifferentiable]:
-    return list_undifferentiable(prepared.training.graph, prepared.trainable, [output])
+def _list_faults(prepared: PreparedModel, outputs: Sequence[str]) -> Iterator[NotDifferentiable]:
+    return list_undifferentiable(prepared.training.graph, prepared.trainable, outputs)
 
 
 @attribute_errors_to_pass("searched for its operators")

@@ -113,7 +113,7 @@ def inspect(
         adjustments=adjustments,
         states=list_pairs(states),
     )
-    return list_cuts(prepared, batch, sent, output)
+    return list_cuts(prepared, batch, sent, _list_outputs(output))
 
 
 @attribute_errors_to_pass("searched for cuts")
@@ -121,29 +121,30 @@ def list_cuts(
     prepared: PreparedModel,
     batch: int | None,
     sent: Sequence[str] = (),
-    output: str | None = None,
+    outputs: Sequence[str] = (),
 ) -> list[CutCandidate]:
     """List the single tensors at which a prepared model can be cut.
 
     If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
-    size.  The raw inputs in ``sent`` may be sent together with each tensor.  The loss is computed
-    from ``output``, by default the first float output.
+    size.  The raw inputs in ``sent`` may be sent together with each tensor.  The losses are
+    computed from ``outputs``, by default from the first float output.
 
     Raises:
         NotDifferentiable: a node without a gradient is between a trained parameter and the loss.
         UsageError: nothing can be trained, or a name in ``sent`` is not an input.
     """
-    output = choose_output(prepared, output)
-    prepared = leave_out_states(prepared, [output])
+    outputs = [choose_output(prepared, output) for output in outputs or (None,)]
+    prepared = leave_out_states(prepared, outputs)
     form = prepared.inference
-    refuse_untrainable(prepared, output)
+    for output in outputs:
+        refuse_untrainable(prepared, output)
     if batch is not None:
         _fix_batch(form, prepared, batch)
     open_inputs = resolve_sent(form.graph, sent, prepared)
-    elements = count_trained(prepared, output)
+    elements = count_trained(prepared, outputs)
     found = find_bisections(form.graph, state=prepared.state, trainable=elements, sent=open_inputs)
-    trained = _list_trained(prepared, elements, sent, output)
-    passed = _list_passed(prepared, elements, output)
+    trained = _list_trained(prepared, elements, sent, outputs)
+    passed = _list_passed(prepared, elements, outputs)
     makers = map_values(prepared.skeleton.graph)
     raw = _trace_raw(prepared)
     return [
@@ -152,18 +153,18 @@ def list_cuts(
         if each.at[0].name in trained
         and not _loses_gradient(each)
         and all(can_travel(value) for value in each.at)
-        and _keeps_states(prepared, each, output)
+        and _keeps_states(prepared, each, outputs)
     ]
 
 
-def _keeps_states(prepared: PreparedModel, bisection: Bisection, output: str) -> bool:
+def _keeps_states(prepared: PreparedModel, bisection: Bisection, outputs: Sequence[str]) -> bool:
     """Return whether a cut leaves each state of the model to one party."""
     if not prepared.states:
         return True
     graph = copy_model(prepared.training).graph
     names = [value.name or "" for value in bisection.at]
     try:
-        place_states(prepared, graph, divide_training(prepared, graph, names, (), [output]))
+        place_states(prepared, graph, divide_training(prepared, graph, names, (), outputs))
     except CutError:
         return False
     return True
@@ -212,12 +213,17 @@ def advise_sent(
     )
     inputs = [v.name or "" for v in prepared.inference.graph.inputs]
     raw = [name for name in inputs if name not in prepared.state]
+    outputs = _list_outputs(output)
     with suppress(TooManyTries):
         found: list[tuple[str, ...]] = [
-            (name,) for name in raw if list_cuts(prepared, None, [name], output)
+            (name,) for name in raw if list_cuts(prepared, None, [name], outputs)
         ]
-        return found or ([tuple(raw)] if list_cuts(prepared, None, raw, output) else [])
+        return found or ([tuple(raw)] if list_cuts(prepared, None, raw, outputs) else [])
     return []
+
+
+def _list_outputs(output: str | None) -> tuple[str, ...]:
+    return () if output is None else (output,)
 
 
 def resolve_sent(
@@ -236,16 +242,19 @@ def resolve_sent(
 
 
 def _list_trained(
-    prepared: PreparedModel, elements: Mapping[str, int], sent: Sequence[str], output: str
+    prepared: PreparedModel,
+    elements: Mapping[str, int],
+    sent: Sequence[str],
+    outputs: Sequence[str],
 ) -> set[str]:
     """Return the names of the tensors that are valid cuts of the training form.
 
-    Only the output with the loss is considered.  The training form differs from the inference form
+    Only the outputs with a loss are considered.  The training form differs from the inference form
     where operators were rewritten: two results of one node may become two paths.
     """
     graph = prepared.training.graph
-    outputs = list(graph.outputs)
-    graph.outputs[:] = [map_values(graph)[output]]
+    kept, values = list(graph.outputs), map_values(graph)
+    graph.outputs[:] = [values[output] for output in outputs]
     try:
         found = find_bisections(
             graph,
@@ -254,15 +263,19 @@ def _list_trained(
             sent=resolve_names(graph, sent, prepared.given),
         )
     finally:
-        graph.outputs[:] = outputs
+        graph.outputs[:] = kept
     return {each.at[0].name or "" for each in found if all(can_travel(value) for value in each.at)}
 
 
-def _list_passed(prepared: PreparedModel, elements: Mapping[str, int], output: str) -> set[str]:
-    """Return the names of the tensors through which gradients of ``output`` reach parameters."""
+def _list_passed(
+    prepared: PreparedModel, elements: Mapping[str, int], outputs: Sequence[str]
+) -> set[str]:
+    """Return the names of the tensors through which gradients of ``outputs`` reach parameters."""
     graph = prepared.training.graph
+    values = map_values(graph)
     moving = find_moving(graph, [value for value in graph.inputs if elements.get(value.name or "")])
-    return {value.name or "" for value in moving & trace_gradients([map_values(graph)[output]])}
+    traced = trace_gradients(values[output] for output in outputs)
+    return {value.name or "" for value in moving & traced}
 
 
 def can_travel(value: ir.Value) -> bool:

@@ -9,13 +9,15 @@ them on the last axis.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.losses import Loss
+from splitonnx.errors import ModelError
+from splitonnx.losses import CROSS_ENTROPY, LABELS, Loss, LossSource, complete_losses
 from splitonnx.partitioner.cutting.conformance.comparisons import USUAL_BYTES
 from splitonnx.partitioner.cutting.conformance.score_ranges import describe_probabilities
-from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.cutting.preparations import PreparedModel, choose_output
 from splitonnx.partitioner.differentiation.activations.final_activations import (
     CONTAINED,
     find_activation,
@@ -26,8 +28,17 @@ from splitonnx.partitioner.differentiation.activations.squashings import (
     Squashing,
     find_repeated_activation,
 )
-from splitonnx.partitioner.differentiation.loss_arrays import find_class_axis
+from splitonnx.partitioner.differentiation.loss_arrays import (
+    NO_GRAPHS,
+    LossGraphs,
+    find_class_axis,
+    fit_loss,
+    list_losses,
+    list_reads,
+)
+from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import map_values, walk_back
+from splitonnx.partitioner.loss_files import read_loss_files
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 
 _CHANNELS_FIRST = frozenset(
@@ -41,25 +52,98 @@ _NEEDS_AXIS = (
 )
 
 
-def remark_on_loss(prepared: PreparedModel, losses: Sequence[str], output: str) -> Iterator[Remark]:
-    """Yield remarks on how the first loss in ``losses`` uses ``output``.
+@dataclass(frozen=True, kw_only=True)
+class TriedLosses:
+    """The losses that are tried with a model.
 
-    The remarks are about an activation at the end of the model that the loss skips or applies
-    twice, and about the axis of the classes.  ``losses`` contains the losses that fit the output.
+    ``trained`` are added up and trained with; there are none if some loss does not fit, which
+    ``obstacles`` explain.  ``fitting`` names the losses that fit, and ``outputs`` the outputs that
+    they are computed from.  ``graphs`` holds the losses from files.
     """
+
+    trained: tuple[Loss, ...]
+    graphs: LossGraphs
+    outputs: tuple[str, ...]
+    fitting: tuple[str, ...]
+    obstacles: tuple[str, ...]
+
+
+@attribute_errors_to_pass("tried with the losses")
+def try_losses(
+    prepared: PreparedModel, source: LossSource | None, output: str | None
+) -> TriedLosses:
+    """Try the losses that the user chose, or each known loss, with a model.
+
+    Without ``source``, each known loss is tried with ``output``, and the first one that fits is
+    trained with.  ``output`` is also for the losses that name none; by default, it is the first
+    float output.
+
+    Raises:
+        UsageError: there is no such loss or output, or a loss does not have a setting.
+        ModelError: a file of a loss cannot be read or is not a loss of this model.
+    """
+    first = choose_output(prepared, output)
+    losses, graphs = tuple(Loss(kind=kind, output=first) for kind in list_losses()), NO_GRAPHS
+    if source is not None:
+        losses = complete_losses(source, first, None, LABELS)
+        losses, graphs = read_loss_files(prepared, losses, output)
+    outputs = dict.fromkeys(name for loss in losses for name in list_reads(loss, graphs))
+    for name in outputs:
+        choose_output(prepared, name)
+    fitting, reasons = [], []
+    for loss in losses:
+        try:
+            fit_loss(prepared.training.graph, loss, graphs)
+            fitting.append(loss)
+        except ModelError as error:
+            reasons.append(str(error))
+    is_hindered = bool(reasons) if source is not None else not fitting
+    trained = () if is_hindered else fitting if source is not None else fitting[:1]
+    return TriedLosses(
+        trained=tuple(trained),
+        graphs=graphs,
+        outputs=tuple(outputs),
+        fitting=tuple(dict.fromkeys(loss.kind for loss in fitting)),
+        obstacles=tuple(dict.fromkeys(reasons)) if is_hindered else (),
+    )
+
+
+def remark_on_losses(prepared: PreparedModel, tried: TriedLosses) -> Iterator[Remark]:
+    """Yield remarks on how losses use the outputs that they are computed from.
+
+    The remarks are about an activation at the end of the model that a loss skips or applies twice,
+    and about the axis of the classes.
+    """
+    if not tried.trained:
+        yield from _remark_on_axis_if_unclear(prepared, tried.outputs[0])
+    found = [one for loss in tried.trained for one in _remark_on_loss(prepared, loss, tried)]
+    yield from dict.fromkeys(found)
+
+
+def _remark_on_loss(prepared: PreparedModel, loss: Loss, tried: TriedLosses) -> Iterator[Remark]:
+    output = loss.output or ""
     value = map_values(prepared.skeleton.graph).get(output)
     trained = map_values(prepared.training.graph).get(output)
-    loss = losses[0] if losses else ""
     if value is None or trained is None:
         return
-    if loss in CONTAINED:
-        graph = prepared.training.graph
-        unclear = loss == "cross-entropy" and _fits_either_axis(value)  # then it is refused
-        axis = 1 if unclear else find_class_axis(graph, Loss(kind=loss, output=output))
-        yield from _remark_on_activation(value, trained, losses, axis, prepared.given)
-        yield from _remark_on_likeness(prepared, loss, output, axis)
-    if loss == "cross-entropy" or _fits_either_axis(value):
+    has_axis = loss.class_axis is not None
+    if loss.kind in CONTAINED:
+        is_unclear = loss.kind == CROSS_ENTROPY and not has_axis and _fits_either_axis(value)
+        axis = 1 if is_unclear else find_class_axis(prepared.training.graph, loss)
+        others = tried.fitting if len(tried.trained) == 1 else ()
+        kinds = (loss.kind, *(kind for kind in others if kind != loss.kind))
+        yield from _remark_on_activation(value, trained, kinds, axis, prepared.given)
+        yield from _remark_on_likeness(prepared, loss.kind, output, axis)
+    if loss.kind == CROSS_ENTROPY and not has_axis:
         yield from _remark_on_axis(value)
+    elif loss.kind != CROSS_ENTROPY:
+        yield from _remark_on_axis_if_unclear(prepared, output)
+
+
+def _remark_on_axis_if_unclear(prepared: PreparedModel, output: str) -> Iterator[Remark]:
+    value = map_values(prepared.skeleton.graph).get(output)
+    if value is not None and output in map_values(prepared.training.graph):
+        yield from _remark_on_axis(value) if _fits_either_axis(value) else ()
 
 
 def _fits_either_axis(value: ir.Value) -> bool:

@@ -183,15 +183,19 @@ def remark_on_precisions(prepared: PreparedModel) -> Iterator[Remark]:
 
 @attribute_errors_to_pass("searched for what gets no gradient")
 def remark_on_untrained(
-    prepared: PreparedModel, output: str, names: Sequence[str]
+    prepared: PreparedModel, outputs: Sequence[str], names: Sequence[str]
 ) -> Iterator[Remark]:
-    """Yield a remark for each reason why weights stay as they are in training."""
+    """Yield a remark for each reason why weights stay as they are in training.
+
+    The reasons are those of the first output, if there are several.
+    """
     if not names:
         return
-    traced = trace_gradients([map_values(prepared.training.graph)[output]])
+    trained = map_values(prepared.training.graph)
+    traced = trace_gradients(trained[output] for output in outputs)
     graph = prepared.skeleton.graph
     reached = {value.name or "" for value in traced}
-    reasons = explain_untrained(graph, map_values(graph)[output], names, reached)
+    reasons = explain_untrained(graph, map_values(graph)[outputs[0]], names, reached)
     for reason in dict.fromkeys(reasons.values()):
         found = tuple(name for name in names if reasons.get(name) == reason)
         yield Remark(

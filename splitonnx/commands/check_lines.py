@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitonnx.commands.logs import escape
+from splitonnx.errors import quote
 
 if TYPE_CHECKING:
     from splitonnx.partitioner.reports.checks import AppliedGroup, Check
@@ -98,7 +99,8 @@ def format_check(check: Check, path: Path, width: int | None) -> Iterator[str]:
     if not any(remark.kind is Kind.CUTS_NOT_LISTED for remark in check.remarks):
         yield f"single-tensor cuts: {len(check.cuts)} (see splitonnx inspect)"
     if check.losses:
-        yield f"losses that fit output '{check.output}': {', '.join(check.losses)}"
+        outputs = "outputs" if len(check.outputs) > 1 else "output"
+        yield f"losses that fit {outputs} {quote(check.outputs)}: {', '.join(check.losses)}"
     yield from format_remarks(check.remarks, width)
     for obstacle in check.obstacles:
         yield from _wrap(f"in the way: {obstacle}", width, "", " " * 8)

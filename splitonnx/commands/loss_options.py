@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from splitonnx.commands.groups import list_given
 from splitonnx.commands.options import RECIPE_PANEL
 from splitonnx.errors import UsageError
 from splitonnx.losses import CROSS_ENTROPY, Loss
@@ -61,6 +62,14 @@ class LossOptions:
             rich_help_panel=RECIPE_PANEL,
         ),
     ] = None
+
+    def read_chosen(self) -> Loss | list[Loss] | None:
+        """Return the losses that the options describe, or ``None`` if no option was given.
+
+        Raises:
+            UsageError: see :meth:`read_losses`.
+        """
+        return self.read_losses() if list_given(self) else None
 
     def read_losses(self) -> Loss | list[Loss]:
         """Return the losses that the options describe.

@@ -37,14 +37,6 @@ RECIPE_PANEL = "What is trained, and how"
 """The heading of these options in the help."""
 _GROUP_SETTINGS = ("lr-factor", "weight-decay")
 
-LossOption = Annotated[
-    str | None,
-    typer.Option(
-        help="cross-entropy, mse, l1, bce-with-logits or from-model; the first that fits by "
-        "default.",
-        rich_help_panel=RECIPE_PANEL,
-    ),
-]
 OutputOption = Annotated[
     str | None,
     typer.Option(

@@ -34,7 +34,6 @@ from splitonnx.commands.options import (
     FreezeOption,
     JsonOption,
     LearningRateOption,
-    LossOption,
     ModelArgument,
     MomentumOption,
     OptimizerOption,
@@ -57,9 +56,11 @@ from splitonnx.errors import UsageError
 from splitonnx.partitioner.graphs.pauses import pause_to_the_end
 
 
+@spread
 def check(
     model: ModelArgument,
-    loss: LossOption = None,
+    *,
+    losses: LossOptions,
     output: OutputOption = None,
     dim: DimOption = None,
     bind: BindOption = None,
@@ -73,13 +74,14 @@ def check(
 ) -> None:
     """Check whether a model can be trained; list the rewritten operators and any obstacles.
 
+    Without --loss, each loss is tried, and the first that fits is trained with.
     The exit code is 1 if the model cannot be trained.
     """
     groups = read_groups(param_group)
     pause_to_the_end()
     found = splitonnx.check(
         model,
-        loss=loss,
+        loss=losses.read_chosen(),
         output=output,
         dims=read_dims(dim),
         bind=read_bindings(bind),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import onnx
 import pytest
 
 from splitonnx.commands.check_lines import MOST_ROWS, format_layers, format_remarks
 from splitonnx.manifests import Role
 from splitonnx.partitioner.reports.layers import Layer, LayerWeight
 from splitonnx.partitioner.reports.remarks import Kind, Remark
+from tests.partitioner.reports.test_checks import build_two_heads
 from tests.support.commands import MODEL, Command
 from tests.support.small_models import MODELS
 
@@ -110,3 +113,18 @@ def test_the_command_shows_the_parameters_of_each_group(command: Command) -> Non
         "head.linear.bias"
     ]
     assert "finds no parameter" in command.fail("check", MODEL, "--param-group", "tail=lr-factor:2")
+
+
+def test_the_command_takes_several_losses_with_their_settings(
+    command: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "heads.onnx"
+    onnx.save(build_two_heads(), path)
+    out = command.succeed(
+        "check", path, "--loss", "mse,output=a,labels=one", "--loss", "cross-entropy,output=b"
+    )
+    assert "losses that fit outputs 'a', 'b': mse, cross-entropy\n" in out
+    assert "single-tensor cuts: 2" in out
+    assert "--label-smoothing is for cross-entropy" in command.fail(
+        "check", path, "--loss", "mse", "--label-smoothing", "0.1"
+    )

@@ -219,7 +219,7 @@ IN_A_CHECK: Sequence[tuple[Callable[..., object], str, str]] = [
     (obstacles.list_undifferentiable, "the model", "tried in training"),
     (suspects.find_computed, *REPORTED),
     (formulas.describe_formula, *REPORTED),
-    (loss_readings.remark_on_loss, *REPORTED),
+    (loss_readings.remark_on_losses, *REPORTED),
     (ties.remark_on_ties, *REPORTED),
     (running_statistics.remark_on_statistics, *REPORTED),
     (batches.find_fixing_node, *REPORTED),

@@ -182,7 +182,7 @@ class _TrainingForm:
     def __init__(self, prepared: PreparedModel) -> None:
         self._graph = prepared.training.graph
         self._trainable = prepared.trainable
-        self._elements = count_trained(prepared, self._graph.outputs[0].name or "")
+        self._elements = count_trained(prepared, [self._graph.outputs[0].name or ""])
         self._search = PairSearch(self._graph, state=prepared.state, trainable=self._trainable)
         readers = {node for node in self._graph if reads_size(node)}
         self._total = self._count(walk_back(self._graph.outputs, ends=readers)[0])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 import pytest
 from onnx import helper
 
-from splitonnx.errors import NotAModel, NotDifferentiable, UsageError
+from splitonnx.errors import NotAModel, NotDifferentiable, UnsupportedModel, UsageError
+from splitonnx.losses import Loss
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import Handling, check
 from splitonnx.partitioner.reports.inspections import inspect
@@ -131,6 +134,57 @@ def test_a_loss_that_does_not_fit_is_said_with_the_reason() -> None:
     assert not found.trainable
     assert "a loss is a float32 scalar" in found.obstacles[0]
     assert "from-model" not in check(model).losses
+
+
+LOSSES = [Loss(kind="mse", output="a", labels="one"), Loss(output="b", labels="two")]
+
+
+def test_several_losses_are_tried_together_as_cut_takes_them() -> None:
+    model = build_two_heads()
+    found = check(model, loss=LOSSES)
+    assert found.trainable
+    assert (found.output, found.outputs) == ("a", ("a", "b"))
+    assert found.losses == ("mse", "cross-entropy")
+    client = cut(model, at=None, loss=LOSSES).client
+    trained = [s.tensor.name for s in client.manifest.state if s.role == "parameter"]
+    assert found.parameters == sum(client.weights[name].size for name in trained)
+    assert found.untrained == 0
+    assert [one.tensor for one in found.cuts] == ["mixed", "shared"]
+    for one in found.cuts:
+        cut(model, at=one.tensor, loss=LOSSES)
+    assert check(model, loss=LOSSES[0]).untrained > 0
+    assert check(model, loss=LOSSES[1]).outputs == ("b",)
+
+
+def test_one_of_several_losses_that_does_not_fit_is_said_as_cut_says_it() -> None:
+    model = build_two_heads()
+    losses = [LOSSES[0], Loss(kind="from-model", output="b")]
+    found = check(model, loss=losses)
+    assert not found.trainable
+    assert found.losses == ("mse",)
+    with pytest.raises(UnsupportedModel) as caught:
+        cut(model, at=None, loss=losses)
+    assert found.obstacles == (str(caught.value),)
+
+
+def test_a_loss_of_ones_own_is_tried(tmp_path: Path) -> None:
+    own = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        own (float[N, 3] a, float[N, 3] wanted) => (float loss)
+        { gap = Sub (a, wanted)  loss = ReduceSumSquare <keepdims = 0> (gap) }"""
+    )
+    file = tmp_path / "own.onnx"
+    onnx.save(own, file)
+    found = check(build_two_heads(), loss=str(file))
+    assert found.trainable
+    assert (found.outputs, found.losses) == (("a",), ("from-file",))
+
+
+def test_settings_that_a_loss_does_not_have_are_refused_as_cut_refuses_them() -> None:
+    with pytest.raises(UsageError, match="--label-smoothing is for cross-entropy"):
+        check(build_two_heads(), loss=Loss(kind="mse", label_smoothing=0.1))
+    with pytest.raises(UsageError, match="there is no loss; name one"):
+        check(build_two_heads(), loss=[])
 
 
 def test_slips_are_errors() -> None:

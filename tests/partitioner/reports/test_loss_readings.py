@@ -8,17 +8,31 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 
+from splitonnx.losses import Loss
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
-from splitonnx.partitioner.reports.loss_readings import remark_on_loss
+from splitonnx.partitioner.reports.loss_readings import TriedLosses, remark_on_losses
 from splitonnx.partitioner.reports.remarks import Kind, Remark
 from splitonnx.runtime.client.clients import Client
 from tests.support.nets import FLOAT, Net
 
 Tail = Sequence[tuple[str, list[str], dict[str, Any]]]
+
+
+def read(model: onnx.ModelProto, kinds: Sequence[str], output: str) -> list[Remark]:
+    """List the remarks on the first of some losses that fit an output."""
+    tried = TriedLosses(
+        trained=tuple(Loss(kind=kind, output=output) for kind in kinds[:1]),
+        graphs={},
+        outputs=(output,),
+        fitting=tuple(kinds),
+        obstacles=(),
+    )
+    return list(remark_on_losses(prepare(open_model(model)), tried))
 
 
 def list_remarks(tail: Tail, *losses: str) -> list[Remark]:
@@ -31,7 +45,7 @@ def list_remarks(tail: Tail, *losses: str) -> list[Remark]:
     for index, (kind, inputs, attributes) in enumerate(tail):
         value = net.op(kind, value, *inputs, out=f"t{index}", **attributes)
     model = net.finish({"x": (FLOAT, ["N", 4])}, value, 4)
-    return list(remark_on_loss(prepare(open_model(model)), losses, value))
+    return read(model, losses, value)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +96,7 @@ def test_only_scores_of_the_model_given_are_advised_as_its_output() -> None:
     scores = earlier.op("MatMul", "x", earlier.weight("w", 4, 4), out="scores")
     earlier.op("Softmax", scores, out="y", axis=1)
     model = earlier.finish({"x": (FLOAT, ["N", 3, 4])}, "y", 3, 4)  # over all but the first axis
-    prepared = prepare(open_model(model))
-    others = list(remark_on_loss(prepared, ["cross-entropy"], "y"))
+    others = read(model, ["cross-entropy"], "y")
     twice = [each for each in (over_samples, *others) if each.kind is Kind.ACTIVATION_TWICE]
     assert len(twice) == 2
     for remark in twice:
@@ -98,7 +111,7 @@ def test_the_scores_of_one_of_several_activations_are_not_advised() -> None:
         net.op("MatMul", "x", net.weight(f"{part}.w", 4, 2), out=f"{part}.scores")
         net.op("Softmax", f"{part}.scores", out=part, axis=1)
     model = net.finish({"x": (FLOAT, ["N", 4])}, net.op("Concat", "a", "b", out="y", axis=1), 4)
-    (remark,) = remark_on_loss(prepare(open_model(model)), ["cross-entropy"], "y")
+    (remark,) = read(model, ["cross-entropy"], "y")
     assert remark.kind is Kind.ACTIVATION_TWICE
     assert "scores' as its output" not in remark.sentence
 
@@ -125,7 +138,7 @@ def list_axes(source: str, shape: list[int | str], *dims: int) -> list[Remark]:
     else:
         value = net.op("Conv", "x", net.weight("w", dims[0], 4, 1), out="y")
     model = net.finish({"x": (FLOAT, shape)}, value, *dims)
-    return list(remark_on_loss(prepare(open_model(model)), ["cross-entropy"], "y"))
+    return read(model, ["cross-entropy"], "y")
 
 
 def test_classes_on_the_last_axis_are_told_with_both_readings() -> None:
@@ -160,7 +173,7 @@ def test_the_axis_of_classes_is_told_before_a_softmax_of_several_nodes() -> None
     net.op("Exp", "s", out="e")
     net.op("Div", "e", net.op("ReduceSum", "e", "last", out="z"), out="y")
     model = net.finish({"x": (FLOAT, ["N", 6, 4])}, "y", 6, 5)
-    remarks = list(remark_on_loss(prepare(open_model(model)), ["cross-entropy"], "y"))
+    remarks = read(model, ["cross-entropy"], "y")
     assert [remark.kind for remark in remarks][-1] is Kind.CLASS_AXIS
 
 
@@ -180,3 +193,24 @@ def test_check_says_why_a_segmentation_has_no_cross_entropy() -> None:
     assert "cross-entropy" not in found.losses
     (remark,) = (remark for remark in found.remarks if remark.kind is Kind.CLASS_AXIS)
     assert remark.options == ("--class-axis 1", "--class-axis -1")
+
+
+def build_heads() -> onnx.ModelProto:
+    """Build two outputs behind one layer, a Softmax and scores with classes on their last axis."""
+    net = Net()
+    shared = net.op("MatMul", "x", net.weight("w", 4, 5), out="shared")
+    net.op("Softmax", net.op("MatMul", shared, net.weight("v", 5, 3), out="s"), out="a", axis=2)
+    net.op("MatMul", shared, net.weight("u", 5, 7), out="b")
+    model = net.finish({"x": (FLOAT, ["N", 6, 4])}, "a", 6, 3)
+    model.graph.output.append(helper.make_tensor_value_info("b", FLOAT, ["N", 6, 7]))
+    return model
+
+
+def test_the_losses_of_all_outputs_are_read_each_by_its_settings() -> None:
+    named = Loss(kind="cross-entropy", output="a", class_axis=2, labels="one")
+    other = Loss(kind="cross-entropy", output="b", labels="two")
+    found = check(build_heads(), loss=[named, other]).remarks
+    (skipped,) = [remark for remark in found if remark.kind is Kind.ACTIVATION_SKIPPED]
+    assert skipped.names == ("a", "s")
+    (axis,) = [remark for remark in found if remark.kind is Kind.CLASS_AXIS]
+    assert axis.names == ("b",)
