@@ -86,6 +86,10 @@ from splitonnx.partitioner.normalization.dequantized.stored import (
     describe_stored_integers,
     find_stored_integers,
 )
+from splitonnx.partitioner.normalization.dequantized.untrained import (
+    describe_untrained_integers,
+    find_untrained_integers,
+)
 from splitonnx.partitioner.normalization.weights import make_pattern
 
 NO_CHECK = "SPLITONNX_NO_CHECK"
@@ -166,6 +170,8 @@ def cut(
         _log.warning("%s", advise(opened, omissions))
     if (stored := find_stored_integers(opened.graph)) and not dequantize:
         _log.warning("%s", describe_stored_integers(stored))
+    if untrained := find_untrained_integers(opened.graph):
+        _log.warning("%s", describe_untrained_integers(untrained))
     prepared = prepare(
         opened,
         batchnorm=batchnorm,

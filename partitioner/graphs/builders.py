@@ -180,6 +180,20 @@ def insert_copy(graph: ir.Graph, node: ir.Node, index: int, name: str) -> ir.Val
     return copy
 
 
+def store_constant(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Return a stored tensor as an initializer of the graph, if a Constant node in it holds it."""
+    maker, tensor = value.producer(), ir.convenience.get_const_tensor(value)
+    if maker is None or tensor is None:
+        return value
+    name, value.name = value.name, None
+    held = ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=name)
+    stored = ir.Value(name=name, const_value=held, type=ir.TensorType(tensor.dtype))
+    ir.convenience.replace_all_uses_with(value, stored, replace_graph_outputs=True)
+    graph.remove(maker, safe=True)
+    graph.register_initializer(stored)
+    return stored
+
+
 def known_dims(value: ir.Value) -> list[int | None] | None:
     """List a value's dimensions, with ``None`` for each unknown dimension.
 

@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.gate.quantized_operators import STANDARD_TOOLS
-from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.builders import NodeBuilder, store_constant, take_input
 from splitonnx.partitioner.graphs.traversals import find_dependents, walk_back
 from splitonnx.partitioner.normalization.fused.packed_weights import unpack_weights
 
@@ -68,17 +68,25 @@ def lift_quantized(graph: ir.Graph) -> None:
     """
     unpack_weights(graph)
     for node in [node for node in graph if _is(node, "DequantizeLinear")]:
-        source = node.inputs[0]
-        if source is None or not source.is_initializer() or source.is_graph_input():
-            continue
         settings = _read_settings(node)
-        tensor = source.const_value
-        if settings is None or tensor is None or tensor.shape.rank() == 0:
+        if settings is None or not can_lift(node):
             continue
-        if tensor.dtype in _NARROW and all(_equals(node, use.node) for use in source.uses()):
-            _lift_narrow(graph, node, source, settings)
-        elif tensor.dtype == ir.DataType.INT32:
-            _lift_wide(graph, node, source, settings)
+        source = store_constant(graph, take_input(node))
+        lift = _lift_wide if source.dtype == ir.DataType.INT32 else _lift_narrow
+        lift(graph, node, source, settings)
+
+
+def can_lift(node: ir.Node) -> bool:
+    """Return whether what a DequantizeLinear reads is a stored weight that can be a float weight.
+
+    Only such nodes may read it, all with the same constant scale, unless its integers have 32 bits.
+    """
+    source = take_input(node)
+    tensor = ir.convenience.get_const_tensor(source)
+    if tensor is None or tensor.shape.rank() == 0 or _read_settings(node) is None:
+        return False
+    is_alike = all(_equals(node, use.node) for use in source.uses())
+    return tensor.dtype == ir.DataType.INT32 or (tensor.dtype in _NARROW and is_alike)
 
 
 def _lift_narrow(
@@ -251,11 +259,7 @@ def _straighten(node: ir.Node) -> None:
 def _refuse_other_settings(node: ir.Node, quantize: ir.Node) -> None:
     one, other = (_read_settings(maker) for maker in (node, quantize))
     if one is None or other is None:
-        raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
-            "its scale or zero point is not a constant",
-            "export the model with the scales that calibration found",
-        )
+        raise _refuse_computed(node)
     if not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True)):
         raise _refuse(node, f"node '{quantize.name}' made them with another scale or zero point")
 
@@ -264,11 +268,7 @@ def _quantize(builder: NodeBuilder, quantize: ir.Node, x: ir.Value, *, whole: bo
     """Round x to a representable number; return it as integers with ``whole``, else as floats."""
     settings, dtype = _read_settings(quantize), _find_dtype(quantize)
     if settings is None:
-        raise UnsupportedModel(
-            f"node '{quantize.name}' ({quantize.op_type})",
-            "its scale or zero point is not a constant",
-            "export the model with the scales that calibration found",
-        )
+        raise _refuse_computed(quantize)
     dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
     spread = [_spread_for(quantize, array, dims) for array in settings]
     scale = builder.cast(builder.tensor(ir.tensor(spread[0])), x.dtype)
@@ -312,16 +312,20 @@ def _refuse(node: ir.Node, reason: str) -> UnsupportedModel:
     )
 
 
+def _refuse_computed(node: ir.Node) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"node '{node.name}' ({node.op_type})",
+        "its scale or zero point is not a constant",
+        "export the model with the scales that calibration found",
+    )
+
+
 def _find_inside(builder: NodeBuilder, quantize: ir.Node, x: ir.Value) -> ir.Value:
     """Return which elements are inside the range that the integers represent."""
     settings = _read_settings(quantize)
     dims = [d if isinstance(d, int) else None for d in x.shape] if x.shape is not None else None
     if settings is None:
-        raise UnsupportedModel(
-            f"node '{quantize.name}' (QuantizeLinear)",
-            "its scale or zero point is not a constant",
-            "export the model with the scales that calibration found",
-        )
+        raise _refuse_computed(quantize)
     low, high = _limit(_find_dtype(quantize))
     scale, zero = settings
     bounds = []

@@ -29,6 +29,10 @@ from splitonnx.partitioner.normalization.dequantized.stored import (
     describe_stored_integers,
     find_stored_integers,
 )
+from splitonnx.partitioner.normalization.dequantized.untrained import (
+    describe_untrained_integers,
+    find_untrained_integers,
+)
 from splitonnx.partitioner.reports.remarks import Kind, Remark
 
 _CALLS = {
@@ -159,6 +163,15 @@ def _find_stored_integers(model: ir.Model) -> Iterator[Remark]:
         )
 
 
+def _find_untrained_integers(model: ir.Model) -> Iterator[Remark]:
+    if found := find_untrained_integers(model.graph):
+        yield Remark(
+            kind=Kind.UNTRAINED_INTEGERS,
+            sentence=describe_untrained_integers(found),
+            names=tuple(found),
+        )
+
+
 def _find_saturating(model: ir.Model) -> Iterator[Remark]:
     if (sentence := describe_saturation(model.graph)) is not None:
         names = tuple(list_saturating(model.graph))
@@ -192,6 +205,7 @@ _LOOKS: Sequence[Callable[[ir.Model], Iterator[Remark]]] = (
     _find_idle_dropouts,
     _find_quantized,
     _find_stored_integers,
+    _find_untrained_integers,
     _find_saturating,
     _find_dictionaries,
     _find_optimized,

@@ -22,6 +22,7 @@ class Kind(StrEnum):
     QUANTIZED = "quantized"
     DEQUANTIZED = "dequantized"
     STORED_INTEGERS = "stored integers"
+    UNTRAINED_INTEGERS = "untrained integers"
     SATURATION = "saturation"
     DICTIONARIES = "dictionaries"
     OPTIMIZED = "optimized"

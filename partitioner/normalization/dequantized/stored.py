@@ -24,7 +24,7 @@ from splitonnx.partitioner.normalization.dequantized.weights import (
     is_channelwise,
 )
 
-_NARROW = frozenset(
+NARROW = frozenset(
     {
         ir.DataType.INT4,
         ir.DataType.INT8,
@@ -34,6 +34,7 @@ _NARROW = frozenset(
         ir.DataType.UINT16,
     }
 )
+"""The types of weights that are stored as integers."""
 
 _OPERANDS: Mapping[str, tuple[int, ...]] = {
     "ConvInteger": (1,),
@@ -130,7 +131,7 @@ def _find_integers(node: ir.Node) -> ir.Value | None:
     while (maker := value.producer()) is not None and maker.op_type in MOVING and not maker.domain:
         value = take_input(maker)
     tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.dtype not in _NARROW or len(tensor.shape) < 2:
+    if tensor is None or tensor.dtype not in NARROW or len(tensor.shape) < 2:
         return None
     return value if ir.DataType(node.attributes["to"].as_int()).is_floating_point() else None
 
@@ -163,7 +164,7 @@ def _list_computed(node: ir.Node) -> list[ir.Value]:
 
 def _is_stored(value: ir.Value | None) -> bool:
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return tensor is not None and tensor.dtype in _NARROW and len(tensor.shape) > 1
+    return tensor is not None and tensor.dtype in NARROW and len(tensor.shape) > 1
 
 
 def describe_stored_integers(found: Mapping[str, int]) -> str:

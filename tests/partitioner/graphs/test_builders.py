@@ -18,6 +18,8 @@ from splitonnx.partitioner.graphs.builders import (
     known_dims,
     known_rank,
     require_rank,
+    store_constant,
+    take_input,
 )
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
@@ -201,3 +203,18 @@ def test_one_input_of_a_node_is_read_through_a_copy() -> None:
     assert [node.op_type for node in graph] == ["Softplus", "Identity", "Add"]
     assert add.inputs[1] is copy
     assert graph.node(1).inputs[0] is before
+
+
+def test_a_tensor_of_a_constant_node_is_stored_as_an_initializer() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        held (float[2] x) => (float[2] y)
+        { w = Constant <value = float[2] {1.0, 2.0}> ()  y = Add (x, w) }"""
+    )
+    graph = model.graph
+    (add,) = [node for node in graph if node.op_type == "Add"]
+    stored = store_constant(graph, take_input(add, 1))
+    assert add.inputs[1] is graph.initializers["w"] is stored
+    assert [node.op_type for node in graph] == ["Add"]
+    assert store_constant(graph, stored) is stored
+    assert store_constant(graph, graph.inputs[0]) is graph.inputs[0]

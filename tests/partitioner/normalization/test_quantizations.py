@@ -209,6 +209,22 @@ def test_integer_weights_of_any_kind_train_and_come_back(
     np.testing.assert_array_equal(numpy_helper.to_array(weights["w"]).astype(int), before)
 
 
+def test_integers_in_a_constant_node_train_and_come_back() -> None:
+    stored = close_net(hold_integers(TensorProto.INT8, 19), {"x": X})
+    model = onnx.ModelProto()
+    model.CopyFrom(stored)
+    (held,) = [tensor for tensor in model.graph.initializer if tensor.name == "w"]
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=held))
+    model.graph.initializer.remove(held)
+    for found, expected in zip(
+        take_step(model, {"x": X}), take_step(stored, {"x": X}), strict=True
+    ):
+        np.testing.assert_array_equal(found["w_grad"], expected["w_grad"])
+    merged = onnx.load_from_string(merge(cut(model, at=None, loss="mse")))
+    (weight,) = [tensor for tensor in merged.graph.initializer if tensor.name == "w"]
+    np.testing.assert_array_equal(numpy_helper.to_array(weight), numpy_helper.to_array(held))
+
+
 def test_a_weight_that_two_nodes_dequantize_alike_is_one_parameter() -> None:
     net = hold_integers(TensorProto.INT8, 19)
     net.op("DequantizeLinear", "w", "s", out="again")
