@@ -22,6 +22,7 @@ import numpy as np
 from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
 from splitonnx.imports import leaving_out
+from splitonnx.kernel_errors import describe_kernel_error
 from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
 from splitonnx.runtime.engine.runs import Runs
 from splitonnx.runtime.gate.gates import check_graph, is_ort_format
@@ -38,7 +39,6 @@ _SILENT = 4
 
 Errors are raised as exceptions anyway, and ONNX Runtime's own log lines would bypass our log.
 """
-_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,4 +350,4 @@ def _refuse(stage: str, error: Exception) -> NoReturn:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(_PREFIX.sub("", str(error)).split())[:400]
+    return describe_kernel_error(str(error))[:400]

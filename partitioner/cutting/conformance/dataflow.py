@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import NativeCrash, flatten
+from splitonnx.kernel_errors import describe_kernel_error
 from splitonnx.manifests import Source, Stage
 from splitonnx.names import PREDICT
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
@@ -30,7 +31,7 @@ Sessions of level ``usual`` are those that users make: without splitonnx's own s
 """
 Run: TypeAlias = Callable[[Sequence[Arrays]], list[Arrays]]
 """A function that runs a model on batches of inputs, and returns the outputs of each batch."""
-_FAILED = re.compile(r"running (\w+) node\. Name:'([^']*)'")
+_FAILED = re.compile(r"(?:a node|node '[^']*') \(\w+\) fails")
 SECONDS = 1.0
 """The processor time allowed to the reference evaluator, whose Python loops can be very slow."""
 
@@ -42,9 +43,7 @@ class NotRun(Exception):
 def describe_failure(error: NotRun) -> str:
     """Return the node that failed, as ONNX Runtime names it, or else the entire message."""
     found = _FAILED.search(str(error))
-    if found is None:
-        return str(error)
-    return f"node '{found[2]}' ({found[1]}) fails" if found[2] else f"a node ({found[1]}) fails"
+    return str(error) if found is None else found[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +182,7 @@ def _decode(run: Callable[[], Sequence[Mapping[str, bytes]]]) -> list[Arrays]:
         is_corrected = getattr(error, "kind", "") == natives.CorrectionFailed.__name__
         is_breakdown = isinstance(error, NativeCrash) and error.is_breakdown
         kind = CorrectionFailed if is_corrected else BrokeDown if is_breakdown else NotRun
-        raise kind(flatten(" ".join(str(error).split()))) from error
+        raise kind(flatten(describe_kernel_error(str(error)))) from error
 
 
 def refuse_breakdowns(run: Run, label: str, subject: str) -> Run:

@@ -9,6 +9,7 @@ import type { InferenceSession, Tensor, TensorConstructor } from "onnxruntime-co
 import type { Env, InferenceSessionFactory } from "onnxruntime-common";
 
 import { StageFailed, UnusableData, UsageError } from "../errors.js";
+import { describeKernelError } from "../kernel_errors.js";
 import { checkGraph, isOrtFormat } from "../gate/gates.js";
 import { viewElements } from "../tensors.js";
 import type { Dtype, Elements, NdArray } from "../tensors.js";
@@ -230,5 +231,5 @@ export class Engine {
 /** What ONNX Runtime throws has no class of its own. */
 function describeError(error: unknown): string {
   const text = error instanceof Error ? error.message : String(error);
-  return text.split(/\s+/).join(" ").slice(0, 400);
+  return describeKernelError(text).slice(0, 400);
 }
