@@ -23,6 +23,7 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.rewrites import rewrite
+from splitonnx.tensors import describe_dims
 
 _FILE = "the loss's file"
 
@@ -131,7 +132,7 @@ def _fit_sizes(inputs: Mapping[str, ir.Value], outputs: Mapping[str, ir.Value]) 
 
 
 def _show(value: ir.Value) -> str:
-    dims = "unknown rank" if value.shape is None else list(list_dims(value))
+    dims = "unknown rank" if value.shape is None else describe_dims(list_dims(value))
     return f"{value.dtype} {dims}"
 
 

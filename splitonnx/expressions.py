@@ -88,7 +88,9 @@ def is_quotient(atom: str) -> bool:
 
 
 def describe_size(text: str) -> str:
-    """Write a dimension for a reader: ``N`` in place of ``N_less_1 + 1``."""
+    """Write a dimension for a reader: ``N`` in place of ``N_less_1 + 1``, ``?`` if unknown."""
+    if UNKNOWN in text:
+        return "?"
     if LESS_1 not in text:
         return text
     sides = _split_quotient(text)

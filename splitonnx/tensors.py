@@ -11,7 +11,7 @@ on numpy and not on ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -20,6 +20,9 @@ import numpy as np
 from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import ArrayMismatch, BatchTooLarge, ValueOutOfRange
 from splitonnx.expressions import (
+    LESS_1,
+    UNKNOWN,
+    describe_size,
     evaluate,
     find_unbound,
     is_name,
@@ -56,8 +59,12 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     bounds: Bounds | None = None
 
     def __str__(self) -> str:
-        dims = ", ".join("?" if dim is None else str(dim) for dim in self.shape)
-        return f"{self.dtype}[{dims}]"
+        return f"{self.dtype}{describe_dims(self.shape)}"
+
+
+def describe_dims(dims: Sequence[int | str | None]) -> str:
+    """Return dimensions as a reader knows them, such as ``[N, 8, ?]``."""
+    return f"[{', '.join('?' if dim is None else describe_size(str(dim)) for dim in dims)}]"
 
 
 def describe(array: np.ndarray) -> str:
@@ -114,12 +121,25 @@ def check_rows(array: np.ndarray, spec: TensorSpec, limit: int) -> None:
 
 
 def _describe_expected(array: np.ndarray, spec: TensorSpec, sizes: Mapping[str, int]) -> str:
-    names = {atom for dim in spec.shape if isinstance(dim, str) for a, _ in parse_terms(dim)
-             for atom in (dim, *a)}  # fmt: skip
-    bound = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in names)
-    if not bound and 0 in array.shape and 0 not in spec.shape:
-        return f"{spec} without an empty dimension"
-    return f"{spec} where {bound}" if bound else str(spec)
+    names = dict.fromkeys(atom for dim in spec.shape if isinstance(dim, str)
+                          for a, _ in parse_terms(dim) for atom in (dim, *a))  # fmt: skip
+    bound = [f"{name.removesuffix(LESS_1)} = {size + name.endswith(LESS_1)}"
+             for name, size in sizes.items() if name in names and UNKNOWN not in name]  # fmt: skip
+    open_names = [name for name in names if name not in sizes and is_name(name)]
+    bound += [f"{n.removesuffix(LESS_1)} >= 2" for n in open_names if n.endswith(LESS_1)]
+    is_empty = 0 in array.shape
+    dims = spec.shape if is_empty else [_find_size(dim, sizes) for dim in spec.shape]
+    expected = f"{spec.dtype}{describe_dims(dims)}"
+    if not bound and is_empty and 0 not in spec.shape:
+        return f"{expected} without an empty dimension"
+    return f"{expected} where {', '.join(bound)}" if bound else expected
+
+
+def _find_size(dim: int | str | None, sizes: Mapping[str, int]) -> int | str | None:
+    """Return the size of a dimension that no name describes, if it is known."""
+    if not isinstance(dim, str) or UNKNOWN not in dim:
+        return dim
+    return sizes.get(dim, evaluate(dim, sizes))
 
 
 def _bind_shape(

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.tensors import describe_dims
 
 
 def list_dims(value: ir.Value) -> tuple[int | str | None, ...]:
@@ -29,22 +30,23 @@ def choose_class_axis(output: ir.Value, given: int | None) -> int:
     """
     dims = list_dims(output)
     subject, rank = f"output '{output.name}'", len(dims)
+    described = describe_dims(dims)
     if given is not None and not (0 < given < rank or -rank < given < 0):
         raise UsageError(
-            f"--class-axis {given} is not an axis of {subject} {list(dims)} behind the batch"
+            f"--class-axis {given} is not an axis of {subject} {described} behind the batch"
         )
     axes = (1, rank - 1) if given is None else (given % rank,)
     fitting = list(dict.fromkeys(axis for axis in axes if rank > 1 and isinstance(dims[axis], int)))
     if not fitting:
         raise UnsupportedModel(
             subject,
-            f"cross-entropy needs scores of shape (N, C, ...) with C known, not {list(dims)}",
+            f"cross-entropy needs scores of shape (N, C, ...) with C known, not {described}",
         )
     if len(fitting) > 1 and _without(dims, fitting[0]) == _without(dims, fitting[1]):
         raise UnsupportedModel(
             subject,
-            f"its scores {list(dims)} may have their classes on axis 1 or on the last axis, and "
-            f"labels {list(_without(dims, 1))} fit both",
+            f"its scores {described} may have their classes on axis 1 or on the last axis, and "
+            f"labels {describe_dims(_without(dims, 1))} fit both",
             f"say which one is meant with --class-axis 1 or --class-axis {rank - 1}",
         )
     return fitting[0]

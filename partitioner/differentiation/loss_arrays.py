@@ -22,7 +22,7 @@ from splitonnx.partitioner.differentiation.class_axes import (
 from splitonnx.partitioner.differentiation.loss_formulas import ACCURACY, list_formulas
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.inference.undecided_sizes import explain_unknown_rank
-from splitonnx.tensors import TensorSpec
+from splitonnx.tensors import TensorSpec, describe_dims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,4 +255,4 @@ def find_class_axis(graph: ir.Graph, loss: Loss, graphs: LossGraphs = NO_GRAPHS)
 
 def describe_scores(graph: ir.Graph, output: str) -> str:
     """Return the name and shape of an output as text for error messages."""
-    return f"output '{output}' {list(list_dims(map_values(graph)[output]))}"
+    return f"output '{output}' {describe_dims(list_dims(map_values(graph)[output]))}"

@@ -40,6 +40,7 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import map_values, walk_back
 from splitonnx.partitioner.loss_files import read_loss_files
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
+from splitonnx.tensors import describe_dims
 
 _CHANNELS_FIRST = frozenset(
     {"AveragePool", "BatchNormalization", "Conv", "ConvTranspose", "GlobalAveragePool", "MaxPool",
@@ -291,4 +292,4 @@ def _find_maker(value: ir.Value) -> str:
 
 
 def _show(dims: Sequence[int | str | None]) -> str:
-    return f"({', '.join('?' if dim is None else str(dim) for dim in dims)})"
+    return f"({describe_dims(dims)[1:-1]})"

@@ -66,7 +66,7 @@ def test_a_model_that_can_be_read_both_ways_is_refused_with_both() -> None:
     with pytest.raises(UnsupportedModel) as caught:
         cut(load_model(NAME), at=None)
     text = str(caught.value)
-    assert "labels ['N', 5] fit both" in text
+    assert "labels [N, 5] fit both" in text
     for axis in (1, 2):
         assert f"--class-axis {axis}" in text
         cut(load_model(NAME), at=None, class_axis=axis)
@@ -87,7 +87,7 @@ def test_the_last_axis_is_taken_and_said_where_it_alone_has_a_known_size(
     assert (spec.shape, spec.bounds) == (("N", "T"), (0, 4))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "the last axis of output 'y' ['N', 'T', 4] as the classes" in record.getMessage()
+    assert "the last axis of output 'y' [N, T, 4] as the classes" in record.getMessage()
     caplog.clear()
     cut(build_sequence("T"), at=None, class_axis=2)
     assert not caplog.records

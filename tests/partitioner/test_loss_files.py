@@ -152,7 +152,7 @@ def test_labels_that_are_no_classes_reach_no_kernel() -> None:
     [
         (b"no model", "not a"),
         (build_loss(score="logits"), "its inputs are 'logits', 'goal'"),
-        (build_loss(rows=4), r"its input 'scores' is FLOAT \[4, 4\].*is FLOAT \['N', 4\]"),
+        (build_loss(rows=4), r"its input 'scores' is FLOAT \[4, 4\].*is FLOAT \[N, 4\]"),
         (build_loss([helper.make_node("Sub", ["scores", "goal"], ["value"])], result=["batch", 4]),  # type: ignore[list-item]
          "not a float32 scalar"),
         (build_loss([helper.make_node("RandomNormalLike", ["scores"], ["noise"]),

@@ -19,6 +19,7 @@ from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.passes.work import Work
 from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.tensors import describe_dims
 
 Pairs: TypeAlias = Mapping[str, str] | Sequence[tuple[str, str]]
 """The output and the input of each state, as a dictionary or as pairs."""
@@ -184,4 +185,4 @@ def describe_shape(value: ir.Value) -> str:
     """Return a value's shape for a sentence, with a question mark for each unknown size."""
     if value.shape is None:
         return "of unknown shape"
-    return f"[{', '.join('?' if size is None else str(size) for size in _list_sizes(value))}]"
+    return describe_dims(_list_sizes(value))

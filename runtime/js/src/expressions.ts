@@ -24,6 +24,9 @@ interface Term {
 type Terms = readonly Term[];
 type ReadonlySizes = ReadonlyMap<string, number>;
 
+/** What every name contains whose size is unknown. */
+export const UNKNOWN = "unk__";
+const LESS_1 = "_less_1"; // the end of a name for a batch of 2 or more: N is `N_less_1 + 1`
 const LONGEST = 2000; // characters; a longer text is one atom
 const DEEPEST = 32; // quotients inside one another; what is deeper is one atom
 const NAME = /^(?:unk__[^ \t\n\r\f\v*+()]+|[A-Za-z0-9_.]+)$/;
@@ -127,6 +130,55 @@ function solve(terms: Terms, open: string, size: number, sizes: ReadonlySizes): 
   const offset = compute(terms.filter((term) => !isOpen(term)), sizes)!;
   const solution = (size - offset) / slope;
   return Number.isSafeInteger(solution) ? solution : undefined;
+}
+
+/** Write a dimension for a reader: `N` in place of `N_less_1 + 1`, `?` if it is unknown. */
+export function describeSize(dim: number | string): string {
+  if (typeof dim === "number") return String(dim);
+  if (dim.includes(UNKNOWN)) return "?";
+  return dim.includes(LESS_1) ? describeTerms(parse(dim)) : dim;
+}
+
+function describeTerms(terms: Terms): string {
+  const total = new Map<string, [names: readonly string[], factor: number]>();
+  for (const { factor, atoms } of terms) {
+    let products: [names: string[], factor: number][] = [[[], factor]];
+    for (const { text, sides } of atoms) {
+      const name = sides ? sides.map((side) => `(${describeTerms(side)})`).join("//") : text;
+      const isLess = !sides && text.endsWith(LESS_1);
+      products = products.flatMap(([names, own]): typeof products => {
+        if (!isLess) return [[[...names, name], own]];
+        return [[[...names, text.slice(0, -LESS_1.length)], own], [names, -own]];
+      });
+    }
+    for (const [names, own] of products) {
+      const key = names.sort().join("*");
+      total.set(key, [names, (total.get(key)?.[1] ?? 0) + own]);
+    }
+  }
+  const parts = [...total.values()].filter(([, factor]) => factor);
+  const written = parts.map(([names, factor]) => {
+    return (names.length && factor === 1 ? names : [String(factor), ...names]).join("*");
+  });
+  return written.join(" + ") || "0";
+}
+
+/** Write the size of a name for a reader. */
+export function describeBound(name: string, size: number): string {
+  if (!name.endsWith(LESS_1)) return `${name} = ${size}`;
+  return `${name.slice(0, -LESS_1.length)} = ${size + 1}`;
+}
+
+/** Write the least size of a name for a reader, if it is more than 1. */
+export function describeLeast(name: string): string | undefined {
+  const isLess = NAME.test(name) && name.endsWith(LESS_1);
+  return isLess ? `${name.slice(0, -LESS_1.length)} >= 2` : undefined;
+}
+
+/** Return the size of a dimension that no name describes, if it is known. */
+export function findUnnamed(dim: number | string | null, sizes: ReadonlySizes): number | undefined {
+  if (typeof dim !== "string" || !dim.includes(UNKNOWN)) return undefined;
+  return sizes.get(dim) ?? compute(parse(dim), sizes);
 }
 
 /** List what may be bound for a dimension: its text, and its atoms. */

@@ -7,7 +7,15 @@
  */
 
 import { ArrayMismatch, ValueOutOfRange, flatten } from "./errors.js";
-import { fitsShape, listKeys } from "./expressions.js";
+import {
+  UNKNOWN,
+  describeBound,
+  describeLeast,
+  describeSize,
+  findUnnamed,
+  fitsShape,
+  listKeys,
+} from "./expressions.js";
 import type { Sizes } from "./expressions.js";
 
 /** The elements of a tensor; 16-bit floats are their bits, truth values bytes of 0 and 1. */
@@ -99,7 +107,7 @@ export function viewBytes(data: Elements): Uint8Array {
 
 /** Describe a tensor or a declaration: `F32[32, 1, 8, 8]`. */
 export function describe(tensor: { dtype: string; shape: TensorSpec["shape"] }): string {
-  return `${tensor.dtype}[${tensor.shape.map((dim) => dim ?? "?").join(", ")}]`;
+  return `${tensor.dtype}[${tensor.shape.map((dim) => describeSize(dim ?? "?")).join(", ")}]`;
 }
 
 /** Select rows along the first dimension, in the order given. */
@@ -168,14 +176,18 @@ export function checkArray(
 }
 
 function describeExpected({ shape }: NdArray, spec: TensorSpec, sizes: Sizes): string {
-  const expected = flatten(describe(spec));
+  const isEmpty = shape.includes(0);
+  const dims = isEmpty ? spec.shape : spec.shape.map((dim) => findUnnamed(dim, sizes) ?? dim);
+  const expected = flatten(describe({ dtype: spec.dtype, shape: dims }));
   const keys = spec.shape.flatMap((dim) => (typeof dim === "string" ? listKeys(dim) : []));
-  const bound = [...sizes].filter(([key]) => keys.includes(key));
-  if (bound.length) {
-    return `${expected} where ${bound.map(([key, size]) => `${flatten(key)} = ${size}`).join(", ")}`;
-  }
-  const isEmpty = shape.includes(0) && !spec.shape.includes(0);
-  return expected + (isEmpty ? " without an empty dimension" : "");
+  const known = [...sizes].filter(([key]) => keys.includes(key) && !key.includes(UNKNOWN));
+  const open = [...new Set(keys)].filter((key) => !sizes.has(key));
+  const bound = [
+    ...known.map(([key, size]) => describeBound(key, size)),
+    ...open.flatMap((key) => describeLeast(key) ?? []),
+  ];
+  if (bound.length) return `${expected} where ${bound.map(flatten).join(", ")}`;
+  return expected + (isEmpty && !spec.shape.includes(0) ? " without an empty dimension" : "");
 }
 
 function checkBounds(array: NdArray, name: string, bounds: readonly number[]): void {
