@@ -61,6 +61,7 @@ from splitonnx.partitioner.cutting.preparations import (
     choose_output,
     describe_adapters,
     describe_numbers,
+    list_trained,
     prepare,
 )
 from splitonnx.partitioner.differentiation.activations.final_activations import CONTAINED
@@ -82,13 +83,10 @@ from splitonnx.partitioner.loss_files import read_loss_files
 from splitonnx.partitioner.lowerings.centred_normalizations import describe_narrow
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.model_losses import list_predicted, separate_losses
+from splitonnx.partitioner.normalization.dequantized import untrained
 from splitonnx.partitioner.normalization.dequantized.stored import (
     describe_stored_integers,
     find_stored_integers,
-)
-from splitonnx.partitioner.normalization.dequantized.untrained import (
-    describe_untrained_integers,
-    find_untrained_integers,
 )
 from splitonnx.partitioner.normalization.weights import make_pattern
 
@@ -170,8 +168,8 @@ def cut(
         _log.warning("%s", advise(opened, omissions))
     if (stored := find_stored_integers(opened.graph)) and not dequantize:
         _log.warning("%s", describe_stored_integers(stored))
-    if untrained := find_untrained_integers(opened.graph):
-        _log.warning("%s", describe_untrained_integers(untrained))
+    if staying := untrained.find_untrained_integers(opened.graph):
+        _log.warning("%s", untrained.describe_untrained_integers(staying))
     prepared = prepare(
         opened,
         batchnorm=batchnorm,
@@ -284,7 +282,7 @@ def cut_prepared(
     with naming_as_given(prepared.given):
         for name in outputs:
             refuse_untrainable(prepared, name)
-        assign_groups(optimizer.groups, prepared.trainable)  # before the slow step
+        assign_groups(optimizer.groups, list_trained(prepared, outputs))  # before the slow step
         try:
             training = build_training(prepared, names_at, names_tail, losses, examine, graphs)
             predicted, own = separate_losses(prepared, losses, [*names_at, *names_tail])

@@ -385,3 +385,9 @@ def count_trained(prepared: PreparedModel, outputs: Sequence[str]) -> dict[str, 
         name: prepared.weights[name].size if roles[name] is Role.PARAMETER else 0
         for name in prepared.trainable
     }
+
+
+def list_trained(prepared: PreparedModel, outputs: Sequence[str]) -> list[str]:
+    """List the parameters that losses on ``outputs`` train."""
+    roles = find_roles(prepared, outputs)
+    return [name for name, role in roles.items() if role is Role.PARAMETER]

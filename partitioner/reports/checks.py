@@ -33,6 +33,7 @@ from splitonnx.partitioner.cutting.passes.stored_options import describe_stored
 from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
     find_roles,
+    list_trained,
     prepare,
 )
 from splitonnx.partitioner.differentiation.control_flow.obstacles import list_undifferentiable
@@ -230,7 +231,7 @@ def check(
         carried=carried,
         conditional=_count_conditional(prepared),
         layers=list_layers(prepared, doubts, roles),
-        groups=_apply_groups(groups, [n for n, role in roles.items() if role is Role.PARAMETER]),
+        groups=_apply_groups(groups, list_trained(prepared, tried.outputs)),
         cuts=cuts,
     )
 

@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.manifests import KEY, Role
-from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
+from splitonnx.partitioner.cutting.preparations import PreparedModel, list_trained, prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.normalization.weights import read_array
@@ -103,6 +103,18 @@ def test_patterns_choose_what_is_trained() -> None:
     assert frozen.trainable == ("w1", "w2", "w3", "w4")
     both = prepare_entry("chain", freeze=["^b"], train=["^b1$"])
     assert [name for name in both.trainable if name.startswith("b")] == ["b1"]
+
+
+def test_only_what_the_outputs_depend_on_is_trained() -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 18]>
+        heads (float[N, 2] x) => (float[N, 2] a, float[N, 2] b)
+        <float[2, 2] w = {1, 2, 3, 4}, float[2, 2] v = {1, 2, 3, 4}, float[2, 2] u = {1, 2, 3, 4}>
+        { h = MatMul (x, w)  a = MatMul (h, v)  b = MatMul (h, u) }"""
+    )
+    prepared = prepare(open_model(model))
+    assert list_trained(prepared, ["a"]) == ["w", "v"]
+    assert list_trained(prepared, ["a", "b"]) == ["w", "v", "u"]
 
 
 def test_patterns_without_an_effect_are_refused() -> None:

@@ -10,6 +10,7 @@ from onnx import helper
 
 from splitonnx.errors import NotAModel, NotDifferentiable, UnsupportedModel, UsageError
 from splitonnx.losses import Loss
+from splitonnx.optimizers import SGD, ParameterGroup
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import Handling, check
 from splitonnx.partitioner.reports.inspections import inspect
@@ -185,6 +186,17 @@ def test_settings_that_a_loss_does_not_have_are_refused_as_cut_refuses_them() ->
         check(build_two_heads(), loss=Loss(kind="mse", label_smoothing=0.1))
     with pytest.raises(UsageError, match="there is no loss; name one"):
         check(build_two_heads(), loss=[])
+
+
+def test_a_group_without_a_parameter_is_told_of_those_that_the_output_trains() -> None:
+    model, groups = build_two_heads(), [ParameterGroup(pattern="tail", lr_factor=2)]
+    told = "those are 'w', 'a_n.bn.scale', 'a_n.bn.bias', 'a.w'$"
+    with pytest.raises(UsageError, match=told):
+        cut(model, at=None, output="a", optimizer=SGD(groups=groups))
+    with pytest.raises(UsageError, match=told):
+        check(model, output="a", groups=groups)
+    with pytest.raises(UsageError, match=r", 'b\.w'$"):
+        cut(model, at=None, loss=LOSSES, optimizer=SGD(groups=groups))
 
 
 def test_slips_are_errors() -> None:
