@@ -153,18 +153,23 @@ def list_cuts(
         if each.at[0].name in trained
         and not _loses_gradient(each)
         and all(can_travel(value) for value in each.at)
-        and _keeps_states(prepared, each, outputs)
+        and keeps_states(prepared, each.at, (), outputs)
     ]
 
 
-def _keeps_states(prepared: PreparedModel, bisection: Bisection, outputs: Sequence[str]) -> bool:
+def keeps_states(
+    prepared: PreparedModel,
+    at: Sequence[ir.Value],
+    tail_at: Sequence[ir.Value],
+    outputs: Sequence[str],
+) -> bool:
     """Return whether a cut leaves each state of the model to one party."""
     if not prepared.states:
         return True
     graph = copy_model(prepared.training).graph
-    names = [value.name or "" for value in bisection.at]
+    names, tail = ([value.name or "" for value in end] for end in (at, tail_at))
     try:
-        place_states(prepared, graph, divide_training(prepared, graph, names, (), outputs))
+        place_states(prepared, graph, divide_training(prepared, graph, names, tail, outputs))
     except CutError:
         return False
     return True

@@ -152,8 +152,6 @@ def inspect(
     if u_shape or is_end_named:
         if batch is not None:
             raise UsageError("pairs are listed with their bytes per sample; leave out --batch")
-        if state:
-            raise UsageError("pairs of a U-shaped cut are listed without --state; leave it out")
         pause_to_the_end()
         pairs = splitonnx.inspect_pairs(
             model,
@@ -162,6 +160,7 @@ def inspect(
             sent=sent or (),
             dims=read_dims(dim),
             bind=read_bindings(bind),
+            states=read_states(state),
             dequantize=dequantize,
             output=output,
             dropout=None if dropout is None else dropout.value,

@@ -13,6 +13,8 @@ from splitonnx.disclosures import count_bytes_per_sample
 from splitonnx.expressions import describe_size, is_name
 from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Tensors
+from splitonnx.partitioner.cutting.carried_states import declarations
+from splitonnx.partitioner.cutting.carried_states.placements import leave_out_states
 from splitonnx.partitioner.cutting.cuts import find_lost
 from splitonnx.partitioner.cutting.divisions import find_needed, keep_reached
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
@@ -38,7 +40,7 @@ from splitonnx.partitioner.graphs.traversals import (
     walk_back,
 )
 from splitonnx.partitioner.partitions import refuse_untrainable
-from splitonnx.partitioner.reports.inspections import can_travel, resolve_sent
+from splitonnx.partitioner.reports.inspections import can_travel, keeps_states, resolve_sent
 from splitonnx.partitioner.reports.u_shapes.recommendations import find_recommended
 from splitonnx.tensors import DTYPES, TensorSpec
 
@@ -83,6 +85,7 @@ def inspect_pairs(
     sent: Sequence[str] = (),
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
+    states: declarations.Pairs = (),
     dequantize: bool = False,
     output: str | None = None,
     dropout: DropoutMode | None = None,
@@ -97,7 +100,7 @@ def inspect_pairs(
         tail_at: the tensors that the server sends back, as for ``cut``; by default each tensor is
             tried.
         sent: raw inputs, such as an attention mask, that may be sent together with each tensor.
-        dims, bind: sizes and values of inputs, as for ``cut``.
+        dims, bind, states: sizes, values and states of inputs, as for ``cut``.
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
         dropout: whether Dropout nodes are on, as for ``cut``.
@@ -113,8 +116,14 @@ def inspect_pairs(
             model, or ``output`` is not one of its outputs.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
-    opened = open_model(model, adjustments)
-    prepared = prepare(opened, dropout=dropout, train=train, freeze=freeze, adjustments=adjustments)
+    prepared = prepare(
+        open_model(model, adjustments),
+        dropout=dropout,
+        train=train,
+        freeze=freeze,
+        adjustments=adjustments,
+        states=declarations.list_pairs(states),
+    )
     return list_pairs(prepared, at=at, tail_at=tail_at, sent=sent, output=output)
 
 
@@ -128,7 +137,9 @@ def list_pairs(
     output: str | None = None,
 ) -> list[PairCandidate]:
     """List the pairs of a prepared model as :func:`inspect_pairs` does."""
-    refuse_untrainable(prepared, choose_output(prepared, output))
+    output = choose_output(prepared, output)
+    prepared = leave_out_states(prepared, [output])
+    refuse_untrainable(prepared, output)
     graph = prepared.inference.graph
     search = PairSearch(
         graph,
@@ -145,6 +156,7 @@ def list_pairs(
             for pair in search.find(first, last)
             if _can_be_sent(pair, graph, prepared.trainable)
             and (trained := form.divide(pair)) is not None
+            and keeps_states(prepared, pair.at, pair.tail_at, [output])
         ]
     return [
         replace(pair, recommended=recommended)
@@ -158,11 +170,11 @@ def _resolve(prepared: PreparedModel, names: str | Sequence[str]) -> Tensors | N
 
 
 @contextmanager
-def _limit_outputs(prepared: PreparedModel, output: str | None) -> Iterator[None]:
+def _limit_outputs(prepared: PreparedModel, output: str) -> Iterator[None]:
     """Remove all outputs of the training form except the one with the loss, and restore them."""
     graph = prepared.training.graph
     outputs = list(graph.outputs)
-    graph.outputs[:] = [map_values(graph)[choose_output(prepared, output)]]
+    graph.outputs[:] = [map_values(graph)[output]]
     try:
         yield
     finally:

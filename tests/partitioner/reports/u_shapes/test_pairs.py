@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from splitonnx.errors import CutError, LabelsNotPermitted, UnknownTensor, UsageE
 from splitonnx.partitioner import permissions
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.u_shapes.pairs import PairCandidate, inspect_pairs
+from tests.support.carried import AVERAGES, RECURRENT, build_averages, build_recurrent
 from tests.support.zoo import FLOAT, INT64, ZOO, Net
 
 
@@ -177,3 +180,30 @@ def test_pairs_that_tell_the_labels_are_those_that_cut_asks_to_permit(name: str)
                 permissions.cut(model, at=pair.at, tail_at=tail_at, check=False)
         else:
             assert permissions.cut(model, at=pair.at, tail_at=tail_at, check=False).server
+
+
+@pytest.mark.parametrize(
+    ("model", "states", "dims"),
+    [
+        (build_recurrent(), RECURRENT, {"x:0": 4, "h_in:0": 4}),
+        (build_averages(), AVERAGES, {}),
+    ],
+    ids=["recurrent", "averages"],
+)
+def test_with_states_the_pairs_are_those_that_cut_accepts(
+    model: ModelProto, states: Mapping[str, str], dims: Mapping[str, int]
+) -> None:
+    pairs = inspect_pairs(model, states=states, dims=dims)
+    found = {(pair.at, pair.tail_at) for pair in pairs}
+    assert found
+    names = [node.output[0] for node in model.graph.node]
+    for at, tail_at in itertools.permutations(names, 2):
+        try:
+            bundle = cut(
+                model, at=at, tail_at=tail_at, loss="mse", states=states, dims=dims, check=False
+            )
+        except (CutError, UsageError):
+            assert ((at,), (tail_at,)) not in found
+            continue
+        recipe = bundle.manifest.recipe
+        assert (recipe.at, recipe.tail_at) in found
