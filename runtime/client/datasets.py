@@ -50,7 +50,7 @@ class Dataset(ABC):
     def check(self, specs: Sequence[TensorSpec]) -> None:
         """Check the arrays against ``specs``, the declared tensors.
 
-        If the batches come from an iterable, each batch is checked later, when it is read.
+        Batches of an iterable that is not a list are checked later, when they are read.
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
@@ -146,8 +146,11 @@ class BatchDataset(Dataset):
         self._spent = False
 
     def check(self, specs: Sequence[TensorSpec]) -> None:
-        """Store ``specs``, against which each batch is checked when it is read."""
+        """Check the batches of a list; other batches are checked when they are read."""
         self._specs = specs
+        if isinstance(self._source, list | tuple):
+            for number, batch in enumerate(self._source):
+                check_batch(_read_batch(number, batch), specs)
 
     def batches(
         self,
@@ -172,13 +175,17 @@ class BatchDataset(Dataset):
             )
         self._spent = isinstance(self._source, Iterator)
         for number, batch in enumerate(self._source):
-            if not isinstance(batch, Mapping):
-                kind = type(batch).__name__
-                raise UnusableData("the data", f"batch {number} is a {kind}, no dict of arrays")
-            arrays = {name: np.asarray(array) for name, array in batch.items()}
+            arrays = _read_batch(number, batch)
             check_batch(arrays, self._specs)
             check_finite(arrays, f"batch {number}, ")
             yield arrays
+
+
+def _read_batch(number: int, batch: object) -> dict[str, np.ndarray]:
+    if not isinstance(batch, Mapping):
+        kind = type(batch).__name__
+        raise UnusableData("the data", f"batch {number} is a {kind}, no dict of arrays")
+    return {name: np.asarray(array) for name, array in batch.items()}
 
 
 class FileDataset(Dataset):

@@ -53,6 +53,7 @@ from splitonnx.commands.training_displays import choose_display
 from splitonnx.commands.training_logs import TrainingLogOptions, call_both
 from splitonnx.errors import UsageError
 from splitonnx.names import CLIENT
+from splitonnx.schedules import plan_rates
 
 if TYPE_CHECKING:
     from splitonnx.bundles import Bundle
@@ -228,14 +229,21 @@ def train(
     schedule, stopping = rates.read(), stops.read()
     if local:
         _refuse_remote(server, run, trusted, give_up_after)
-        bundle = whole.prepare(source, run.lr)
     else:
         _refuse_local(server, whole)
-        bundle = None
     from splitonnx.runtime.client.datasets import open_dataset
     from splitonnx.runtime.client.options import choose_measures
     from splitonnx.runtime.workers.heaps import exempt_loaded
 
+    dataset = open_dataset(data)  # before the work of a cut, and before a server makes a session
+    held_out = None if eval_data is None else open_dataset(eval_data)
+    batch_size = choose_batch_size(
+        run.batch_size, dataset, *([] if held_out is None else [held_out])
+    )
+    batches = dataset.count_batches(batch_size)
+    if schedule is not None and batches is not None:
+        plan_rates(schedule, epochs=run.epochs, steps_per_epoch=batches)
+    bundle = whole.prepare(source, run.lr) if local else None
     display = choose_display(as_json=as_json, quiet=quiet, epochs=run.epochs)
     with splitonnx.Client(
         source if bundle is None else bundle.client,
@@ -249,15 +257,9 @@ def train(
     ) as client:
         has_data, names = eval_data is not None, metric or ()
         choose_measures(client.manifest, names, stopping, has_data=has_data, can_return=True)
-        dataset = open_dataset(data)
-        held_out = None if eval_data is None else open_dataset(eval_data)
-        batch_size = choose_batch_size(
-            run.batch_size, dataset, *([] if held_out is None else [held_out])
-        )
         disclosure = RunDisclosure(
             client.manifest, dataset, held_out, epochs=run.epochs, batch_size=batch_size
         )
-        batches = dataset.count_batches(batch_size)
         has_checkpoints = not local and run.checkpoint_every > 0
         exempt_loaded()
         with (

@@ -118,6 +118,26 @@ def test_options_that_make_no_sense_together_are_refused(
     assert expected in command.fail("train", MODEL, "--data", data, *arguments)
 
 
+def test_data_and_warmup_are_refused_before_a_server_is_called(
+    command: Command, bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    nowhere = ("--server", "ws://127.0.0.1:9")
+    late = command.fail("train", bundle / "client", "--data", data, *nowhere, "--warmup", "5000")
+    assert "the warmup of 5000 steps must be shorter than the training, which has" in late
+    missing = tmp_path / "missing.npz"
+    assert "missing.npz" in command.fail("train", bundle / "client", "--data", missing, *nowhere)
+
+
+def test_data_and_warmup_are_refused_before_a_model_is_prepared(
+    command: Command, data: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "no_model.onnx"
+    late = command.fail("train", model, "--local", "--data", data, "--warmup", "1000epochs")
+    assert "must be shorter than the training" in late
+    missing = tmp_path / "missing.npz"
+    assert "missing.npz" in command.fail("train", model, "--local", "--data", missing)
+
+
 def test_a_server_that_is_not_there_is_one_line(command: Command, bundle: Path, data: Path) -> None:
     line = command.fail("train", bundle / "client", "--server", "ws://127.0.0.1:1", "--data", data)
     assert "ws://127.0.0.1:1" in line

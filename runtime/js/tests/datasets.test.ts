@@ -83,6 +83,10 @@ describe("data are refused", () => {
     const high = { dims: [4], data: BigInt64Array.of(0n, 1n, 2n, 3n) };
     assert.throws(check({ x, labels: high }), ValueOutOfRange);
   });
+  test("with labels out of range in any batch of an array", () => {
+    const high = { dims: [4], data: BigInt64Array.of(0n, 1n, 2n, 3n) };
+    assert.throws(check([{ x, labels }, { x, labels: high }]), ValueOutOfRange);
+  });
   test("that differ in their number of rows, or have none", () => {
     assert.throws(check({ x, labels: make(3).labels }), UnusableData);
     assert.throws(check({}), UnusableData);

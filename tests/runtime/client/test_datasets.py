@@ -105,7 +105,9 @@ def test_data_that_do_not_fit_are_told_before_the_first_step(
         open_dataset(data).check([X, LABELS])
     with pytest.raises(error):
         check_batch(data, [X, LABELS])
-    given = open_dataset([arrays(), data])
+    with pytest.raises(error, match=sentence):
+        open_dataset([arrays(), data]).check([X, LABELS])
+    given = open_dataset(iter([arrays(), data]))
     given.check([X, LABELS])
     batches = given.batches(4, seed=0, epoch=0, shuffle=False)
     next(batches)

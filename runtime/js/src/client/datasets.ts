@@ -172,9 +172,11 @@ class BatchDataset implements Dataset {
     this.#source = source;
   }
 
-  /** Check each batch from now on, when its turn comes. */
+  /** Check the batches of an array; others are checked when their turn comes. */
   check(specs: readonly TensorSpec[]): void {
     this.#specs = specs;
+    if (!Array.isArray(this.#source)) return;
+    for (const batch of this.#source as Batch[]) checkBatch(takeBatch(batch), specs);
   }
 
   async *batches(): AsyncGenerator<NdArrays, void> {
