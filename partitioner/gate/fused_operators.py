@@ -42,8 +42,9 @@ FUSED = frozenset(
 """The fused operators that can be replaced by standard operators."""
 
 WITHOUT = (
-    "export the model without the optimizer: take the file that it read, or set its "
-    "graph_optimization_level to ORT_ENABLE_BASIC"
+    "export the model without the optimizer: take the file that it read, or have it write standard "
+    "operators, a session with graph_optimization_level ORT_ENABLE_BASIC, optimize_model of "
+    "onnxruntime.transformers with only_onnxruntime=True and opt_level=1"
 )
 """The advice on operators that cannot be replaced."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.partitioner.gate.fused_operators import WITHOUT
 from splitonnx.partitioner.graphs.builders import NodeBuilder, take_input, take_inputs
 from splitonnx.partitioner.normalization.fused.operands import (
     find_dtype,
@@ -20,6 +21,10 @@ from splitonnx.partitioner.normalization.fused.operands import (
 )
 
 _HEADS_FIRST = [0, 2, 1, 3]
+_WITHOUT_HEADS = (
+    "optimize it without use_multi_head_attention, if that was set: Attention is taken with a mask"
+)
+"""The advice on an operator that optimize_model of onnxruntime.transformers writes if asked to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,8 @@ def write_multi_head(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
     refuse_outputs(node, 0)
     refuse_inputs(node, 6)
     if take_optional(node, 4) is not None:
-        raise refuse(node, "it has a mask, which some kernels of ONNX Runtime ignore")
+        reason = "it has a mask, which some kernels of ONNX Runtime ignore"
+        raise refuse(node, reason, f"{_WITHOUT_HEADS}; or {WITHOUT}")
     query, key, value = take_input(node), take_optional(node, 1), take_optional(node, 2)
     if key is None or value is None or find_rank(query) != 3:
         raise refuse(node, "its queries, keys and values are packed into one input")

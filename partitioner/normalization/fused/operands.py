@@ -66,15 +66,15 @@ def find_size(value: ir.Value, axis: int) -> int:
     return dim
 
 
-def refuse(node: ir.Node, reason: str) -> UnsupportedModel:
+def refuse(node: ir.Node, reason: str, advice: str = WITHOUT) -> UnsupportedModel:
     """Return an error for a fused node that cannot be written in standard operators.
 
-    ``reason`` states what prevents this.
+    ``reason`` states what prevents this, and ``advice`` what to do.
     """
     return UnsupportedModel(
         f"node '{node.name}' ({node.op_type})",
         f"{reason}; it is an operator of ONNX Runtime, so this is an optimized model",
-        WITHOUT,
+        advice,
     )
 
 

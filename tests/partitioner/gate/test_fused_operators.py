@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import pytest
 from onnx import helper
@@ -53,6 +57,7 @@ def test_a_layer_norm_that_the_opset_lacks_is_ort_s(
 def test_the_others_of_ort_are_told_from_those_of_other_domains() -> None:
     ours = refuse_domain(helper.make_node("Inverse", [], ["y"], domain=DOMAIN))
     assert "optimized model; export the model without the optimizer" in str(ours)
+    assert "onnxruntime.transformers with only_onnxruntime=True and opt_level=1" in str(ours)
     other = refuse_domain(helper.make_node("Inverse", [], ["y"], domain="my.domain"))
     assert "'my.domain' is not one of ONNX's own" in str(other)
     for domain in (DOMAIN, "my.domain"):
@@ -60,3 +65,18 @@ def test_the_others_of_ort_are_told_from_those_of_other_domains() -> None:
         model.opset_import.append(helper.make_opsetid("my.domain", 1))
         with pytest.raises(UnsupportedModel, match=r"'fused' \(Inverse\)"):
             open_model(model)
+
+
+def test_the_settings_that_the_advice_names_are_those_of_ort_s_optimizer() -> None:
+    found = find_spec("onnxruntime")
+    assert found is not None
+    assert found.origin is not None
+    source = Path(found.origin).parent.joinpath("transformers", "optimizer.py").read_text("utf-8")
+    (function,) = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "optimize_model"
+    ]
+    names = {argument.arg for argument in function.args.args}
+    assert {"only_onnxruntime", "opt_level"} <= names
+    assert "optimize_model(input, opt_level=1, use_gpu=False, only_onnxruntime=True)" in source
