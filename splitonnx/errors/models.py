@@ -279,12 +279,14 @@ class InputsNotPermitted(CutError):
             options.append("--send-labels")
             arguments.append("send_labels=True")
         derived = [name for name in self.tensors if name not in self.inputs]
-        source = f"{quote(derived)}, computed without a layer of weights from " if derived else ""
+        sends, instead = f"the raw input {quote(self.inputs)}", "the first layer with weights"
+        if derived:
+            sends = f"{quote(derived)}, computed on a path without a layer of weights from {sends}"
+            instead = "the next layer with weights on this path"
         return (
-            f"this cut would send {source}the raw input {quote(self.inputs)}"
-            f"{', and the labels' if self.labels else ''}; to let this leave the client, add "
-            f"{' '.join(options)} (in Python: {', '.join(arguments)}), else cut behind the first "
-            "layer with weights"
+            f"this cut would send {sends}{', and the labels' if self.labels else ''}; to let this "
+            f"leave the client, add {' '.join(options)} (in Python: {', '.join(arguments)}), else "
+            f"cut behind {instead}"
         )
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+import splitonnx
 from splitonnx.disclosures import list_sent
-from splitonnx.errors import NotACut
+from splitonnx.errors import InputsNotPermitted, NotACut
 from splitonnx.names import PREDICT, TRAIN, Target
 from splitonnx.partitioner.cutting.divisions import divide_training
 from splitonnx.partitioner.cutting.preparations import prepare
@@ -95,3 +96,26 @@ def test_with_and_without_the_raw_input_it_trains_split_as_unsplit(
     whole = cut(model, at=None, client_target=target, server_target=target)
     hold_predictions(whole, model, data)
     hold_step(whole, model, load_data("34_passed_through", 4), ["w1", "b1", "w2", "b2"])
+
+
+def test_lengths_that_choose_the_last_state_are_said_to_reach_it_past_every_layer() -> None:
+    random = np.random.default_rng(0)
+    weights = {"W": (1, 15, 3), "R": (1, 15, 5), "v": (5, 2)}
+    arrays = [
+        numpy_helper.from_array(random.standard_normal(shape).astype(np.float32), name)
+        for name, shape in weights.items()
+    ]
+    nodes = [
+        helper.make_node("GRU", ["x", "W", "R", "", "lens"], ["", "last"], hidden_size=5),
+        helper.make_node("MatMul", ["last", "v"], ["y"]),
+    ]
+    info = helper.make_tensor_value_info
+    inputs = [info("x", FLOAT, ["T", "N", 3]), info("lens", TensorProto.INT32, ["N"])]
+    graph = helper.make_graph(nodes, "g", inputs, [info("y", FLOAT, [1, "N", 2])], arrays)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    with pytest.raises(InputsNotPermitted) as caught:
+        splitonnx.cut(model, at="last", send_labels=True, loss="mse")
+    assert caught.value.inputs == ["lens"]  # of 'x', only what the layer made of it leaves
+    told = str(caught.value)
+    assert "'last', computed on a path without a layer of weights from the raw input 'lens'" in told
+    assert told.endswith("else cut behind the next layer with weights on this path")

@@ -39,6 +39,11 @@ from tests.support.sentences import check_sentence
         (NotACut(("a",), tuple(f"t{n}" for n in range(300))), ("'t0', 't1'", "'t6' and 293 more")),
         (NotACut(("a",), ("mask",), raw=("mask",)), ("'a'", "'mask'", "--send-input mask")),
         (InputsNotPermitted(("a",), ("x", "y z")), ("'a'", "--send-input x --send-input 'y z' (")),
+        (
+            InputsNotPermitted(("a",), ("x",)),
+            ("'a', computed on a path", "behind the next layer"),
+        ),
+        (InputsNotPermitted(("x",), ("x",)), ("send the raw input 'x'; to", "behind the first")),
         (InputsNotPermitted(("x",), ("x",), labels=True), ("'x'", "input x --send-labels (")),
         (LabelsNotPermitted(), ("--send-labels", "send_labels=True", "--tail-at")),
         (NotACut(tuple("abcdefgh"), reason="it is odd"), ("'a', 'b', 'c' and 5 more", "odd")),

@@ -159,7 +159,7 @@ def test_a_mask_beside_the_cut_is_named_as_the_refusals_say() -> None:
     (missing,) = re.findall(r"'([^']*)' would cross too", str(refused.value))
     (named,) = re.findall(r"--send-input (\w+)", str(refused.value))
     assert (missing, named) == ("scaled", "mask")
-    with pytest.raises(InputsNotPermitted, match="'scaled', computed without a layer of"):
+    with pytest.raises(InputsNotPermitted, match="'scaled', computed on a path without a layer of"):
         splitonnx.cut(model, at=["h2", "scaled"], send_labels=True)
     bundle = splitonnx.cut(model, at=["h2", missing], send_labels=True, send_inputs=[named])
     assert bundle.server is not None
