@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitonnx.errors.roots import SplitonnxError, flatten, quote
+from splitonnx.errors.roots import SplitonnxError, flatten, name_tensor, quote
 
 
 class DataError(SplitonnxError):
@@ -32,7 +32,7 @@ class ArrayMismatch(DataError):
     actual: str
 
     def __str__(self) -> str:
-        return f"'{self.name}' should be {self.expected}, but is {self.actual}"
+        return f"{name_tensor(self.name)} should be {self.expected}, but is {self.actual}"
 
 
 @dataclass(eq=False)
@@ -47,9 +47,8 @@ class ValueOutOfRange(DataError):
 
     def __str__(self) -> str:
         other = "" if self.other is None else f", and {self.other}"
-        return (
-            f"'{self.name}' holds {self.value}; allowed are {self.lower} to {self.upper - 1}{other}"
-        )
+        allowed = f"allowed are {self.lower} to {self.upper - 1}{other}"
+        return f"{name_tensor(self.name)} holds {self.value}; {allowed}"
 
 
 @dataclass(eq=False)
@@ -62,7 +61,7 @@ class BatchTooLarge(DataError):
 
     def __str__(self) -> str:
         return (
-            f"'{flatten(self.name)}' has {self.rows} rows, over the server's limit of "
+            f"{name_tensor(self.name)} has {self.rows} rows, over the server's limit of "
             f"{self.limit}; use a smaller --batch-size, or serve with a larger --max-batch"
         )
 
@@ -93,7 +92,8 @@ class NotFinite(DataError):
     where: str
 
     def __str__(self) -> str:
-        return f"'{self.name}' holds NaN or infinity ({self.where}); nothing was updated with it"
+        where = f"holds NaN or infinity ({self.where})"
+        return f"{name_tensor(self.name)} {where}; nothing was updated with it"
 
 
 @dataclass(eq=False)
@@ -106,7 +106,7 @@ class NormTooLarge(DataError):
 
     def __str__(self) -> str:
         return (
-            f"the gradient '{self.name}' has the norm {self.norm:g}, over the limit of "
+            f"{name_tensor(self.name)} has the norm {self.norm:g}, over the limit of "
             f"{self.limit:g}; nothing was updated with it"
         )
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+_SENT = re.compile(r"(.+)@(?:(server|client)|(?:server|client)_grad)", re.DOTALL)
+"""The name of a tensor that one party sends to the other: a tensor of the model, or a gradient."""
 
 
 def quote(names: Iterable[str]) -> str:
@@ -33,6 +37,18 @@ def flatten(text: str, most: int = 300) -> str:
     """
     line = "".join(char if char.isprintable() else "?" for char in text[:most])
     return f"{line}..." if len(text) > most else line
+
+
+def name_tensor(name: str) -> str:
+    """Return a tensor's name for a message: in quotes, as the model has it.
+
+    What one party sends to the other has a name of splitonnx's own, such as ``h@server``.
+    """
+    sent = _SENT.fullmatch(name)
+    if sent is None:
+        return f"'{flatten(name)}'"
+    known = f"'{flatten(sent[1])}'"
+    return f"{known} (sent to the {sent[2]})" if sent[2] else f"the gradient of {known}"
 
 
 class SplitonnxError(Exception):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 import splitonnx.errors
-from splitonnx.errors.roots import SplitonnxError, count_some, flatten, list_some, quote
+from splitonnx.errors import NotFinite
+from splitonnx.errors.roots import (
+    SplitonnxError,
+    count_some,
+    flatten,
+    list_some,
+    name_tensor,
+    quote,
+)
 
 KINDS = [
     kind
@@ -22,6 +30,23 @@ def test_names_stand_in_quotes_between_commas() -> None:
 def test_of_many_names_a_few_are_quoted_and_the_others_counted() -> None:
     assert count_some(["a", "b", "c", "d"]) == "'a', 'b', 'c', 'd'"
     assert count_some(["a", "b", "c", "d", "e"]) == "'a', 'b', 'c' and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("x", "'x'"),
+        ("h@server", "'h' (sent to the server)"),
+        ("/block/Add_output_0@client", "'/block/Add_output_0' (sent to the client)"),
+        ("h@server_grad", "the gradient of 'h'"),
+        ("h@client_grad", "the gradient of 'h'"),
+        ("table@2", "'table@2'"),
+        ("odd\n@server", "'odd?' (sent to the server)"),
+    ],
+)
+def test_a_tensor_that_is_sent_is_named_as_in_the_model(name: str, expected: str) -> None:
+    assert name_tensor(name) == expected
+    assert str(NotFinite(name, "step 1")).startswith(f"{expected} holds NaN or infinity")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,21 @@ export function flatten(text: string): string {
   return text.length > LONGEST ? `${line}...` : line;
 }
 
+// What one party sends to the other: a tensor of the model, or a gradient.
+const SENT = /^(.+)@(?:(server|client)|(?:server|client)_grad)$/s;
+
+/**
+ * Write a tensor's name for a message: in quotes, as the model has it.
+ *
+ * What one party sends to the other has a name of splitonnx's own, such as `h@server`.
+ */
+export function nameTensor(name: string): string {
+  const sent = SENT.exec(name);
+  if (!sent) return `'${flatten(name)}'`;
+  const known = `'${flatten(sent[1]!)}'`;
+  return sent[2] ? `${known} (sent to the ${sent[2]})` : `the gradient of ${known}`;
+}
+
 /** List names in quotes. */
 export function quote(names: Iterable<string>): string {
   return [...names].map((name) => `'${flatten(name)}'`).join(", ");
@@ -45,7 +60,7 @@ export class MissingArray extends DataError {
 export class ArrayMismatch extends DataError {
   override name = "ArrayMismatch";
   constructor(readonly array: string, readonly expected: string, readonly actual: string) {
-    super(`'${flatten(array)}' should be ${expected}, but is ${actual}`);
+    super(`${nameTensor(array)} should be ${expected}, but is ${actual}`);
   }
 }
 
@@ -60,7 +75,7 @@ export class ValueOutOfRange extends DataError {
     readonly other?: number,
   ) {
     const more = other === undefined ? "" : `, and ${other}`;
-    super(`'${array}' holds ${value}; allowed are ${lower} to ${upper - 1}${more}`);
+    super(`${nameTensor(array)} holds ${value}; allowed are ${lower} to ${upper - 1}${more}`);
   }
 }
 
@@ -69,7 +84,7 @@ export class BatchTooLarge extends DataError {
   override name = "BatchTooLarge";
   constructor(readonly array: string, readonly rows: number, readonly limit: number) {
     super(
-      `'${flatten(array)}' has ${rows} rows, over the server's limit of ${limit}; use a smaller ` +
+      `${nameTensor(array)} has ${rows} rows, over the server's limit of ${limit}; use a smaller ` +
         "batchSize, or serve with a larger --max-batch",
     );
   }
@@ -91,7 +106,7 @@ export class TaskTooLarge extends DataError {
 export class NotFinite extends DataError {
   override name = "NotFinite";
   constructor(readonly array: string, readonly where: string) {
-    super(`'${array}' holds NaN or infinity (${where}); nothing was updated with it`);
+    super(`${nameTensor(array)} holds NaN or infinity (${where}); nothing was updated with it`);
   }
 }
 
@@ -100,7 +115,7 @@ export class NormTooLarge extends DataError {
   override name = "NormTooLarge";
   constructor(readonly array: string, readonly norm: number, readonly limit: number) {
     super(
-      `the gradient '${array}' has the norm ${norm.toPrecision(6)}, over the limit of ${limit}; ` +
+      `${nameTensor(array)} has the norm ${norm.toPrecision(6)}, over the limit of ${limit}; ` +
         "nothing was updated with it",
     );
   }

@@ -157,3 +157,15 @@ test("labels are classes, or the one value that is allowed beside them", () => {
   assert.throws(() => checkArray(labels(-1), spec, new Map()), told);
   assert.throws(() => checkArray(labels(4), spec, new Map()), ValueOutOfRange);
 });
+
+test("a tensor that is sent is named as in the model", () => {
+  const named = {
+    "x": "'x'",
+    "h@server": "'h' (sent to the server)",
+    "h@client_grad": "the gradient of 'h'",
+    "table@2": "'table@2'",
+  };
+  for (const [name, told] of Object.entries(named)) {
+    assert.ok(new NotFinite(name, "step 1").message.startsWith(`${told} holds NaN or infinity`));
+  }
+});
