@@ -6,7 +6,8 @@ walk back from the targets, which stops at received tensors, finds the party's n
 arrive, one after the other, before the value can be computed.  Nodes are grouped into stages by
 level.  A node belongs to the first stage that needs it, and a value that a later stage of the same
 party needs again is kept for that stage.  Only values that depend on constants alone are computed
-twice, and only wires are sent.
+twice, and only wires are sent.  A value that no message precedes belongs to the first stage that
+sends something, since the server does nothing before the first message.
 
 Forward and backward graphs are treated in the same way.
 """
@@ -73,7 +74,9 @@ def cut_stages(
     levels = _find_levels(graph, crossings, nodes, received)
     stages = []
     for party in targets:
-        stages += _cut_party(graph, party, wanted[party], nodes[party], levels, received[party])
+        sent = [levels.get((party, c.value), 0) for c in crossings if c.sender == party]
+        first = min(sent, default=0)
+        stages += _cut_party(graph, party, wanted[party], first, levels, received[party])
     return sorted(stages, key=lambda stage: stage.level)
 
 
@@ -104,14 +107,16 @@ def _cut_party(
     graph: ir.Graph,
     party: str,
     wanted: Sequence[ir.Value],
-    nodes: Collection[ir.Node],
+    first: int,
     levels: Mapping[tuple[str, ir.Value], int],
     received: Collection[ir.Value],
 ) -> list[StageCut]:
+    """Return the stages of one party, the first of which is at the level ``first``."""
     assigned: dict[ir.Node, int] = {}
     by_level: dict[int, list[ir.Value]] = {}
     for value in wanted:
-        by_level.setdefault(levels.get((party, value), 0), []).append(value)
+        level = max(levels.get((party, value), 0), first)
+        by_level.setdefault(level, []).append(value)
     for level in sorted(by_level):
         needed, _ = walk_back(by_level[level], stop=received)
         assigned.update((node, level) for node in needed if node not in assigned)

@@ -31,4 +31,26 @@ def differentiate(model: ir.Model, parameters: Sequence[str], loss: str) -> ir.M
     for fault in list_undifferentiable(model.graph, parameters, [loss]):
         raise fault
     supplied = supply_gradients(model, parameters, [loss])
-    return add_gradients(model, parameters, [], supplied, loss=loss)
+    derived = add_gradients(model, parameters, [], supplied, loss=loss)
+    _compute_constant_outputs(derived.graph)
+    return derived
+
+
+def _compute_constant_outputs(graph: ir.Graph) -> None:
+    """Add a node for each output that is a constant, so that a stage can compute it.
+
+    ONNX Runtime's optimizer evaluates nodes that depend on nothing, such as what replaces a state
+    with a size that is fixed.
+    """
+    for index, value in enumerate(graph.outputs):
+        if not value.is_initializer():
+            continue
+        name = value.name or ""
+        graph.initializers.pop(name)
+        value.name = f"{name}/constant"
+        graph.register_initializer(value)
+        node = ir.node("Identity", [value], name=name)
+        made = node.outputs[0]
+        made.name, made.type, made.shape = name, value.type, value.shape
+        graph.append(node)
+        graph.outputs[index] = made

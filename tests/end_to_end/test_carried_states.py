@@ -32,6 +32,7 @@ from tests.support.carried import (
     build_fed_back,
     build_lstm,
     build_recurrent,
+    build_replaced,
     draw_data,
 )
 from tests.support.oracles import make_evaluator, sample_gradients
@@ -195,6 +196,31 @@ def test_a_prediction_may_be_carried_and_to_several_inputs(at: str | None) -> No
     )
     assert [spec.name for spec in bundle.client.manifest.outputs] == ["y"]
     hold(bundle, build_fed_back(), pairs, list_steps((BATCH,) * STEPS))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("at", "tail_at", "owner"),
+    [(None, (), "client"), ("h", (), "server"), ("h", ("t",), "server"), ("s", (), "client")],
+)
+@pytest.mark.parametrize("kind", ["stored", "sizes", "sum"])
+def test_a_state_that_no_data_change_is_replaced_after_each_step(
+    kind: str, at: str | None, tail_at: tuple[str, ...], owner: str, target: Target
+) -> None:
+    states = {"new": "old"}
+    bundle = cut(
+        build_replaced(kind),
+        at=at,
+        tail_at=tail_at,
+        loss="mse",
+        optimizer=SGD(lr=RATE),
+        dims={"N": BATCH},
+        states=states,
+        client_target=target,
+        server_target=target,
+    )
+    assert "old" in read_states(bundle)[owner]
+    hold(bundle, build_replaced(kind), states, list_steps((BATCH,) * 2))
 
 
 def test_a_state_in_float16_keeps_its_type() -> None:

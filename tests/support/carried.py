@@ -134,3 +134,22 @@ def build_delayed() -> onnx.ModelProto:
     inputs: Shapes = {"x": (FLOAT, ["N", 3]), "before": (FLOAT, ["N", 3])}
     outputs: Shapes = {"y": (FLOAT, ["N", 2]), "after": (FLOAT, ["N", 3])}
     return close(net, inputs, outputs)
+
+
+def build_replaced(kind: str) -> onnx.ModelProto:
+    """Two layers between which a state is added: ``s``; it is replaced by what no data change.
+
+    ``kind`` is ``stored`` for a constant of the file, ``sizes`` for the sizes of the batch, and
+    ``sum`` for a constant that is added to the state.
+    """
+    net = Net()
+    hidden = net.op("Tanh", net.op("MatMul", "x", net.weight("w1", 3, 3), out="m"), out="h")
+    net.op("Add", net.op("MatMul", hidden, net.weight("w2", 3, 2), out="z"), "old", out="s")
+    net.op("MatMul", net.op("Tanh", "s", out="t"), net.weight("w3", 2, 2), out="y")
+    if kind == "sizes":
+        net.op("Cast", net.op("Shape", "x", out="shape"), out="new", to=TensorProto.FLOAT)
+    else:
+        stored = net.constant("k", np.array([0.5, -0.25], np.float32))
+        net.op(*(("Identity",) if kind == "stored" else ("Add", "old")), stored, out="new")
+    inputs: Shapes = {"x": (FLOAT, ["N", 3]), "old": (FLOAT, [2])}
+    return close(net, inputs, {"y": (FLOAT, ["N", 2]), "new": (FLOAT, [2])})

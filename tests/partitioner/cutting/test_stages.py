@@ -66,6 +66,21 @@ def test_stages_are_cut_at_messages_and_in_the_order_in_which_they_run() -> None
     ]
 
 
+def test_what_no_message_precedes_is_computed_with_the_first_values_that_are_sent() -> None:
+    graph, crossings, targets = draw_ping_pong()
+    values = map_values(graph)
+    node = ir.node("Neg", [values["v"]], name="alone_node")
+    alone = node.outputs[0]
+    alone.name, alone.type, alone.shape = "alone", FLOAT, ir.Shape([3])
+    graph.append(node)
+    targets = {**targets, "server": [*targets["server"], alone]}
+    assert describe(cut_stages(graph, crossings, targets)) == [
+        ("client", 0, ("x", "w"), ("kept", "a")),
+        ("server", 1, ("a", "v"), ("b", "d", "alone")),
+        ("client", 2, ("b", "kept"), ("c",)),
+    ]
+
+
 def test_no_node_is_computed_twice_and_none_that_nobody_needs() -> None:
     stages = cut_stages(*draw_ping_pong())
     names = [node.name or "" for stage in stages for node in stage.view]
