@@ -32,7 +32,7 @@ Source = Bundle | ModelSource
 _log = logging.getLogger(__name__)
 
 
-def merge(bundle: Source, *, fold: bool = False) -> bytes:
+def merge(bundle: Source, *, fold: bool = False, raw_states: bool = False) -> bytes:
     """Join the parts of a bundle into one ONNX model that contains the trained weights.
 
     The model has the same inputs and outputs as the original model.  It is meant for inference:
@@ -43,6 +43,9 @@ def merge(bundle: Source, *, fold: bool = False) -> bytes:
             ONNX model with adapters, as a path, bytes or an object, which otherwise stays as it is.
         fold: add the adapters of the model (see :func:`splitonnx.adapt`) to its weights, so that
             the model has the nodes that it had without adapters.
+        raw_states: whether states that hold raw inputs get their last values, too.  Otherwise the
+            model has the initial values of the original model there, so that the file contains no
+            samples, and a warning names these states.
 
     Returns:
         The bytes of the model (of a bundle, opset 18 to 21, IR version 10), including its weights.
@@ -55,7 +58,9 @@ def merge(bundle: Source, *, fold: bool = False) -> bytes:
         ModelError: the model cannot be read, or its adapters cannot be folded.
     """
     return serialize_model(
-        _make_merged(bundle, fold), "the merged model", "write_merged or `splitonnx merge`"
+        _make_merged(bundle, fold, raw_states),
+        "the merged model",
+        "write_merged or `splitonnx merge`",
     )
 
 
@@ -64,6 +69,7 @@ def write_merged(
     path: str | Path,
     *,
     fold: bool = False,
+    raw_states: bool = False,
     overwrite: bool = False,
 ) -> int:
     """Join the parts of a bundle like :func:`merge`, and write the model to ``path``.
@@ -83,7 +89,7 @@ def write_merged(
     """
     target = Path(path)
     check_output(target, overwrite=overwrite)
-    return write_model(_make_merged(bundle, fold), target, overwrite=overwrite)
+    return write_model(_make_merged(bundle, fold, raw_states), target, overwrite=overwrite)
 
 
 def write_adapters(
@@ -135,18 +141,22 @@ def collect_weights(bundle: Bundle, *, trained: bool = True) -> dict[str, np.nda
 
 
 @attribute_errors_to_pass("given its weights again")
-def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
+def restore_model(bundle: Bundle, *, trained: bool = True, raw_states: bool = True) -> ir.Model:
     """Return the prepared model: the bundle's skeleton with the weights of all parties inserted.
 
     The weights have their trained values or, if ``trained`` is false, their initial values.  States
     that the model hands itself are inputs.  If the original model stored an initial value for such
-    an input, the value is the one that was kept.
+    an input, the value is the one that was kept.  If ``raw_states`` is false, states that hold raw
+    inputs have their initial values.
 
     Raises:
         ModelError: the skeleton is not a valid model.
     """
     model = open_model(bundle.skeleton, is_marked=True)
     weights = collect_weights(bundle, trained=trained)
+    if not raw_states:
+        initial = collect_weights(bundle, trained=False)
+        weights |= {name: initial[name] for name in _list_raw_states(bundle)}
     states = [source for _, source in bundle.manifest.recipe.states]
     restore_weights(model.graph, {n: array for n, array in weights.items() if n not in states})
     for value in [value for value in model.graph.inputs if value.name in states]:
@@ -155,23 +165,29 @@ def restore_model(bundle: Bundle, *, trained: bool = True) -> ir.Model:
     return model
 
 
-def _make_merged(source: Source, fold: bool) -> ir.Model:
-    model = _open(source, accepts_model=fold)
+def _list_raw_states(bundle: Bundle) -> dict[str, tuple[str, ...]]:
+    """Map the states that hold raw inputs to these inputs."""
+    parties = bundle.parties.values()
+    return {n: raw for party in parties for n, raw in party.manifest.raw_states.items()}
+
+
+def _make_merged(source: Source, fold: bool, raw_states: bool) -> ir.Model:
+    model = _open(source, accepts_model=fold, raw_states=raw_states)
     if fold:
         with attribute_errors_to_pass("relieved of its adapters"):
             fold_adapters(model)
     return model
 
 
-def _open(source: Source, *, accepts_model: bool) -> ir.Model:
+def _open(source: Source, *, accepts_model: bool, raw_states: bool = False) -> ir.Model:
     """Return the joined model of a bundle, or an ONNX model if this is accepted."""
     if isinstance(source, Bundle):
-        return _join(source)
+        return _join(source, raw_states)
     if isinstance(source, bytes | onnx.ModelProto) and not accepts_model:
         raise UsageError("this is a model and not a bundle; fold=True folds its adapters")
     if isinstance(source, bytes | onnx.ModelProto) or (accepts_model and Path(source).is_file()):
         return open_model(source)
-    return _join(Bundle.load(source))
+    return _join(Bundle.load(source), raw_states)
 
 
 def _note_changes(model: ir.Model, bundle: Bundle) -> None:
@@ -191,9 +207,9 @@ def _note_changes(model: ir.Model, bundle: Bundle) -> None:
 
 
 @attribute_errors_to_pass("merged")
-def _join(bundle: Bundle) -> ir.Model:
+def _join(bundle: Bundle, raw_states: bool) -> ir.Model:
     bundle.check_steps()
-    model = restore_model(bundle)
+    model = restore_model(bundle, raw_states=raw_states)
     _note_changes(model, bundle)
     make_inference_form(model.graph)
     _drop_losses(bundle, model.graph)
@@ -202,14 +218,14 @@ def _join(bundle: Bundle) -> ir.Model:
         if not value.uses() and not value.is_graph_output():  # such as Dropout's ratio
             model.graph.initializers.pop(name)
     model.producer_name = "splitonnx"
-    _say_states(bundle, model.graph)
+    _say_states(bundle, model.graph, raw_states)
     if (remark := describe_saturation(model.graph)) is not None:
         _log.warning("the merged model: %s", remark)
     return model
 
 
-def _say_states(bundle: Bundle, graph: ir.Graph) -> None:
-    """Log a warning that names the states whose values after training are not in the model."""
+def _say_states(bundle: Bundle, graph: ir.Graph, raw_states: bool) -> None:
+    """Log warnings that name the states whose values after training are not in the model."""
     states = [source for _, source in bundle.manifest.recipe.states]
     plain = [v.name or "" for v in graph.inputs if v.name in states and not v.is_initializer()]
     if plain and bundle.client.trained is not None:
@@ -219,6 +235,16 @@ def _say_states(bundle: Bundle, graph: ir.Graph) -> None:
             "that is replaced by it (docs/states.md)",
             quote(plain),
         )
+    stored = [v.name for v in graph.inputs if v.is_initializer()]
+    for name, inputs in _list_raw_states(bundle).items():
+        if name in stored and not raw_states and bundle.client.trained is not None:
+            _log.warning(
+                "the merged model has the initial value of the state '%s', and not that of the "
+                "last step, which holds raw input %s of training data; --raw-states "
+                "(raw_states=True) writes that instead",
+                name,
+                quote(inputs),
+            )
 
 
 def _drop_losses(bundle: Bundle, graph: ir.Graph) -> None:

@@ -7,7 +7,7 @@ that would send raw inputs or labels without the user's permission.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -20,20 +20,18 @@ from splitonnx.errors import (
     list_some,
     quote,
 )
-from splitonnx.layers import may_mix
 from splitonnx.losses import CROSS_ENTROPY, LABELS, LossSource
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import Optimizer
 from splitonnx.partitioner import partitions
 from splitonnx.partitioner.cutting.carried_states.declarations import Pairs
+from splitonnx.partitioner.cutting.carried_states.raw_inputs import trace_raw_inputs
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.preparations import PreparedModel
-from splitonnx.partitioner.differentiation.label_traces import find_positions
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
-from splitonnx.partitioner.graphs.traversals import list_inputs, reads_size
 
 _log = logging.getLogger(__name__)
 
@@ -91,11 +89,9 @@ class Permission:
         """
         raw = _list_raw(prepared)
         leaving: dict[str, list[str]] = {}
-        carried = {n: v for n, v in training.commits.items() if n in prepared.carried}
         data = raw - prepared.state
-        held = trace_held_inputs(training.graph, data, prepared, carried)
         for joint in (training, *others):
-            found = find_raw_inputs(joint, data, prepared, held)
+            found = find_raw_inputs(joint, data, prepared, training.held)
             for tensor, inputs in found.items():
                 leaving[tensor] = inputs
         unnamed = {
@@ -164,50 +160,6 @@ def find_raw_inputs(
             name = wire.tensor.name.removesuffix(f"@{wire.crossing.receiver}")
             found[name] = sorted(bare[wire.crossing.value])
     return found
-
-
-def trace_raw_inputs(
-    graph: ir.Graph,
-    raw: Collection[str],
-    prepared: PreparedModel,
-    held: Mapping[str, frozenset[str]],
-) -> dict[ir.Value, frozenset[str]]:
-    """Map each value to the raw inputs that reach it along a path without a layer of weights.
-
-    ``raw`` names the raw inputs among the graph's inputs.  ``held`` maps states to the raw inputs
-    that they hold.
-    """
-    weights = {value for value in graph.inputs if value.name in prepared.value_layers}
-    scalings = prepared.value_scalings
-    bare = {v: frozenset({v.name or ""}) for v in graph.inputs if v.name in raw}
-    bare |= {v: held[v.name] for v in graph.inputs if v.name is not None and held.get(v.name)}
-    for node in graph:
-        if reads_size(node):
-            continue
-        read = list_inputs(node)
-        reached = frozenset().union(*(bare.get(value, frozenset()) for value in read))
-        if not reached and weights.intersection(read):
-            weights.update(value for value in node.outputs if value.name not in scalings)
-        if reached and not may_mix(node.op_type, find_positions(node, weights)):
-            bare.update(dict.fromkeys(node.outputs, reached))
-    return bare
-
-
-def trace_held_inputs(
-    graph: ir.Graph, raw: Collection[str], prepared: PreparedModel, carried: Mapping[str, str]
-) -> dict[str, frozenset[str]]:
-    """Map each state to the raw inputs of earlier steps that it holds, as for a sent tensor.
-
-    ``carried`` maps states to the values that replace them.
-    """
-    held: dict[str, frozenset[str]] = dict.fromkeys(carried, frozenset())
-    while True:
-        bare = trace_raw_inputs(graph, raw, prepared, held)
-        by_name = {value.name: inputs for value, inputs in bare.items()}
-        found = {name: by_name.get(made, frozenset()) for name, made in carried.items()}
-        if found == held:
-            return held
-        held = found
 
 
 def sends_labels(joint: JointGraph, inputs: set[str]) -> bool:

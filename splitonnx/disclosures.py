@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from splitonnx.errors import quote
 from splitonnx.expressions import describe_size, evaluate, find_unbound, is_name, solve_for
 from splitonnx.manifests import PartyManifest, Phase, Wire, WireKind
 from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER, TRAIN
@@ -250,3 +251,12 @@ def _list_rows(manifest: PartyManifest, phase: Phase) -> Iterable[TensorSpec]:
 def _list_inputs(manifest: PartyManifest, phase: str) -> set[str]:
     wires = manifest.phase(phase).wires
     return {_strip_port(w) for w in wires if w.sender == CLIENT and w.kind is WireKind.INPUT}
+
+
+def describe_raw_states(manifest: PartyManifest) -> list[str]:
+    """Return a sentence about each state in which a party keeps raw inputs from step to step."""
+    return [
+        f"keeps raw data: the state '{name}' holds raw input {quote(inputs)} of the step before, "
+        "here and in checkpoints; merge leaves it out unless --raw-states is given"
+        for name, inputs in manifest.raw_states.items()
+    ]

@@ -176,10 +176,11 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     ``outputs`` declares the model outputs that ``predict`` returns.  ``scored`` says which of them
     losses compare with labels; only the client's manifest has it.  ``tells_labels`` names the
     gradients that the client sends and that reveal the labels to the server; bundles of earlier
-    versions name none.  ``weights`` is the SHA-256 of ``weights.safetensors`` in hex.  It is set
-    when the folder is written, and is empty in bundles of earlier versions.  ``sha256`` is the
-    checksum of the manifest file itself (see :func:`has_valid_checksum`).  It is set only in the
-    file; after decoding, it is empty.
+    versions name none.  ``raw_states`` maps states that the model hands itself to the raw inputs of
+    the step before that they hold; bundles of earlier versions name none.  ``weights`` is the
+    SHA-256 of ``weights.safetensors`` in hex.  It is set when the folder is written, and is empty
+    in bundles of earlier versions.  ``sha256`` is the checksum of the manifest file itself (see
+    :func:`has_valid_checksum`).  It is set only in the file; after decoding, it is empty.
     """
 
     format: str
@@ -193,6 +194,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...] = ()
     scored: tuple[ScoredOutput, ...] = ()
     tells_labels: tuple[str, ...] = ()
+    raw_states: dict[str, tuple[str, ...]] = {}
     weights: str = ""
     sha256: str = ""
 

@@ -161,6 +161,7 @@ def _build_party(
         outputs=tuple(declare(v) for v in prepared.inference.graph.outputs if party == CLIENT),
         scored=tuple(output for share in shares for output in share.scored),
         tells_labels=tuple(wire.tensor.name for wire in training.wires if wire.tells_labels),
+        raw_states={n: tuple(sorted(r)) for n, r in training.held.items() if r and n in weights},
     )
     return PartyBundle(manifest=manifest, graphs=graphs, weights=weights)
 

@@ -18,6 +18,7 @@ from splitonnx.losses import Loss
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, LOSS, SERVER
 from splitonnx.partitioner.cutting.carried_states.placements import place_states
+from splitonnx.partitioner.cutting.carried_states.raw_inputs import trace_held_inputs
 from splitonnx.partitioner.cutting.divisions import divide_inference, divide_training
 from splitonnx.partitioner.cutting.ports import Port, declare, insert_ports
 from splitonnx.partitioner.cutting.preparations import PreparedModel
@@ -76,6 +77,7 @@ class JointGraph:
     maps each weight to the parties that use it in this phase.  ``gradients`` maps each trained
     parameter to the name of its gradient, in the model's order.  ``commits`` maps each running
     statistic, and each state that is carried from step to step, to the value that replaces it.
+    ``held`` maps each carried state to the raw inputs of earlier steps that it holds.
     """
 
     graph: ir.Graph
@@ -86,6 +88,7 @@ class JointGraph:
     owners: Mapping[str, frozenset[str]]
     gradients: Mapping[str, str] = field(default_factory=dict)
     commits: Mapping[str, str] = field(default_factory=dict)
+    held: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 @attribute_errors_to_pass("differentiated")
@@ -147,6 +150,7 @@ def build_training(
                 data=data,
                 owners=weights,
                 commits=commits,
+                held=trace_held_inputs(graph, data, prepared, placed.commits),
             )
         )
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
@@ -185,6 +189,7 @@ def build_training(
         owners=owners,
         gradients=gradients,
         commits=commits,
+        held=trace_held_inputs(derived, data, prepared, placed.commits),
     )
 
 

@@ -17,6 +17,10 @@ from splitonnx.partitioner.cutting.carried_states.placements import (
     leave_out_states,
     place_states,
 )
+from splitonnx.partitioner.cutting.carried_states.raw_inputs import (
+    trace_held_inputs,
+    trace_raw_inputs,
+)
 from splitonnx.partitioner.cutting.divisions import divide_training
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import declare
@@ -39,7 +43,6 @@ from splitonnx.partitioner.graphs.traversals import (
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.partitions import refuse_untrainable
-from splitonnx.partitioner.permissions import trace_held_inputs, trace_raw_inputs
 from splitonnx.tensors import DTYPES
 
 

@@ -7,11 +7,20 @@ the onnx package.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.disclosures import LABELS, RAW_INPUT, Sending, SentTensor, list_labels, list_sent
+from splitonnx.disclosures import (
+    LABELS,
+    RAW_INPUT,
+    Sending,
+    SentTensor,
+    describe_raw_states,
+    list_labels,
+    list_sent,
+)
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, Phase, Role
 from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER
@@ -84,10 +93,16 @@ class PhaseExplanation:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Everything that a client sends and receives, by phase; ``digest`` identifies the bundle."""
+    """Everything that a client sends and receives, by phase; ``digest`` identifies the bundle.
+
+    ``raw_states`` maps each state in which the client keeps raw inputs from step to step to these
+    inputs, and ``kept`` has a sentence for each.
+    """
 
     digest: str
     phases: tuple[PhaseExplanation, ...]
+    raw_states: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
 
 def explain(bundle: str | Path | PartyBundle, *, batch: int | None = None) -> Explanation:
@@ -110,7 +125,12 @@ def explain(bundle: str | Path | PartyBundle, *, batch: int | None = None) -> Ex
     if manifest.party != CLIENT:
         raise UsageError(f"this is the {manifest.party}'s part; explain reads the client's")
     phases = tuple(_explain_phase(party, phase, batch) for phase in manifest.phases)
-    return Explanation(digest=manifest.digest, phases=phases)
+    return Explanation(
+        digest=manifest.digest,
+        phases=phases,
+        raw_states=manifest.raw_states,
+        kept=tuple(describe_raw_states(manifest)),
+    )
 
 
 def _explain_phase(party: PartyBundle, phase: Phase, batch: int | None) -> PhaseExplanation:

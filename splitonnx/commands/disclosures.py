@@ -78,6 +78,7 @@ def summarize_explanation(explanation: Explanation) -> dict[str, Any]:
             }
             for phase in explanation.phases
         ],
+        "raw_states": explanation.raw_states,
         "besides": BESIDES,
     }
 
@@ -95,6 +96,8 @@ def list_lines(explanation: Explanation) -> Iterator[str]:
                 yield f"  {subject}: {sentence}"
         stays = f"{phase.kept:,} other values that they make stay here"
         yield f"  proof: the graphs of {', '.join(phase.stages)}; {stays}"
+    for sentence in explanation.kept:
+        yield f"the client {sentence}"
     yield BESIDES
 
 
@@ -125,10 +128,12 @@ def summarize_steps(manifest: PartyManifest) -> dict[str, Any]:
 
 def print_steps(manifest: PartyManifest) -> None:
     """Print what leaves the client in each step of training and of prediction."""
-    from splitonnx.disclosures import describe_step, list_sent
+    from splitonnx.disclosures import describe_raw_states, describe_step, list_sent
 
     for phase in (TRAIN, PREDICT):
         print(escape(describe_step(list_sent(manifest, phase))))
+    for sentence in describe_raw_states(manifest):
+        print(escape(f"the client {sentence}"))
 
 
 class RunDisclosure:
@@ -148,6 +153,7 @@ class RunDisclosure:
         batch_size: int,
     ) -> None:
         parts = [(TRAIN, data), *([] if held_out is None else [(PREDICT, held_out)])]
+        self._manifest = manifest
         self._parts = [
             _describe_part(manifest, phase, dataset, epochs, batch_size) for phase, dataset in parts
         ]
@@ -156,8 +162,14 @@ class RunDisclosure:
         """Print the description as sentences, or as one line of JSON."""
         if as_json:
             fields = {part["phase"]: part for part, _ in self._parts}
-            printing.print_json_lines([{"leaves": fields}])
+            states = self._manifest.raw_states
+            kept = {"raw_states": states} if states else {}
+            printing.print_json_lines([{"leaves": fields, **kept}])
             return
+        from splitonnx.disclosures import describe_raw_states
+
+        for sentence in describe_raw_states(self._manifest):
+            print(escape(f"the client {sentence}"), flush=True)
         for _, sentence in self._parts:
             print(escape(sentence), flush=True)
 

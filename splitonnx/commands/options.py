@@ -154,6 +154,10 @@ ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite existing output.")]
+RawStatesOption = Annotated[
+    bool,
+    typer.Option("--raw-states", help="Also write the last values of states that hold raw inputs."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout, for scripts.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 LogFormatOption = Annotated[

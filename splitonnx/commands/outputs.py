@@ -16,6 +16,7 @@ from splitonnx.commands.options import (
     ForceOption,
     JsonOption,
     QuietOption,
+    RawStatesOption,
     refuse_both,
 )
 
@@ -42,6 +43,7 @@ def merge(
         bool,
         typer.Option("--adapters", help="Write the adapters alone, as a safetensors file."),
     ] = False,
+    raw_states: RawStatesOption = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -51,11 +53,14 @@ def merge(
     --fold or --adapters, the bundle may also be an ONNX model with adapters.
     """
     refuse_both("--fold", "--adapters", fold, adapters)
+    refuse_both("--raw-states", "--adapters", raw_states, adapters)
     refuse_existing(output, force=force)
     if adapters:
         size = splitonnx.write_adapters(bundle, output, overwrite=force)
     else:
-        size = splitonnx.write_merged(bundle, output, fold=fold, overwrite=force)
+        size = splitonnx.write_merged(
+            bundle, output, fold=fold, raw_states=raw_states, overwrite=force
+        )
     if not quiet:
         printing.print_written(output, size)
 

@@ -319,7 +319,9 @@ def cut(
     made.save(bundle, overwrite=force)
     if as_json:
         sent = disclosures.summarize_steps(made.client.manifest)
-        printing.print_json({**printing.summarize_bundle(made), "leaves": sent})
+        kept = made.client.manifest.raw_states
+        summary = {**printing.summarize_bundle(made), "leaves": sent, "raw_states": kept}
+        printing.print_json(summary)
     elif not quiet:
         printing.print_bundle(made, bundle)
         disclosures.print_steps(made.client.manifest)

@@ -35,6 +35,7 @@ from splitonnx.commands.options import (
     OutputOption,
     ParamGroupOption,
     QuietOption,
+    RawStatesOption,
     SeedOption,
     ServerOption,
     Target,
@@ -118,6 +119,7 @@ class LocalOptions(ModelOptions, LossOptions):
             show_default=False,
         ),
     ] = None
+    raw_states: RawStatesOption = False
     force: ForceOption = False
     output: OutputOption = None
     optimizer: OptimizerOption = None
@@ -146,6 +148,8 @@ class LocalOptions(ModelOptions, LossOptions):
         """
         if self.force and self.merged is None:
             raise UsageError("--force needs an output to overwrite; name it with -o")
+        if self.raw_states and self.merged is None:
+            raise UsageError("--raw-states needs an output to write; name it with -o")
         optimizer = make_optimizer(
             self.optimizer,
             lr=lr,
@@ -186,7 +190,7 @@ class LocalOptions(ModelOptions, LossOptions):
             return
         trained = replace(bundle.client, trained=client.state(), step=client.steps)
         whole = replace(bundle, parties={CLIENT: trained})
-        splitonnx.write_merged(whole, self.merged, overwrite=self.force)
+        splitonnx.write_merged(whole, self.merged, raw_states=self.raw_states, overwrite=self.force)
 
 
 @spread

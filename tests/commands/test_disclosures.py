@@ -8,10 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 import splitonnx
 from splitonnx.bundles import Bundle
+from splitonnx.commands.disclosures import RunDisclosure
+from splitonnx.runtime.client.datasets import open_dataset
+from tests.support.carried import BATCH, build_delayed, draw_data
 from tests.support.commands import AT, MODEL, TAIL_AT, Command, start
 from tests.support.zoo import ZOO
 
@@ -148,3 +154,35 @@ def test_explain_says_that_a_gradient_tells_the_labels(command: Command, tmp_pat
     mixed = splitonnx.cut(ZOO["chain"].build(), at="act1", tail_at="act3")
     mixed.save(tmp_path / "mixed")
     assert sentence not in command.succeed("explain", tmp_path / "mixed/client")
+
+
+def test_states_with_raw_inputs_are_named_and_written_only_on_request(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    initial, rows = np.zeros((BATCH, 3), np.float32), draw_data(2 * BATCH)
+    model, data, made = (tmp_path / name for name in ("model.onnx", "data.npz", "bundle"))
+    onnx.save(build_delayed(initial), model)
+    np.savez(data, **rows)  # type: ignore[arg-type]
+    options = ("--loss", "mse", "--dim", f"N={BATCH}", "--state", "after=before")
+    told = (
+        "the client keeps raw data: the state 'before' holds raw input 'x' of the step before, "
+        "here and in checkpoints; merge leaves it out unless --raw-states is given"
+    )
+    cut = command.succeed("cut", model, "--at", "z", *options, "--send-labels", "-o", made)
+    assert told in cut.splitlines()
+    assert told in command.succeed("explain", made / "client").splitlines()
+    explained = json.loads(command.succeed("explain", made / "client", "--json"))
+    assert explained["raw_states"] == {"before": ["x"]}
+    dataset = open_dataset(data)
+    manifest = Bundle.load(made).client.manifest
+    disclosure = RunDisclosure(manifest, dataset, None, epochs=1, batch_size=BATCH)
+    disclosure.show(as_json=False)
+    assert told in capsys.readouterr().out.splitlines()
+    train = ("train", model, "--local", "--data", data, *options, "--batch-size", BATCH)
+    expected = {(): initial, ("--raw-states",): rows["x"][BATCH:]}
+    for given, value in expected.items():
+        merged = tmp_path / f"merged{len(given)}.onnx"
+        command.succeed(*train, "--no-shuffle", "-o", merged, *given)
+        (stored,) = [t for t in onnx.load(merged).graph.initializer if t.name == "before"]
+        np.testing.assert_array_equal(numpy_helper.to_array(stored), value)
+    assert "--raw-states needs an output" in command.fail(*train, "--raw-states")

@@ -17,7 +17,14 @@ from splitonnx.errors import BundleError, BundleMismatch, UnwritableFile, UsageE
 from splitonnx.partitioner import model_files
 from splitonnx.partitioner.merges import collect_weights, merge, restore_model, write_merged
 from splitonnx.partitioner.partitions import cut
-from tests.support.carried import BATCH, RECURRENT, build_recurrent, draw_data
+from splitonnx.runtime.client.clients import Client
+from tests.support.carried import (
+    BATCH,
+    RECURRENT,
+    build_delayed,
+    build_recurrent,
+    draw_data,
+)
 from tests.support.oracles import make_evaluator
 from tests.support.zoo import ZOO
 
@@ -219,3 +226,25 @@ def test_a_state_is_an_input_again_and_keeps_its_value_where_the_model_stored_on
             np.testing.assert_allclose(found[1], expected, rtol=1e-6)
         else:
             assert not stored
+
+
+def test_raw_inputs_that_a_state_holds_are_merged_only_if_the_user_wants_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    initial = np.full((BATCH, 3), 0.5, np.float32)
+    states, batch = {"after": "before"}, draw_data(BATCH)
+    model = build_delayed(initial)
+    bundle = cut(model, at=None, loss="mse", dims={"N": BATCH}, states=states)
+    with Client(bundle.client, None, threads=1) as client:
+        client.step(batch)
+        trained = replace(bundle.client, trained=dict(client.state()), step=client.steps)
+    bundle = replace(bundle, parties={"client": trained})
+    content = merge(bundle)
+    np.testing.assert_array_equal(list_inputs(content)[1]["before"], initial)
+    assert batch["x"].tobytes() not in content
+    assert "the initial value of the state 'before'" in caplog.text
+    assert "raw input 'x'" in caplog.text
+    caplog.clear()
+    whole = merge(bundle, raw_states=True)
+    np.testing.assert_array_equal(list_inputs(whole)[1]["before"], batch["x"])
+    assert not caplog.text

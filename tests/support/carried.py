@@ -123,16 +123,22 @@ def build_fed_back() -> onnx.ModelProto:
     return close(net, inputs, {"y": (FLOAT, ["N", 2])})
 
 
-def build_delayed() -> onnx.ModelProto:
-    """A layer beside which the raw input of the step before is added: ``s`` holds it."""
+def build_delayed(initial: np.ndarray | None = None) -> onnx.ModelProto:
+    """A layer beside which the raw input of the step before is added: ``s`` holds it.
+
+    ``initial`` is stored in the file as the state's value.
+    """
     net = Net()
     mixed = net.op("MatMul", "x", net.weight("w1", 3, 3), out="m")
     value = net.op("Relu", net.op("Add", mixed, "before", out="s"), out="p")
     net.op("MatMul", value, net.weight("w2", 3, 4), out="z")
     net.op("MatMul", net.op("Tanh", "z", out="t"), net.weight("w3", 4, 2), out="y")
     net.op("Identity", "x", out="after")
-    inputs: Shapes = {"x": (FLOAT, ["N", 3]), "before": (FLOAT, ["N", 3])}
+    size = "N" if initial is None else BATCH
+    inputs: Shapes = {"x": (FLOAT, ["N", 3]), "before": (FLOAT, [size, 3])}
     outputs: Shapes = {"y": (FLOAT, ["N", 2]), "after": (FLOAT, ["N", 3])}
+    if initial is not None:
+        net.constant("before", initial)
     return close(net, inputs, outputs)
 
 
