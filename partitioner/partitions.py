@@ -37,6 +37,7 @@ from splitonnx.partitioner.cutting.carried_states.placements import (
     check_readers,
     leave_out_states,
 )
+from splitonnx.partitioner.cutting.carried_states.suggestions import describe_overlooked_states
 from splitonnx.partitioner.cutting.conformance.comparisons import (
     MOST_BYTES,
     USUAL_BYTES,
@@ -305,6 +306,8 @@ def _warn(prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs) -
     if numbers := prepared.kept_numbers:
         option = f"--train '{make_pattern(numbers)}'"
         _log.warning("%s, with %s", describe_numbers(numbers), option)
+    for told in describe_overlooked_states(prepared, losses[0].output or ""):
+        _log.warning("%s", told)
     for loss in losses:
         axis = find_class_axis(prepared.training.graph, loss, graphs)
         if axis != 1 and loss.class_axis is None:

@@ -69,8 +69,9 @@ class PreparedModel:
     ``separations`` lists the running statistics that got tensors of their own
     (:mod:`joined_statistics`).  ``dequantized`` describes the arithmetic with integers that was
     replaced.  ``adapters`` names the matrices of the model's adapters; if there are any, no other
-    weight is trained unless ``train`` names it.  ``stored`` are the options from the model's file
-    that were applied, and ``ignored`` what of these options has no effect
+    weight is trained unless ``train`` names it.  ``stored_inputs`` are the inputs for which the
+    file has values, except states: they are weights or constants.  ``stored`` are the options from
+    the model's file that were applied, and ``ignored`` what of these options has no effect
     (:mod:`stored_options`).  The other fields are the options that :func:`prepare` was called with,
     with the stored options added.
 
@@ -97,6 +98,7 @@ class PreparedModel:
     ties: tuple[tuple[str, str], ...] = ()
     stop_gradients: tuple[str, ...] = ()
     states: tuple[tuple[str, str], ...] = ()
+    stored_inputs: tuple[ir.Value, ...] = ()
     stored: StoredOptions = NONE_STORED
     ignored: Ignored = NOTHING
 
@@ -279,6 +281,7 @@ def prepare(
         ties=tuple(ties),
         stop_gradients=(*stop_gradients, *applied.stop_gradients),
         states=tuple(states),
+        stored_inputs=work.stored_inputs,
         stored=applied,
         ignored=work.ignored,
     )

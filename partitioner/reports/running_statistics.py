@@ -13,7 +13,10 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.cutting.carried_states.suggestions import find_likely_states
+from splitonnx.partitioner.cutting.carried_states.suggestions import (
+    describe_overlooked_states,
+    find_likely_states,
+)
 from splitonnx.partitioner.cutting.passes.joined_statistics import describe_separations
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.normalization.batchnorms import is_training, list_batchnorms
@@ -61,6 +64,7 @@ def remark_on_states(prepared: PreparedModel, output: str) -> Iterator[Remark]:
     The loss is computed from ``output``.
     """
     found = find_likely_states(prepared, output)
+    told = "".join(f"; now {one}" for one in describe_overlooked_states(prepared, output))
     if not found:
         return
     pairs = " and ".join(f"'{made}' that of '{source}'" for made, source in found)
@@ -68,7 +72,8 @@ def remark_on_states(prepared: PreparedModel, output: str) -> Iterator[Remark]:
         kind=Kind.STATE,
         sentence=f"outputs look like the next values of inputs: {pairs}; if the model hands itself "
         "this state from step to step, --state keeps it in training, and it is not part of the "
-        "data; its shape must then be fixed with --dim, also the size of the batch",
+        "data; its shape must then be fixed with --dim, also the size of the batch"
+        f"{told}",
         names=tuple(name for pair in found for name in pair),
         options=tuple(make_option("--state", f"{made}={source}") for made, source in found),
     )

@@ -41,10 +41,11 @@ def build_recurrent(initial: np.ndarray | None = None) -> onnx.ModelProto:
     return close(net, inputs, outputs)
 
 
-def build_averages() -> onnx.ModelProto:
+def build_averages(*, is_stored: bool = False) -> onnx.ModelProto:
     """A layer that is centred by a moving average, and one that counts the steps.
 
-    Neither state has a batch.  ``z`` lies between the two.
+    Neither state has a batch.  ``z`` lies between the two.  ``is_stored`` puts zeros into the file
+    as their initial values.
     """
     net = Net()
     hidden = net.op("Tanh", net.op("MatMul", "x", net.weight("w1", 3, 5), out="m"), out="h")
@@ -58,6 +59,9 @@ def build_averages() -> onnx.ModelProto:
     count = net.op("Cast", "count_in", out="count", to=TensorProto.FLOAT)
     shifted = net.op("Add", net.op("Relu", value, out="p"), count, out="shifted")
     net.op("MatMul", shifted, net.weight("w3", 4, 2), out="y")
+    if is_stored:
+        net.constant("mean_in", np.zeros(5, np.float32))
+        net.constant("count_in", np.array(0))
     inputs: Shapes = {"x": (FLOAT, ["N", 3]), "mean_in": (FLOAT, [5]), "count_in": (INT64, [])}
     outputs: Shapes = {"y": (FLOAT, ["N", 2]), "mean_out": (FLOAT, [5]), "count_out": (INT64, [])}
     return close(net, inputs, outputs)

@@ -34,10 +34,17 @@ def list_pairs(states: Pairs) -> tuple[tuple[str, str], ...]:
 def store_inputs(work: Work) -> None:
     """Turn inputs with stored values into initializers, except inputs that are states.
 
+    Their names, types and shapes are noted, since one of them may be a state that nobody named.
+
     Raises:
         UsageError: as raised by :func:`declare_states`.
     """
     work.initial_states = declare_states(work.model.graph, work.states)
+    work.stored_inputs = tuple(
+        ir.Value(name=value.name, type=value.type, shape=value.shape)
+        for value in work.model.graph.inputs
+        if value.is_initializer() and value.uses()
+    )
     RemoveInitializersFromInputsPass()(work.model)
 
 

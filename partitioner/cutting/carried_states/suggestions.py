@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 
 _NEXT = (
@@ -37,8 +39,9 @@ def find_likely_states(prepared: PreparedModel, output: str) -> list[tuple[str, 
     named and ``output``, from which the loss is computed.
     """
     graph = prepared.skeleton.graph
-    inputs = [value for value in graph.inputs if value.name not in prepared.state and value.uses()]
     named = {name for pair in prepared.states for name in pair}
+    inputs = [value for value in graph.inputs if value.name not in prepared.state and value.uses()]
+    inputs += [value for value in prepared.stored_inputs if value.name not in named]
     outputs = [v for v in graph.outputs if v.name not in named and v.name != output]
     found = [
         (made.name or "", value.name or "")
@@ -48,6 +51,31 @@ def find_likely_states(prepared: PreparedModel, output: str) -> list[tuple[str, 
     ]
     uses = Counter(name for pair in found for name in pair)
     return [pair for pair in found if all(uses[name] == 1 for name in pair)]
+
+
+def find_overlooked_states(prepared: PreparedModel, output: str) -> list[tuple[str, str]]:
+    """Return those likely states that are weights or constants, as the file has a value for them.
+
+    States that the user binds, or whose names match what is to be trained or frozen, are left out.
+    """
+    stored = {value.name for value in prepared.stored_inputs} - prepared.adjustments.bindings.keys()
+    decided = (*prepared.train, *prepared.freeze)
+    return [
+        (made, source)
+        for made, source in find_likely_states(prepared, output)
+        if source in stored and not any(re.search(pattern, source) for pattern in decided)
+    ]
+
+
+def describe_overlooked_states(prepared: PreparedModel, output: str) -> Iterator[str]:
+    """Yield a sentence about each likely state that is a weight or a constant without --state."""
+    for made, source in find_overlooked_states(prepared, output):
+        is_trained = prepared.roles.get(source) is Role.PARAMETER
+        yield (
+            f"'{source}' looks like a state that output '{made}' replaces in each step, but is "
+            f"{'trained as a weight' if is_trained else 'a constant'}, since the file has a value "
+            f"for it; --state {made}={source} carries it, --freeze or --train decides otherwise"
+        )
 
 
 def _follows(output: str, source: str) -> bool:

@@ -70,6 +70,7 @@ class Work:
     ignored: Ignored = NOTHING
     states: Sequence[tuple[str, str]] = ()
     initial_states: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
+    stored_inputs: tuple[ir.Value, ...] = ()
     dequantize: bool = False
     dequantized: Dequantization | None = None
     given: frozenset[str] = frozenset()

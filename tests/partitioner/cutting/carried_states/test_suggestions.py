@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from splitonnx.partitioner.cutting.carried_states.suggestions import find_likely_states
+from splitonnx.partitioner.cutting.carried_states.suggestions import (
+    describe_overlooked_states,
+    find_likely_states,
+)
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut
 from tests.support.carried import (
     AVERAGES,
     Shapes,
@@ -93,3 +97,30 @@ def test_states_that_the_user_named_are_not_suggested() -> None:
     ]
     named = prepare(open_model(build_averages()), states=list(AVERAGES.items()))
     assert find_likely_states(named, "y") == []
+
+
+def test_states_with_a_value_in_the_file_are_found_as_well() -> None:
+    pairs = list(AVERAGES.items())
+    model = build_averages(is_stored=True)
+    prepared = prepare(open_model(model))
+    assert find_likely_states(prepared, "y") == pairs
+    mean, count = describe_overlooked_states(prepared, "y")
+    assert "'mean_in' looks like a state that output 'mean_out' replaces" in mean
+    assert "a constant" in count
+    assert "--state count_out=count_in" in count
+    assert find_likely_states(prepare(open_model(model), states=pairs), "y") == []
+    assert not list(describe_overlooked_states(prepare(open_model(build_averages())), "y"))
+
+
+def test_cut_warns_of_a_state_that_is_trained_unless_the_user_decided(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, told = build_averages(is_stored=True), "'mean_in' looks like a state"
+    trained = cut(model, at=None, loss="mse").client.manifest
+    role = next(spec.role for spec in trained.state if spec.tensor.name == "mean_in")
+    assert ("is trained as a weight" in caplog.text) == (role == "parameter")
+    assert told in caplog.text
+    for options in ({"states": AVERAGES}, {"freeze": ["^mean_in$"]}):
+        caplog.clear()
+        cut(model, at=None, loss="mse", **options)
+        assert told not in caplog.text
