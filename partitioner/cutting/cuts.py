@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from splitonnx.errors import NotACut, SharedParameter, UsageError
+from splitonnx.errors import NotACut, SharedParameter, UsageError, count_some
 from splitonnx.partitioner.cutting.sizes import find_sizes, find_underived
 from splitonnx.partitioner.graphs.traversals import (
     find_data,
@@ -234,6 +234,9 @@ def find_duplicated(
     if reason := server.underived or client.underived:
         raise NotACut(names, reason=reason)
     missing = _find_missing(graph, sides, (data - opened) | set(at)) or _list_names(leaks, [])
+    if not missing:
+        made = [node.outputs[0].name or "" for node in graph if node in shared]
+        raise NotACut(names, reason=f"both parties would have to compute {count_some(made)}")
     _, sources = walk_back([v for v in around.private if v.name in missing], ends=around.sizes)
     bare = [value.name or "" for value in around.raw if value in sources]
     raise NotACut(names, missing=missing, raw=bare)

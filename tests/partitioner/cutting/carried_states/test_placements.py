@@ -8,6 +8,7 @@ import pytest
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import NotACut
+from splitonnx.losses import Loss
 from splitonnx.manifests import Role
 from splitonnx.names import TRAIN
 from splitonnx.partitioner.cutting.carried_states.placements import (
@@ -138,3 +139,17 @@ def test_statistics_on_which_a_state_alone_depends_are_updated() -> None:
     bundle = cut_prepared(prepared, at="a", loss="mse")
     assert bundle.server is not None
     assert bundle.server.manifest.phase(TRAIN).commits.keys() >= expected
+
+
+def test_a_cut_is_refused_with_a_reason_where_a_loss_reads_the_state_before_the_tail() -> None:
+    net = Net()
+    read = net.op("MatMul", "x", net.weight("w", 3, 4), out="q")
+    kept = net.op("MatMul", "h", net.weight("r", 4, 4), out="p")
+    hidden = net.op("Tanh", net.op("Add", read, kept, out="s"), out="hn")
+    net.op("MatMul", hidden, net.weight("u", 4, 2), out="y")
+    inputs: Shapes = {"x": (FLOAT, ["N", 3]), "h": (FLOAT, ["N", 4])}
+    model = close(net, inputs, {"y": (FLOAT, ["N", 2]), "hn": (FLOAT, ["N", 4])})
+    losses = [Loss(kind="mse", output="y", labels="a"), Loss(kind="l1", output="hn", labels="b")]
+    dims, states = {"N": BATCH}, {"hn": "h"}
+    with pytest.raises(NotACut, match=r"both parties would have to compute '.+'.*'hn' would"):
+        cut(model, at="q", tail_at="y", loss=losses, dims=dims, states=states)
