@@ -113,6 +113,16 @@ FreezeOption = Annotated[
         rich_help_panel=RECIPE_PANEL,
     ),
 ]
+CheckOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--check/--no-check",
+        help="Compare what is trained with the model, on random inputs; by default up to 64 MiB of "
+        "weights.",
+        show_default=False,
+        rich_help_panel=RECIPE_PANEL,
+    ),
+]
 ClientTargetOption = Annotated[
     Target | None,
     typer.Option(

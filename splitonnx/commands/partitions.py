@@ -26,6 +26,7 @@ from splitonnx.commands.model_options import (
 from splitonnx.commands.options import (
     BatchSizeOption,
     BundleArgument,
+    CheckOption,
     ClientTargetOption,
     ClipNormOption,
     DataOption,
@@ -264,15 +265,7 @@ def cut(
     means: ModelOptions,
     client_target: ClientTargetOption = None,
     server_target: ServerTargetOption = None,
-    check: Annotated[
-        bool | None,
-        typer.Option(
-            "--check/--no-check",
-            help="Compare what was cut with the model, on random inputs; by default up to 64 MiB "
-            "of weights.",
-            show_default=False,
-        ),
-    ] = None,
+    check: CheckOption = None,
     force: ForceOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,

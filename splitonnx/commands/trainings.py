@@ -21,6 +21,7 @@ from splitonnx.commands.loss_options import LossOptions
 from splitonnx.commands.model_options import ModelOptions, read_bindings, read_dims, read_states
 from splitonnx.commands.options import (
     BatchSizeOption,
+    CheckOption,
     ClientTargetOption,
     ClipNormOption,
     DataOption,
@@ -131,10 +132,12 @@ class LocalOptions(ModelOptions, LossOptions):
     train: TrainOption = None
     freeze: FreezeOption = None
     client_target: ClientTargetOption = None
+    check: CheckOption = None
 
     def list_given(self) -> list[str]:
         """List the names of the options that were given."""
-        return ["-o" if name == "--merged" else name for name in list_given(self)]
+        told = {"--merged": "-o", "--check": "--no-check" if self.check is False else "--check"}
+        return [told.get(name, name) for name in list_given(self)]
 
     def prepare(self, model: Path, lr: float | None) -> Bundle:
         """Build a bundle from a model without cutting it.
@@ -182,6 +185,7 @@ class LocalOptions(ModelOptions, LossOptions):
             class_axis=self.class_axis,
             labels=self.labels,
             client_target=(self.client_target or Target.TRAINING).value,
+            check=self.check,
         )
 
     def write(self, bundle: Bundle, client: splitonnx.Client) -> None:

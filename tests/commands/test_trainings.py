@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from splitonnx.bundles import Bundle
 from tests.support.carried import build_recurrent, draw_data
 from tests.support.commands import MODEL, SAMPLES, Command, start
+from tests.support.packed_models import build_packed, draw_packed
 
 
 def test_training_prints_a_line_of_json_a_step(
@@ -99,6 +100,19 @@ def test_the_learning_rate_follows_a_schedule(command: Command, data: Path) -> N
     assert rates == pytest.approx([0, 0.05, 0.1, 0.075, 0.05, 0.025])
 
 
+def test_the_comparison_with_the_model_can_be_left_out_as_its_messages_advise(
+    command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, data = tmp_path / "packed.onnx", tmp_path / "packed.npz"
+    onnx.save(build_packed(level=4), model)
+    np.savez(data, x=draw_packed()["x"], labels=np.zeros((4, 2), np.float32))
+    train = ["train", model, "--local", "--data", data, "--loss", "mse", "--quiet"]
+    command.succeed(*train, "--no-check")
+    assert not caplog.messages
+    command.succeed(*train, "--check")
+    assert "rounds activations to 8 bits" in caplog.messages[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -110,6 +124,8 @@ def test_the_learning_rate_follows_a_schedule(command: Command, data: Path) -> N
         (["--server", "ws://127.0.0.1:1", "--loss", "mse"], "--loss"),
         (["--server", "ws://127.0.0.1:1", "--freeze", "x", "-o", "t.onnx"], "-o, --freeze"),
         (["--server", "ws://127.0.0.1:1", "--dropout", "off"], "--dropout"),
+        (["--server", "ws://127.0.0.1:1", "--no-check"], "--no-check: with --local only"),
+        (["--server", "ws://127.0.0.1:1", "--check"], "--check: with --local only"),
     ],
 )
 def test_options_that_make_no_sense_together_are_refused(

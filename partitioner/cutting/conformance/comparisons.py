@@ -54,7 +54,7 @@ from splitonnx.partitioner.cutting.conformance.sample_comparisons import (
     describe_unchecked,
 )
 from splitonnx.partitioner.cutting.conformance.samples import Arrays, iter_draws
-from splitonnx.partitioner.cutting.dequantized_originals import compare_dequantized
+from splitonnx.partitioner.cutting.dequantized_originals import compare_dequantized, compare_kernels
 from splitonnx.partitioner.cutting.passes.batches import JOINING
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.gates import ModelSource
@@ -144,6 +144,7 @@ def compare_with_original(
     # First the samples: a model that mixes them may give arbitrary results for several.
     mixed = [remark for batch in freed for remark in compare_samples(batch, model, forms[0].made)]
     remarks = compare_dequantized(source, prepared.adjustments, subject)
+    remarks += compare_kernels(source, prepared.adjustments, subject)
     sizes = _list_sizes(prepared.skeleton.graph)
     is_doubled = not freed and not prepared.states  # of those, others say which batches they take
     remarks += [

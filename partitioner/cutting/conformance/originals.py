@@ -1,7 +1,8 @@
 """Read the original model, and set it to the modes of a bundle, without the preparation passes.
 
 In inference, BatchNormalization uses its running statistics, and Dropout does nothing.  In
-training, both use the modes that the user chose.  Everything else stays as it is.
+training, both use the modes that the user chose.  A MatMulNBits computes with the floats that it is
+given, although its accuracy level may allow less.  Everything else stays as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from splitonnx.names import BatchNormModes, DropoutMode
 from splitonnx.partitioner.cutting.conformance.dataflow import NotRun
 from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.gate.fused_operators import DOMAIN
 from splitonnx.partitioner.gate.gates import ModelSource, read_original
 from splitonnx.partitioner.gate.walks import list_bodies, list_nodes
 from splitonnx.partitioner.graphs.readings import read_model
@@ -64,7 +66,8 @@ def read_comparable(
 ) -> onnx.ModelProto:
     """Read the original of a prepared model, with the user's adjustments and functions inlined.
 
-    If the user wanted it dequantized, it is returned so.
+    If the user wanted it dequantized, it is returned so.  No kernel rounds activations that the
+    model gives as floats (:func:`forbid_rounding`).
 
     Raises:
         NotRun: the weights take more than ``most_bytes``, or the model draws random numbers.
@@ -75,7 +78,23 @@ def read_comparable(
     original = copy_original(read_original(source, prepared.adjustments))
     if (node := find_random(original)) is not None:
         raise NotRun(f"node '{node}' draws random numbers")
+    forbid_rounding(original)
     return dequantize_original(original) if prepared.adjustments.dequantize else original
+
+
+def forbid_rounding(model: onnx.ModelProto) -> dict[str, int]:
+    """Have each MatMulNBits compute with the floats that it is given, in place.
+
+    Its attribute ``accuracy_level`` allows kernels to round them, to 8 bits if it is 4.  Map the
+    nodes that had one to it.
+    """
+    levels = {}
+    for node in list_nodes(model.graph.node):
+        if node.op_type == "MatMulNBits" and node.domain == DOMAIN:
+            for attribute in [a for a in node.attribute if a.name == "accuracy_level" and a.i]:
+                levels[node.name or node.output[0]] = attribute.i
+                node.attribute.remove(attribute)
+    return levels
 
 
 def dequantize_original(original: onnx.ModelProto, *, is_rounding: bool = False) -> onnx.ModelProto:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
+import splitonnx
 from splitonnx.errors import DifferentResult
 from splitonnx.partitioner.cutting import dequantized_originals
 from splitonnx.partitioner.cutting.conformance.originals import (
@@ -14,10 +18,12 @@ from splitonnx.partitioner.cutting.conformance.originals import (
     read_comparable,
 )
 from splitonnx.partitioner.cutting.dequantized_originals import compare_dequantized
-from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut
+from tests.support.fused_models import run_stock
+from tests.support.packed_models import build_packed, draw_packed
 from tests.support.quantized_files import Form, build_float, draw, list_kinds, quantize, run
 
 ASKED = Adjustments(dequantize=True)
@@ -68,6 +74,38 @@ def test_weights_that_were_turned_wrongly_are_refused(monkeypatch: pytest.Monkey
         compare_dequantized(quantize("perceptron", "dynamic"), ASKED, "the model")
     (remark,) = compare_dequantized(quantize("perceptron", "static"), ASKED, "the model")
     assert "according to ONNX Runtime's integer kernels, which round" in remark
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize("level", [0, 1, 4])
+def test_weights_of_a_few_bits_are_trained_whatever_the_accuracy_of_their_kernel(
+    level: int, dequantize: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build_packed(level=level)
+    splitonnx.cut(model, at=None, loss="mse", dequantize=dequantize, check=True)
+    told = [line for line in caplog.messages if "rounds activations to 8 bits" in line]
+    assert len(told) == (level == 4)
+    data = draw_packed()
+    for line in told:
+        assert "with accuracy_level=4 ('packed')" in line
+        exact, rounded = (run_stock(build_packed(level=n), data)[0] for n in (0, 4))
+        seen = np.abs(rounded - exact).max() / np.abs(exact).max()
+        said = float(line.partition("changes the results of the model by ")[2].split()[0])
+        assert seen / 10 < said < seen * 10
+
+
+@pytest.mark.parametrize("name", ["w1", "packed_weight#float"])
+def test_a_wrong_weight_is_caught_beside_a_kernel_that_rounds(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare_wrongly(*given: ir.Model, **options: object) -> PreparedModel:
+        prepared = prepare(*given, **options)  # type: ignore[arg-type]
+        array = prepared.weights[name].numpy() * np.float32(1.002)
+        return replace(prepared, weights={**prepared.weights, name: ir.tensor(array, name=name)})
+
+    monkeypatch.setattr("splitonnx.partitioner.partitions.prepare", prepare_wrongly)
+    with pytest.raises(DifferentResult):
+        cut(build_packed(level=4), at=None, loss="mse", check=True)
 
 
 def test_a_whole_comparison_passes_for_each_form() -> None:

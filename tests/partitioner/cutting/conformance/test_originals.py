@@ -12,6 +12,7 @@ from splitonnx.partitioner.cutting.conformance.dataflow import NotRun
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
     find_random,
+    forbid_rounding,
     name_source,
     read_comparable,
     set_inference_modes,
@@ -20,6 +21,7 @@ from splitonnx.partitioner.cutting.conformance.originals import (
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from tests.support.nets import FLOAT, Net
+from tests.support.packed_models import build_packed
 from tests.support.small_models import evaluate, load_model
 
 DATA = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
@@ -44,6 +46,15 @@ def test_what_cannot_be_compared_is_not_read() -> None:
     model.graph.node.append(drawn)
     with pytest.raises(NotRun, match="node 'draw' draws random numbers"):
         read_comparable(model, prepared, 1 << 20)
+
+
+def test_no_kernel_rounds_what_the_model_gives_as_floats() -> None:
+    model = build_packed(level=4)
+    read = read_comparable(model, prepare(open_model(model)), 1 << 20)
+    assert read == build_packed(level=0)
+    assert model == build_packed(level=4)
+    assert forbid_rounding(copy_original(model)) == {"packed": 4}
+    assert forbid_rounding(read) == {}
 
 
 def test_a_model_without_a_path_is_the_model() -> None:

@@ -41,6 +41,24 @@ def test_they_become_floats_that_compute_the_same(zeros: str) -> None:
     np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_kernel_of_low_accuracy_rounds_each_activation_within_its_block() -> None:
+    model, data = build("", accuracy_level=4)
+    (rounded,) = run_stock(model, data)
+    written = ir.from_proto(model)
+    unpack_weights(written.graph)
+    array = written.graph.initializers["packed#float"].const_value
+    assert array is not None
+    weight = array.numpy().astype(np.float64)
+    gap = np.abs(rounded - data["x"] @ weight)
+    blocks = [slice(start, start + BLOCK) for start in range(0, K, BLOCK)]
+    bound = sum(
+        np.outer(np.abs(data["x"][:, block]).max(1) / 254, np.abs(weight[block]).sum(0))
+        for block in blocks
+    )
+    assert gap.max() > 1e-3
+    assert (gap <= bound + 1e-5).all()
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [({"bits": 3}, "has 3 bits"), ({"K": 999}, "another size"), ({"block_size": 0}, "blocks of 0")],
