@@ -61,7 +61,6 @@ from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
     choose_output,
     describe_adapters,
-    describe_numbers,
     list_trained,
     prepare,
 )
@@ -84,6 +83,7 @@ from splitonnx.partitioner.loss_files import read_loss_files
 from splitonnx.partitioner.lowerings.centred_normalizations import describe_narrow
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.model_losses import list_predicted, separate_losses
+from splitonnx.partitioner.normalization.constants.kept import describe_kept, describe_numbers
 from splitonnx.partitioner.normalization.dequantized import untrained
 from splitonnx.partitioner.normalization.dequantized.stored import (
     describe_stored_integers,
@@ -300,20 +300,20 @@ def cut_prepared(
 @attribute_errors_to_pass("searched for what to warn of")
 def _warn(prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs) -> None:
     """Log warnings about what the user may not expect of this cut."""
-    if told := describe_adapters(prepared):
-        _log.warning("%s", told)
     _say_kept_scalings(prepared)
     if numbers := prepared.kept_numbers:
-        option = f"--train '{make_pattern(numbers)}'"
-        _log.warning("%s, with %s", describe_numbers(numbers), option)
-    for told in describe_overlooked_states(prepared, losses[0].output or ""):
-        _log.warning("%s", told)
+        _log.warning("%s, with --train '%s'", describe_numbers(numbers), make_pattern(numbers))
+    for told, names in describe_kept(prepared.kept_constants):
+        option = make_pattern(names)
+        _log.warning("%s, with --train '%s'; --freeze '%s' silences this", told, option, option)
     for loss in losses:
         axis = find_class_axis(prepared.training.graph, loss, graphs)
         if axis != 1 and loss.class_axis is None:
             _say_class_axis(prepared, loss.output or "", axis)
         _say_repeated_activation(prepared, loss.kind, loss.output or "", axis)
     sentences = (
+        describe_adapters(prepared),
+        *describe_overlooked_states(prepared, losses[0].output or ""),
         describe_freed(prepared.freed),
         describe_decided(prepared.decided),
         "" if prepared.dequantized is None else prepared.dequantized.describe(),
@@ -331,14 +331,11 @@ def _say_repeated_activation(prepared: PreparedModel, loss: str, output: str, ax
     )
     repeated = find_repeated_activation(given, trained, loss, axis)
     if repeated is not None:
+        names = (loss, CONTAINED[loss], output, repeated.kind, repeated.node.name)
         _log.warning(
             "%s applies a %s to '%s', which comes from the %s '%s' already, so scores are squashed "
             "twice; export the model without it, or see splitonnx check",
-            loss,
-            CONTAINED[loss],
-            output,
-            repeated.kind,
-            repeated.node.name,
+            *names,
         )
 
 

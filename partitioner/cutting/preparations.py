@@ -42,12 +42,12 @@ from splitonnx.partitioner.graphs.traversals import (
 )
 from splitonnx.partitioner.inference.evaluations import WeightValues
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
+from splitonnx.partitioner.normalization.constants.kept import Kept, find_numbers
 from splitonnx.partitioner.normalization.dequantized.replacements import Dequantization
-from splitonnx.partitioner.normalization.parameters import find_input_scalings, may_be_learned
+from splitonnx.partitioner.normalization.parameters import find_input_scalings
 from splitonnx.partitioner.normalization.weights import (
     EVERYTHING,
     find_matches,
-    list_constants,
     make_pattern,
     pin_names,
     read_array,
@@ -63,7 +63,8 @@ class PreparedModel:
     ``weights`` holds the tensors that became graph inputs, in the model's order, and ``roles`` maps
     each name to the weight's role.  ``next_buffers`` maps each running statistic to the value in
     ``training`` that replaces it after a step.  ``given`` holds the names of the tensors and nodes
-    of the user's model, with its functions inlined.  ``freed`` names the nodes whose fixed batch
+    of the user's model, with its functions inlined.  ``constants`` are not trained, but may have
+    been learned (:mod:`kept`).  ``freed`` names the nodes whose fixed batch
     size of 1 was replaced by that of the data (:mod:`batches`).  ``decided`` names the If nodes
     that were replaced by their branch for larger batches (:mod:`batch_decisions`).
     ``separations`` lists the running statistics that got tensors of their own
@@ -85,6 +86,7 @@ class PreparedModel:
     roles: Mapping[str, Role]
     next_buffers: Mapping[str, str]
     given: frozenset[str] = frozenset()
+    constants: tuple[Kept, ...] = ()
     freed: tuple[str, ...] = ()
     decided: tuple[str, ...] = ()
     separations: tuple[Separation, ...] = ()
@@ -179,26 +181,27 @@ class PreparedModel:
         Those about which the user or the model's file decided are left out.  In a model with
         adapters there are none.
         """
+        told = {kept.name for kept in self.constants}
+        found = [n for n in find_numbers(self.skeleton.graph) if n in self.given - told]
+        return tuple(self._leave_undecided(found))
+
+    @cached_property
+    def kept_constants(self) -> tuple[Kept, ...]:
+        """Constants that may have been learned in spite of their role, but are not trained.
+
+        The same ones as of single numbers are left out.
+        """
+        undecided = self._leave_undecided([kept.name for kept in self.constants])
+        return tuple(kept for kept in self.constants if kept.name in undecided)
+
+    def _leave_undecided(self, names: Sequence[str]) -> list[str]:
+        """Return the constants about which neither the user nor the model's file decided."""
         if self.adapters:
-            return ()
+            return []
         decided = {*read_stored(self.skeleton).freeze, *self.adjustments.bindings}
-        found = [
-            value.name or ""
-            for value, tensor in list_constants(self.skeleton.graph)
-            if value.name in self.given - decided and may_be_learned(value, tensor)
-        ]
-        frozen = {n for text in self.freeze for n in find_matches(text, found, "--freeze")}
-        return tuple(name for name in found if name not in frozen)
-
-
-def describe_numbers(names: Sequence[str]) -> str:
-    """Return a sentence about single numbers that may have been learned, but are not trained."""
-    one = len(names) == 1
-    what = "is a single number" if one else "are single numbers"
-    return (
-        f"{count_some(names)} {what} and not trained, like the epsilon of a norm: train "
-        f"{'it if it was' if one else 'them if they were'} learned"
-    )
+        for pattern in self.freeze:
+            decided |= find_matches(pattern, names, "--freeze")
+        return [name for name in names if name not in decided]
 
 
 def prepare(
@@ -268,6 +271,7 @@ def prepare(
         roles=work.roles,
         next_buffers=work.buffers,
         given=work.given,
+        constants=tuple(work.constants),
         freed=tuple(work.freed),
         decided=tuple(work.decided),
         separations=tuple(work.separations),

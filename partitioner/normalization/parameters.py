@@ -2,7 +2,7 @@
 
 A scalar is a constant.  The rules for other tensors are:
 
-- A tensor that an operator uses as a setting (a Clip's bound, a Resize's scales) cannot be trained.
+- A tensor that an operator uses as a setting (a Pad's value, a Resize's scales) cannot be trained.
 - BatchNormalization's mean and variance are running statistics.
 - A tensor that an operator uses as weights (a Conv's kernel, a Gather's table) is a parameter, and
   so is one whose parts are put together as the weights of a recurrent layer.
@@ -20,8 +20,6 @@ not on how a model is trained.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -36,7 +34,6 @@ _ALL = frozenset(range(64))
 _SETTINGS: Mapping[str, Collection[int]] = {
     "Bernoulli": {0},
     "CastLike": {1},
-    "Clip": {1, 2},
     "DequantizeLinear": {1},
     "Dropout": {1},
     "MaxRoiPool": {1},
@@ -62,6 +59,7 @@ _SETTINGS: Mapping[str, Collection[int]] = {
 _USUAL: Mapping[str, Collection[int]] = {
     "Attention": {3, 4, 5},
     "CausalConvWithState": {3},
+    "Clip": {1, 2},
     "GRU": {5},
     "GridSample": {1},
     "LSTM": {5, 6},
@@ -72,7 +70,10 @@ _USUAL: Mapping[str, Collection[int]] = {
     "Range": {0, 2},
     "RotaryEmbedding": {1, 2, 3},
 }
-"""Maps an operator to inputs that have a gradient but often are masks, first states, exponents."""
+"""Maps an operator to inputs that have a gradient but often are masks, first states, exponents.
+
+:mod:`kept` tells those that may have been learned all the same.
+"""
 
 _PLACES: Mapping[str, Collection[int]] = {
     "BatchNormalization": {1, 2},
@@ -123,12 +124,6 @@ _SCALINGS = frozenset({"Add", "Div", "Mul", "Sub"})
 _PICKING = frozenset({"Clip", "Gather", "Pad", "Resize", "Slice"})
 """Operators that prepare a raw input, for example resize an image or reorder its channels."""
 _STATISTICS = frozenset({("BatchNormalization", 3), ("BatchNormalization", 4)})
-_LITERAL = re.compile(
-    r"(?i)(const|scalar|val_|ratio|dpa_|tensor).*|.*(::|eps|_output_\d+$).*|(?!.*ReadVariableOp).*/.*"
-)
-"""Names that exporters give to numbers that are written in a network's code."""
-_LEARNED = re.compile(r"(?i)\.|alpha|beta|bias|gain|gamma|scale|temp|weight")
-"""What the names of scalars that are parameters contain."""
 _LOOKED_AT = 1 << 16
 """The number of elements that are read to recognise a mask or a grid."""
 
@@ -203,27 +198,6 @@ def _is_recurrent_weight(node: ir.Node, index: int) -> bool:
     if node.op_type == "Concat" or (node.op_type in ("Slice", "Split") and index == 0):
         return any(_is_recurrent_weight(*use) for part in node.outputs for use in list_uses(part))
     return False
-
-
-def may_be_learned(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
-    """Return whether a constant is a single number that a network may have learned.
-
-    Networks multiply by such numbers, and exporters give them names of parameters.  Other single
-    numbers, such as the epsilon of a norm or the half in a GELU, are literals.
-    """
-    name = value.name or ""
-    if tensor.size != 1 or _LITERAL.fullmatch(name):
-        return False
-    if not tensor.shape and (not _LEARNED.search(name) or _is_written(tensor)):
-        return False
-    return any(node.op_type in ("Div", "Exp", "Mul") for node, _ in list_uses(value))
-
-
-def _is_written(tensor: ir.TensorProtocol) -> bool:
-    """Return whether a number is likely written in code, such as 0.5 or one over the root of 64."""
-    number = abs(float(tensor.numpy()))
-    squares = (number**2, 1 / number**2) if 0 < number < math.inf else ()
-    return any(square > 1.5 and abs(square - round(square)) < 1e-5 * square for square in squares)
 
 
 def _is_bias(node: ir.Node, index: int) -> bool:

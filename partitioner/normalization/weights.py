@@ -140,6 +140,7 @@ def assign_roles(
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
     kept: Collection[str] = (),
+    constants: Collection[str] = (),
     states: Collection[str] = (),
 ) -> dict[str, Role]:
     """Classify each weight as a trained parameter, a frozen weight, or a running statistic.
@@ -149,11 +150,12 @@ def assign_roles(
     by training; the others become frozen weights.  Weights that only normalize a raw input
     (:func:`parameters.find_input_scalings`) are frozen as well.  A weight that matches a pattern in
     ``train`` is trained, even if it also matches a pattern in ``freeze`` or normalizes a raw input.
-    ``kept`` names more weights to freeze; names of none are ignored.  ``states`` names graph inputs
-    that are not data.
+    ``kept`` names more weights to freeze; names of none are ignored.  ``constants`` names tensors
+    that are not weights, which patterns in ``freeze`` may match as well.  ``states`` names graph
+    inputs that are not data.
 
     Raises:
-        UnsupportedModel: a pattern in ``freeze`` matches no weight.
+        UnsupportedModel: a pattern in ``freeze`` matches no weight and none of ``constants``.
         UsageError: a pattern is not a regular expression, or a pattern in ``freeze`` has no effect:
             all weights that it matches are also matched by ``train``, or are running statistics
             that training updates.  :data:`EVERYTHING` may be given even if ``train`` matches all
@@ -165,6 +167,8 @@ def assign_roles(
     frozen: set[str] = set()
     for pattern in freeze:
         found = find_matches(pattern, weights, "--freeze")
+        if not found and find_matches(pattern, constants, "--freeze"):
+            continue
         if not found:
             raise refuse_unknown("--freeze", pattern, weights)
         if not found - trained and pattern != EVERYTHING:
@@ -251,10 +255,9 @@ def list_stored(graph: ir.Graph) -> Iterator[tuple[str, tuple[ir.Value, ir.Tenso
 
 
 def list_constants(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """Yield the initializers that are not trained, but would be if the user named them."""
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and _classify(value, tensor).kind is TensorKind.CONSTANT:
+    """Yield the stored tensors that are not trained, but would be if the user named them."""
+    for _, (value, tensor) in list_stored(graph):
+        if _classify(value, tensor).kind is TensorKind.CONSTANT:
             yield value, tensor
 
 

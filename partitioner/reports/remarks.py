@@ -30,6 +30,7 @@ class Kind(StrEnum):
     CUTS_NOT_LISTED = "cuts not listed"
     INPUT_SCALING = "input scaling"
     SINGLE_NUMBERS = "single numbers"
+    KEPT_CONSTANT = "kept constant"
     COMPUTED_TABLE = "computed table"
     FIXED_FILTER = "fixed filter"
     LOST_TIE = "lost tie"

@@ -13,16 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
-from splitonnx.partitioner.cutting.preparations import (
-    PreparedModel,
-    describe_adapters,
-    describe_numbers,
-)
+from splitonnx.partitioner.cutting.preparations import PreparedModel, describe_adapters
 from splitonnx.partitioner.differentiation.control_flow.obstacles import find_obstacle
 from splitonnx.partitioner.differentiation.untrained import explain_untrained
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import map_values, trace_gradients
 from splitonnx.partitioner.lowerings.centred_normalizations import describe_narrow
+from splitonnx.partitioner.normalization.constants.kept import describe_kept, describe_numbers
 from splitonnx.partitioner.normalization.weights import INNER, list_returned, make_pattern
 from splitonnx.partitioner.reports.formulas import (
     describe_formula,
@@ -112,8 +109,9 @@ def remark_on_computed(reasons: Mapping[str, str]) -> Iterator[Remark]:
 def remark_on_kept(prepared: PreparedModel) -> Iterator[Remark]:
     """Yield remarks on what is not trained unless the user names it.
 
-    These are the weights that only normalize a raw input (:attr:`PreparedModel.kept_scalings`), and
-    single numbers that may have been learned (:attr:`PreparedModel.kept_numbers`).
+    These are the weights that only normalize a raw input (:attr:`PreparedModel.kept_scalings`),
+    single numbers that may have been learned (:attr:`PreparedModel.kept_numbers`), and constants
+    that may have been learned in spite of their role (:attr:`PreparedModel.kept_constants`).
     """
     names = prepared.kept_scalings
     if names:
@@ -132,6 +130,13 @@ def remark_on_kept(prepared: PreparedModel) -> Iterator[Remark]:
             sentence=describe_numbers(numbers),
             names=numbers,
             options=(make_option("--train", make_pattern(numbers)),),
+        )
+    for sentence, constants in describe_kept(prepared.kept_constants):
+        yield Remark(
+            kind=Kind.KEPT_CONSTANT,
+            sentence=sentence,
+            names=constants,
+            options=(make_option("--train", make_pattern(constants)),),
         )
 
 

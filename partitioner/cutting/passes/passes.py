@@ -51,6 +51,7 @@ from splitonnx.partitioner.normalization.batchnorms import (
     train_batchnorms,
     write_out_own_statistics,
 )
+from splitonnx.partitioner.normalization.constants.kept import find_kept, find_numbers
 from splitonnx.partitioner.normalization.dropouts import seed_dropouts
 from splitonnx.partitioner.normalization.explicit_padding import make_all_paddings_explicit
 from splitonnx.partitioner.normalization.explicit_reductions import (
@@ -87,6 +88,7 @@ def _separate_statistics(work: Work) -> None:
 
 def _lift_weights(work: Work) -> None:
     work.weights = lift_weights(work.model.graph, work.train)
+    work.constants = [kept for kept in find_kept(work.model.graph) if kept.name in work.given]
 
 
 def _flatten_sequences(work: Work) -> None:
@@ -187,6 +189,7 @@ def _assign_roles(work: Work) -> None:
         train=work.train,
         freeze=[*work.freeze, *bound],
         kept=work.stored.freeze,
+        constants=[*(kept.name for kept in work.constants), *find_numbers(work.model.graph)],
         states=[source for _, source in work.states],
     )
 

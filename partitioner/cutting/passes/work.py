@@ -17,6 +17,7 @@ from splitonnx.partitioner.cutting.passes.stored_options import (
     Ignored,
     StoredOptions,
 )
+from splitonnx.partitioner.normalization.constants.kept import Kept
 from splitonnx.partitioner.normalization.dequantized.replacements import Dequantization
 
 
@@ -55,7 +56,8 @@ class Work:
 
     It holds the model, which the passes change in place, the user's options, and the results.
     ``stored`` are the options from the model's file that the user does not overrule, and
-    ``ignored`` are names in them that have no effect.
+    ``ignored`` are names in them that have no effect.  ``constants`` are not trained, but may have
+    been learned.
     """
 
     model: ir.Model
@@ -74,6 +76,7 @@ class Work:
     dequantize: bool = False
     dequantized: Dequantization | None = None
     given: frozenset[str] = frozenset()
+    constants: Sequence[Kept] = ()
     weights: dict[str, ir.TensorProtocol] = field(default_factory=dict)
     masters: Mapping[str, ir.TensorProtocol] = field(default_factory=dict)
     buffers: Mapping[str, str] = field(default_factory=dict)

@@ -139,12 +139,13 @@ def test_a_weight_behind_a_change_of_shape_is_trained() -> None:
 
 
 def build_scaled() -> onnx.ModelProto:
-    """A network with a scalar, a constant, a bound and running statistics."""
+    """A network with a scalar, a constant, a setting and running statistics."""
     net = Net()
     value = net.op("MatMul", "x", net.weight("head.w", 4, 4), out="m1")
     value = net.batchnorm(value, 4, out="n1", training=False)
-    bounds = [net.constant(n, np.array(v, np.float32)) for n, v in (("low", -2), ("high", 2))]
-    value = net.op("Clip", value, *bounds, out="clipped")
+    pads = net.constant("pads", np.zeros(4, np.int64))
+    fill = net.constant("fill", np.array(-2, np.float32))
+    value = net.op("Pad", value, pads, fill, out="padded")
     value = net.op("Mul", value, net.constant("temperature", np.array(0.5, np.float32)), out="warm")
     value = net.op("Add", value, net.constant("offset", np.array([0.1], np.float32)), out="moved")
     output = net.op("MatMul", value, net.weight("tail.w", 4, 3), out="scores")
@@ -182,7 +183,7 @@ def test_train_means_parameters_before_constants() -> None:
 @pytest.mark.parametrize(
     ("train", "freeze", "sentence"),
     [
-        (["low"], [], r"--train low: 'low': it is a setting of node 'clipped_node' \(Clip\)"),
+        (["fill"], [], r"--train fill: 'fill': it is a setting of node 'padded_node' \(Pad\)"),
         ([r"n1\.bn\.mean"], [], "'n1.bn.mean': it is a running statistic"),
         (["tail.x"], [], r"--train tail\.x: no parameter's name .* did you mean 'tail\.w'"),
         ([], ["haed.w"], r"--freeze haed\.w: no parameter's name .* did you mean 'head\.w'"),
