@@ -2,9 +2,10 @@
 
 The body of a Scan or Loop, or a branch of an If, becomes a model of its own, which is
 differentiated like any other.  What depends on gradients is the backward step; the rest is the
-forward step.  The backward step of a Scan or Loop computes nothing again: the forward step also
-shows the values that the backward step reads.  The backward step of a branch computes again what it
-reads, so that the If itself stays as it is.
+forward step.  The forward step of a Scan or Loop also shows the values that the backward step
+reads.  The backward step computes again only what cannot be stacked, because its shape may differ
+from step to step.  The backward step of a branch computes again whatever it reads, so that the If
+itself stays as it is.
 
 The weights of a product, a Gemm or MatMul, are the same in every step.  Their gradient is one
 product of the stacked values of all steps, which is faster than a sum of one product per step.
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from splitonnx.expressions import UNKNOWN
+from splitonnx.partitioner.differentiation.control_flow.fixed_shapes import FixedShapes
 from splitonnx.partitioner.differentiation.control_flow.obstacles import (
     list_undifferentiable,
     note_carried_shapes,
@@ -209,8 +211,9 @@ def differentiate_step(
     moved = _find_moving(step, moving)
     ends, wanted = _find_ends(step, moved, reached)
     rewrite(step.model, [_name(value) for value in moved])
+    fixed = FixedShapes(graph, [*step.given, *step.held])
     weights = [value for value in step.held if value in wanted and step.given]
-    products = _find_products(graph, weights)
+    products = _find_products(graph, weights, fixed)
     for product in products:
         _part(graph, product.result)
     wanted -= {product.weights for product in products}
@@ -226,7 +229,7 @@ def differentiate_step(
     supplied = supply(step.model, names, targets)
     derived = add_gradients(step.model, names, targets, supplied).graph
     _forget_unknown(derived)
-    return _divide(step, derived, names, targets, products)
+    return _divide(step, derived, names, targets, products, fixed)
 
 
 def _forget_unknown(graph: ir.Graph) -> None:
@@ -277,16 +280,16 @@ def _find_ends(
         ends |= more
 
 
-def _find_products(graph: ir.Graph, held: Sequence[ir.Value]) -> list[Product]:
+def _find_products(graph: ir.Graph, held: Sequence[ir.Value], fixed: FixedShapes) -> list[Product]:
     """List the Gemms whose weights are in ``held`` and are read by nothing but such Gemms."""
     products = []
     for value in held:
-        found = [_read_product(graph, use.node, use.idx) for use in value.uses()]
+        found = [_read_product(graph, use.node, use.idx, fixed) for use in value.uses()]
         products += [p for p in found if p is not None] if all(found) else []
     return products
 
 
-def _read_product(graph: ir.Graph, node: ir.Node, index: int) -> Product | None:
+def _read_product(graph: ir.Graph, node: ir.Node, index: int, fixed: FixedShapes) -> Product | None:
     alpha = node.attributes.get_float("alpha", 1.0)
     plain = alpha == 1 and not node.attributes.get_int("transA", 0)
     if node.op_type not in ("Gemm", "MatMul") or node.domain or index != 1 or not plain:
@@ -296,6 +299,8 @@ def _read_product(graph: ir.Graph, node: ir.Node, index: int) -> Product | None:
     assert factor is not None
     inside = node.graph is not graph  # in the body of another node
     if inside or known_rank(weights) != 2 or not _has_size(factor, node.outputs[0]):
+        return None
+    if factor not in fixed and factor.producer() is not None:  # it cannot be stacked
         return None
     return Product(
         weights=weights,
@@ -335,6 +340,7 @@ def _divide(
     named: Sequence[str],
     ends: Sequence[str],
     products: Sequence[Product],
+    fixed: FixedShapes,
 ) -> DerivedStep:
     values = map_values(graph)
     given = {values[f"{name}{GRADIENT}"] for name in ends}
@@ -349,7 +355,7 @@ def _divide(
         node = value.producer()
         if value in given or node in backward:
             continue
-        if value in varying and value not in later and _is_kept(value):
+        if value in varying and value not in later and _is_kept(value, fixed):
             stash.add(value)
         elif node is not None:
             backward.add(node)
@@ -363,13 +369,16 @@ def _divide(
     )
 
 
-def _is_kept(value: ir.Value) -> bool:
+def _is_kept(value: ir.Value, fixed: FixedShapes) -> bool:
     """Return whether the backward step is given a value instead of computing it again.
 
-    Integers and booleans are computed again from floats that are kept, unless a loop makes them.
+    A value whose shape may differ from step to step is computed again.  So are integers and
+    booleans, from floats that are kept, unless a loop makes them.
     """
     node = value.producer()
-    return is_float(value) or node is None or bool(list_bodies(node))
+    if node is None:
+        return True
+    return value in fixed and (is_float(value) or bool(list_bodies(node)))
 
 
 def _name(value: ir.Value) -> str:

@@ -32,6 +32,10 @@ STEPS = {
     "f = Floor (q)  d = Sub (q, f)  k = Gemm (d, v)  n = Softsign (k)  y = Mul (n, p)",
     "a state that no step reads": "m = Gemm (b, w)  k = Gemm (m, v)  n = Mul (k, p)  "
     "c = Mul (n, b)  y = Identity (c)",
+    "numbers chosen by their signs": "z = Constant <value = float {0.0}> ()  f = Greater (b, z)  "
+    "c = NonZero (f)  d = Transpose (c)  m = Gemm (a, w)  g = GatherND (m, d)  t = Exp (g)  "
+    "r = ReduceSum <keepdims = 0> (t)  k = Gemm (b, v)  u = Add (k, r)  n = Tanh (u)  "
+    "y = Mul (n, p)",
     "a state shown as it was": "m = Gemm (a, w)  k = Gemm (b, v)  t = Add (m, k)  q = Mul (t, p)  "
     "n = Tanh (q)  y = Identity (a)",
 }

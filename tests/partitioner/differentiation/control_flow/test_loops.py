@@ -99,3 +99,52 @@ INNER = {
 @pytest.mark.parametrize("most", [0, 3])
 def test_gradients_of_control_flow_in_a_loop(inner: str, most: int) -> None:
     hold_gradients(write_loop(READ + INNER[inner]), EVERY, most=most)
+
+
+_FROM = "zero = Constant <value_ints = [0]> ()  ones = Constant <value_ints = [1]> ()  "
+CHANGING = {
+    "a loop of as many steps as there were before": """
+        e, q = Loop <
+            body = inner (int64 j, bool on, float[N, 3] d) => (bool off, float[N, 3] f, float[3] u)
+            {
+                off = Identity (on)  g = MatMul (d, w)  h = Add (g, b)  f = Tanh (h)
+                u = ReduceSum <keepdims = 0> (f, zero)
+            }
+        > (i, , a)
+        r = ReduceSum <keepdims = 0> (q, zero)
+        k = MatMul (e, v)  t = Add (k, r)  n = Tanh (t)  y = Mul (n, p)
+    """,
+    "a loop that stops by itself": """
+        seven = Constant <value_int = 7> ()  yes = Constant <value_int = 1> ()
+        on1 = Cast <to = 9> (yes)
+        e = Loop <body = inner (int64 j, bool on, float[N, 3] d) => (bool off, float[N, 3] f) {
+            g = MatMul (d, w)  h = Mul (g, p)  f = Tanh (h)
+            size = ReduceSumSquare <keepdims = 0> (f)  least = Constant <value = float {0.4}> ()
+            off = Greater (size, least)
+        }> (seven, on1, b)
+        u = Add (e, a)  k = MatMul (u, v)  n = Tanh (k)  y = Mul (n, p)
+    """,
+    "a slice that grows": """
+        next = Add (i, ones)  part = Slice (x, zero, next, zero)  m = Mul (part, p)  t = Tanh (m)
+        r = ReduceSum <keepdims = 0> (t, zero)  k = MatMul (a, v)  u = Add (k, r)
+        h = MatMul (u, w)  n = Tanh (h)  y = Mul (n, p)
+    """,
+    "a product over a slice that grows": """
+        next = Add (i, ones)  part = Slice (x, zero, next, zero)  m = MatMul (part, w)  t = Tanh (m)
+        r = ReduceSum <keepdims = 0> (t, zero)  k = MatMul (a, v)  u = Add (k, r)
+        n = Tanh (u)  y = Mul (n, p)
+    """,
+    "numbers chosen by their signs": """
+        none = Constant <value = float {0.0}> ()  f = Greater (b, none)  places = NonZero (f)
+        turned = Transpose (places)  m = MatMul (a, w)  part = GatherND (m, turned)
+        t = Exp (part)  r = ReduceSum <keepdims = 0> (t)  k = MatMul (a, v)  u = Add (k, r)
+        n = Tanh (u)  y = Mul (n, p)
+    """,
+}
+
+
+@pytest.mark.parametrize("most", [0, 4])
+@pytest.mark.parametrize("step", CHANGING)
+def test_gradients_of_a_loop_in_which_shapes_change(step: str, most: int) -> None:
+    """What has another shape in each iteration cannot be stacked for the gradient."""
+    hold_gradients(write_loop(f"{READ}{_FROM}{CHANGING[step]}"), EVERY, most=most)

@@ -67,6 +67,16 @@ def test_the_backward_step_computes_nothing_again() -> None:
     assert "Tanh" in kinds
 
 
+def test_the_backward_step_computes_again_what_cannot_be_stacked() -> None:
+    """Each step chooses as many numbers as are positive in its row."""
+    derived = derive("z = Constant <value = float {0.0}> ()  f = Greater (b, z)  c = NonZero (f)  "
+                     "d = Transpose (c)  m = Mul (a, p)  g = GatherND (m, d)  t = Exp (g)  "
+                     "r = ReduceSum (t)  n = Add (a, r)  y = Identity (n)", "p")  # fmt: skip
+    kinds = list_kinds(list(derived.backward))
+    assert {"Exp", "GatherND"} <= set(kinds)
+    assert "Exp" not in {value.producer().op_type for value in derived.stash if value.producer()}  # type: ignore[union-attr]
+
+
 def test_a_state_gets_a_gradient_once_it_depends_on_something_trained() -> None:
     assert "own/0" in derive(LINEAR, "b").gradients
     assert "own/0" not in derive("m = Mul (b, p)  n = Tanh (m)  y = Gemm (b, w, a)", "w").gradients
