@@ -116,7 +116,7 @@ def function_twice(model: ModelProto) -> None:
         add_function(model, "Twice", [helper.make_node("Relu", ["a"], ["b"])])
 
 
-@hostile("its output 'less' is read, but nothing makes it")
+@hostile("(If) has 1 outputs, but its body 'then' computes 0")
 def branch_that_gives_nothing(model: ModelProto) -> None:
     ends = [helper.make_tensor_value_info("bias", FLOAT, None)]
     made = [helper.make_node("Identity", ["b1"], ["bias"])]
