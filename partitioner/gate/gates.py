@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -85,6 +85,8 @@ def open_model(
                 raise
             raise NotAModel(label, explain(error)) from error
         _map_external(model, files)
+        if isinstance(source, onnx.ModelProto):
+            _keep_names(model)
         _forget_unknown_dims(model.graph)
         if not is_marked:
             forget_marks(model)
@@ -174,20 +176,58 @@ def _refuse_empty(proto: onnx.ModelProto, label: str) -> None:
         raise UnsupportedModel(label, f"it has {count} nodes; at most {MODEL.nodes} are taken")
 
 
+class _GivenTensor(ir.serde.TensorProtoTensor):
+    """A tensor of a loaded model, which is copied before it gets another name."""
+
+    @property
+    def name(self) -> str:
+        return super().name
+
+    @name.setter
+    def name(self, value: str | None) -> None:
+        if (value or "") != self._proto.name:
+            given, self._proto = self._proto, onnx.TensorProto()
+            self._proto.CopyFrom(given)
+            self._proto.name = value or ""
+
+
+def _keep_names(model: ir.Model) -> None:
+    """Leave the names of a loaded model's tensors alone.
+
+    onnx_ir reads tensors where they are.  It names them after the values that hold them, so a pass
+    that renames a value, or reads a Constant, would change the user's model.
+    """
+
+    def hold(tensor: object) -> ir.TensorProtocol | None:
+        return _GivenTensor(tensor.raw) if isinstance(tensor, ir.serde.TensorProtoTensor) else None
+
+    _replace_tensors(model, hold)
+
+
 def _map_external(model: ir.Model, files: DataFiles) -> None:
     """Replace every external tensor by a tensor that reads the memory-mapped file."""
+
+    def read(tensor: object) -> ir.TensorProtocol | None:
+        return files.read(tensor) if isinstance(tensor, ir.ExternalTensor) else None
+
+    _replace_tensors(model, read)
+
+
+def _replace_tensors(
+    model: ir.Model, replace: Callable[[object], ir.TensorProtocol | None]
+) -> None:
+    """Replace the stored tensors for which ``replace`` returns another one."""
     graphs: list[ir.Graph] = [*model.graphs()]
     for function in model.functions.values():
         graphs += [function.graph, *function.subgraphs()]
     for graph in graphs:
         for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = files.read(value.const_value)
+            if (tensor := replace(value.const_value)) is not None:
+                value.const_value = tensor
         for node in graph:
             for name, attribute in list(node.attributes.data.items()):
-                held = attribute.value
-                if isinstance(held, ir.ExternalTensor):
-                    node.attributes[name] = ir.AttrTensor(name, files.read(held))
+                if (tensor := replace(attribute.value)) is not None:
+                    node.attributes[name] = ir.AttrTensor(name, tensor)
 
 
 def _forget_unknown_dims(graph: ir.Graph) -> None:

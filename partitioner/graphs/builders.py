@@ -73,12 +73,8 @@ class NodeBuilder:
         return self._constant((value,), _make_tensor(value, ir.DataType.INT64))
 
     def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Return a tensor as a constant.
-
-        It is copied without its elements, because onnx_ir names the tensor of a constant after its
-        value, and the tensor may be the user's.
-        """
-        return self._constant((tensor, "tensor"), ir.tensor(tensor.numpy(), dtype=tensor.dtype))
+        """Return a tensor as a constant."""
+        return self._constant((id(tensor), "tensor"), tensor)
 
     def array(self, array: np.ndarray, dtype: ir.DataType | None) -> ir.Value:
         """Return an array as a constant, converted to ``dtype``."""

@@ -9,6 +9,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from splitonnx.errors import ModelError, NotAModel
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut
 from tests.partitioner.gate.broken_models import Breakage, hold_refusal, make_model
 from tests.support.zoo import ZOO
 
@@ -66,3 +67,10 @@ def test_sizes_that_an_exporter_leaves_open_are_not_equal_to_each_other() -> Non
         assert [dim if isinstance(dim, int) else dim.value for dim in value.shape] == [
             "N", None, None, None,
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_loaded_model_is_not_changed_by_a_cut(name: str) -> None:
+    model, given = ZOO[name].build(), ZOO[name].build()
+    cut(model, at=None, loss=ZOO[name].loss, check=False)
+    assert model == given
