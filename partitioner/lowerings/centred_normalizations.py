@@ -56,13 +56,7 @@ def describe_narrow(graph: ir.Graph) -> str:
 
 
 def _list_narrow(graph: ir.Graph) -> Iterator[ir.Node]:
-    for node in graph:
-        for body in list_bodies(node):
-            yield from _list_narrow(body)
-        if node.domain or not node.inputs or _is_double(node.inputs[0]):
-            continue
-        if 0 < _count_normalized(node) <= _NARROW:
-            yield node
+    return (node for node in _list_floating(graph) if 0 < _count_normalized(node) <= _NARROW)
 
 
 def _count_normalized(node: ir.Node) -> int:
@@ -90,17 +84,25 @@ def centre_normalizations(graph: ir.Graph) -> None:
     the nodes in subgraph bodies.  Normalizations of float64 are left unchanged.  Call this function
     after differentiation, when the graph already has its gradients.
     """
-    for node in list(graph):
-        for body in list_bodies(node):
-            centre_normalizations(body)
-        if node.domain or not node.inputs or _is_double(node.inputs[0]):
-            continue
+    for node in _list_floating(graph):
         if node.op_type == "LayerNormalization":
             _centre_layer_norm(node)
         elif node.op_type == "GroupNormalization":
             _centre_group_norm(node)
         elif node.op_type == "Div":
             _centre_formula(node)
+
+
+def _list_floating(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Yield the standard nodes of a graph and of its bodies, but for those of float64.
+
+    The nodes of a graph may be changed while they are yielded.
+    """
+    for node in list(graph):
+        for body in list_bodies(node):
+            yield from _list_floating(body)
+        if not node.domain and node.inputs and not _is_double(node.inputs[0]):
+            yield node
 
 
 def _is_double(value: ir.Value | None) -> bool:

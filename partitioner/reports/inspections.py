@@ -108,7 +108,28 @@ def inspect(
             not one of its outputs, or nothing can be trained.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
-    prepared = prepare(
+    prepared = open_prepared(
+        model, adjustments, dropout=dropout, train=train, freeze=freeze, states=states
+    )
+    return list_cuts(prepared, batch, sent, _list_outputs(output))
+
+
+def open_prepared(
+    model: ModelSource,
+    adjustments: Adjustments,
+    *,
+    dropout: DropoutMode | None,
+    train: Sequence[str],
+    freeze: Sequence[str],
+    states: Pairs,
+) -> PreparedModel:
+    """Read and prepare a model whose cuts are to be listed; ``cut`` explains the arguments.
+
+    Raises:
+        ModelError: the model cannot be read or prepared.
+        UsageError: an argument does not fit the model.
+    """
+    return prepare(
         open_model(model, adjustments),
         dropout=dropout,
         train=train,
@@ -116,7 +137,6 @@ def inspect(
         adjustments=adjustments,
         states=list_pairs(states),
     )
-    return list_cuts(prepared, batch, sent, _list_outputs(output))
 
 
 @attribute_errors_to_pass("searched for cuts")

@@ -56,7 +56,13 @@ def require_positive(**counts: int | None) -> None:
 
 def has_fixed_rows(specs: Sequence[TensorSpec]) -> bool:
     """Return whether an array has a fixed number of rows, so that smaller batches do not fit."""
-    return any(isinstance(size, int) for spec in specs for size in spec.shape[:1])
+    return _find_fixed_rows(specs) is not None
+
+
+def _find_fixed_rows(specs: Sequence[TensorSpec]) -> tuple[str, int] | None:
+    """Return the first array that has a fixed number of rows, with this number."""
+    sizes = ((spec.name, size) for spec in specs for size in spec.shape[:1])
+    return next(((name, size) for name, size in sizes if isinstance(size, int)), None)
 
 
 def open_fitting(
@@ -82,8 +88,7 @@ def _check_rows(
 
     Training skips a smaller last batch, but needs at least one batch.
     """
-    fixed = ((s.name, s.shape[0]) for s in specs if s.shape and isinstance(s.shape[0], int))
-    name, rows = next(fixed, ("", 0))
+    name, rows = _find_fixed_rows(specs) or ("", 0)
     cause = f"the model fixes its batch at {rows} rows, in '{name}'"
     advice = f"or cut the model with --dim {name}:0=N, which frees its batch"
     if not rows or (size == rows and batch_size >= rows and not is_training):

@@ -52,14 +52,26 @@ RECURRENT_CUTS: list[tuple[str | None, tuple[str, ...], str]] = [
 def cut_recurrent(
     at: str | None, tail_at: tuple[str, ...] = (), target: Target = "training", **options: Any
 ) -> splitonnx.Bundle:
+    model = build_recurrent(options.pop("initial", None))
+    return cut_carried(model, RECURRENT, at, tail_at, target, **options)
+
+
+def cut_carried(
+    model: onnx.ModelProto,
+    states: Mapping[str, str],
+    at: str | None,
+    tail_at: tuple[str, ...],
+    target: Target,
+    **options: Any,
+) -> splitonnx.Bundle:
     return cut(
-        build_recurrent(options.pop("initial", None)),
+        model,
         at=at,
         tail_at=tail_at,
         loss="mse",
         optimizer=SGD(lr=RATE),
         dims={"N": BATCH},
-        states=RECURRENT,
+        states=states,
         client_target=target,
         server_target=target,
         **options,
@@ -208,17 +220,7 @@ def test_a_state_that_no_data_change_is_replaced_after_each_step(
     kind: str, at: str | None, tail_at: tuple[str, ...], owner: str, target: Target
 ) -> None:
     states = {"new": "old"}
-    bundle = cut(
-        build_replaced(kind),
-        at=at,
-        tail_at=tail_at,
-        loss="mse",
-        optimizer=SGD(lr=RATE),
-        dims={"N": BATCH},
-        states=states,
-        client_target=target,
-        server_target=target,
-    )
+    bundle = cut_carried(build_replaced(kind), states, at, tail_at, target)
     assert "old" in read_states(bundle)[owner]
     hold(bundle, build_replaced(kind), states, list_steps((BATCH,) * 2))
 

@@ -42,6 +42,7 @@ from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
 from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, Difference, measure
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
+    has_packed_weights,
     name_source,
     read_comparable,
     set_inference_modes,
@@ -144,7 +145,8 @@ def compare_with_original(
     # First the samples: a model that mixes them may give arbitrary results for several.
     mixed = [remark for batch in freed for remark in compare_samples(batch, model, forms[0].made)]
     remarks = compare_dequantized(source, prepared.adjustments, subject)
-    remarks += compare_kernels(source, prepared.adjustments, subject)
+    if prepared.adjustments.dequantize or has_packed_weights(inlined):
+        remarks += compare_kernels(source, prepared.adjustments, subject)
     sizes = _list_sizes(prepared.skeleton.graph)
     is_doubled = not freed and not prepared.states  # of those, others say which batches they take
     remarks += [

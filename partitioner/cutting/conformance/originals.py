@@ -89,12 +89,22 @@ def forbid_rounding(model: onnx.ModelProto) -> dict[str, int]:
     nodes that had one to it.
     """
     levels = {}
+    for node in _list_packed(model):
+        for attribute in [a for a in node.attribute if a.name == "accuracy_level" and a.i]:
+            levels[node.name or node.output[0]] = attribute.i
+            node.attribute.remove(attribute)
+    return levels
+
+
+def has_packed_weights(model: onnx.ModelProto) -> bool:
+    """Return whether a kernel may round activations, because a MatMulNBits reads them."""
+    return any(True for _ in _list_packed(model))
+
+
+def _list_packed(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     for node in list_nodes(model.graph.node):
         if node.op_type == "MatMulNBits" and node.domain == DOMAIN:
-            for attribute in [a for a in node.attribute if a.name == "accuracy_level" and a.i]:
-                levels[node.name or node.output[0]] = attribute.i
-                node.attribute.remove(attribute)
-    return levels
+            yield node
 
 
 def dequantize_original(original: onnx.ModelProto, *, is_rounding: bool = False) -> onnx.ModelProto:

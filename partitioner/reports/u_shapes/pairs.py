@@ -13,7 +13,7 @@ from splitonnx.disclosures import count_bytes_per_sample
 from splitonnx.expressions import describe_size, is_name
 from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Tensors
-from splitonnx.partitioner.cutting.carried_states import declarations
+from splitonnx.partitioner.cutting.carried_states.declarations import Pairs
 from splitonnx.partitioner.cutting.carried_states.placements import leave_out_states
 from splitonnx.partitioner.cutting.cuts import find_lost
 from splitonnx.partitioner.cutting.divisions import find_needed, keep_reached
@@ -23,11 +23,10 @@ from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
     choose_output,
     count_trained,
-    prepare,
 )
 from splitonnx.partitioner.differentiation.label_traces import find_bare_ends
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
-from splitonnx.partitioner.gate.gates import ModelSource, open_model
+from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import (
@@ -40,7 +39,12 @@ from splitonnx.partitioner.graphs.traversals import (
     walk_back,
 )
 from splitonnx.partitioner.partitions import refuse_untrainable
-from splitonnx.partitioner.reports.inspections import can_travel, keeps_states, resolve_sent
+from splitonnx.partitioner.reports.inspections import (
+    can_travel,
+    keeps_states,
+    open_prepared,
+    resolve_sent,
+)
 from splitonnx.partitioner.reports.u_shapes.recommendations import find_recommended
 from splitonnx.tensors import DTYPES, TensorSpec
 
@@ -85,7 +89,7 @@ def inspect_pairs(
     sent: Sequence[str] = (),
     dims: Mapping[str, int | str] | None = None,
     bind: Mapping[str, Binding] | None = None,
-    states: declarations.Pairs = (),
+    states: Pairs = (),
     dequantize: bool = False,
     output: str | None = None,
     dropout: DropoutMode | None = None,
@@ -116,13 +120,8 @@ def inspect_pairs(
             model, or ``output`` is not one of its outputs.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
-    prepared = prepare(
-        open_model(model, adjustments),
-        dropout=dropout,
-        train=train,
-        freeze=freeze,
-        adjustments=adjustments,
-        states=declarations.list_pairs(states),
+    prepared = open_prepared(
+        model, adjustments, dropout=dropout, train=train, freeze=freeze, states=states
     )
     return list_pairs(prepared, at=at, tail_at=tail_at, sent=sent, output=output)
 
