@@ -214,3 +214,11 @@ def decode_message(content: Chunk | bytearray) -> tuple[Message, dict[str, np.nd
     if tensors and not isinstance(message, Tensors):
         raise FormatError("not a message", f"a {type(message).__name__} carries no tensors")
     return message, tensors
+
+
+def is_bye(content: Chunk | bytearray) -> bool:
+    """Return whether ``content`` is a client's last message; it need not be valid."""
+    try:
+        return isinstance(decode_message(content)[0], Bye)
+    except FormatError:
+        return False

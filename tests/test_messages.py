@@ -23,6 +23,7 @@ from splitonnx.messages import (
     Welcome,
     decode_message,
     encode_message,
+    is_bye,
 )
 from splitonnx.tensors import TensorSpec
 from tests.conftest import ROOT
@@ -118,3 +119,9 @@ def test_every_type_is_known_to_msgspec_before_threads_read_messages() -> None:
     for folder in ("splitonnx", "runtime"):
         for path in (ROOT / folder).rglob("*.py"):
             assert "msgspec.json.decode(" not in path.read_text(), path
+
+
+def test_a_goodbye_is_told_from_other_messages_and_from_none() -> None:
+    assert is_bye(b"".join(encode_message(Bye())))
+    assert not is_bye(b"".join(encode_message(Login(token="t"))))
+    assert not is_bye(b"nothing")

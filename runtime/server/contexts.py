@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from splitonnx.runtime.edge.tokens import Tokens
@@ -61,6 +61,16 @@ class ServerContext:
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     holders: dict[str, Holder] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
+
+    async def wait_unless_halted(self, awaited: asyncio.Future[Any], seconds: float) -> None:
+        """Wait up to ``seconds``, unless the server stops without waiting for running steps."""
+        halting = asyncio.create_task(self.halt.wait())
+        try:
+            await asyncio.wait(
+                (awaited, halting), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            halting.cancel()
 
     def give_up_idle(self) -> None:
         """Abort open tasks of silent clients if other clients are waiting for memory.

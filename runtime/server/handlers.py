@@ -36,6 +36,7 @@ from splitonnx.messages import (
     Tensors,
     decode_message,
     encode_message,
+    is_bye,
 )
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.turns import Turns
@@ -51,6 +52,9 @@ from splitonnx.runtime.wire.close_codes import BUSY, POLICY, RESTART
 STEP_PARTS: tuple[Part, ...] = ("receive", "compute", "send")
 STOP_GRACE = 30.0
 """Seconds that a stopping server waits for the next message of a running step."""
+
+BYE_GRACE = 1.0
+"""Seconds that a stopping server waits for a message that has partly arrived, to see a goodbye."""
 
 SEND_GRACE = 5.0
 """Seconds that a stopping server waits for a client to read a reply."""
@@ -173,13 +177,16 @@ class ConnectionHandler:
     async def _next_message(
         self, stopping: asyncio.Task[Literal[True]]
     ) -> bytes | bytearray | None:
-        """Wait for a message; return ``None`` once the server stops, unless a step is open."""
+        """Wait for a message; once the server stops, for one of an open step or a goodbye."""
         receiving = asyncio.ensure_future(self._receive())
         try:
             await asyncio.wait((receiving, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done() and self._is_mid_step:
-                await self._wait_unless_halted(receiving, STOP_GRACE)
-            if receiving.done() and (self._is_mid_step or not stopping.done()):
+            if not receiving.done() and (self._is_mid_step or self._peer.is_sending):
+                grace = STOP_GRACE if self._is_mid_step else BYE_GRACE
+                await self._context.wait_unless_halted(receiving, grace)
+            if receiving.done() and (
+                self._is_mid_step or not stopping.done() or is_bye(receiving.result())
+            ):
                 return receiving.result()
         finally:
             if receiving.cancel():
@@ -188,16 +195,6 @@ class ConnectionHandler:
                 receiving.exception()  # mark the exception as retrieved
         await self._peer.close(RESTART, "the server restarts")
         return None
-
-    async def _wait_unless_halted(self, awaited: asyncio.Future[_Result], seconds: float) -> None:
-        """Wait up to ``seconds``, unless the server stops without waiting for running steps."""
-        halting = asyncio.create_task(self._context.halt.wait())
-        try:
-            await asyncio.wait(
-                (awaited, halting), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            halting.cancel()
 
     @property
     def _is_mid_step(self) -> bool:
@@ -332,7 +329,7 @@ class ConnectionHandler:
         """Wait until replies are read; only briefly if the server stops, not at all if it halts."""
         await asyncio.wait((sending, self._stopping), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
-            await self._wait_unless_halted(sending, SEND_GRACE)
+            await self._context.wait_unless_halted(sending, SEND_GRACE)
         if not sending.done():
             self._peer.dismiss(RESTART, "the server restarts")
         await sending

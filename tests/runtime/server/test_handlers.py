@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost
-from splitonnx.messages import Hello, Message, Tensors
+from splitonnx.messages import Bye, Hello, Message, Tensors
 from splitonnx.names import CLIENT
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.edge.tokens import ALL_ROLES
@@ -128,6 +128,33 @@ def test_nothing_of_a_connection_is_kept_once_it_is_gone(
         turns.close()  # a thread may just be leaving the function that it ran
     gc.collect()
     assert gone() is None
+
+
+class Leaving(LimitedConnection):
+    """A client that is welcomed and says goodbye, just as the server begins to stop."""
+
+    is_sending = True
+
+    def __init__(self, bundle: Bundle, stop: asyncio.Event) -> None:
+        super().__init__(bundle, hears=1)
+        self._says[1:] = [(Bye(), None)]
+        self._stop = stop
+
+    async def receive(self) -> bytes:
+        content = await super().receive()
+        if not self._says:
+            self._stop.set()
+            for _ in range(9):  # it takes a while to hand a message on
+                await asyncio.sleep(0)
+        return content
+
+
+def test_a_goodbye_that_has_arrived_is_heard_though_the_server_stops(
+    bundle: Bundle, context: ServerContext
+) -> None:
+    peer = Leaving(bundle, context.stop)
+    asyncio.run(ConnectionHandler(context, cast("Peer", peer)).run())
+    assert (peer.left, context.registry.sessions) == (0, ())
 
 
 class Deaf(LimitedConnection):
