@@ -267,6 +267,21 @@ class Bundle:
             party._write(folder / name)
 
 
+def compute_digest(parties: Mapping[str, PartyBundle]) -> str:
+    """Hash everything that the parties must agree on: the manifests and the weights.
+
+    The manifests contain the hashes of the graphs, and not yet the digest.
+    """
+    total = hashlib.sha256()
+    for name in sorted(parties):
+        total.update(encode_manifest(parties[name].manifest))
+        for weight, array in parties[name].weights.items():
+            total.update(weight.encode() + b"\0")
+            for piece in iter_chunks(array):
+                total.update(piece)
+    return total.hexdigest()
+
+
 def _step(party: PartyBundle) -> str:
     return f"{party.step} ({party.manifest.party})"
 

@@ -17,7 +17,7 @@ import msgspec
 from splitonnx.errors import quote
 from splitonnx.expressions import describe_size, evaluate, find_unbound, is_name, solve_for
 from splitonnx.manifests import PartyManifest, Phase, Wire, WireKind
-from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER, TRAIN
+from splitonnx.names import CLIENT, EVALUATE, JOINED, OWN, PREDICT, SERVER, TRAIN
 from splitonnx.tensors import DTYPES, TensorSpec
 
 LABELS, RAW_INPUT = "labels", "raw input"
@@ -29,7 +29,11 @@ _WORDS: Mapping[WireKind, str] = {
     WireKind.OUTPUT: "output",
     WireKind.REPORT: "result",
     WireKind.NORM: "vector of squared gradient norms",
+    WireKind.PARAMETER: "parameter",
 }
+
+_WITHOUT_ROWS = (WireKind.NORM, WireKind.PARAMETER)
+"""The kinds of tensors whose first dimension does not count samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +210,8 @@ def _strip_port(wire: Wire) -> str:
     back = CLIENT if wire.receiver == SERVER else SERVER
     if wire.kind is WireKind.GRADIENT:
         return name.removesuffix(f"@{back}_grad")
+    if wire.kind is WireKind.PARAMETER:
+        return name.removesuffix(OWN).removesuffix(JOINED)
     return name.removesuffix(f"@{wire.receiver}")
 
 
@@ -243,7 +249,7 @@ def _name_rows(manifest: PartyManifest, phase: Phase) -> str | None:
 
 def _list_rows(manifest: PartyManifest, phase: Phase) -> Iterable[TensorSpec]:
     """List the declarations whose first dimension counts the samples of a step."""
-    sent = [w.tensor for w in phase.wires if w.sender == CLIENT and w.kind is not WireKind.NORM]
+    sent = [w.tensor for w in phase.wires if w.sender == CLIENT and w.kind not in _WITHOUT_ROWS]
     declared = phase.data if manifest.party == CLIENT else sent
     return [spec for spec in declared if spec.shape]
 

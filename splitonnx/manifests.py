@@ -11,11 +11,11 @@ of neural networks.  A bundle's folder contains::
         weights.safetensors the weights that training starts from
         state.safetensors   the state after training; absent from a new bundle
 
-A *phase* is the work of a party for one kind of task (``train``, ``predict``, ``evaluate``).  It
-consists of stages, each of which runs as soon as its inputs are available.  Values have names, and
-the manifest declares the source of each input of a stage (:class:`Source`).  The manifest is the
-complete contract between the partitioner and the runtime, and between the Python runtime and
-runtimes in other languages.
+A *phase* is the work of a party for one kind of task (``train``, ``predict``, ``evaluate``,
+``share``).  It consists of stages, each of which runs as soon as its inputs are available.  Values
+have names, and the manifest declares the source of each input of a stage (:class:`Source`).  The
+manifest is the complete contract between the partitioner and the runtime, and between the Python
+runtime and runtimes in other languages.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class WireKind(StrEnum):
     OUTPUT = "output"  # an output of the model
     REPORT = "report"  # loss or metric
     NORM = "norm"  # squared gradient norms, for clipping by the global norm
+    PARAMETER = "parameter"  # a parameter or running statistic, to be joined with others' copies
 
 
 class StateSpec(msgspec.Struct, frozen=True, kw_only=True):

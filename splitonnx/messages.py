@@ -18,6 +18,7 @@ from splitonnx.codecs import Chunk, decode_tensors, encode_tensors
 from splitonnx.errors import FormatError
 from splitonnx.json_errors import JSON_ERRORS
 from splitonnx.manifests import Wire
+from splitonnx.names import PER_CLIENT
 
 PROTOCOL = 2
 """The version of the protocol; both sides must use the same version."""
@@ -63,7 +64,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     has checkpoints; without checkpoints, it can go back to ``start``.  ``is_open`` means that the
     client is in the middle of ``step`` and will send that step's messages again.  ``can_repeat``
     means that the client also still has the messages of the previous step, in case the last of them
-    did not arrive.
+    did not arrive.  ``can_share`` means that the client's user permits it to share its parameters.
     """
 
     protocol: int = PROTOCOL
@@ -76,6 +77,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     kept: tuple[Count, ...] = ()
     is_open: bool = False
     can_repeat: bool = False
+    can_share: bool = False
     wires: Wires
 
     @property
@@ -89,13 +91,18 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     ``step`` is the client's current step, or a step for which the client has a checkpoint.
     ``wants_repeat`` means that the server has not completed the previous step, so the client must
-    send the messages of that step again.
+    send the messages of that step again.  If ``local_steps`` is not 0, the server's ``policy``
+    joins what its clients learn: the client shares its parameters after this many steps, until
+    ``rounds`` rounds are complete; 0 means that the client decides.
     """
 
     session: str
     digest: str
     step: Count
     wants_repeat: bool = False
+    policy: str = PER_CLIENT
+    local_steps: Count = 0
+    rounds: Count = 0
     wires: Wires
 
 
@@ -169,6 +176,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, tag=True):
       value occurred.
     - ``NotPermitted``: ``subject`` is the missing role, and ``reason`` is the forbidden action.
     - ``ServerBusy``: ``reason`` is the name of the limit.
+    - ``SharingNotPermitted``: ``subject`` is the name of the server's policy.
     - ``StaleConnection``: ``newest`` is the generation of the session's newest connection.
     - ``TaskTooLarge``: ``needed`` and ``limit`` are sizes in bytes.
     """

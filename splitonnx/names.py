@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Final, Literal, TypeAlias, get_args
 
-TRAIN, PREDICT, EVALUATE = "train", "predict", "evaluate"
+TRAIN, PREDICT, EVALUATE, SHARE = "train", "predict", "evaluate", "share"
 """Names of phases."""
 CLIENT, SERVER = "client", "server"
 """Names of parties."""
+PER_CLIENT, SPLITFED_V1 = "per-client", "splitfed-v1"
+"""Names of a server's policies."""
+OWN, JOINED = "@own", "@joined"
+"""Suffixes of the value of a state tensor that a client shares, and of the joined value."""
 LOSS = "loss"
 """The name of the loss among the results of a phase."""
 COUNTED, WEIGHT = "@counted", "@weight"

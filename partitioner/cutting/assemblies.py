@@ -14,8 +14,7 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.chunks import iter_chunks
+from splitonnx.bundles import Bundle, PartyBundle, compute_digest
 from splitonnx.losses import Loss
 from splitonnx.manifests import (
     FORMAT,
@@ -34,7 +33,6 @@ from splitonnx.manifests import (
     StateSpec,
     Wire,
     WireKind,
-    encode_manifest,
 )
 from splitonnx.names import ADAPTERS, CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
 from splitonnx.optimizers import Optimizer
@@ -54,6 +52,7 @@ from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.opsets import IR_VERSION
 from splitonnx.partitioner.normalization.weights import read_array, restore_weights
+from splitonnx.sharing import declare_sharing
 from splitonnx.tensors import TensorSpec, name_dtype
 
 
@@ -102,7 +101,9 @@ def assemble(
             if any(party in owner.get(name, ()) for owner in owners)
         }
         parties[party] = _build_party(prepared, training, party, target, shares, weights, optimizer)
-    digest = _digest(parties)
+    shared = declare_sharing({n: p.manifest for n, p in parties.items()}, prepared.carried)
+    parties = {name: replace(parties[name], manifest=manifest) for name, manifest in shared.items()}
+    digest = compute_digest(parties)
     skeleton = _keep_orphans(prepared, parties)
     note = prepared.skeleton.metadata_props.get(ADAPTERS)
     return Bundle(
@@ -171,21 +172,6 @@ def _find_role(prepared: PreparedModel, training: JointGraph, name: str) -> Role
     role = prepared.roles[name]
     kept = {Role.PARAMETER: training.gradients, Role.BUFFER: training.commits}.get(role)
     return role if kept is None or name in kept else Role.FROZEN
-
-
-def _digest(parties: Mapping[str, PartyBundle]) -> str:
-    """Hash everything that the parties must agree on: the manifests and the weights.
-
-    The manifests contain the hashes of the graphs.
-    """
-    total = hashlib.sha256()
-    for name in sorted(parties):
-        total.update(encode_manifest(parties[name].manifest))
-        for weight, array in parties[name].weights.items():
-            total.update(weight.encode() + b"\0")
-            for piece in iter_chunks(array):
-                total.update(piece)
-    return total.hexdigest()
 
 
 def _cut_phase(joint: JointGraph) -> list[StageCut]:

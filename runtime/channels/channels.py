@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -44,9 +43,15 @@ from splitonnx.messages import (
 )
 from splitonnx.names import TRAIN
 from splitonnx.runtime.channels.faults import translate_fault
+from splitonnx.runtime.channels.greetings import (
+    ResumePoint,
+    SharingTerms,
+    check_welcome,
+    make_hello,
+)
 from splitonnx.runtime.channels.open_tasks import OpenTask
 from splitonnx.runtime.channels.retries import Backoff
-from splitonnx.runtime.wire.protocols import Protocol, list_wires
+from splitonnx.runtime.wire.protocols import Protocol
 from splitonnx.runtime.wire.transports import Transport
 
 GREETINGS = 10
@@ -60,21 +65,12 @@ _Answer = TypeVar("_Answer", bound=Message)
 _logger = logging.getLogger("splitonnx.client")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResumePoint:
-    """The steps from which a client can resume; see :class:`~splitonnx.messages.Hello`."""
-
-    origin: str
-    start: int
-    step: int
-    kept: tuple[int, ...]
-
-
 class Channel:
     """A client's logical connection to its server for one session; it reconnects automatically.
 
     Both sides continued from ``step`` after the last greeting.  It was the client's current step
-    at that time, or an earlier step with a state that the client has kept.
+    at that time, or an earlier step with a state that the client has kept.  ``terms`` say how the
+    server joins what its clients learn; they are ``None`` before the first greeting.
 
     Args:
         dial: a function that opens a connection; ``None`` if ``transport`` is the only connection.
@@ -84,10 +80,13 @@ class Channel:
         find_resume_point: a function that returns the steps from which the client can resume.
         backoff: how long to wait between attempts to reconnect, and when to give up.
         patient: whether to retry if the first connection fails.
+        can_share: whether the client may share its parameters if the server joins what its clients
+            learn.
 
     Raises:
         ConnectionLost, ServerBusy: the server cannot be reached or is full.
         BundleMismatch, RemoteFault: the server refuses the client.
+        SharingNotPermitted: the server joins what its clients learn, and ``can_share`` is false.
     """
 
     def __init__(
@@ -100,8 +99,11 @@ class Channel:
         find_resume_point: Callable[[], ResumePoint],
         backoff: Backoff,
         patient: bool = False,
+        can_share: bool = False,
     ) -> None:
         self.session = session
+        self.terms: SharingTerms | None = None
+        self._can_share = can_share
         self._dial = dial
         self._given = transport
         self._manifest = manifest
@@ -343,28 +345,24 @@ class Channel:
         return self._dial()
 
     def _make_hello(self) -> Hello:
-        point = self._find_resume_point()
-        return Hello(
-            digest=self._manifest.digest,
-            session=self.session,
-            origin=point.origin,
-            start=point.start,
+        return make_hello(
+            self._manifest,
+            self.session,
+            self._find_resume_point(),
             generation=self._generation,
-            step=point.step,
-            kept=point.kept,
             is_open=self._task is not None and bool(self._task.sent),
             can_repeat=self._find_last() is not None,
-            wires=list_wires(self._manifest),
+            can_share=self._can_share,
         )
 
     def _check_welcome(self, welcome: Welcome) -> None:
         point = self._find_resume_point()
-        if welcome.session != self.session:
-            raise RemoteProtocolError(f"it welcomed session '{welcome.session[:40]}'")
-        if welcome.step not in (point.step, *(point.kept or (point.start,))):
+        terms = check_welcome(welcome, self.session, point, can_share=self._can_share)
+        if self.terms not in (None, terms):
             raise RemoteProtocolError(
-                f"it would continue at step {welcome.step}, but no state of that step was kept"
+                f"it joins what clients learn otherwise than before: {terms}, not {self.terms}"
             )
+        self.terms = terms
 
     def _hang_up(self) -> None:
         if self._transport is not None:

@@ -8,6 +8,7 @@ from splitonnx.errors import (
     NotPermitted,
     RemoteFault,
     ServerBusy,
+    SharingNotPermitted,
     SplitonnxError,
     StaleConnection,
     TaskTooLarge,
@@ -30,6 +31,8 @@ def translate_fault(fault: Fault, generation: int) -> SplitonnxError:
         return BatchTooLarge(fault.subject, fault.needed, fault.limit)
     if fault.code == NotPermitted.__name__:
         return NotPermitted(fault.subject, fault.reason)
+    if fault.code == SharingNotPermitted.__name__:
+        return SharingNotPermitted(fault.subject)
     if fault.code == TaskTooLarge.__name__:
         return TaskTooLarge(fault.needed, fault.limit)
     return RemoteFault(fault.code, fault.reason)

@@ -17,10 +17,11 @@ import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
-from splitonnx.manifests import PartyManifest, Phase
-from splitonnx.names import CLIENT, EVALUATE, PREDICT, TRAIN
+from splitonnx.manifests import PartyManifest
+from splitonnx.names import CLIENT, PREDICT, TRAIN
 from splitonnx.runtime.channels.channels import Channel, Dial
 from splitonnx.runtime.channels.credentials import Credentials
+from splitonnx.runtime.channels.greetings import SharingTerms
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.channels.websockets import split_address
 from splitonnx.runtime.client.datasets import (
@@ -37,7 +38,9 @@ from splitonnx.runtime.client.options import (
     LearningRate,
     choose_measures,
     fit_schedule,
+    list_evaluated,
     open_fitting,
+    require_phase,
     require_positive,
 )
 from splitonnx.runtime.client.runners import TaskRunner, WhenUnsaved
@@ -49,7 +52,6 @@ from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.runtime.wire.transports import Transport
 from splitonnx.schedules import Schedule
 from splitonnx.stopping import EarlyStopping
-from splitonnx.tensors import TensorSpec
 
 _ALREADY_TRAINING = "this client is already training"
 
@@ -75,6 +77,8 @@ class Client:
         give_up_after: number of seconds after which the client stops trying to connect or
             reconnect.  ``None`` means that it reconnects without a time limit, but makes only one
             attempt at its first connection (if ``resume`` is set, it retries until it succeeds).
+        share: permit this part's trained weights and running statistics to be sent to the server,
+            if it joins what its clients learn (:attr:`terms`).
         trusted: treat the bundle as trusted code.  Its graphs may then be in ORT format, which is
             not checked before ONNX Runtime loads it.
 
@@ -84,7 +88,7 @@ class Client:
         UsageError: the model is split but ``server`` is missing, the model is not split but
             ``server`` is given, or another argument is invalid.
         ConnectionLost: the server cannot be reached.
-        BundleMismatch, ServerBusy, RemoteFault: the server refuses the client.
+        BundleMismatch, ServerBusy, SharingNotPermitted, RemoteFault: the server refuses the client.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class Client:
         seed: int = 0,
         resume: bool = False,
         give_up_after: float | None = None,
+        share: bool = False,
         trusted: bool = False,
     ) -> None:
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
@@ -116,7 +121,9 @@ class Client:
         self._run = TrainingRun.open(self._executor, resume=resume)
         with ExitStack() as undo:  # release the folder if no client is made
             undo.callback(self._run.release)
-            channel = self._connect(server, credentials, give_up_after, is_patient=resume)
+            channel = self._connect(
+                server, credentials, give_up_after, is_patient=resume, can_share=share
+            )
             if channel is not None and channel.step != self._executor.step:
                 self._run.position = self._run.go_back(self._executor, channel.step)
             undo.pop_all()
@@ -131,6 +138,7 @@ class Client:
         give_up_after: float | None,
         *,
         is_patient: bool,
+        can_share: bool,
     ) -> Channel | None:
         if server is None:
             return None
@@ -143,6 +151,7 @@ class Client:
             find_resume_point=lambda: self._run.find_resume_point(self._executor.step),
             backoff=Backoff(give_up_after=give_up_after),
             patient=is_patient or give_up_after is not None,
+            can_share=can_share,
         )
 
     def __enter__(self) -> Self:
@@ -165,6 +174,11 @@ class Client:
     def steps(self) -> int:
         """Return how many training steps this part has performed since the bundle was created."""
         return self._executor.step
+
+    @property
+    def terms(self) -> SharingTerms:
+        """Return whether and how the server joins what its clients learn."""
+        return self._runner.terms
 
     @property
     def session(self) -> str:
@@ -243,11 +257,11 @@ class Client:
                 error.
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
-        specs = self._phase(TRAIN).data
+        specs = require_phase(self._manifest, TRAIN).data
         training = open_fitting(data, specs, batch_size, is_training=True)
         held_out = None
         if eval_data is not None:
-            held_out = open_fitting(eval_data, self._evaluation_data(), batch_size)
+            held_out = open_fitting(eval_data, list_evaluated(self._manifest), batch_size)
         has_data, can_return = held_out is not None, self._runner.can_return
         measures = choose_measures(
             self._manifest, metrics, stopping, has_data=has_data, can_return=can_return
@@ -309,7 +323,7 @@ class Client:
             UsageError: a call to :meth:`fit` is still running.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        check_batch(batch, self._phase(TRAIN).data)
+        check_batch(batch, require_phase(self._manifest, TRAIN).data)
         check_finite(batch, "")
         if self._is_training.locked():
             raise UsageError(_ALREADY_TRAINING)
@@ -328,7 +342,7 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_fitting(data, self._evaluation_data(), batch_size)
+        dataset = open_fitting(data, list_evaluated(self._manifest), batch_size)
         return self._loop.evaluate(dataset, batch_size, choose_metrics(metrics, self._manifest))
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
@@ -352,7 +366,7 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_fitting(data, self._phase(PREDICT).data, batch_size)
+        dataset = open_fitting(data, require_phase(self._manifest, PREDICT).data, batch_size)
         batches = dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
         return (self._loop.perform(PREDICT, batch) for batch in batches)
 
@@ -385,14 +399,3 @@ class Client:
     def close(self) -> None:
         """End the session and close the connection; may be called twice."""
         self._runner.close()
-
-    def _phase(self, name: str) -> Phase:
-        phase = self._manifest.phase(name)
-        if not (phase.stages or phase.wires):
-            raise UsageError(f"this bundle has nothing to {name} with")
-        return phase
-
-    def _evaluation_data(self) -> list[TensorSpec]:
-        predicted = self._phase(PREDICT)
-        measured = [s for s in self._phase(EVALUATE).data if s.name not in predicted.results]
-        return [*predicted.data, *measured]

@@ -23,7 +23,7 @@ from splitonnx.disclosures import (
 )
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, Phase, Role
-from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER
+from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER, SHARE
 from splitonnx.runtime.client.flows import Dependence, Extent, Flow
 from splitonnx.tensors import TensorSpec
 
@@ -151,6 +151,8 @@ def _explain_phase(party: PartyBundle, phase: Phase, batch: int | None) -> Phase
 
 def _list_arrays(manifest: PartyManifest, phase: Phase) -> list[TensorSpec]:
     """List the arrays that the user supplies in a phase; exclude predictions to be evaluated."""
+    if phase.name == SHARE:
+        return []  # it sends parameters
     predicted = manifest.phase(PREDICT).results if phase.name == EVALUATE else ()
     return [spec for spec in phase.data if spec.name not in predicted]
 

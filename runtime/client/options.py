@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from splitonnx.errors import UnusableData, UsageError
-from splitonnx.manifests import PartyManifest
-from splitonnx.names import COUNTED, EVALUATE, WEIGHT
+from splitonnx.manifests import PartyManifest, Phase
+from splitonnx.names import COUNTED, EVALUATE, PREDICT, WEIGHT
 from splitonnx.runtime.client.datasets import Dataset, DataSource, open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric, choose_metrics
@@ -183,3 +183,26 @@ def check_stopping(
             f"there is no metric '{stopping.metric}' to stop by; an evaluation has "
             f"{', '.join(metrics)}; others are named with metrics (--metric)"
         )
+
+
+def require_phase(manifest: PartyManifest, name: str) -> Phase:
+    """Return a phase of a manifest.
+
+    Raises:
+        UsageError: the bundle has no such phase.
+    """
+    phase = manifest.phase(name)
+    if not (phase.stages or phase.wires):
+        raise UsageError(f"this bundle has nothing to {name} with")
+    return phase
+
+
+def list_evaluated(manifest: PartyManifest) -> list[TensorSpec]:
+    """List the arrays that an evaluation needs: those to predict from, and the labels.
+
+    Raises:
+        UsageError: the bundle cannot be evaluated.
+    """
+    predicted = require_phase(manifest, PREDICT)
+    measured = require_phase(manifest, EVALUATE).data
+    return [*predicted.data, *(spec for spec in measured if spec.name not in predicted.results)]

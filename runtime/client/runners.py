@@ -17,11 +17,13 @@ import numpy as np
 
 from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost
 from splitonnx.messages import TaskKey
-from splitonnx.names import TRAIN
+from splitonnx.names import SHARE, TRAIN
 from splitonnx.runtime.channels.channels import Channel
+from splitonnx.runtime.channels.greetings import SharingTerms
 from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.positions import DataPosition
+from splitonnx.sharing import LEAVES, ROUND, SAMPLES, list_joined, name_own
 
 WhenUnsaved: TypeAlias = Literal["stop", "continue"]
 """What training does if a checkpoint cannot be written."""
@@ -50,6 +52,12 @@ class TaskRunner:
         self._others = itertools.count()  # numbers the tasks that are not training steps
 
     @property
+    def terms(self) -> SharingTerms:
+        """Return how the server joins what its clients learn."""
+        terms = None if self._channel is None else self._channel.terms
+        return terms or SharingTerms()
+
+    @property
     def traffic(self) -> tuple[int, int]:
         """Return how many bytes have been sent and received so far."""
         return (0, 0) if self._channel is None else self._channel.traffic
@@ -66,7 +74,7 @@ class TaskRunner:
                 closed.
         """
         self._require_open()
-        number = self.executor.step if phase == TRAIN else next(self._others)
+        number = self.executor.step if phase in (TRAIN, SHARE) else next(self._others)
         key = TaskKey(session=self.run.session, phase=phase, step=number, micro_batch=0)
         self.executor.begin(key, data=data, seed=self._seed, learning_rate=learning_rate)
         try:
@@ -78,6 +86,21 @@ class TaskRunner:
             self.executor.abandon(key)
             if self._channel is not None:
                 self._channel.end()
+
+    def share(self, samples: int, *, leaves: bool) -> int:
+        """Share this part's parameters, replace them by the joined ones, and return the round.
+
+        This waits until the server has joined what the clients of the round learned.  ``samples``
+        is the number of samples trained with since the last time, and ``leaves`` means that the
+        client will not share again.
+
+        Raises:
+            StepsLost, ProtocolError: see :meth:`perform`.
+        """
+        state = self.executor.state()
+        own = {name_own(name): state[name] for name in list_joined(self.executor.manifest)}
+        counts = {SAMPLES: np.array(samples, np.int64), LEAVES: np.array(leaves, np.int64)}
+        return int(self.perform(SHARE, {**own, **counts}, 0.0)[ROUND])
 
     def _close_after(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object

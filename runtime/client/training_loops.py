@@ -46,6 +46,8 @@ class TrainingLoop:
         self._runner = runner
         self._seed = seed
         self._told: dict[str, str] = {}  # why a metric was not defined, told once
+        self._is_complete = False  # the rounds that the server asks for are over
+        self._has_left = False  # nothing more is shared in this run
 
     def fit(self, options: FitOptions, start: DataPosition) -> History:
         """Train from a position in the data to the end of the last epoch, and return the history.
@@ -59,10 +61,16 @@ class TrainingLoop:
         history = History()
         first, position = self._executor.step, start
         farthest, returns = first, 0
+        self._is_complete = self._has_left = False
+        starts_anew = not (start.epoch or start.batch)
         while True:
             try:
-                while position.epoch < options.epochs and not _has_stopped(options, position):
+                if starts_anew and self._runner.terms.joins:
+                    self._runner.share(0, leaves=False)  # all clients start from one model
+                starts_anew = False
+                while not self._is_over(options, position):
                     position = self._train_epoch(options, position, history)
+                position = self._leave(position)
                 position = self._return_to_best(options, position, history)
                 self._runner.position = position
                 if options.save:
@@ -77,6 +85,7 @@ class TrainingLoop:
                 kept = self._runner.position
                 if lost.step < first or (lost.step > first and kept is None):
                     raise
+                self._is_complete = self._has_left = False
                 position = start if kept is None else kept
                 history.forget(lost.step, position.epoch)
 
@@ -98,8 +107,14 @@ class TrainingLoop:
             history.steps.append(record)
             if options.on_step is not None:
                 options.on_step(record)
-            if options.checkpoint_every is not None and record.step % options.checkpoint_every == 0:
+            position, ends_round = self._share_if_due(position, record)
+            every = options.checkpoint_every
+            if every is not None and (ends_round or record.step % every == 0):
                 self._runner.checkpoint(position, options.when_unsaved)
+            if self._is_complete:
+                break
+        if self._is_complete or position.epoch + 1 == options.epochs:
+            position = self._leave(position)
         if options.held_out is not None:
             evaluation = self._record_evaluation(options, options.held_out, position)
             history.evaluations.append(evaluation)
@@ -107,6 +122,40 @@ class TrainingLoop:
                 options.on_epoch(evaluation)
             return self._judge(options, evaluation, position)
         return _begin_next_epoch(position)
+
+    def _share_if_due(
+        self, position: DataPosition, record: StepRecord
+    ) -> tuple[DataPosition, bool]:
+        """Share after a step if a round of steps is over; return the position, and whether it is.
+
+        A server that does not join what its clients learn has no rounds.
+        """
+        terms = self._runner.terms
+        if not terms.joins:
+            return position, False
+        position = msgspec.structs.replace(
+            position,
+            unshared_steps=position.unshared_steps + 1,
+            unshared_samples=position.unshared_samples + record.samples,
+        )
+        if position.unshared_steps < terms.local_steps:
+            return position, False
+        number = self._runner.share(position.unshared_samples, leaves=False)
+        self._is_complete = 0 < terms.rounds <= number
+        return _clear_unshared(position), True
+
+    def _leave(self, position: DataPosition) -> DataPosition:
+        """Share for the last time, so that the other clients stop waiting for this one."""
+        if self._has_left or not self._runner.terms.joins:
+            return position
+        self._runner.share(position.unshared_samples, leaves=True)
+        self._has_left = True
+        return _clear_unshared(position)
+
+    def _is_over(self, options: FitOptions, position: DataPosition) -> bool:
+        """Return whether training ends at a position."""
+        is_done = self._is_complete or position.epoch >= options.epochs
+        return is_done or _has_stopped(options, position)
 
     def _judge(
         self, options: FitOptions, evaluation: Evaluation, position: DataPosition
@@ -237,6 +286,10 @@ class TrainingLoop:
 
 def _begin_next_epoch(position: DataPosition) -> DataPosition:
     return msgspec.structs.replace(position, epoch=position.epoch + 1, batch=0)
+
+
+def _clear_unshared(position: DataPosition) -> DataPosition:
+    return msgspec.structs.replace(position, unshared_steps=0, unshared_samples=0)
 
 
 def _has_stopped(options: FitOptions, position: DataPosition) -> bool:

@@ -17,7 +17,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleError, UnfinishedRun, UsageError
 from splitonnx.folder_locks import FolderLock
 from splitonnx.json_errors import JSON_ERRORS
-from splitonnx.runtime.channels.channels import ResumePoint
+from splitonnx.runtime.channels.greetings import ResumePoint
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoint_files import list_sessions
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore

@@ -153,3 +153,11 @@ def deny(status: HTTPStatus, sentence: str) -> Response:
 def deny_busy(refusal: Refusal) -> Response:
     """Build the response to a request that is refused because the server is full."""
     return deny(HTTPStatus.SERVICE_UNAVAILABLE, WHY_BUSY[refusal])
+
+
+def ask_for(role: Role, request: HttpRequest) -> HttpResponse:
+    """Refuse a request without a token, or whose token lacks the required role."""
+    status = HTTPStatus.UNAUTHORIZED if request.token is None else HTTPStatus.FORBIDDEN
+    return HttpResponse(
+        status, "text/plain", f"this takes a token with the role '{role}'\n".encode()
+    )

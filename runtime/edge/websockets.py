@@ -20,7 +20,8 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from splitonnx.codecs import Chunk
-from splitonnx.errors import ConnectionLost, ServerBusy
+from splitonnx.errors import ConnectionLost, FormatError, ServerBusy, Unauthorized
+from splitonnx.messages import Fault, Login, decode_message, encode_message
 from splitonnx.runtime.edge.admissions import Admission
 from splitonnx.runtime.edge.connections import ANSWER_SECONDS, CLOSE_SECONDS, LimitedConnection
 from splitonnx.runtime.edge.http import Authorize, OnRefusal, Refusal, Respond
@@ -28,7 +29,7 @@ from splitonnx.runtime.edge.listeners import ignore_scarcity, open_listeners
 from splitonnx.runtime.edge.origins import check_origins
 from splitonnx.runtime.edge.tokens import Identity, Role
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.wire.close_codes import RESTART, describe_loss
+from splitonnx.runtime.wire.close_codes import POLICY, RESTART, describe_loss
 from splitonnx.runtime.wire.fragments import JoinedFragments, split_message
 
 if TYPE_CHECKING:
@@ -68,6 +69,30 @@ class Peer:
         """Return the client's roles; the set is empty until the client has shown a token."""
         identity = self._connection.identity
         return frozenset() if identity is None else identity.roles
+
+    async def log_in(self, content: Chunk | bytearray, find: Authorize | None) -> str:
+        """Admit a client by the token in its first message, and return the token's owner.
+
+        ``find`` returns the identity that a token stands for, or ``None`` if it is not known.
+
+        Raises:
+            Unauthorized: the message contains no known token; the client is told so.
+            ServerBusy: see :meth:`admit`.
+        """
+        try:
+            message, _ = decode_message(content)
+        except FormatError:
+            message = None
+        found = None
+        if isinstance(message, Login) and find is not None:
+            found = find(message.token)
+        if found is None:
+            error = Unauthorized(self.name, POLICY, "no token that is known here")
+            fault = Fault(code=type(error).__name__, reason=error.reason)
+            await self.send(encode_message(fault))
+            raise error
+        await self.admit(found)
+        return found.owner
 
     async def admit(self, identity: Identity) -> None:
         """Record the client's identity, and lift the limits on unauthenticated connections.

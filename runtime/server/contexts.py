@@ -16,6 +16,7 @@ from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.scheduling.budgets import Budget, Task
 from splitonnx.runtime.scheduling.turns import Turns
 from splitonnx.runtime.server.metrics import Metrics
+from splitonnx.runtime.server.policies.tasks import Delivery
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.wire.close_codes import RESTART
 
@@ -32,6 +33,9 @@ class Holder(Protocol):
 
         ``code`` is the websocket close code.
         """
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Send the reply that another session's task caused, without waiting."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -61,6 +65,13 @@ class ServerContext:
     locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
     holders: dict[str, Holder] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
+
+    def lock(self, session: str) -> asyncio.Lock:
+        """Return the lock of a session; whoever works on the session holds it."""
+        lock = self.locks.get(session)
+        if lock is None:
+            lock = self.locks[session] = asyncio.Lock()
+        return lock
 
     async def wait_unless_halted(self, awaited: asyncio.Future[Any], seconds: float) -> None:
         """Wait up to ``seconds``, unless the server stops without waiting for running steps."""

@@ -7,7 +7,7 @@ order of messages if a session has several connections.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from splitonnx.errors import (
     NotPermitted,
     RemoteProtocolError,
     ServerBusy,
+    SharingNotPermitted,
     SplitonnxError,
     StageStopped,
     StaleConnection,
@@ -45,6 +46,7 @@ from splitonnx.names import SERVER
 from splitonnx.runtime.edge.tokens import ALL_ROLES, Role
 from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.server.ledgers import Fingerprint, Reply
+from splitonnx.runtime.server.policies.tasks import Delivery
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
@@ -69,7 +71,8 @@ class Dispatcher:
     ``roles`` are the client's permissions.  ``norm`` is the largest L2 norm allowed for a received
     gradient, and ``batch`` is the largest number of rows allowed for a tensor; ``None`` means no
     limit.  ``estimates`` computes how much memory a task needs, and ``task_bytes`` is the largest
-    amount allowed.  If ``estimates`` is ``None``, memory is not checked.
+    amount allowed.  If ``estimates`` is ``None``, memory is not checked.  ``pass_on`` is called
+    with what other sessions' clients wait for; without it, there are no others.
 
     ``registry`` holds the server's sessions.  ``session`` is ``None`` until the client has sent its
     greeting, and ``refused`` is ``None`` until an error ends the connection.  :meth:`read` may be
@@ -86,16 +89,19 @@ class Dispatcher:
         batch: int | None = None,
         estimates: Estimates | None = None,
         task_bytes: int | None = None,
+        pass_on: Callable[[Delivery], None] | None = None,
     ) -> None:
         self.session: Session | None = None
         self.refused: SplitonnxError | None = None
         self.registry = registry
         self._owner = owner
         self._estimates = estimates
+        self._pass_on = pass_on
         self._task_bytes = task_bytes
         self._roles = roles
         self._tried: set[str] = set()
         self._generation = 0
+        self._terms = registry.policy.terms()
         self._wires = list_wires(registry.manifest)
         self._protocol = Protocol(registry.manifest, SERVER, norm=norm, batch=batch)
 
@@ -161,14 +167,21 @@ class Dispatcher:
         """
         with attribute_errors_to_us("the reading of a message"):
             message, tensors = self._protocol.receive(content)
-        if isinstance(message, Hello) and Role.TRAIN not in self._roles:
-            raise NotPermitted(Role.TRAIN, "open a session")
+        if isinstance(message, Hello):
+            self._admit(message)
         return ReceivedMessage(
             message=message,
             tensors=tensors,
             fingerprint=Fingerprint(content),
             needed=self._estimate(message) if isinstance(message, Tensors) else 0,
         )
+
+    def _admit(self, hello: Hello) -> None:
+        """Check that the client may open a session, and permits what the policy needs."""
+        if Role.TRAIN not in self._roles:
+            raise NotPermitted(Role.TRAIN, "open a session")
+        if self._terms.local_steps and not hello.can_share:
+            raise SharingNotPermitted(self._terms.policy)
 
     def _estimate(self, message: Tensors) -> int:
         if self._estimates is None or message.phase not in self._wires:
@@ -188,6 +201,20 @@ class Dispatcher:
                 yield from self._act(received)
         except SplitonnxError as error:
             yield from self.refuse(error)
+
+    def take(self, delivery: Delivery) -> Iterator[Reply]:
+        """Yield the reply to this connection's client that another session's task caused."""
+        session = self._held
+        if session is not None and not self.is_closed:
+            yield from session.take(delivery, self._protocol.send)
+
+    def _pass_deliveries(self, replies: Iterator[Reply | Delivery]) -> Iterator[Reply]:
+        """Yield the replies to this client, and pass on what is for others."""
+        for reply in replies:
+            if not isinstance(reply, Delivery):
+                yield reply
+            elif self._pass_on is not None:
+                self._pass_on(reply)
 
     def refuse(self, error: SplitonnxError) -> Iterator[Reply]:
         """End the connection because of an error, and yield a message that reports the error.
@@ -224,8 +251,10 @@ class Dispatcher:
                 yield self._greet(message)
             case Tensors():
                 session = self.check_session(message.session)
-                yield from session.handle_training(
-                    message, received.tensors, received.fingerprint, self._protocol.send
+                yield from self._pass_deliveries(
+                    session.handle_training(
+                        message, received.tensors, received.fingerprint, self._protocol.send
+                    )
                 )
             case Save():
                 yield self._protocol.send(self._save(message))
@@ -247,6 +276,9 @@ class Dispatcher:
                 digest=manifest.digest,
                 step=step,
                 wants_repeat=step > self.session.ledger.step,
+                policy=self._terms.policy,
+                local_steps=self._terms.local_steps,
+                rounds=self._terms.rounds,
                 wires=self._wires,
             )
         )
@@ -309,6 +341,8 @@ def _describe(error: SplitonnxError) -> Fault:
             )
         case NotPermitted():
             return Fault(code=code, reason=error.action, subject=error.role)
+        case SharingNotPermitted():
+            return Fault(code=code, reason=str(error), subject=error.policy)
         case TaskTooLarge():
             return Fault(code=code, reason=str(error), needed=error.needed, limit=error.limit)
     return Fault(code=code, reason=str(error))

@@ -11,14 +11,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Literal, TypeVar
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import (
     ConnectionLost,
-    FormatError,
     RemoteProtocolError,
     ServerBusy,
     SplitonnxError,
@@ -28,22 +27,20 @@ from splitonnx.errors import (
 )
 from splitonnx.messages import (
     REPLACED,
-    Fault,
     Hello,
-    Login,
     Message,
     Save,
     Tensors,
-    decode_message,
-    encode_message,
     is_bye,
 )
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.turns import Turns
 from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.deliveries import pass_on
 from splitonnx.runtime.server.dispatchers import Dispatcher, ReceivedMessage
 from splitonnx.runtime.server.ledgers import Reply
 from splitonnx.runtime.server.metrics import Part
+from splitonnx.runtime.server.policies.tasks import Delivery
 from splitonnx.runtime.server.reply_senders import ReplySender
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.server.task_memory import TaskMemory
@@ -76,6 +73,8 @@ class ConnectionHandler:
         # The owner that takes turns; an object of its own if the client has no owner.
         self._owner: Hashable = object()
         self._has_message = False  # a message arrived and is not handled yet
+        self._delivering: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
         """Serve the connection until it ends or the server stops."""
@@ -115,6 +114,24 @@ class ConnectionHandler:
         """
         self._peer.dismiss(code, reason)
 
+    def _pass_on(self, delivery: Delivery) -> None:
+        """Give a delivery to another session's connection; may be called in any thread."""
+        self._loop.call_soon_threadsafe(pass_on, self._context, delivery)
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Send the reply that another session's task caused, without waiting."""
+        task = asyncio.create_task(self._deliver(delivery))
+        self._delivering.add(task)
+        task.add_done_callback(self._delivering.discard)
+
+    async def _deliver(self, delivery: Delivery) -> None:
+        dispatcher = self._dispatcher
+        assert dispatcher is not None  # a session's connection has greeted
+        with suppress(ConnectionLost):  # the client asks again on its next connection
+            async with self._context.lock(delivery.key.session):
+                await self._reply(dispatcher, dispatcher.take(delivery), self._context.storage)
+                self._metrics.count_step(delivery.key.phase)
+
     def _release(self, dispatcher: Dispatcher) -> None:
         dispatcher.end()
         session = dispatcher.session
@@ -127,7 +144,8 @@ class ConnectionHandler:
             content = await self._next_message(stopping)
             if content is None:
                 return
-            owner = await self._log_in(content)
+            tokens = self._context.tokens
+            owner = await self._peer.log_in(content, None if tokens is None else tokens.find)
         self._owner = owner or self._owner
         dispatcher = Dispatcher(
             self._context.registry,
@@ -137,6 +155,7 @@ class ConnectionHandler:
             batch=self._context.batch,
             estimates=self._context.estimates,
             task_bytes=None if self._context.budget is None else self._context.budget.total,
+            pass_on=self._pass_on,
         )
         self._dispatcher = dispatcher
         while not dispatcher.is_closed:
@@ -146,28 +165,6 @@ class ConnectionHandler:
                 return
             self._seconds["receive"] += time.perf_counter() - begun
             await self._handle(dispatcher, content)
-
-    async def _log_in(self, content: Chunk | bytearray) -> str:
-        """Return the owner of the token that an unauthenticated client's first message contains.
-
-        Raises:
-            Unauthorized: the message contains no known token.
-        """
-        try:
-            message, _ = decode_message(content)
-        except FormatError:
-            message = None
-        tokens = self._context.tokens
-        found = None
-        if isinstance(message, Login) and tokens is not None:
-            found = tokens.find(message.token)
-        if found is None:
-            error = Unauthorized(self._peer.name, POLICY, "no token that is known here")
-            fault = Fault(code=type(error).__name__, reason=error.reason)
-            await self._peer.send(encode_message(fault))
-            raise error
-        await self._peer.admit(found)
-        return found.owner
 
     async def _receive(self) -> bytes | bytearray:
         content = await self._peer.receive()
@@ -275,11 +272,7 @@ class ConnectionHandler:
             self._has_message = False
             yield
             return
-        name = dispatcher.session.id
-        lock = self._context.locks.get(name)
-        if lock is None:
-            lock = self._context.locks[name] = asyncio.Lock()
-        async with lock:
+        async with self._context.lock(dispatcher.session.id):
             self._has_message = False
             yield
 
@@ -314,7 +307,7 @@ class ConnectionHandler:
         work is done.
         """
         sender = ReplySender(self._send)
-        work = partial(self._work_off, replies, asyncio.get_running_loop(), sender)
+        work = partial(self._work_off, replies, sender)
         try:
             await asyncio.shield(turns.run(self._owner, work))
             self._memory.settle(dispatcher.session)
@@ -347,14 +340,12 @@ class ConnectionHandler:
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 
-    def _work_off(
-        self, replies: Iterator[Reply], loop: asyncio.AbstractEventLoop, sender: ReplySender
-    ) -> None:
+    def _work_off(self, replies: Iterator[Reply], sender: ReplySender) -> None:
         """Compute all replies in a thread; each is sent as soon as it is ready."""
         begun = time.perf_counter()
         try:
             for reply in replies:
-                loop.call_soon_threadsafe(sender.put, reply)
+                self._loop.call_soon_threadsafe(sender.put, reply)
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from splitonnx.names import PREDICT, TRAIN
+from splitonnx.runtime.server.policies.tasks import RoundReport
 
 Part = Literal["receive", "compute", "send", "checkpoint"]
 """Parts of a step on which a server spends time."""
@@ -67,6 +68,12 @@ class Metrics:
         )
         for outcome in OUTCOMES:
             self._checkpoints.labels(outcome)  # create the series with value 0
+        self._rounds = Gauge(
+            "splitonnx_rounds",
+            "Rounds closed, clients that are members or wait for the others, shares that came late",
+            ["what"],
+            registry=registry,
+        )
         self._worker_deaths = Counter(
             "splitonnx_worker_deaths", "Workers that ended unasked", registry=registry
         )
@@ -78,6 +85,13 @@ class Metrics:
     def set_sessions(self, count: int) -> None:
         """Set the number of sessions in memory."""
         self._sessions.set(count)
+
+    def set_rounds(self, report: RoundReport) -> None:
+        """Set the numbers that describe the rounds."""
+        self._rounds.labels("closed").set(report.closed)
+        self._rounds.labels("members").set(report.members)
+        self._rounds.labels("waiting").set(report.waiting)
+        self._rounds.labels("late").set(report.late)
 
     def open_connection(self) -> None:
         """Count a connection that has finished its handshake."""

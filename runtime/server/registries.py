@@ -26,8 +26,8 @@ from splitonnx.errors import (
 from splitonnx.messages import Hello
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.capacities import Capacity, Occupant
+from splitonnx.runtime.server.policies.choices import PolicyOptions, make_policy
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
-from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.storage.archives import Archive
@@ -59,7 +59,8 @@ class Registry:
         disk_per_owner: the largest number of bytes that an owner's checkpoints and outcomes may
             use; ``None`` for no limit.
         keep_seconds: how long the files of unused sessions are kept; ``None`` to keep them forever.
-        policy: decides which model a session trains; by default, each session trains its own.
+        joins: how the server joins what its clients learn; by default, it does not.
+        policy: the policy itself, in place of one by ``joins``.
         clock: a monotonic clock in seconds.
     """
 
@@ -75,6 +76,7 @@ class Registry:
         workers: WorkerPool | None = None,
         disk_per_owner: int | None = None,
         keep_seconds: float | None = None,
+        joins: PolicyOptions | None = None,
         policy: Policy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -97,7 +99,13 @@ class Registry:
                 self._folder, self.manifest, most_bytes=disk_per_owner, keep_seconds=keep_seconds
             )
             self.expire()
-        self.policy = policy or PerClient(ModelMaker(executor, self._archive, workers))
+        self.policy = policy or make_policy(
+            joins or PolicyOptions(),
+            ModelMaker(executor, self._archive, workers),
+            self.manifest,
+            self._folder,
+            resume=resume,
+        )
         if memory_bytes is not None:
             sessions = min(sessions, memory_bytes // max(1, executor.nbytes))
         self._capacity = Capacity(

@@ -34,7 +34,7 @@ from splitonnx.folder_locks import FolderLock
 from splitonnx.names import SERVER, TRAIN
 from splitonnx.runtime.edge.client_files import ClientFiles
 from splitonnx.runtime.edge.descriptors import Rarely, find_limit, raise_limit
-from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal
+from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal, ask_for
 from splitonnx.runtime.edge.pages import read_pages
 from splitonnx.runtime.edge.tokens import Role, Tokens
 from splitonnx.runtime.edge.websockets import Peer, serve
@@ -45,8 +45,10 @@ from splitonnx.runtime.limits import GIB, Limits
 from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.scheduling.turns import Turns
 from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.deliveries import keep_ticking
 from splitonnx.runtime.server.handlers import ConnectionHandler
 from splitonnx.runtime.server.metrics import Metrics
+from splitonnx.runtime.server.policies.choices import PolicyOptions
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.storage.archives import DAY
 from splitonnx.runtime.wire.exposure import check_exposure, is_loopback
@@ -101,6 +103,7 @@ class Server:
             clients must show tokens or certificates, or can connect over the network.
         keep_sessions: days after which the checkpoints and outcomes of unused sessions are deleted,
             except for the newest outcome; ``None`` to keep them forever.
+        policy: how the server joins what its clients learn; by default, it does not.
 
     Raises:
         BundleError, FormatError: a folder cannot be used.
@@ -127,6 +130,7 @@ class Server:
         web: str | Path | None = None,
         isolate: bool | None = None,
         keep_sessions: float | None = None,
+        policy: PolicyOptions | None = None,
     ) -> None:
         if keep_sessions is not None and not 0 < keep_sessions < math.inf:
             raise UsageError(f"sessions are kept for a number of days, not {keep_sessions:g}")
@@ -168,6 +172,7 @@ class Server:
                 workers=self._workers,
                 disk_per_owner=self._limits.disk_per_owner,
                 keep_seconds=None if keep_sessions is None else keep_sessions * DAY,
+                joins=policy,
             )
             self._leaving = describe_step(list_sent(party.manifest, TRAIN))
             self._estimates = Estimates(party.manifest, party.graphs)
@@ -307,7 +312,9 @@ class Server:
                 _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
             if started is not None:
                 started.set_result(None)
+            ticking = asyncio.create_task(keep_ticking(context))
             await self._wait_for_stop(context)
+            await ticking
             if self._connections:
                 await asyncio.wait(self._connections)
         await context.storage.run(self, self._registry.unload_all)
@@ -369,12 +376,13 @@ class Server:
             return HttpResponse(HTTPStatus.OK, "application/json", msgspec.json.encode(health))
         if request.path == "/metrics":
             if Role.OPERATE not in request.roles:
-                return _ask_for(Role.OPERATE, request)
+                return ask_for(Role.OPERATE, request)
             self._metrics.set_sessions(sessions)
+            self._metrics.set_rounds(self._registry.policy.report())
             return HttpResponse(HTTPStatus.OK, *self._metrics.render())
         files = self._client_files
         if files is not None and (part := files.answer(request.path)) is not None:
-            return part if Role.TRAIN in request.roles else _ask_for(Role.TRAIN, request)
+            return part if Role.TRAIN in request.roles else ask_for(Role.TRAIN, request)
         return None if self._pages is None else self._pages.answer(request)
 
     def _note_refusal(self, refusal: Refusal, name: str) -> None:
@@ -386,14 +394,6 @@ class Server:
         _logger.warning(
             "%s refused: %s", name, refusal, extra={"peer": name, "reason": str(refusal)}
         )
-
-
-def _ask_for(role: Role, request: HttpRequest) -> HttpResponse:
-    """Refuse a request without a token, or whose token lacks the required role."""
-    status = HTTPStatus.UNAUTHORIZED if request.token is None else HTTPStatus.FORBIDDEN
-    return HttpResponse(
-        status, "text/plain", f"this takes a token with the role '{role}'\n".encode()
-    )
 
 
 def _asks_for_certificates(tls: ssl.SSLContext | None) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -24,7 +25,7 @@ from splitonnx.errors import (
     StaleConnection,
 )
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
-from splitonnx.names import TRAIN
+from splitonnx.names import SHARE, TRAIN
 from splitonnx.runtime.server.ledgers import Fingerprint, Ledger, Reply, Verdict
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
@@ -32,6 +33,19 @@ from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
 
 _logger = logging.getLogger("splitonnx.server")
+
+
+@dataclass(kw_only=True)
+class _Query:
+    """A task that changes no step: its first message, and how many were handled and answered."""
+
+    message: Tensors
+    turns: int = 0
+    replies: int = 0
+
+    @property
+    def key(self) -> TaskKey:
+        return self.message.key
 
 
 class Session:
@@ -51,8 +65,7 @@ class Session:
         self._saved = joined.step
         self._is_closed = False
         self._running: TaskKey | None = None
-        self._query: TaskKey | None = None
-        self._query_turns = self._query_replies = 0
+        self._query: _Query | None = None
 
     @property
     def is_saved(self) -> bool:
@@ -62,7 +75,8 @@ class Session:
     @property
     def open_phases(self) -> frozenset[str]:
         """Return the phases that have an unfinished task."""
-        return frozenset(key.phase for key in (self._running, self._query) if key is not None)
+        keys = (self._running, None if self._query is None else self._query.key)
+        return frozenset(key.phase for key in keys if key is not None)
 
     def require_owner(self, owner: str) -> None:
         """Check that the session belongs to ``owner``.
@@ -85,6 +99,7 @@ class Session:
         """
         if hello.generation <= self.generation:
             raise StaleConnection(hello.generation, self.generation)
+        self.give_up(SHARE)  # the client shares again, on the new connection
         if self.ledger.suits(hello.step, is_open=hello.is_open, can_repeat=hello.can_repeat):
             step = hello.step
         else:
@@ -110,9 +125,10 @@ class Session:
         tensors: Mapping[str, np.ndarray],
         fingerprint: Fingerprint,
         encode: Encoder,
-    ) -> Iterator[Reply]:
+    ) -> Iterator[Reply | Delivery]:
         """Handle a message with a task's tensors, and yield each reply as soon as it is ready.
 
+        Deliveries for other sessions are yielded, too, for these sessions to :meth:`take`.
         ``fingerprint`` is the hash of the message's bytes.  ``encode`` converts a reply and its
         tensors to chunks.  If a message of a training step arrives again, the replies are the same
         as the first time.  After an error, call :meth:`abandon`.
@@ -137,6 +153,9 @@ class Session:
                     raise RemoteProtocolError(f"it continues {message.key}, which is not open")
                 self.ledger.continue_step(fingerprint)
         for delivery in self._submit(message, tensors):
+            if delivery.key != message.key:
+                yield delivery
+                continue
             if delivery.tensors:
                 reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
                 yield self.ledger.answer(encode(reply, delivery.tensors))
@@ -145,6 +164,15 @@ class Session:
                 self._running = None
                 self.ledger.commit()
         fingerprint.take()  # after the replies, so that they need not wait for the hash
+
+    def take(self, delivery: Delivery, encode: Encoder) -> Iterator[Reply]:
+        """Yield the reply that a delivery, which another session yielded, has for this client.
+
+        Nothing is yielded if the client no longer waits for it.
+        """
+        query = self._query
+        if query is not None and delivery.key == query.key:
+            yield from self._answer_query(query, delivery, encode)
 
     def save(self, message: Save) -> Saved | Unsaved:
         """Write a durable checkpoint and, if requested, the outcome of the training.
@@ -207,8 +235,8 @@ class Session:
             self._policy.withdraw(self._running)
             self._running = None
             self.ledger.abandon()
-        if self._query is not None and self._query.phase == phase:
-            self._policy.withdraw(self._query)
+        if self._query is not None and self._query.key.phase == phase:
+            self._policy.withdraw(self._query.key)
             self._query = None
 
     def _submit(self, message: Tensors, tensors: Mapping[str, np.ndarray]) -> Iterator[Delivery]:
@@ -224,24 +252,34 @@ class Session:
 
     def _handle_query(
         self, message: Tensors, tensors: Mapping[str, np.ndarray], encode: Encoder
-    ) -> Iterator[Reply]:
-        """Run a task that changes no state, so that it can be computed again if it is repeated."""
-        key = message.key
+    ) -> Iterator[Reply | Delivery]:
+        """Handle a task that changes no step, so that it can be performed again if repeated."""
+        if message.phase == SHARE and (message.step != self.ledger.step or self.ledger.is_open):
+            raise RemoteProtocolError(
+                f"it shares at step {message.step}, the server is at {self.ledger.step}"
+            )
+        query = self._query
         if message.turn == 0:
-            if self._query is not None:
-                self._policy.withdraw(self._query)
-            self._query, self._query_turns, self._query_replies = key, 0, 0
-        elif key != self._query or message.turn != self._query_turns:
-            raise RemoteProtocolError(f"message {message.turn} of {key} is not due now")
-        self._query_turns += 1
+            if query is not None:
+                self._policy.withdraw(query.key)
+            query = self._query = _Query(message=message)
+        elif query is None or message.key != query.key or message.turn != query.turns:
+            raise RemoteProtocolError(f"message {message.turn} of {message.key} is not due now")
+        query.turns += 1
         for delivery in self._submit(message, tensors):
-            if delivery.tensors:
-                reply = msgspec.structs.replace(message, turn=self._query_replies)
-                yield encode(reply, delivery.tensors)
-                self._query_replies += 1
-            if delivery.is_last:
-                self.tasks_done += 1
-                self._query = None
+            if delivery.key == query.key:
+                yield from self._answer_query(query, delivery, encode)
+            else:
+                yield delivery
+
+    def _answer_query(self, query: _Query, delivery: Delivery, encode: Encoder) -> Iterator[Reply]:
+        if delivery.tensors:
+            reply = msgspec.structs.replace(query.message, turn=query.replies)
+            yield encode(reply, delivery.tensors)
+            query.replies += 1
+        if delivery.is_last:
+            self.tasks_done += 1
+            self._query = None
 
     def _find_common(self, hello: Hello) -> int:
         """Return the newest step that both sides can go back to."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from splitonnx.errors import ConnectionLost
 from splitonnx.messages import Tensors
-from splitonnx.names import PREDICT, TRAIN
+from splitonnx.names import PREDICT, SHARE, TRAIN
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS
 from splitonnx.runtime.server.contexts import ServerContext
@@ -53,7 +53,7 @@ class TaskMemory:
             TaskTooLarge: the task needs more memory than the limit allows.
         """
         budget, task = self._context.budget, (session.id, message.phase)
-        if budget is None:
+        if budget is None or message.phase == SHARE:  # a share runs no stage
             return
         if message.turn > 0:  # the task has its memory already, or is not open
             budget.extend(task, owner, needed)

@@ -31,6 +31,8 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     training resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
     ``schedule`` and ``stopping`` describe the learning-rate schedule and when training stops early;
     they are empty without.  ``best`` is the best evaluation before this position.
+    ``unshared_steps`` and ``unshared_samples`` count what was trained since the client last shared
+    its parameters; they stay 0 if the server does not join what its clients learn.
     """
 
     epoch: _Count
@@ -42,3 +44,5 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     schedule: str = ""
     stopping: str = ""
     best: Best | None = None
+    unshared_steps: _Count = 0
+    unshared_samples: _Count = 0

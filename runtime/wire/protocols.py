@@ -40,7 +40,7 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.names import CLIENT, SERVER, TRAIN
+from splitonnx.names import CLIENT, SERVER, SHARE, TRAIN
 from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array, check_rows
 
@@ -187,7 +187,7 @@ class Protocol:
             kind = wires[name].kind
             is_output = kind is WireKind.OUTPUT
             check_array(array, wires[name].tensor, self._sizes, is_output=is_output)
-            if message.phase == TRAIN and sender == self._peer:
+            if message.phase in (TRAIN, SHARE) and sender == self._peer:
                 check_finite(name, array, f"step {message.step + 1}")
                 if self._norm is not None and kind is WireKind.GRADIENT:
                     check_norm(name, array, self._norm)

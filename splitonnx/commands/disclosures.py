@@ -12,13 +12,17 @@ import splitonnx
 from splitonnx.commands import printing
 from splitonnx.commands.logs import escape
 from splitonnx.commands.options import JsonOption
-from splitonnx.names import EVALUATE, PREDICT, TRAIN
+from splitonnx.names import EVALUATE, OWN, PREDICT, SHARE, TRAIN
 
 if TYPE_CHECKING:
     from splitonnx.disclosures import Sending
     from splitonnx.manifests import PartyManifest
     from splitonnx.runtime.client.datasets import Dataset
-    from splitonnx.runtime.client.explanations import ArrayExplanation, Explanation
+    from splitonnx.runtime.client.explanations import (
+        ArrayExplanation,
+        Explanation,
+        PhaseExplanation,
+    )
 
 BESIDES = (
     "beside these tensors, messages hold their session, phase, step, micro-batch and turn, the "
@@ -87,6 +91,9 @@ def list_lines(explanation: Explanation) -> Iterator[str]:
     """Yield an explanation as lines of text."""
     for phase in explanation.phases:
         rows = "" if phase.leaves.batch is None else f" of {phase.leaves.batch:,}"
+        if phase.leaves.phase == SHARE:
+            yield from _list_shared(phase)
+            continue
         then = ", after predicting" if phase.leaves.phase == EVALUATE else ""
         yield f"{phase.leaves.phase}, per step{rows}{then}"
         yield f"  leaves: {phase.leaves}"
@@ -99,6 +106,15 @@ def list_lines(explanation: Explanation) -> Iterator[str]:
     for sentence in explanation.kept:
         yield f"the client {sentence}"
     yield BESIDES
+
+
+def _list_shared(phase: PhaseExplanation) -> Iterator[str]:
+    """Yield what the client sends if its user permits it and the server's policy asks for it."""
+    shared = [tensor for tensor in phase.leaves.tensors if tensor.wire.endswith(OWN)]
+    size = f"{len(shared):,} tensors, {sum(tensor.bytes or 0 for tensor in shared):,} bytes"
+    yield f"{phase.leaves.phase}, per round, only with --share and a policy that joins clients"
+    yield f"  leaves: the trained weights and statistics of this part ({size})"
+    yield "  comes in: the joined ones in their place"
 
 
 def _list_sentences(array: ArrayExplanation) -> Iterator[tuple[str, str]]:

@@ -224,6 +224,20 @@ class NotPermitted(ProtocolError):
 
 
 @dataclass(eq=False)
+class SharingNotPermitted(ProtocolError):
+    """The server's policy joins what clients learn, and this client may not share its weights."""
+
+    policy: str
+
+    def __str__(self) -> str:
+        return (
+            f"the server's policy '{flatten(self.policy)}' joins what its clients learn, so it "
+            "asks for the trained weights of the client's part; permit it with --share (Python: "
+            "share=True), or train with a server that has the policy 'per-client'"
+        )
+
+
+@dataclass(eq=False)
 class UntrustedPeer(ProtocolError):
     """TLS cannot verify the identity of the other side; trying again does not help."""
 

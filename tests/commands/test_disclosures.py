@@ -47,9 +47,11 @@ def test_explain_shows_what_leaves_with_the_proof(command: Command, bundle: Path
 
 def test_explain_as_json_has_the_same_facts(command: Command, bundle: Path) -> None:
     found = json.loads(command.succeed("explain", bundle / "client", "--batch", 4, "--json"))
-    train, predict, evaluate = found["phases"]
+    train, predict, evaluate, share = found["phases"]
     assert (train["phase"], train["leaves"]["bytes"]) == ("train", 4 * (UP + DOWN))
     assert (predict["leaves"]["bytes"], evaluate["leaves"]["bytes"]) == (4 * UP, 0)
+    own = [tensor for tensor in share["leaves"]["tensors"] if tensor["wire"].endswith("@own")]
+    assert {tensor["kind"] for tensor in own} == {"parameter"}
     (labels,) = evaluate["arrays"]
     assert (labels["kind"], labels["ways"]) == ("labels", [])
     printed = command.succeed("explain", bundle / "client", "--batch", 4)

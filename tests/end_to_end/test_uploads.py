@@ -17,6 +17,7 @@ from splitonnx.runtime.scheduling import budgets
 from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.handlers import ConnectionHandler
+from splitonnx.runtime.server.policies.tasks import Delivery
 from tests.runtime.server.test_handlers import LimitedConnection
 from tests.support.echoes import PATIENCE
 from tests.support.server_contexts import open_context
@@ -45,6 +46,9 @@ class Sender:
 
     def dismiss(self, code: int, reason: str) -> None:
         self.is_dismissed = True
+
+    def deliver(self, delivery: Delivery) -> None:
+        raise AssertionError("nothing is due")
 
 
 def test_the_memory_of_a_step_is_not_taken_from_who_sends_its_next_message(

@@ -61,7 +61,7 @@ export const readWire = readRecord({
   tensor: readTensorSpec,
   sender: readText,
   receiver: readText,
-  kind: readOneOf("activation", "gradient", "input", "output", "report", "norm"),
+  kind: readOneOf("activation", "gradient", "input", "output", "report", "norm", "parameter"),
 });
 const readStateSpec = readRecord({
   tensor: readTensorSpec,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
@@ -120,6 +120,17 @@ class ServerModel:
         elif self._start is not None and version == self._start.step:
             self.executor.restore(self._start.state(), version)
         self._saved = version
+
+    def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return the tensors of the state that have these names, as read-only arrays."""
+        state = self.executor.state()
+        return {name: state[name] for name in names}
+
+    def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Replace some tensors of the state; the version stays, and the state counts as unsaved."""
+        if tensors:
+            self.executor.restore({**self.executor.state(), **tensors}, self.version)
+            self._saved = -1
 
     def save(self, *, publish: bool = False, keep: bool = False) -> None:
         """Write a durable checkpoint and, if ``publish`` is true, the outcome of the training.

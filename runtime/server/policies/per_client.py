@@ -7,8 +7,9 @@ from types import MappingProxyType
 from typing import Protocol
 
 from splitonnx.messages import Hello, Save, TaskKey
+from splitonnx.names import PER_CLIENT
 from splitonnx.runtime.server.policies.models import ServerModel
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
+from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task, Terms
 
 
 class ModelSource(Protocol):
@@ -33,9 +34,13 @@ class PerClient:
         """Return the models in memory, by the sessions that train them."""
         return MappingProxyType(self._models)
 
-    def name_lock(self, session: str) -> str:
-        """Return the session's name, because sessions share nothing."""
-        return session
+    def terms(self) -> Terms:
+        """Return that clients share nothing."""
+        return Terms(policy=PER_CLIENT)
+
+    def report(self) -> RoundReport:
+        """Return that there are no rounds."""
+        return RoundReport()
 
     def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
         """Load the session's model from disk, or make a new one.

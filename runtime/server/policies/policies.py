@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from splitonnx.messages import Hello, Save, TaskKey
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
+from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task, Terms
 
 
 class Policy(Protocol):
@@ -14,14 +14,14 @@ class Policy(Protocol):
 
     A session is named by its ID, and a step is the number of steps that its client has done.
     Deliveries may be for any session.  No method waits for another client.  Two threads must not
-    call a policy for the same :meth:`name_lock` at the same time.
+    call a policy for the same session at the same time.
     """
 
-    def name_lock(self, session: str) -> str:
-        """Return the name of the lock to hold while a session uses the policy.
+    def terms(self) -> Terms:
+        """Return what the policy asks of clients."""
 
-        Sessions that use the same model have the same lock.
-        """
+    def report(self) -> RoundReport:
+        """Return the numbers that describe the rounds; zeros if there are none."""
 
     def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
         """Admit a session, and choose the model that its client's greeting asks for.

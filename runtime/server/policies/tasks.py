@@ -49,3 +49,31 @@ class Joined:
 
     owner: str
     step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a policy asks of clients; a client learns it in the answer to its greeting.
+
+    ``policy`` is the policy's name.  Where clients share what they learn, ``local_steps`` is how
+    many steps a client trains between two shares, and ``rounds`` is the number of rounds after
+    which the training is complete, or 0 if the clients decide.  Otherwise, both are 0.
+    """
+
+    policy: str
+    local_steps: int = 0
+    rounds: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """How many rounds were closed, and what the open round waits for.
+
+    ``members`` are the clients that a round waits for, and ``waiting`` those that wait for the
+    others.  ``late`` counts the shares that came after their round was closed.
+    """
+
+    closed: int = 0
+    members: int = 0
+    waiting: int = 0
+    late: int = 0

@@ -21,7 +21,8 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.runtime.channels.channels import Channel, ResumePoint
+from splitonnx.runtime.channels.channels import Channel
+from splitonnx.runtime.channels.greetings import ResumePoint
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import list_wires
 from tests.support import tiny

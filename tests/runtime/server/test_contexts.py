@@ -11,6 +11,7 @@ from splitonnx.bundles import Bundle
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.scheduling.budgets import UPLOAD_SECONDS, Budget
 from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.policies.tasks import Delivery
 from splitonnx.runtime.wire.close_codes import RESTART
 from tests.support.callers import ACTIVATION, SESSION, Caller, make_task
 from tests.support.server_contexts import open_context
@@ -28,6 +29,9 @@ class Holder:
 
     def dismiss(self, code: int, reason: str) -> None:
         self.dismissed.append(code)
+
+    def deliver(self, delivery: Delivery) -> None:
+        raise AssertionError("nothing is due")
 
 
 class Scene:

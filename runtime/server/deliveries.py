@@ -1,0 +1,35 @@
+"""Pass deliveries to the connections of the clients that wait for them.
+
+A policy may have something for a session while another session's message is handled, or when a
+time is over.  If the client has no connection, nothing is kept: it asks again when it returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.policies.tasks import Delivery
+
+TICK_SECONDS = 0.5
+"""Seconds between two questions to the policy whether something is due."""
+
+
+def pass_on(context: ServerContext, delivery: Delivery) -> None:
+    """Give a delivery to the newest connection of its session; call it on the event loop."""
+    holder = context.holders.get(delivery.key.session)
+    if holder is not None:
+        holder.deliver(delivery)
+
+
+async def keep_ticking(context: ServerContext) -> None:
+    """Ask the policy repeatedly what is due, until the server stops."""
+    policy = context.registry.policy
+    while not context.stop.is_set():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(context.stop.wait(), TICK_SECONDS)
+        due = await context.storage.run(context, lambda: list(policy.tick(time.monotonic())))
+        for delivery in due:
+            pass_on(context, delivery)

@@ -1,0 +1,39 @@
+"""Averages of the tensors of several clients, weighted by how many samples each trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+Contribution: TypeAlias = tuple[int, Mapping[str, np.ndarray]]
+"""The number of samples that tensors were trained with, and the tensors by name."""
+
+
+def average(contributions: Sequence[Contribution]) -> dict[str, np.ndarray]:
+    """Return the weighted mean of each tensor, in the tensor's own dtype and shape.
+
+    All contributions have the same tensors.  The weights are the numbers of samples; if all of them
+    are 0, the contributions weigh alike.  The mean is computed in float64, so that equal tensors
+    have exactly themselves as their mean, and the order of contributions hardly matters.
+
+    Source: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
+    Data (2017), algorithm 1.
+    """
+    counts = [samples for samples, _ in contributions]
+    total = sum(counts)
+    weights = [n / total for n in counts] if total else [1 / len(counts)] * len(counts)
+    first = contributions[0][1]
+    return {
+        name: _combine([tensors[name] for _, tensors in contributions], weights) for name in first
+    }
+
+
+def _combine(arrays: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Add the weighted differences to the first array, so that equal arrays lose no bit."""
+    base = arrays[0].astype(np.float64)
+    change = np.zeros_like(base)
+    for array, weight in zip(arrays, weights, strict=True):
+        change += weight * (array.astype(np.float64) - base)
+    return np.asarray(base + change, dtype=arrays[0].dtype)

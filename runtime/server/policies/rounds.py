@@ -1,0 +1,190 @@
+"""Rounds: when the shares of several clients are joined, and which clients a round waits for.
+
+A share is what a client learned since it last received joined tensors.  A round is closed when
+every member has shared, or when its time is over and enough have; then the shares are joined, and
+every client that shared receives the result.  The first round is closed before anybody trains, so
+that all clients start from one model.  This module computes; it neither sends, stores nor waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.server.policies.averages import average
+from splitonnx.runtime.server.policies.tasks import RoundReport
+
+MOST_REMEMBERED = 1024
+"""Of how many sessions it is remembered which round's tensors they have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRules:
+    """When a round is closed.
+
+    The first round waits for ``clients_min`` clients.  A later round is closed when every member
+    has shared, or, ``timeout`` seconds after the first share, when at least ``quorum`` have.
+    ``timeout`` is ``None`` to wait for every member forever.
+    """
+
+    clients_min: int = 1
+    quorum: int = 1
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Share:
+    """What a client shares: its own tensors, and those of the server's copy that it trained.
+
+    ``key.step`` is the client's step.  ``samples`` is the number of samples trained with since the
+    client last received joined tensors; with 0, it only asks for them.  ``leaves`` means that the
+    client will not share again.
+    """
+
+    key: TaskKey
+    samples: int
+    leaves: bool
+    tensors: Mapping[str, np.ndarray] = field(repr=False)
+
+
+Adoptions = dict[str, tuple[tuple[int, int], ...]]
+"""For each session, the steps at which it received joined tensors, with the rounds' numbers."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Joint:
+    """The joined tensors of a closed round, and who belongs to the training at its end.
+
+    ``number`` is the round's number; the first round, before anybody trains, is number 0.
+    """
+
+    number: int
+    tensors: Mapping[str, np.ndarray] = field(repr=False)
+    members: frozenset[str] = frozenset()
+    adoptions: Adoptions = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Joined tensors for the client that sent the share ``key``."""
+
+    key: TaskKey
+    joint: Joint
+
+
+class Rounds:
+    """The rounds of one model; ``newest`` is the last closed round, or ``None`` before the first.
+
+    Times are seconds of a monotonic clock.
+    """
+
+    def __init__(self, rules: RoundRules, newest: Joint | None = None) -> None:
+        self._rules = rules
+        self.newest = newest
+        self._members = set() if newest is None else set(newest.members)
+        self._missing: set[str] = set()  # members that the last round did not wait for
+        self._adoptions: Adoptions = {} if newest is None else dict(newest.adoptions)
+        self._open: dict[str, Share] = {}
+        self._begun: float | None = None
+        self._late = 0
+
+    def add(self, share: Share, now: float) -> list[Answer]:
+        """Take a client's share, and return the answers that are due.
+
+        A share that was already joined, and one that was computed from an older round's tensors, is
+        answered with the newest round's tensors and is not joined.
+        """
+        session = share.key.session
+        self._missing.discard(session)
+        self._members.add(session)
+        answers = []
+        if self.newest is not None and not self._is_due(share, self.newest):
+            answers = [self._answer(share, self.newest)]
+            if share.leaves:
+                self._members.discard(session)
+        else:
+            self._open[session] = share
+            if self._begun is None:
+                self._begun = now
+        return answers + self.close_if_due(now)
+
+    def close_if_due(self, now: float) -> list[Answer]:
+        """Close the open round if it need not wait any longer, and return its answers."""
+        rules, shared = self._rules, self._open
+        if not shared or self._begun is None:
+            return []
+        if self.newest is None:
+            return self._close() if len(shared) >= rules.clients_min else []
+        needed = min(rules.quorum, len(self._members) + len(self._missing))
+        if len(shared) < needed:
+            return []
+        is_over = rules.timeout is not None and now - self._begun >= rules.timeout
+        return self._close() if is_over or self._members <= shared.keys() else []
+
+    def withdraw(self, session: str) -> None:
+        """Take a session's share out of the open round."""
+        if self._open.pop(session, None) is not None and not self._open:
+            self._begun = None
+
+    def leave(self, session: str) -> None:
+        """Stop waiting for a session.  Call :meth:`close_if_due` for what this closes."""
+        self.withdraw(session)
+        self._members.discard(session)
+        self._missing.discard(session)
+
+    def rewind(self, session: str, step: int) -> None:
+        """Forget what a session received after ``step``, to which it goes back."""
+        self.withdraw(session)
+        kept = tuple(entry for entry in self._adoptions.get(session, ()) if entry[0] <= step)
+        self._adoptions[session] = kept
+
+    def report(self) -> RoundReport:
+        """Return the numbers that describe the rounds."""
+        return RoundReport(
+            closed=0 if self.newest is None else self.newest.number,
+            members=len(self._members),
+            waiting=len(self._open),
+            late=self._late,
+        )
+
+    def _is_due(self, share: Share, newest: Joint) -> bool:
+        """Return whether a share is to be joined in the open round; count it if it is late."""
+        if share.samples == 0:
+            return False
+        step, number = self._find_adopted(share.key.session)
+        is_late, is_repeated = number < newest.number, step == share.key.step
+        self._late += is_late
+        return not (is_late or is_repeated)
+
+    def _find_adopted(self, session: str) -> tuple[int, int]:
+        """Return at which step a session last received joined tensors, and of which round."""
+        return next(iter(self._adoptions.get(session, ())), (0, -1))
+
+    def _answer(self, share: Share, joint: Joint) -> Answer:
+        session, entry = share.key.session, (share.key.step, joint.number)
+        earlier = self._adoptions.pop(session, ())
+        self._adoptions[session] = (entry, *(e for e in earlier if e[0] < entry[0]))[:3]
+        if len(self._adoptions) > MOST_REMEMBERED:
+            del self._adoptions[next(iter(self._adoptions))]
+        return Answer(key=share.key, joint=joint)
+
+    def _close(self) -> list[Answer]:
+        shares = [self._open[session] for session in sorted(self._open)]
+        number = 0 if self.newest is None else self.newest.number + 1
+        tensors = average([(share.samples, share.tensors) for share in shares])
+        present = {share.key.session for share in shares}
+        self._missing |= self._members - present
+        self._members = {share.key.session for share in shares if not share.leaves}
+        joint = Joint(number=number, tensors=tensors)
+        answers = [self._answer(share, joint) for share in shares]
+        self.newest = Joint(
+            number=number,
+            tensors=tensors,
+            members=frozenset(self._members | self._missing),
+            adoptions=dict(self._adoptions),
+        )
+        self._open, self._begun = {}, None
+        return answers
