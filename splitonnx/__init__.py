@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from splitonnx.runtime.client.explanations import explain
     from splitonnx.runtime.client.histories import History
     from splitonnx.runtime.engine.exports import export
+    from splitonnx.runtime.server.policies.policy_options import PolicyOptions
     from splitonnx.runtime.server.servers import Server
     from splitonnx.verifications import verify
 
@@ -40,6 +41,7 @@ __all__ = [
     "History",
     "Loss",
     "ParameterGroup",
+    "PolicyOptions",
     "Server",
     "SplitonnxError",
     "adapt",
@@ -65,6 +67,7 @@ _HOMES = {
     "History": "runtime.client.histories",
     "Loss": "losses",
     "ParameterGroup": "optimizers",
+    "PolicyOptions": "runtime.server.policies.policy_options",
     "Server": "runtime.server.servers",
     "SplitonnxError": "errors",
     "adapt": "partitioner.adaptations",

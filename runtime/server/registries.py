@@ -26,9 +26,10 @@ from splitonnx.errors import (
 from splitonnx.messages import Hello
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.capacities import Capacity, Occupant
-from splitonnx.runtime.server.policies.choices import PolicyOptions, make_policy
+from splitonnx.runtime.server.policies.choices import make_policy
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.policies import Policy
+from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import is_session

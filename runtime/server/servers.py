@@ -48,7 +48,7 @@ from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.deliveries import keep_ticking
 from splitonnx.runtime.server.handlers import ConnectionHandler
 from splitonnx.runtime.server.metrics import Metrics
-from splitonnx.runtime.server.policies.choices import PolicyOptions
+from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.storage.archives import DAY
 from splitonnx.runtime.wire.exposure import check_exposure, is_loopback

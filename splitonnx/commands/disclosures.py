@@ -17,6 +17,7 @@ from splitonnx.names import EVALUATE, OWN, PREDICT, SHARE, TRAIN
 if TYPE_CHECKING:
     from splitonnx.disclosures import Sending
     from splitonnx.manifests import PartyManifest
+    from splitonnx.runtime.channels.greetings import SharingTerms
     from splitonnx.runtime.client.datasets import Dataset
     from splitonnx.runtime.client.explanations import (
         ArrayExplanation,
@@ -110,10 +111,8 @@ def list_lines(explanation: Explanation) -> Iterator[str]:
 
 def _list_shared(phase: PhaseExplanation) -> Iterator[str]:
     """Yield what the client sends if its user permits it and the server's policy asks for it."""
-    shared = [tensor for tensor in phase.leaves.tensors if tensor.wire.endswith(OWN)]
-    size = f"{len(shared):,} tensors, {sum(tensor.bytes or 0 for tensor in shared):,} bytes"
     yield f"{phase.leaves.phase}, per round, only with --share and a policy that joins clients"
-    yield f"  leaves: the trained weights and statistics of this part ({size})"
+    yield f"  leaves: {_describe_shared(phase.leaves)}"
     yield "  comes in: the joined ones in their place"
 
 
@@ -156,7 +155,7 @@ class RunDisclosure:
     """A description of what leaves the client during a training run, per step and in total.
 
     ``data`` are the training data.  ``held_out`` are the data for evaluation after each epoch, or
-    ``None`` if the run has no evaluation.
+    ``None`` if the run has no evaluation.  ``terms`` say whether the client shares its weights.
     """
 
     def __init__(
@@ -165,6 +164,7 @@ class RunDisclosure:
         data: Dataset,
         held_out: Dataset | None,
         *,
+        terms: SharingTerms,
         epochs: int,
         batch_size: int,
     ) -> None:
@@ -173,6 +173,8 @@ class RunDisclosure:
         self._parts = [
             _describe_part(manifest, phase, dataset, epochs, batch_size) for phase, dataset in parts
         ]
+        if terms.joins:
+            self._parts.append(_describe_sharing(manifest, terms))
 
     def show(self, *, as_json: bool) -> None:
         """Print the description as sentences, or as one line of JSON."""
@@ -188,6 +190,32 @@ class RunDisclosure:
             print(escape(f"the client {sentence}"), flush=True)
         for _, sentence in self._parts:
             print(escape(sentence), flush=True)
+
+
+def _describe_sharing(manifest: PartyManifest, terms: SharingTerms) -> tuple[dict[str, Any], str]:
+    """Describe what a client shares in each round, as a dictionary and as a sentence."""
+    from splitonnx.disclosures import list_sent
+
+    sending = list_sent(manifest, SHARE)
+    fields = {
+        **summarize_sending(sending),
+        "policy": terms.policy,
+        "local_steps": terms.local_steps,
+        "rounds": terms.rounds,
+    }
+    steps = "step" if terms.local_steps == 1 else f"{terms.local_steps:,} steps"
+    return fields, (
+        f"leaves the client after every {steps}: {_describe_shared(sending)}; the server's policy "
+        f"'{terms.policy}' joins them with those of its other clients"
+    )
+
+
+def _describe_shared(sending: Sending) -> str:
+    shared = [tensor for tensor in sending.tensors if tensor.wire.endswith(OWN)]
+    size = sum(tensor.bytes or 0 for tensor in shared)
+    return (
+        f"the trained weights and statistics of this part ({len(shared):,} tensors, {size:,} bytes)"
+    )
 
 
 def _describe_part(

@@ -160,6 +160,14 @@ TrustedOption = Annotated[
         help="You trust who made the folder as you do your programs: take graphs in ORT format.",
     ),
 ]
+ShareOption = Annotated[
+    bool,
+    typer.Option(
+        "--share",
+        help="Permit the server to join what its clients learn: send it this part's weights if its "
+        "policy asks for them.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")
 ]

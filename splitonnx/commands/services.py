@@ -26,6 +26,7 @@ from splitonnx.commands.options import (
     choose_batch_size,
     refuse_both,
 )
+from splitonnx.commands.policies import JoiningOptions
 from splitonnx.commands.security import ClientSecurity, ServerSecurity
 from splitonnx.errors import UnwritableFile
 from splitonnx.runtime.limits import Limits
@@ -64,16 +65,20 @@ def serve(
     ] = None,
     *,
     logs: LogOptions,
+    joins: JoiningOptions,
     security: ServerSecurity,
     limits: Annotated[Limits, LIMITS],
 ) -> None:
     """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
+
+    With a --policy that joins clients, rounds average what they learn.
 
     The server shuts down gracefully: it completes the steps in progress, saves sessions to disk,
     and asks clients to reconnect later.
     """
     if security.isolate is False and limits.workers != Limits().workers:
         refuse_both("--no-isolate", "--max-workers", True, True)
+    policy = joins.read()
     with logging_to_stderr(logs.choose_level(), logs.log_format):
         splitonnx.Server(
             bundle,
@@ -90,6 +95,7 @@ def serve(
             web=web,
             client=client,
             keep_sessions=keep_sessions,
+            policy=policy,
         ).serve_forever()
 
 

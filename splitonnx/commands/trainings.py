@@ -39,6 +39,7 @@ from splitonnx.commands.options import (
     RawStatesOption,
     SeedOption,
     ServerOption,
+    ShareOption,
     Target,
     ThreadsOption,
     TrainOption,
@@ -219,6 +220,7 @@ def train(
     logs: TrainingLogOptions,
     give_up_after: GiveUpAfterOption = None,
     threads: ThreadsOption = None,
+    share: ShareOption = False,
     trusted: TrustedOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -236,7 +238,7 @@ def train(
         raise UsageError(f"--lr must be at least 0 and finite, not {run.lr:g}")
     schedule, stopping = rates.read(), stops.read()
     if local:
-        _refuse_remote(server, run, trusted, give_up_after)
+        _refuse_remote(server, run, trusted, give_up_after, share)
     else:
         _refuse_local(server, whole)
     from splitonnx.runtime.client.datasets import open_dataset
@@ -261,12 +263,18 @@ def train(
         seed=run.seed,
         resume=run.resume,
         give_up_after=give_up_after,
+        share=share,
         trusted=trusted,
     ) as client:
         has_data, names = eval_data is not None, metric or ()
         choose_measures(client.manifest, names, stopping, has_data=has_data, can_return=True)
         disclosure = RunDisclosure(
-            client.manifest, dataset, held_out, epochs=run.epochs, batch_size=batch_size
+            client.manifest,
+            dataset,
+            held_out,
+            terms=client.terms,
+            epochs=run.epochs,
+            batch_size=batch_size,
         )
         has_checkpoints = not local and run.checkpoint_every > 0
         exempt_loaded()
@@ -301,13 +309,18 @@ def train(
 
 
 def _refuse_remote(
-    server: str | None, run: RunOptions, trusted: bool, give_up_after: float | None
+    server: str | None,
+    run: RunOptions,
+    trusted: bool,
+    give_up_after: float | None,
+    share: bool,
 ) -> None:
     """Raise if ``--local`` was given together with an option that needs a server."""
     refuse_both("--local", "--server", True, server)
     refuse_both("--local", "--resume", True, run.resume)
     refuse_both("--local", "--restart", True, run.restart)
     refuse_both("--local", "--trusted", True, trusted)
+    refuse_both("--local", "--share", True, share)
     refuse_both("--local", "--give-up-after", True, give_up_after is not None)
     for option in list_given(run):
         if option in ("--checkpoint-every", "--when-unsaved"):

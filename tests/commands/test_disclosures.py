@@ -16,6 +16,7 @@ from onnx import numpy_helper
 import splitonnx
 from splitonnx.bundles import Bundle
 from splitonnx.commands.disclosures import RunDisclosure
+from splitonnx.runtime.channels.greetings import SharingTerms
 from splitonnx.runtime.client.datasets import open_dataset
 from tests.support.carried import BATCH, build_delayed, draw_data
 from tests.support.commands import AT, MODEL, TAIL_AT, Command, start
@@ -177,7 +178,9 @@ def test_states_with_raw_inputs_are_named_and_written_only_on_request(
     assert explained["raw_states"] == {"before": ["x"]}
     dataset = open_dataset(data)
     manifest = Bundle.load(made).client.manifest
-    disclosure = RunDisclosure(manifest, dataset, None, epochs=1, batch_size=BATCH)
+    disclosure = RunDisclosure(
+        manifest, dataset, None, terms=SharingTerms(), epochs=1, batch_size=BATCH
+    )
     disclosure.show(as_json=False)
     assert told in capsys.readouterr().out.splitlines()
     train = ("train", model, "--local", "--data", data, *options, "--batch-size", BATCH)

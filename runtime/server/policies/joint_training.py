@@ -22,7 +22,8 @@ from splitonnx.names import OWN, SERVER, SHARE
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.policies.rounds import Answer, Joint, Rounds, Share
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task, Terms
+from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task
+from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, list_joined, name_joined
 
 MOST_SAMPLES = 2**53

@@ -9,7 +9,8 @@ from typing import Protocol
 from splitonnx.messages import Hello, Save, TaskKey
 from splitonnx.names import PER_CLIENT
 from splitonnx.runtime.server.policies.models import ServerModel
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task, Terms
+from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task
+from splitonnx.runtime.server.policies.terms import Terms
 
 
 class ModelSource(Protocol):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from splitonnx.messages import Hello, Save, TaskKey
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task, Terms
+from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task
+from splitonnx.runtime.server.policies.terms import Terms
 
 
 class Policy(Protocol):

@@ -52,20 +52,6 @@ class Joined:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
-    """What a policy asks of clients; a client learns it in the answer to its greeting.
-
-    ``policy`` is the policy's name.  Where clients share what they learn, ``local_steps`` is how
-    many steps a client trains between two shares, and ``rounds`` is the number of rounds after
-    which the training is complete, or 0 if the clients decide.  Otherwise, both are 0.
-    """
-
-    policy: str
-    local_steps: int = 0
-    rounds: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class RoundReport:
     """How many rounds were closed, and what the open round waits for.
 

@@ -1,0 +1,62 @@
+"""The options of a server's policy: whether and how it joins what its clients learn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splitonnx.errors import UsageError
+from splitonnx.names import PER_CLIENT, SPLITFED_V1
+from splitonnx.runtime.server.policies.terms import Terms
+
+POLICIES = (PER_CLIENT, SPLITFED_V1)
+"""The names of the policies that a server can have."""
+ROUND_TIMEOUT = 300.0
+"""The default number of seconds that a round waits for its clients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """How a server joins what its clients learn.
+
+    Args:
+        name: ``per-client``, where each client trains a copy of the server's part and nothing is
+            joined; or ``splitfed-v1``, where the copies of both parts are averaged in each round.
+        clients_min: the number of clients that the first round waits for.
+        quorum: the number of clients with which a round may be closed when its time is over; by
+            default, as many as ``clients_min``.
+        round_timeout: seconds after which a round stops waiting for clients, counted from the first
+            share; ``None`` to wait for all of them forever.
+        local_steps: the number of steps that a client trains in each round.
+        rounds: the number of rounds after which clients stop; 0 if each trains all its epochs.
+
+    Raises:
+        UsageError: there is no such policy, or a number is out of range.
+    """
+
+    name: str = PER_CLIENT
+    clients_min: int = 1
+    quorum: int | None = None
+    round_timeout: float | None = ROUND_TIMEOUT
+    local_steps: int = 1
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in POLICIES:
+            raise UsageError(f"there is no policy '{self.name}'; take one of {', '.join(POLICIES)}")
+        for subject, number in (
+            ("clients_min", self.clients_min),
+            ("quorum", 1 if self.quorum is None else self.quorum),
+            ("local_steps", self.local_steps),
+            ("rounds", self.rounds + 1),
+        ):
+            if number < 1:
+                raise UsageError(f"{subject} is too small for the policy '{self.name}'")
+        if self.round_timeout is not None and not self.round_timeout > 0:
+            raise UsageError(f"round_timeout must be above 0 seconds, not {self.round_timeout:g}")
+
+    @property
+    def terms(self) -> Terms:
+        """Return what the policy asks of clients."""
+        if self.name == PER_CLIENT:
+            return Terms(policy=PER_CLIENT)
+        return Terms(policy=self.name, local_steps=self.local_steps, rounds=self.rounds)

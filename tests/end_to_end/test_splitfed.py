@@ -1,0 +1,125 @@
+"""Clients of one server train one model: rounds average what each of them learned."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.errors import SharingNotPermitted
+from splitonnx.names import CLIENT, SERVER
+from splitonnx.optimizers import SGD
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.server.policies.policy_options import PolicyOptions
+from splitonnx.runtime.server.servers import Server
+from splitonnx.sharing import list_joined
+from tests.support.zoo import ZOO
+
+SIZES = (4, 8, 6)
+"""Samples of each client; all in one batch."""
+STEPS = 3
+RATE = 0.1
+
+
+def split(data: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    ends = np.cumsum(SIZES)
+    return [
+        {name: array[end - size : end] for name, array in data.items()}
+        for size, end in zip(SIZES, ends, strict=True)
+    ]
+
+
+def train_together(
+    bundle: Bundle, parts: Sequence[Mapping[str, np.ndarray]], options: PolicyOptions, epochs: int
+) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+    """Train one client per part of the data; return the states of the clients and the copies."""
+    states: dict[int, dict[str, np.ndarray]] = {}
+    copies: dict[int, dict[str, np.ndarray]] = {}
+    assert bundle.server is not None
+    with Server(bundle.server, port=0, threads=1, policy=options) as server:
+
+        def train(number: int) -> None:
+            data = parts[number]
+            size = len(next(iter(data.values())))
+            with Client(bundle.client, server.url, threads=1, share=True) as client:
+                client.fit(data, epochs=epochs, batch_size=size, shuffle=False)
+                model = server._registry.policy.models[client.session]  # type: ignore[attr-defined]
+                states[number] = client.state()
+                copies[number] = model.executor.state()
+
+        threads = [threading.Thread(target=train, args=(n,)) for n in range(len(parts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert server._registry.policy.report().late == 0
+    return [states[n] for n in range(len(parts))], [copies[n] for n in range(len(parts))]
+
+
+def step_alone(
+    bundle: Bundle, state: Mapping[str, np.ndarray], data: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the weights after one step of the unsplit model from ``state``."""
+    weights = {n: state[n] for n in bundle.client.weights}
+    whole = PartyBundle(
+        manifest=bundle.client.manifest, graphs=bundle.client.graphs, weights=weights
+    )
+    with Client(whole, threads=1) as client:
+        client.step(data)
+        return client.state()
+
+
+@pytest.mark.parametrize("name", ["chain", "batchnorm_trained", "mse"])
+@pytest.mark.parametrize("is_u_shaped", [False, True], ids=["vanilla", "U-shaped"])
+def test_one_local_step_is_federated_averaging_of_the_whole_model(
+    name: str, is_u_shaped: bool
+) -> None:
+    entry = ZOO[name]
+    model, data = entry.build(), split(entry.data(sum(SIZES)))
+    at = {"chain": ("act1", "act3"), "batchnorm_trained": ("r1", "c2"), "mse": ("act0", "act1")}[
+        name
+    ]
+    settings = {"loss": entry.loss, "optimizer": SGD(lr=RATE)}
+    bundle = cut(
+        model,
+        at=at[0],
+        tail_at=at[1] if is_u_shaped else (),
+        **settings,  # type: ignore[arg-type]
+    )
+    options = PolicyOptions(name="splitfed-v1", clients_min=len(SIZES))
+    clients, copies = train_together(bundle, data, options, STEPS)
+
+    unsplit = cut(model, at=None, **settings)  # type: ignore[arg-type]
+    joint = dict(unsplit.client.weights)
+    for _ in range(STEPS):
+        learned = [step_alone(unsplit, joint, part) for part in data]
+        joint = {
+            key: sum(n * s[key].astype(np.float64) for n, s in zip(SIZES, learned, strict=True))
+            / sum(SIZES)
+            for key in joint
+        }
+        joint = {key: array.astype(np.float32) for key, array in joint.items()}
+    manifests = {CLIENT: bundle.client.manifest, SERVER: bundle.parties[SERVER].manifest}
+    compared = 0
+    for party, states in ((CLIENT, clients), (SERVER, copies)):
+        for key in list_joined(manifests[party]):
+            for state in states:
+                np.testing.assert_array_equal(state[key], states[0][key])
+            np.testing.assert_allclose(states[0][key], joint[key], rtol=0, atol=1e-5, err_msg=key)
+            compared += 1
+    assert compared >= 4
+
+
+def test_a_client_whose_user_does_not_permit_it_is_refused_with_how_to() -> None:
+    bundle = cut(ZOO["chain"].build(), at="act1")
+    assert bundle.server is not None
+    options = PolicyOptions(name="splitfed-v1")
+    with (
+        Server(bundle.server, port=0, threads=1, policy=options) as server,
+        pytest.raises(SharingNotPermitted, match="--share"),
+    ):
+        Client(bundle.client, server.url, threads=1)
