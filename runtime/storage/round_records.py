@@ -42,13 +42,15 @@ _log = logging.getLogger("splitonnx.server")
 class RoundRecord:
     """A closed round: its number, its joined tensors, and the sessions that belong to it.
 
-    ``members`` are the sessions that the next round waits for.  ``adoptions`` says for each session
+    ``members`` are the sessions that the next round waits for, in their order, and ``holder`` is
+    the one whose turn it is if they train one after the other.  ``adoptions`` says for each session
     at which of its steps it received the tensors of which round, newest first.
     """
 
     number: int
     tensors: Mapping[str, np.ndarray] = field(repr=False)
-    members: frozenset[str] = frozenset()
+    members: tuple[str, ...] = ()
+    holder: str = ""
     adoptions: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
 
@@ -57,6 +59,7 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     digest: str
     number: _Count
     members: tuple[str, ...]
+    holder: str
     adoptions: dict[str, tuple[tuple[_Count, _Count], ...]]
 
 
@@ -85,7 +88,8 @@ class RoundRecords:
             format=FORMAT,
             digest=self._digest,
             number=record.number,
-            members=tuple(sorted(record.members)),
+            members=record.members,
+            holder=record.holder,
             adoptions=dict(record.adoptions),
         )
         metadata = {_FACTS: msgspec.json.encode(facts).decode()}
@@ -127,7 +131,8 @@ class RoundRecords:
         return RoundRecord(
             number=number,
             tensors=tensors,
-            members=frozenset(facts.members),
+            members=facts.members,
+            holder=facts.holder,
             adoptions=facts.adoptions,
         )
 

@@ -10,7 +10,7 @@ import typer
 
 from splitonnx.commands.groups import list_given
 from splitonnx.errors import UsageError
-from splitonnx.names import PER_CLIENT, SPLITFED_V1
+from splitonnx.names import PER_CLIENT, SEQUENTIAL, SPLITFED_V1
 from splitonnx.runtime.server.policies.policy_options import ROUND_TIMEOUT, PolicyOptions
 
 _PANEL = "How what clients learn is joined"
@@ -20,6 +20,7 @@ class PolicyName(StrEnum):
     """The values that ``--policy`` accepts."""
 
     PER_CLIENT = PER_CLIENT
+    SEQUENTIAL = SEQUENTIAL
     SPLITFED_V1 = SPLITFED_V1
 
 
@@ -30,8 +31,9 @@ class JoiningOptions:
     policy: Annotated[
         PolicyName,
         typer.Option(
-            help="per-client: each client trains a copy of the server's part.  splitfed-v1: the "
-            "copies of both parts are averaged in each round.",
+            help="per-client: each client trains a copy of the server's part.  sequential: clients "
+            "train one after the other, and hand on what they learned.  splitfed-v1: the copies "
+            "of both parts are averaged in each round.",
             rich_help_panel=_PANEL,
         ),
     ] = PolicyName.PER_CLIENT
@@ -64,7 +66,8 @@ class JoiningOptions:
         float,
         typer.Option(
             metavar="SECONDS",
-            help="How long a round waits for its clients, from the first that shares.",
+            help="How long a round waits for its clients, from the first that shares; with "
+            "sequential, how long a turn may take.",
             rich_help_panel=_PANEL,
         ),
     ] = ROUND_TIMEOUT

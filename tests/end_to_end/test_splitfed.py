@@ -73,36 +73,32 @@ def step_alone(
         return client.state()
 
 
-@pytest.mark.parametrize("name", ["chain", "batchnorm_trained", "mse"])
+def average(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the mean of arrays, weighted by the clients' numbers of samples."""
+    weights = np.array(SIZES) / sum(SIZES)
+    return np.tensordot(weights, np.stack(arrays).astype(np.float64), 1).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "tail_at"),
+    [("chain", "act1", "act3"), ("batchnorm_trained", "r1", "c2"), ("mse", "act0", "act1")],
+)
 @pytest.mark.parametrize("is_u_shaped", [False, True], ids=["vanilla", "U-shaped"])
 def test_one_local_step_is_federated_averaging_of_the_whole_model(
-    name: str, is_u_shaped: bool
+    name: str, at: str, tail_at: str, is_u_shaped: bool
 ) -> None:
-    entry = ZOO[name]
+    entry, tails = ZOO[name], (tail_at,) if is_u_shaped else ()
     model, data = entry.build(), split(entry.data(sum(SIZES)))
-    at = {"chain": ("act1", "act3"), "batchnorm_trained": ("r1", "c2"), "mse": ("act0", "act1")}[
-        name
-    ]
-    settings = {"loss": entry.loss, "optimizer": SGD(lr=RATE)}
-    bundle = cut(
-        model,
-        at=at[0],
-        tail_at=at[1] if is_u_shaped else (),
-        **settings,  # type: ignore[arg-type]
-    )
+    sgd = SGD(lr=RATE)
+    bundle = cut(model, at=at, tail_at=tails, loss=entry.loss, optimizer=sgd)
     options = PolicyOptions(name="splitfed-v1", clients_min=len(SIZES))
     clients, copies = train_together(bundle, data, options, STEPS)
 
-    unsplit = cut(model, at=None, **settings)  # type: ignore[arg-type]
+    unsplit = cut(model, at=None, loss=entry.loss, optimizer=sgd)
     joint = dict(unsplit.client.weights)
     for _ in range(STEPS):
         learned = [step_alone(unsplit, joint, part) for part in data]
-        joint = {
-            key: sum(n * s[key].astype(np.float64) for n, s in zip(SIZES, learned, strict=True))
-            / sum(SIZES)
-            for key in joint
-        }
-        joint = {key: array.astype(np.float32) for key, array in joint.items()}
+        joint = {key: average([state[key] for state in learned]) for key in joint}
     manifests = {CLIENT: bundle.client.manifest, SERVER: bundle.parties[SERVER].manifest}
     compared = 0
     for party, states in ((CLIENT, clients), (SERVER, copies)):

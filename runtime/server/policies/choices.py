@@ -7,11 +7,12 @@ from pathlib import Path
 
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest
-from splitonnx.names import PER_CLIENT, SHARE
+from splitonnx.names import PER_CLIENT, SEQUENTIAL, SHARE
 from splitonnx.runtime.server.policies.joint_training import JointTraining
 from splitonnx.runtime.server.policies.per_client import ModelSource, PerClient
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
+from splitonnx.runtime.server.policies.relay import Relay
 from splitonnx.runtime.server.policies.rounds import Joint, RoundRules, Rounds
 from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
 
@@ -46,9 +47,10 @@ def make_policy(
         quorum=options.clients_min if options.quorum is None else options.quorum,
         timeout=options.round_timeout,
     )
+    coordinator = Relay if options.name == SEQUENTIAL else Rounds
     return JointTraining(
         copies,
-        Rounds(rules, _read(records) if resume else None),
+        coordinator(rules, _read(records) if resume else None),
         terms=options.terms,
         manifest=manifest,
         record=_make_recorder(records),
@@ -63,6 +65,7 @@ def _read(records: RoundRecords | None) -> Joint | None:
         number=record.number,
         tensors=record.tensors,
         members=record.members,
+        holder=record.holder,
         adoptions=dict(record.adoptions),
     )
 
@@ -75,6 +78,7 @@ def _make_recorder(records: RoundRecords | None) -> Callable[[Joint], None]:
                     number=joint.number,
                     tensors=joint.tensors,
                     members=joint.members,
+                    holder=joint.holder,
                     adoptions=joint.adoptions,
                 )
             )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splitonnx.errors import UsageError
-from splitonnx.names import PER_CLIENT, SPLITFED_V1
+from splitonnx.names import PER_CLIENT, SEQUENTIAL, SPLITFED_V1
 from splitonnx.runtime.server.policies.terms import Terms
 
-POLICIES = (PER_CLIENT, SPLITFED_V1)
+POLICIES = (PER_CLIENT, SEQUENTIAL, SPLITFED_V1)
 """The names of the policies that a server can have."""
 ROUND_TIMEOUT = 300.0
 """The default number of seconds that a round waits for its clients."""
@@ -20,12 +20,13 @@ class PolicyOptions:
 
     Args:
         name: ``per-client``, where each client trains a copy of the server's part and nothing is
-            joined; or ``splitfed-v1``, where the copies of both parts are averaged in each round.
+            joined; ``sequential``, where clients train one after the other, and a round is the turn
+            of one; or ``splitfed-v1``, where the copies of both parts are averaged in each round.
         clients_min: the number of clients that the first round waits for.
         quorum: the number of clients with which a round may be closed when its time is over; by
             default, as many as ``clients_min``.
         round_timeout: seconds after which a round stops waiting for clients, counted from the first
-            share; ``None`` to wait for all of them forever.
+            share, or in which a client must finish its turn; ``None`` to wait forever.
         local_steps: the number of steps that a client trains in each round.
         rounds: the number of rounds after which clients stop; 0 if each trains all its epochs.
 

@@ -59,11 +59,13 @@ class Joint:
     """The joined tensors of a closed round, and who belongs to the training at its end.
 
     ``number`` is the round's number; the first round, before anybody trains, is number 0.
+    ``holder`` is the session whose turn it is, if clients train one after the other.
     """
 
     number: int
     tensors: Mapping[str, np.ndarray] = field(repr=False)
-    members: frozenset[str] = frozenset()
+    members: tuple[str, ...] = ()
+    holder: str = ""
     adoptions: Adoptions = field(default_factory=dict)
 
 
@@ -84,7 +86,7 @@ class Rounds:
     def __init__(self, rules: RoundRules, newest: Joint | None = None) -> None:
         self._rules = rules
         self.newest = newest
-        self._members = set() if newest is None else set(newest.members)
+        self._members = dict.fromkeys(() if newest is None else newest.members)  # in order
         self._missing: set[str] = set()  # members that the last round did not wait for
         self._adoptions: Adoptions = {} if newest is None else dict(newest.adoptions)
         self._open: dict[str, Share] = {}
@@ -99,12 +101,12 @@ class Rounds:
         """
         session = share.key.session
         self._missing.discard(session)
-        self._members.add(session)
+        self._members[session] = None
         answers = []
         if self.newest is not None and not self._is_due(share, self.newest):
             answers = [self._answer(share, self.newest)]
             if share.leaves:
-                self._members.discard(session)
+                del self._members[session]
         else:
             self._open[session] = share
             if self._begun is None:
@@ -122,7 +124,7 @@ class Rounds:
         if len(shared) < needed:
             return []
         is_over = rules.timeout is not None and now - self._begun >= rules.timeout
-        return self._close() if is_over or self._members <= shared.keys() else []
+        return self._close() if is_over or self._members.keys() <= shared.keys() else []
 
     def withdraw(self, session: str) -> None:
         """Take a session's share out of the open round."""
@@ -132,7 +134,7 @@ class Rounds:
     def leave(self, session: str) -> None:
         """Stop waiting for a session.  Call :meth:`close_if_due` for what this closes."""
         self.withdraw(session)
-        self._members.discard(session)
+        self._members.pop(session, None)
         self._missing.discard(session)
 
     def rewind(self, session: str, step: int) -> None:
@@ -164,27 +166,38 @@ class Rounds:
         return next(iter(self._adoptions.get(session, ())), (0, -1))
 
     def _answer(self, share: Share, joint: Joint) -> Answer:
-        session, entry = share.key.session, (share.key.step, joint.number)
-        earlier = self._adoptions.pop(session, ())
-        self._adoptions[session] = (entry, *(e for e in earlier if e[0] < entry[0]))[:3]
-        if len(self._adoptions) > MOST_REMEMBERED:
-            del self._adoptions[next(iter(self._adoptions))]
+        self._remember(share, joint.number)
         return Answer(key=share.key, joint=joint)
 
+    def _remember(self, share: Share, number: int) -> None:
+        """Remember that a session has the tensors of a round since the step of a share."""
+        session, step = share.key.session, share.key.step
+        earlier = self._adoptions.pop(session, ())
+        self._adoptions[session] = ((step, number), *(e for e in earlier if e[0] < step))[:3]
+        if len(self._adoptions) > MOST_REMEMBERED:
+            del self._adoptions[next(iter(self._adoptions))]
+
     def _close(self) -> list[Answer]:
+        """Join the shares of the open round, and answer them."""
         shares = [self._open[session] for session in sorted(self._open)]
-        number = 0 if self.newest is None else self.newest.number + 1
         tensors = average([(share.samples, share.tensors) for share in shares])
-        present = {share.key.session for share in shares}
-        self._missing |= self._members - present
-        self._members = {share.key.session for share in shares if not share.leaves}
-        joint = Joint(number=number, tensors=tensors)
-        answers = [self._answer(share, joint) for share in shares]
+        number = 0 if self.newest is None else self.newest.number + 1
+        self._missing |= self._members.keys() - self._open.keys()
+        for share in shares:
+            self._remember(share, number)
+        left = {share.key.session for share in shares if share.leaves}
+        self._members = {name: None for name in self._open if name not in left}
+        joint = self._record(number, tensors)
+        self._open, self._begun = {}, None
+        return [Answer(key=share.key, joint=joint) for share in shares]
+
+    def _record(self, number: int, tensors: Mapping[str, np.ndarray], holder: str = "") -> Joint:
+        """Make the newest round of tensors, with what is needed to continue after it."""
         self.newest = Joint(
             number=number,
             tensors=tensors,
-            members=frozenset(self._members | self._missing),
+            members=(*self._members, *sorted(self._missing)),
+            holder=holder,
             adoptions=dict(self._adoptions),
         )
-        self._open, self._begun = {}, None
-        return answers
+        return self.newest

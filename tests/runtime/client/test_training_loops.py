@@ -12,6 +12,7 @@ import pytest
 
 from splitonnx.errors import StepsLost
 from splitonnx.names import EVALUATE, TRAIN
+from splitonnx.runtime.channels.greetings import SharingTerms
 from splitonnx.runtime.client.datasets import open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.options import FitOptions
@@ -39,6 +40,7 @@ class Runner:
     def __init__(self, executor: Executor) -> None:
         self.position: DataPosition | None = None
         self.traffic = (0, 0)
+        self.terms = SharingTerms()
         self.calls: list[str] = []
         self.kept: dict[int, DataPosition] = {}
         self.losses: list[float] = []
