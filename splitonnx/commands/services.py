@@ -28,6 +28,7 @@ from splitonnx.commands.options import (
 )
 from splitonnx.commands.security import ClientSecurity, ServerSecurity
 from splitonnx.errors import UnwritableFile
+from splitonnx.interrupts import check_interrupt
 from splitonnx.runtime.limits import Limits
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def serve(
     if security.isolate is False and limits.workers != Limits().workers:
         refuse_both("--no-isolate", "--max-workers", True, True)
     with logging_to_stderr(logs.choose_level(), logs.log_format):
-        splitonnx.Server(
+        server = splitonnx.Server(
             bundle,
             host=host,
             port=port,
@@ -90,7 +91,9 @@ def serve(
             web=web,
             client=client,
             keep_sessions=keep_sessions,
-        ).serve_forever()
+        )
+        check_interrupt()  # discarded while modules were imported: then do not serve
+        server.serve_forever()
 
 
 @spread

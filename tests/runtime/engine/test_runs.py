@@ -50,25 +50,29 @@ def test_an_engine_that_stops_ends_what_runs_and_runs_nothing_more() -> None:
 
 
 INTERRUPTED = """
+import contextlib, sys
 import numpy as np
+from splitonnx.interrupts import noting_interrupts
 from splitonnx.runtime.engine.engines import Engine
 from tests.runtime.engine.test_runs import load
 engine = Engine(threads=1)
 stage, feeds = load(engine)
-try:
-    print("begun", flush=True)
-    engine.run(stage, {"x": feeds["x"]})
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
+with noting_interrupts() if "noting" in sys.argv else contextlib.nullcontext():
+    try:
+        print("begun", flush=True)
+        engine.run(stage, {"x": feeds["x"]})
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of its own")
-def test_ctrl_c_ends_a_stage_that_the_main_thread_runs() -> None:
+@pytest.mark.parametrize("handler", ["python", "noting"])
+def test_ctrl_c_ends_a_stage_that_the_main_thread_runs(handler: str) -> None:
     """On earlier versions nothing but SIGKILL does."""
     with subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", INTERRUPTED, handler], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         try:
