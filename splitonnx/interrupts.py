@@ -54,6 +54,16 @@ def note_interrupt(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def keep_exit_code() -> None:
+    """Make the process end with the exit code of its ``SystemExit`` after Ctrl-C was caught.
+
+    If Ctrl-C interrupts code that is run from a string, such as the methods that ``dataclasses``
+    writes, CPython remembers it as not caught, whoever catches it.  A program that was started with
+    ``python -m`` then ends by the signal instead.  CPython forgets it when it runs another string.
+    """
+    exec("")
+
+
 def check_interrupt() -> None:
     """Raise ``KeyboardInterrupt`` if Ctrl-C was pressed inside :func:`noting_interrupts`.
 
