@@ -13,6 +13,7 @@ A process that runs a command calls :func:`noting_interrupts`.  Code that repeat
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,19 +34,27 @@ _NOTE = _Note()
 def noting_interrupts() -> Iterator[None]:
     """Remember each Ctrl-C inside a ``with`` block, for :func:`check_interrupt`.
 
-    Ctrl-C still raises ``KeyboardInterrupt`` at once.  If the process ignores SIGINT or handles it
-    in its own way, or if this is not the main thread, nothing changes.
+    Ctrl-C still raises ``KeyboardInterrupt`` at once, and Python does not report where it discards
+    that.  If the process ignores SIGINT or handles it in its own way, or if this is not the main
+    thread, nothing changes.
     """
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
+    report = sys.unraisablehook
     signal.signal(signal.SIGINT, note_interrupt)
+    sys.unraisablehook = lambda lost: None if _is_noted(lost.exc_value) else report(lost)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = report
         _NOTE.is_pressed = False
+
+
+def _is_noted(error: BaseException | None) -> bool:
+    return _NOTE.is_pressed and isinstance(error, KeyboardInterrupt)
 
 
 def note_interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -31,6 +32,23 @@ def test_an_interrupt_whose_exception_was_discarded_is_raised_at_the_next_check(
 def test_an_interrupt_is_raised_at_once_where_nothing_discards_it() -> None:
     with noting_interrupts(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+class Dying:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_that_python_discards_is_not_reported_but_raised_at_the_next_check(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    with noting_interrupts():
+        Dying()
+        with pytest.raises(KeyboardInterrupt):
+            check_interrupt()
+    assert sys.unraisablehook is sys.__unraisablehook__
+    assert capsys.readouterr().err == ""
 
 
 def test_a_second_interrupt_is_raised_as_the_first_one_was() -> None:
