@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -37,9 +38,16 @@ from splitonnx.partitioner.cutting.conformance.expectations import (
     Expectation,
     describe_single,
     expect,
+    expect_smaller,
+    find_overflow,
 )
 from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
-from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, Difference, measure
+from splitonnx.partitioner.cutting.conformance.measures import (
+    TOLERATED,
+    Difference,
+    has_finite,
+    measure,
+)
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
     has_packed_weights,
@@ -237,6 +245,11 @@ def _hold(
         return [f"{subject} was not compared with its parts, since it does not run: {error}"]
     _check_sizes(expectation, sizes, subject)
     remarks = []
+    if void := [name for name, arrays in expectation.list_outputs() if not has_finite(arrays)]:
+        remarks.append(
+            f"{subject} was not compared with its parts in {quote(void)}, of which no element is "
+            "finite for any random input tried"
+        )
     for noise in expectation.contradicted[-1:]:  # the largest
         remarks.append(
             f"onnx's reference evaluator and ONNX Runtime differ by {noise.size:.1e} over "
@@ -316,6 +329,15 @@ def _hold_made(
     difference = expectation.find_difference(found)
     if not difference.size:
         return None
+    overflow = "" if np.isfinite(difference.size) else find_overflow(expectation, subject)
+    smaller = expect_smaller(expectation, subject, _SEEDS[0]) if overflow else None
+    if smaller is not None:
+        expectation, difference = smaller, smaller.find_difference(made.run(smaller.batches))
+        if not difference.size:
+            return (
+                f"{made.label} agrees with {subject} for small inputs, but for larger ones, where "
+                f"'{overflow}' overflows, one of them is finite and the other is not"
+            )
     try:
         size = min(difference.size, _confirm(made, expectation.model, subject))
     except NotRun as error:

@@ -19,12 +19,14 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
     NotRun,
     Run,
     describe_failure,
+    expose,
     run_reference,
     run_session,
 )
 from splitonnx.partitioner.cutting.conformance.measures import (
     Difference,
     find_largest,
+    is_finite,
     list_differences,
 )
 from splitonnx.partitioner.cutting.conformance.samples import (
@@ -51,6 +53,8 @@ Relative differences become large in sums that cancel out.
 """
 _SCALES = (10.0, 0.1, 100.0)
 """Standard deviations of inputs to try after 1, if each output has equal rows only."""
+_SMALLER = (0.1, 0.01, 0.001)
+"""Standard deviations of inputs to try after 1, if some output is not finite."""
 _MOST_PARTIAL = 6
 """The search for integers ends after this many draws that only one evaluator accepts."""
 Draw = Callable[[onnx.ModelProto, int, float], Iterator[list[Arrays]]]
@@ -84,10 +88,19 @@ class Expectation:
         Outputs that are equal for all inputs would hide many mistakes.  Therefore, some output must
         have rows that differ, unless no output has several rows.
         """
-        outcome = self.session or self.reference or ()
-        outputs = [[batch[name] for batch in outcome] for name in next(iter(outcome), ())]
-        several = [arrays for arrays in outputs if sum(map(_count_rows, arrays)) > 1]
+        several = [arrays for _, arrays in self.list_outputs() if sum(map(_count_rows, arrays)) > 1]
         return not several or any(map(_is_varied, several))
+
+    def list_outputs(self) -> list[tuple[str, list[np.ndarray]]]:
+        """List each output's name with its results for all batches."""
+        outcome = self.session or self.reference or ()
+        return [(name, [batch[name] for batch in outcome]) for name in next(iter(outcome), ())]
+
+    @property
+    def is_finite(self) -> bool:
+        """Return whether each output is finite, so that a comparison reveals every mistake."""
+        outcomes = [*(self.session or ()), *(self.reference or ())]
+        return all(is_finite(array) for batch in outcomes for array in batch.values())
 
     @cached_property
     def noise(self) -> Mapping[tuple[str, int], Difference]:
@@ -175,8 +188,8 @@ def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_dr
     """Draw random inputs that a model accepts, and evaluate the model with them.
 
     If no output depends on the inputs, as after a Relu of only negative numbers, larger and smaller
-    inputs are tried.  ``subject`` names the model in error messages.  ``draw`` is the function that
-    draws the inputs.
+    inputs are tried, and smaller ones if an output is not finite, as where numbers overflow.
+    ``subject`` names the model in error messages.  ``draw`` is the function that draws the inputs.
 
     Raises:
         NotRun: neither evaluator accepts any of the random inputs; this is a :class:`BrokeDown` if
@@ -185,10 +198,37 @@ def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_dr
             Runtime accepts.
     """
     first = _expect(model, subject, seed, 1.0, draw)
-    if first.is_telling:
+    if first.is_telling and first.is_finite:
         return first
-    others = (_expect(model, subject, seed, scale, draw) for scale in _SCALES)
-    return next((other for other in others if other.is_telling), first)
+    usable = [first] if first.is_telling else []
+    for scale in (() if first.is_telling else _SCALES) + (() if first.is_finite else _SMALLER):
+        with suppress(NotRun):
+            other = _expect(model, subject, seed, scale, draw)
+            if other.is_telling and other.is_finite:
+                return other
+            usable += [other] if other.is_telling else []
+    return next(iter(usable), first)
+
+
+def find_overflow(expectation: Expectation, subject: str) -> str:
+    """Return the name of the original's first tensor that is not finite, or an empty string."""
+    traced = expose(onnx.ModelProto.FromString(expectation.model.SerializeToString()))
+    try:
+        found = run_session(traced.SerializeToString(), expectation.batches, subject, level="none")
+    except NotRun:
+        return ""
+    made = (name for node in traced.graph.node for name in node.output)
+    return next((n for n in made if not all(is_finite(b[n]) for b in found if n in b)), "")
+
+
+def expect_smaller(expectation: Expectation, subject: str, seed: int) -> Expectation | None:
+    """Return the results for inputs so small that nothing overflows, or ``None``."""
+    for scale in _SMALLER:
+        with suppress(NotRun):
+            other = _expect(expectation.model, subject, seed, scale, iter_draws)
+            if other.is_telling and not find_overflow(other, subject):
+                return other
+    return None
 
 
 def _expect(

@@ -18,6 +18,8 @@ from splitonnx.partitioner.cutting.conformance.expectations import (
     describe_single,
     draw_accepted,
     expect,
+    expect_smaller,
+    find_overflow,
 )
 from tests.support.nets import FLOAT, INT64, Net
 from tests.support.small_models import load_model
@@ -124,6 +126,42 @@ def test_outputs_that_differ_by_column_alone_tell_nothing_of_the_inputs() -> Non
     expectation = expect(net.finish({"x": (FLOAT, ["N", 3])}, "y", 3), "it", 0)
     assert expectation.is_telling
     assert max(batch["x"].max() for batch in expectation.batches) > 8
+
+
+def build_overflow(*, bounded: bool) -> onnx.ModelProto:
+    """Build exp(exp(9 x)), which is infinite for usual inputs, and if bounded, a Sigmoid of it."""
+    net = Net()
+    net.op("Mul", "x", net.constant("nine", np.array(9, np.float32)), out="steep")
+    net.op("Exp", net.op("Exp", "steep", out="large"), out="larger")
+    net.op("Sigmoid" if bounded else "Identity", "larger", out="y")
+    return net.finish({"x": (FLOAT, ["N", 3])}, "y", 3)
+
+
+def test_smaller_inputs_are_drawn_if_the_outputs_are_not_finite() -> None:
+    expectation = expect(build_overflow(bounded=False), "it", 0)
+    assert expectation.is_finite
+    assert max(np.abs(batch["x"]).max() for batch in expectation.batches) < 1
+    expected = np.exp(np.exp(9 * expectation.batches[0]["x"].astype(np.float64)))
+    assert expectation.session is not None
+    np.testing.assert_allclose(expectation.session[0]["y"], expected, rtol=1e-4)
+
+
+def test_outputs_that_are_infinite_for_all_inputs_are_compared_with_usual_ones() -> None:
+    net = Net()
+    mask = net.constant("mask", np.array([0, -np.inf, 0], np.float32))
+    model = net.finish({"x": (FLOAT, ["N", 3])}, net.op("Add", "x", mask, out="y"), 3)
+    expectation = expect(model, "it", 0)
+    assert not expectation.is_finite
+    assert max(batch["x"].max() for batch in expectation.batches) > 1
+
+
+def test_an_overflow_behind_which_outputs_are_finite_is_found_by_its_tensor() -> None:
+    expectation = expect(build_overflow(bounded=True), "it", 0)
+    assert expectation.is_finite
+    assert find_overflow(expectation, "it") == "larger"
+    smaller = expect_smaller(expectation, "it", 0)
+    assert smaller is not None
+    assert not find_overflow(smaller, "it")
 
 
 def test_outputs_that_are_always_equal_are_compared_all_the_same() -> None:
