@@ -113,6 +113,7 @@ class Client:
                 else "this bundle is one part of a model; name the server that holds the other"
             )
         self._executor = Executor(party, Engine(threads, trusted=trusted))
+        self._kept = {spec.tensor.name for spec in party.manifest.state}
         self._run = TrainingRun.open(self._executor, resume=resume)
         with ExitStack() as undo:  # release the folder if no client is made
             undo.callback(self._run.release)
@@ -244,10 +245,10 @@ class Client:
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         specs = self._phase(TRAIN).data
-        training = open_fitting(data, specs, batch_size, is_training=True)
+        training = open_fitting(data, specs, batch_size, self._kept, is_training=True)
         held_out = None
         if eval_data is not None:
-            held_out = open_fitting(eval_data, self._evaluation_data(), batch_size)
+            held_out = open_fitting(eval_data, self._evaluation_data(), batch_size, self._kept)
         has_data, can_return = held_out is not None, self._runner.can_return
         measures = choose_measures(
             self._manifest, metrics, stopping, has_data=has_data, can_return=can_return
@@ -309,7 +310,7 @@ class Client:
             UsageError: a call to :meth:`fit` is still running.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        check_batch(batch, self._phase(TRAIN).data)
+        check_batch(batch, self._phase(TRAIN).data, self._kept)
         check_finite(batch, "")
         if self._is_training.locked():
             raise UsageError(_ALREADY_TRAINING)
@@ -328,7 +329,7 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_fitting(data, self._evaluation_data(), batch_size)
+        dataset = open_fitting(data, self._evaluation_data(), batch_size, self._kept)
         return self._loop.evaluate(dataset, batch_size, choose_metrics(metrics, self._manifest))
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
@@ -352,7 +353,7 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_fitting(data, self._phase(PREDICT).data, batch_size)
+        dataset = open_fitting(data, self._phase(PREDICT).data, batch_size, self._kept)
         batches = dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
         return (self._loop.perform(PREDICT, batch) for batch in batches)
 
