@@ -34,7 +34,9 @@ _LIFTED = "splitonnx.lifted"
 _NARROW = frozenset(
     {
         ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E4M3FNUZ,
         ir.DataType.FLOAT8E5M2,
+        ir.DataType.FLOAT8E5M2FNUZ,
         ir.DataType.INT4,
         ir.DataType.INT8,
         ir.DataType.INT16,

@@ -26,6 +26,10 @@ from splitonnx.partitioner.normalization.dequantized.weights import (
 
 NARROW = frozenset(
     {
+        ir.DataType.FLOAT8E4M3FN,
+        ir.DataType.FLOAT8E4M3FNUZ,
+        ir.DataType.FLOAT8E5M2,
+        ir.DataType.FLOAT8E5M2FNUZ,
         ir.DataType.INT4,
         ir.DataType.INT8,
         ir.DataType.INT16,
@@ -34,7 +38,7 @@ NARROW = frozenset(
         ir.DataType.UINT16,
     }
 )
-"""The types of weights that are stored as integers."""
+"""The types of weights that are stored as integers; 8-bit floats count as such."""
 
 _OPERANDS: Mapping[str, tuple[int, ...]] = {
     "ConvInteger": (1,),
@@ -178,4 +182,4 @@ def describe_stored_integers(found: Mapping[str, int]) -> str:
 def count_stored_integers(found: Mapping[str, int]) -> str:
     """Return which weights stored as integers are not trained, without advice."""
     total = sum(found.values())
-    return f"{list_some(tuple(found))}: {total:,} numbers stored as integers are not trained"
+    return f"{list_some(tuple(found))}: {total:,} quantized numbers are not trained"

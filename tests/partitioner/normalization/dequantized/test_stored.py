@@ -67,6 +67,22 @@ def test_the_float_weights_have_their_own_names_and_the_model_its_results(zero: 
     assert "'w1', 'w2'; they stay floats in the merged model" in told
 
 
+@pytest.mark.parametrize("kind", ["FLOAT8E4M3FN", "FLOAT8E5M2"])
+def test_floats_of_8_bits_are_scaled_alike(kind: str) -> None:
+    given = build()
+    (stored,) = [tensor for tensor in given.graph.initializer if tensor.name == "w1_q"]
+    values = np.linspace(-200, 200, 20).tolist()
+    number = TensorProto.DataType.Value(kind)
+    stored.CopyFrom(helper.make_tensor("w1_q", number, (4, 5), values))
+    given.opset_import[0].version = 19
+    assert find_stored_integers(ir.from_proto(given).graph) == {"w1_q": 20, "w2_q": 15}
+    model = ir.from_proto(given)
+    dequantize(model)
+    made = ir.to_proto(model)
+    assert {tensor.name for tensor in made.graph.initializer} == {"w1", "w2"}
+    np.testing.assert_array_equal(run(made), run(given))
+
+
 def test_a_scale_that_would_widen_the_integers_is_left() -> None:
     given = build()
     given.graph.initializer[3].CopyFrom(numpy_helper.from_array(np.ones((2, 5, 3), "f4"), "s2"))
@@ -117,7 +133,7 @@ def test_the_float_weights_are_trained_split_as_they_are_whole() -> None:
 
 
 def test_integers_that_stay_untrained_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    sentence = "'w1_q', 'w2_q': 35 numbers stored as integers are not trained; --dequantize"
+    sentence = "'w1_q', 'w2_q': 35 quantized numbers are not trained; --dequantize"
     (remark,) = [one for one in check(build()).remarks if one.options == ("--dequantize",)]
     assert sentence in remark.sentence
     assert remark.names == ("w1_q", "w2_q")
@@ -153,6 +169,6 @@ def test_integers_that_a_part_of_the_model_computes_with_are_told_of() -> None:
     opsets = [helper.make_opsetid("", 17)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     (remark,) = [one for one in check(model).remarks if one.options == ("--dequantize",)]
-    assert "'W_quantized': 20 numbers stored as integers are not trained" in remark.sentence
+    assert "'W_quantized': 20 quantized numbers are not trained" in remark.sentence
     told = [one.sentence for one in check(model, dequantize=True).remarks]
     assert not [one for one in told if "not trained" in one]
