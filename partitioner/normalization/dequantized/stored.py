@@ -23,22 +23,7 @@ from splitonnx.partitioner.normalization.dequantized.weights import (
     Settings,
     is_channelwise,
 )
-
-NARROW = frozenset(
-    {
-        ir.DataType.FLOAT8E4M3FN,
-        ir.DataType.FLOAT8E4M3FNUZ,
-        ir.DataType.FLOAT8E5M2,
-        ir.DataType.FLOAT8E5M2FNUZ,
-        ir.DataType.INT4,
-        ir.DataType.INT8,
-        ir.DataType.INT16,
-        ir.DataType.UINT4,
-        ir.DataType.UINT8,
-        ir.DataType.UINT16,
-    }
-)
-"""The types of weights that are stored as integers; 8-bit floats count as such."""
+from splitonnx.partitioner.normalization.quantizations import NARROW
 
 _OPERANDS: Mapping[str, tuple[int, ...]] = {
     "ConvInteger": (1,),

@@ -23,7 +23,6 @@ from tests.support.nets import FLOAT, INT64, Arrays, Net
 
 Plant = Callable[[ir.Graph], None]
 
-RANDOM = np.random.default_rng(0)
 PARTITIONS = "splitonnx.partitioner.partitions"
 COMPARISONS = "splitonnx.partitioner.cutting.conformance.comparisons"
 
@@ -383,31 +382,3 @@ def test_a_fault_in_a_model_that_overflows_is_caught(
     monkeypatch.setattr(f"{PARTITIONS}.prepare", prepare_wrongly)
     with pytest.raises(DifferentResult, match="largest value in 'gap'"):
         cut(build_overflow(bounded), at=None, check=True)
-
-
-@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
-def test_an_unbounded_recurrence_of_many_steps_is_compared(kind: str) -> None:
-    net = Net()
-    gates = {"GRU": 3, "LSTM": 4}[kind]
-    activations = ["Sigmoid", "Relu"] if kind == "GRU" else ["Relu"] * 3
-    weights = [8 * RANDOM.standard_normal((1, gates * 4, n)).astype(np.float32) for n in (3, 4)]
-    names = [net.constant(f"W{n}", array) for n, array in enumerate(weights)]
-    net.nodes.append(
-        helper.make_node(
-            kind, ["x", *names], ["", "last"], "layer", hidden_size=4, activations=activations
-        )
-    )
-    net.op("Squeeze", "last", net.constant("axis", np.array([0])), out="state")
-    net.op("MatMul", "state", net.weight("V", 4, 2), out="y")
-    cut(net.finish({"x": (FLOAT, [60, "N", 3])}, "y", 2), at=None, check=True)
-
-
-def test_an_output_that_is_never_finite_is_said_not_to_be_compared(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    net = Net()
-    first = net.op("MatMul", "x", net.weight("w0", 6, 6), out="first")
-    mask = net.constant("mask", np.full(6, -np.inf, np.float32))
-    net.op("Softmax", net.op("Add", first, mask, out="masked"), out="y")
-    cut(net.finish({"x": (FLOAT, ["N", 6])}, "y", 6), at=None, check=True)
-    assert "not compared with its parts in 'y', of which no element is finite" in caplog.text

@@ -21,6 +21,7 @@ from splitonnx.partitioner.cutting.conformance.expectations import (
     expect_smaller,
     find_overflow,
 )
+from splitonnx.partitioner.partitions import cut
 from tests.support.nets import FLOAT, INT64, Net
 from tests.support.small_models import load_model
 from tests.support.zoo import build_chain
@@ -252,3 +253,31 @@ def test_that_onnx_runtime_broke_down_is_said_before_what_the_reference_refuses(
     monkeypatch.setattr(f"{module}.run_reference", refuse(NotRun))
     with pytest.raises(BrokeDown):
         expect(build_chain(), "it", 0)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_an_unbounded_recurrence_of_many_steps_is_compared(kind: str) -> None:
+    net, random = Net(), np.random.default_rng(0)
+    gates = {"GRU": 3, "LSTM": 4}[kind]
+    activations = ["Sigmoid", "Relu"] if kind == "GRU" else ["Relu"] * 3
+    weights = [8 * random.standard_normal((1, gates * 4, n)).astype(np.float32) for n in (3, 4)]
+    names = [net.constant(f"W{n}", array) for n, array in enumerate(weights)]
+    net.nodes.append(
+        helper.make_node(
+            kind, ["x", *names], ["", "last"], "layer", hidden_size=4, activations=activations
+        )
+    )
+    net.op("Squeeze", "last", net.constant("axis", np.array([0])), out="state")
+    net.op("MatMul", "state", net.weight("V", 4, 2), out="y")
+    cut(net.finish({"x": (FLOAT, [60, "N", 3])}, "y", 2), at=None, check=True)
+
+
+def test_an_output_that_is_never_finite_is_said_not_to_be_compared(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = Net()
+    first = net.op("MatMul", "x", net.weight("w0", 6, 6), out="first")
+    mask = net.constant("mask", np.full(6, -np.inf, np.float32))
+    net.op("Softmax", net.op("Add", first, mask, out="masked"), out="y")
+    cut(net.finish({"x": (FLOAT, ["N", 6])}, "y", 6), at=None, check=True)
+    assert "not compared with its parts in 'y', of which no element is finite" in caplog.text
