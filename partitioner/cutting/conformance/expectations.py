@@ -31,6 +31,7 @@ from splitonnx.partitioner.cutting.conformance.measures import (
 )
 from splitonnx.partitioner.cutting.conformance.samples import (
     Arrays,
+    find_masks,
     find_open_batch,
     iter_draws,
     repeat_sample,
@@ -241,6 +242,7 @@ def _expect(
     if len(content) <= _MOST_REFERENCE:
         runs["reference"] = partial(run_reference, content, subject=subject)
     refusal = NotRun("no input could be drawn for its inputs' types")
+    has_masks = bool(find_masks(model))
     halves: list[Expectation] = []
     for batches in draw(model, seed, scale):
         made: dict[str, list[Arrays]] = {}
@@ -261,7 +263,7 @@ def _expect(
             reference=made.get("reference"),
             session=made.get("session"),
         )
-        if len(made) == len(runs) or not _has_integers(batches):
+        if len(made) == len(runs) or not (has_masks or _has_integers(batches)):
             return found
         halves.append(found)  # an index out of range, which one of them takes, perhaps
         if len(halves) == _MOST_PARTIAL:
@@ -277,12 +279,17 @@ def describe_single(
     """Return a sentence if a model takes one sample only, though it leaves its batch size open.
 
     ``batches`` are inputs that the model takes, and ``run`` runs what is tried with two samples.
-    Return an empty string if it takes them, or if it took several already.
+    Return an empty string if it takes them, if it took several already, or if it does not even take
+    one of them, so that something else than their number is wrong.
     """
     symbol = find_open_batch(model)
     repeated = [repeat_sample(model, batch, symbol) for batch in batches] if symbol else []
     tried = [batch for batch in repeated if batch is not None]
     if not tried or len(tried) < len(batches):
+        return ""
+    try:
+        run(batches)
+    except NotRun:
         return ""
     try:
         run(tried)

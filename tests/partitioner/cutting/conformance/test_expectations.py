@@ -74,6 +74,55 @@ def test_what_takes_one_sample_only_is_said_with_the_node_that_fails() -> None:
     assert describe_single(chain, draw_accepted(chain, "it", 0), run, "it") == ""
 
 
+def build_masked(layer: str) -> onnx.ModelProto:
+    """Make a model that counts lengths in a mask of floats: for a GRU or a ReverseSequence."""
+    net = Net()
+    length = net.op("ReduceSum", "mask", net.constant("axes", np.array([1])), out="s", keepdims=0)
+    if layer == "GRU":
+        length = net.op("Cast", length, out="lens", to=TensorProto.INT32)
+        steps = net.op("Transpose", "x", out="steps", perm=[1, 0, 2])
+        weights = net.weight("w", 1, 9, 4), net.weight("r", 1, 9, 3)
+        made = net.op("GRU", steps, *weights, "", length, out="states", hidden_size=3)
+        made = net.op("Transpose", made, out="back", perm=[2, 1, 0, 3])
+    else:
+        length = net.op("Cast", length, out="lens", to=INT64)
+        value = net.op("MatMul", "x", net.weight("w", 4, 3), out="value")
+        made = net.op("ReverseSequence", value, length, out="back", batch_axis=0, time_axis=1)
+    made = net.op("Flatten", made, out="flat")
+    made = net.op("MatMul", made, net.weight("last", 18, 2), out="y")
+    return net.finish({"x": (FLOAT, ["N", 6, 4]), "mask": (FLOAT, ["N", 6])}, made, 2)
+
+
+@pytest.mark.parametrize("layer", ["GRU", "ReverseSequence"])
+def test_lengths_counted_in_a_mask_of_floats_are_run_by_both_evaluators(layer: str) -> None:
+    expectation = expect(build_masked(layer), "it", 0)
+    assert [len(batch["x"]) for batch in expectation.batches] == [2, 3, 5]
+    assert expectation.reference is not None
+    assert expectation.session is not None
+    assert len({batch["mask"].sum() / len(batch["mask"]) for batch in expectation.batches}) > 1
+
+
+@pytest.mark.parametrize("layer", ["GRU", "ReverseSequence"])
+def test_lengths_counted_in_a_mask_are_not_taken_for_a_batch_of_1(
+    layer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut(build_masked(layer), at="back", loss="mse", check=True)
+    assert "batch of 1" not in caplog.text
+    assert "not compared" not in caplog.text
+    assert "does not run" not in caplog.text
+
+
+def test_what_fails_with_one_sample_too_is_not_laid_on_the_batch() -> None:
+    net = Net()
+    one = net.constant("one", np.array([1, 6]))
+    model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("Reshape", "x", one, out="y"), 6)
+
+    def refuse(_: object) -> list[dict[str, np.ndarray]]:
+        raise NotRun("a length is negative")
+
+    assert describe_single(model, draw_accepted(model, "it", 0), refuse, "it") == ""
+
+
 def test_integers_are_drawn_small_enough_for_a_table() -> None:
     net = Net()
     model = net.finish(
