@@ -15,6 +15,7 @@ from splitonnx.partitioner.normalization.batchnorms import (
 )
 from splitonnx.partitioner.normalization.dequantized.replacements import dequantize
 from splitonnx.partitioner.normalization.dropouts import remove_dropouts
+from splitonnx.partitioner.normalization.explicit_operands import separate_broadcast_scales
 from splitonnx.partitioner.normalization.quantizations import lift_quantized
 
 _KEPT_OUTPUTS = {
@@ -38,10 +39,12 @@ def declare_statistics(graph: ir.Graph) -> None:
 def make_inference_form(graph: ir.Graph) -> None:
     """Turn a graph into its inference form, in place.
 
-    BatchNormalization then uses running statistics, and Dropout is removed.
+    BatchNormalization then uses running statistics, Dropout is removed, and a LayerNormalization
+    has the scale and the bias that ONNX Runtime takes; that of the training form is rewritten.
     """
     use_running_statistics(graph)
     remove_dropouts(graph)
+    separate_broadcast_scales(graph)
 
 
 def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:

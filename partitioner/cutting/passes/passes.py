@@ -53,11 +53,11 @@ from splitonnx.partitioner.normalization.batchnorms import (
 )
 from splitonnx.partitioner.normalization.constants.kept import find_kept, find_numbers
 from splitonnx.partitioner.normalization.dropouts import seed_dropouts
-from splitonnx.partitioner.normalization.explicit_padding import make_all_paddings_explicit
-from splitonnx.partitioner.normalization.explicit_reductions import (
+from splitonnx.partitioner.normalization.explicit_operands import (
     make_axes_vectors,
     make_reductions_explicit,
 )
+from splitonnx.partitioner.normalization.explicit_padding import make_all_paddings_explicit
 from splitonnx.partitioner.normalization.fused.replacements import replace_foreign
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
 from splitonnx.partitioner.normalization.precisions import widen
