@@ -60,7 +60,7 @@ from splitonnx.partitioner.normalization.explicit_operands import (
 from splitonnx.partitioner.normalization.explicit_padding import make_all_paddings_explicit
 from splitonnx.partitioner.normalization.fused.replacements import replace_foreign
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
-from splitonnx.partitioner.normalization.precisions import widen
+from splitonnx.partitioner.normalization.precisions import replace_null_casts, widen
 from splitonnx.partitioner.normalization.quantizations import pass_gradients, refuse_integer_model
 from splitonnx.partitioner.normalization.recurrence_layouts import normalize_layouts
 from splitonnx.partitioner.normalization.weights import (
@@ -145,6 +145,7 @@ def _write_out_own_statistics(work: Work) -> None:
 
 
 def _part_forms(work: Work) -> None:
+    replace_null_casts(work.model.graph)
     work.forms = (copy_model(work.model), copy_model(work.model))
     if work.decided:  # the parties' declarations refuse a batch of 1 already
         refuse_batch_of_1(work.model.graph, work.weights)
