@@ -251,9 +251,10 @@ def _hold(
             "finite for any random input tried"
         )
     for noise in expectation.contradicted[-1:]:  # the largest
+        extent = f"by {noise.size:.1e}" if np.isfinite(noise.size) else "in sizes or infinities"
         remarks.append(
-            f"onnx's reference evaluator and ONNX Runtime differ by {noise.size:.1e} over "
-            f"{subject}, in '{noise.tensor}'; its parts were compared with both"
+            f"onnx's reference evaluator and ONNX Runtime differ {extent} over {subject}, in "
+            f"'{noise.tensor}'; its parts were compared with both"
         )
     for noise in expectation.cancelled:
         remarks.append(
@@ -306,15 +307,31 @@ def _check_sizes(
         UnsupportedModel: an output has another size.
     """
     outcome = expectation.reference or expectation.session or ()
+    evaluator = "onnx's reference evaluator" if expectation.reference else "ONNX Runtime"
     for name, dims in sizes.items():
         for shape in [batch[name].shape for batch in outcome if name in batch]:
             if len(dims) == len(shape) and _contradict(dims, shape):
+                declared = _read_declared(expectation.model, name)
+                is_declared = len(declared) == len(shape) and _contradict(declared, shape)
                 raise UnsupportedModel(
                     f"output '{name}' of {subject}",
-                    f"its file declares the sizes {[dim or '?' for dim in dims]}, but it has "
-                    f"{list(shape)} when it runs",
-                    "export it again, or delete the declared sizes",
+                    f"{'its file declares' if is_declared else 'by the ONNX standard it has'} the "
+                    f"sizes {[dim or '?' for dim in dims]}, but it has {list(shape)} when "
+                    f"{evaluator} runs it",
+                    "export it again, or delete the declared sizes"
+                    if is_declared
+                    else "export it again with other operators or with explicit sizes and padding",
                 )
+
+
+def _read_declared(model: onnx.ModelProto, output: str) -> list[int]:
+    """Return the sizes that a model declares for an output, with 0 for those that are not known."""
+    return [
+        dim.dim_value
+        for value in model.graph.output
+        if value.name == output
+        for dim in value.type.tensor_type.shape.dim
+    ]
 
 
 def _contradict(declared: Sequence[int], shape: Sequence[int]) -> bool:
