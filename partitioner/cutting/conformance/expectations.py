@@ -16,6 +16,7 @@ import onnx
 from splitonnx.partitioner.cutting.conformance.dataflow import (
     BrokeDown,
     CorrectionFailed,
+    EvaluatorFailed,
     NotRun,
     Run,
     describe_failure,
@@ -251,7 +252,8 @@ def _expect(
             try:
                 made[name] = run(batches)
             except NotRun as error:
-                refusal = refusal if isinstance(refusal, BrokeDown) else error
+                if not isinstance(refusal, BrokeDown) and not isinstance(error, EvaluatorFailed):
+                    refusal = error
                 failed = error if isinstance(error, CorrectionFailed) else failed
         if failed is not None and "session" in made:
             raise report_mistake(subject, "evaluated with operators of our own", failed)

@@ -229,6 +229,17 @@ def test_a_model_that_nobody_can_run_is_told() -> None:
         expect(model, "it", 0)
 
 
+def test_a_mistake_of_the_reference_evaluator_hides_no_reason_of_the_session() -> None:
+    net = Net(opset=7)
+    net.op("Upsample", "x", out="twice", mode="nearest", scales=[1.0, 1.0, 2.0, 2.0])
+    impossible = net.constant("impossible", np.array([5, 7]))
+    net.op("Reshape", "twice", impossible, out="y")
+    model = net.finish({"x": (FLOAT, ["N", 3, 4, 4])}, "y", 7)
+    with pytest.raises(NotRun, match="reshape") as caught:
+        expect(model, "it", 0)
+    assert "TypeError" not in str(caught.value)
+
+
 def test_rounding_of_both_evaluators_widens_what_is_allowed() -> None:
     assert make_expectation(0.5, 0.5).allow("y", 0) == EXACT
     assert make_expectation(0.5, None).allow("y", 0) == EXACT
