@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.disclosures import list_labels
-from splitonnx.errors import DifferentResult, UnsupportedModel, quote
+from splitonnx.errors import DifferentResult, quote
 from splitonnx.losses import FROM_MODEL
 from splitonnx.manifests import KEY
 from splitonnx.names import PORTABLE
@@ -36,6 +36,8 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
 )
 from splitonnx.partitioner.cutting.conformance.expectations import (
     Expectation,
+    check_sizes,
+    describe_false_size,
     describe_single,
     expect,
     expect_smaller,
@@ -50,6 +52,7 @@ from splitonnx.partitioner.cutting.conformance.measures import (
 )
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
+    find_false_sizes,
     has_packed_weights,
     name_source,
     read_comparable,
@@ -243,7 +246,7 @@ def _hold(
         if isinstance(error, BrokeDown):  # perhaps its parts do so too
             _try_first_draw(form)
         return [f"{subject} was not compared with its parts, since it does not run: {error}"]
-    _check_sizes(expectation, sizes, subject)
+    check_sizes(expectation, sizes, subject)
     remarks = []
     if void := [name for name, arrays in expectation.list_outputs() if not has_finite(arrays)]:
         remarks.append(
@@ -295,51 +298,6 @@ def _list_sizes(graph: ir.Graph) -> dict[str, list[int]]:
     }
 
 
-def _check_sizes(
-    expectation: Expectation, sizes: Mapping[str, Sequence[int]], subject: str
-) -> None:
-    """Check that the outputs of a model have the sizes that are known of them.
-
-    Where no operator tells a size, it is what the file declares.  The loss relies on it, so a wrong
-    one would make training fail at the first step, or give a wrong loss.
-
-    Raises:
-        UnsupportedModel: an output has another size.
-    """
-    outcome = expectation.reference or expectation.session or ()
-    evaluator = "onnx's reference evaluator" if expectation.reference else "ONNX Runtime"
-    for name, dims in sizes.items():
-        for shape in [batch[name].shape for batch in outcome if name in batch]:
-            if len(dims) == len(shape) and _contradict(dims, shape):
-                declared = _read_declared(expectation.model, name)
-                is_declared = len(declared) == len(shape) and _contradict(declared, shape)
-                raise UnsupportedModel(
-                    f"output '{name}' of {subject}",
-                    f"{'its file declares' if is_declared else 'by the ONNX standard it has'} the "
-                    f"sizes {[dim or '?' for dim in dims]}, but it has {list(shape)} when "
-                    f"{evaluator} runs it",
-                    "export it again, or delete the declared sizes"
-                    if is_declared
-                    else "export it again with other operators or with explicit sizes and padding",
-                )
-
-
-def _read_declared(model: onnx.ModelProto, output: str) -> list[int]:
-    """Return the sizes that a model declares for an output, with 0 for those that are not known."""
-    return [
-        dim.dim_value
-        for value in model.graph.output
-        if value.name == output
-        for dim in value.type.tensor_type.shape.dim
-    ]
-
-
-def _contradict(declared: Sequence[int], shape: Sequence[int]) -> bool:
-    """Return whether a size after the batch differs from the declared one; 0 matches any size."""
-    pairs = list(zip(declared, shape, strict=True))[1:]
-    return any(own and own != size for own, size in pairs)
-
-
 def _hold_made(
     made: Made, found: Sequence[Arrays], expectation: Expectation, subject: str
 ) -> str | None:
@@ -368,6 +326,7 @@ def _hold_made(
         )
     if size <= TOLERATED:
         return f"{made.label} differs by {size:.1e} from {subject}, in '{difference.tensor}'"
+    _refuse_false_sizes(expectation, subject)
     raise DifferentResult(
         subject,
         made.label,
@@ -375,6 +334,19 @@ def _hold_made(
         _find_first(made, expectation, difference, subject),
         size,
     )
+
+
+def _refuse_false_sizes(expectation: Expectation, subject: str) -> None:
+    """Refuse a model whose results differ if it declares sizes that its tensors do not have.
+
+    What follows from such sizes is computed in advance, so the results are wrong then.
+    """
+    traced = expose(copy_original(expectation.model)).SerializeToString()
+    with suppress(NotRun):
+        run = run_session(traced, expectation.batches[:1], subject, level="none")
+        if (found := find_false_sizes(expectation.model, run[0])) is not None:
+            name, declared, sizes = found
+            raise describe_false_size(f"tensor '{name}' of {subject}", declared, sizes)
 
 
 def _confirm(made: Made, model: onnx.ModelProto, subject: str) -> float:

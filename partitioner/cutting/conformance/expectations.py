@@ -13,6 +13,7 @@ from functools import cached_property, partial
 import numpy as np
 import onnx
 
+from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.cutting.conformance.dataflow import (
     BrokeDown,
     CorrectionFailed,
@@ -302,6 +303,59 @@ def describe_single(
             f"train with one sample in each batch, with --dim {symbol}=1"
         )
     return ""
+
+
+def check_sizes(expectation: Expectation, sizes: Mapping[str, Sequence[int]], subject: str) -> None:
+    """Check that the outputs of a model have the sizes that are known of them.
+
+    Where no operator tells a size, it is what the file declares.  The loss relies on it, so a wrong
+    one would make training fail at the first step, or give a wrong loss.
+
+    Raises:
+        UnsupportedModel: an output has another size.
+    """
+    outcome = expectation.reference or expectation.session or ()
+    evaluator = "onnx's reference evaluator" if expectation.reference else "ONNX Runtime"
+    for name, dims in sizes.items():
+        for shape in [batch[name].shape for batch in outcome if name in batch]:
+            if len(dims) == len(shape) and _contradict(dims, shape):
+                declared = _read_declared(expectation.model, name)
+                if len(declared) == len(shape) and _contradict(declared, shape):
+                    raise describe_false_size(f"output '{name}' of {subject}", dims, shape)
+                raise UnsupportedModel(
+                    f"output '{name}' of {subject}",
+                    f"by the ONNX standard it has the sizes {[dim or '?' for dim in dims]}, but it "
+                    f"has {list(shape)} when {evaluator} runs it",
+                    "export it again with other operators or with explicit sizes and padding",
+                )
+
+
+def _read_declared(model: onnx.ModelProto, output: str) -> list[int]:
+    """Return the sizes that a model declares for an output, with 0 for those that are not known."""
+    return [
+        dim.dim_value
+        for value in model.graph.output
+        if value.name == output
+        for dim in value.type.tensor_type.shape.dim
+    ]
+
+
+def _contradict(declared: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether a size after the batch differs from the declared one; 0 matches any size."""
+    pairs = list(zip(declared, shape, strict=True))[1:]
+    return any(own and own != size for own, size in pairs)
+
+
+def describe_false_size(
+    what: str, declared: Sequence[int], sizes: Sequence[int]
+) -> UnsupportedModel:
+    """Return the error for a tensor whose file declares sizes (0 if open) that it does not have."""
+    told = [dim or "?" for dim in declared]
+    return UnsupportedModel(
+        what,
+        f"its file declares the sizes {told}, but it has {list(sizes)} when it runs",
+        "export it again, or delete the declared sizes",
+    )
 
 
 def draw_accepted(model: onnx.ModelProto, subject: str, seed: int) -> Sequence[Arrays]:

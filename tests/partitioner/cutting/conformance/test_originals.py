@@ -175,3 +175,21 @@ def test_a_node_that_draws_random_numbers_is_found_in_branches_too() -> None:
         4,
     )
     assert find_random(model) == "draw"
+
+
+def test_sizes_that_a_file_declares_wrongly_are_found() -> None:
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 4, 4), out="h")
+    model = net.finish({"x": (FLOAT, ["N", 4])}, net.op("Relu", "h", out="y"), 4)
+    found = {"h": np.zeros((3, 4)), "y": np.zeros((3, 4))}
+    for shape, told in (
+        (["N", 4], None),
+        ([1, 4], None),  # a batch that was freed
+        (["N", "width"], None),
+        (["N", 7], ("h", [0, 7], [3, 4])),
+        ([7], ("h", [7], [3, 4])),
+    ):
+        del model.graph.value_info[:]
+        model.graph.value_info.append(helper.make_tensor_value_info("h", FLOAT, shape))
+        assert find_false_sizes(model, found) == told
+    assert find_false_sizes(model, {"y": found["y"]}) is None
