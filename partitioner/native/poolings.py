@@ -155,7 +155,7 @@ class LpPool(OpRun):
         return ((total ** (1 / p)).astype(x.dtype),)
 
 
-class MaxPool(op_max_pool.MaxPool):
+class MaxPool(OpRun):
     """Compute MaxPool: the largest element of each window; onnx's own class finds its place."""
 
     op_domain = ""
@@ -173,7 +173,8 @@ class MaxPool(op_max_pool.MaxPool):
     ) -> tuple[np.ndarray, ...]:
         axes = _read_axes(x, kernel_shape, auto_pad, ceil_mode, dilations, pads, strides)
         if len(self.onnx_node.output) > 1:
-            made: tuple[np.ndarray, ...] = super()._run(
+            own: Any = op_max_pool.MaxPool(self.onnx_node, self.run_params)
+            made: tuple[np.ndarray, ...] = own._run(
                 x,
                 auto_pad="NOTSET",
                 ceil_mode=ceil_mode,

@@ -164,7 +164,7 @@ def test_a_size_of_the_output_that_only_the_file_knows_has_to_be_right() -> None
             cut(model, at=None, check=True)
 
 
-BRANCHES = {
+BRANCHES: dict[str, tuple[str, list[int | str]]] = {
     "an Expand to a computed shape": (
         """
         five = Gather <axis = 0> (s, one)
