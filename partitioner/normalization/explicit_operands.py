@@ -128,21 +128,21 @@ def _separate_scale(node: ir.Node) -> None:
     if dims is None:
         return
     axis = node.attributes.get_int("axis", -1) % len(dims)
-    is_whole = _is_whole(scale, dims[axis:])
-    if is_whole and (bias is None or _is_whole(bias, dims[axis:])):
+    is_full = _is_full(scale, dims[axis:])
+    if is_full and (bias is None or _is_full(bias, dims[axis:])):
         return
     builder = NodeBuilder(f"{node.outputs[0].name}/scaled")
     inner = scale
-    if not is_whole:
+    if not is_full:
         inner = builder.op("Expand", builder.number(1.0, scale.dtype), builder.shape(x, axis))
     attributes = dict(node.attributes)
     made, *rest = builder.ops("LayerNormalization", [x, inner], len(node.outputs), attributes)
-    made = made if is_whole else builder.op("Mul", made, scale)
+    made = made if is_full else builder.op("Mul", made, scale)
     made = made if bias is None else builder.op("Add", made, bias)
     builder.replace(node, [made, *rest])
 
 
-def _is_whole(operand: ir.Value, sizes: Sequence[int | None]) -> bool:
+def _is_full(operand: ir.Value, sizes: Sequence[int | None]) -> bool:
     """Return whether an operand has one number for each that is normalized; unknown sizes fit."""
     dims = known_dims(operand)
     if dims is None:
