@@ -22,7 +22,6 @@ from splitonnx.partitioner.cutting.passes.batch_decisions import (
 from splitonnx.partitioner.cutting.passes.batches import MOST_ROUNDS, free_batches
 from splitonnx.partitioner.cutting.passes.equal_sizes import join_sizes
 from splitonnx.partitioner.cutting.passes.forms import (
-    declare_statistics,
     keep_data_outputs,
     lift_integers,
     make_inference_form,
@@ -37,6 +36,7 @@ from splitonnx.partitioner.cutting.passes.resized_batches import refuse_resized_
 from splitonnx.partitioner.cutting.passes.ties import tie_weights
 from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
 from splitonnx.partitioner.differentiation.control_flow import obstacles
+from splitonnx.partitioner.differentiation.derived.kept_outputs import name_kept_outputs
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
@@ -363,7 +363,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="given the outputs that gradients read",
-        run=lambda work: declare_statistics(work.training.graph),
+        run=lambda work: name_kept_outputs(work.training.graph),
         requires=_F.FORMS,
         ensures=_F.OUTPUTS,
         spoils=_F.TYPED,
