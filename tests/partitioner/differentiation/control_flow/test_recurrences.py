@@ -13,9 +13,9 @@ from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.native import recurrent_layers
 from splitonnx.partitioner.partitions import cut_prepared
-from tests.support import oracles
 from tests.support.case_trials import TARGETS, run_step
 from tests.support.derivatives import draw_labels, hold_steps
+from tests.support.doubles import DOUBLES
 
 GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
 _HEAD = """
@@ -122,7 +122,8 @@ def test_a_recurrence_with_lengths_that_are_data(
     body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """onnx's own evaluator ignores lengths; the class in numpy agrees with ONNX Runtime's."""
-    monkeypatch.setattr(oracles, "DOUBLES", [*oracles.DOUBLES, recurrent_layers.LSTM])
+    classes = [*DOUBLES, recurrent_layers.LSTM]
+    monkeypatch.setattr("tests.support.oracles.DOUBLES", classes)
     hold(build("LSTM", body, INPUTS="lens"))
 
 
