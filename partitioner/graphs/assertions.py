@@ -15,7 +15,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 
 I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
-_LENGTHS = "sequence_lens_must_be_1_to_steps"
+LENGTHS = "sequence_lens_must_be_1_to_steps"
 """End of the name of the node that fails over the lengths of sequences."""
 
 
@@ -91,7 +91,7 @@ def check_lengths(builder: NodeBuilder, node: ir.Node, lengths: ir.Value) -> ir.
 
     What an empty sequence gives is not defined: a Scan hands on its initial state, and the kernels
     of ONNX Runtime give zeros or uninitialized memory.  The name of the node that fails tells what
-    is allowed.  Return the checked lengths, or ``lengths`` if they need no check, or have one.
+    is allowed.  Return the checked lengths, or ``lengths`` if they need no check or have one.
 
     Raises:
         UnsupportedModel: the lengths are constants, and one of them is not allowed.
@@ -122,7 +122,7 @@ def check_lengths(builder: NodeBuilder, node: ir.Node, lengths: ir.Value) -> ir.
     zero = refuse_where(builder, bad)
     refusing = zero.producer()
     assert refusing is not None
-    refusing.name = f"{node.name or node.outputs[0].name}/{_LENGTHS}"
+    refusing.name = f"{node.name or node.outputs[0].name}/{LENGTHS}"
     checked = builder.op("Add", lengths, builder.cast(zero, lengths.dtype))
     return note(checked, lengths.dtype, lengths.shape)
 
@@ -136,4 +136,4 @@ def _are_checked(lengths: ir.Value) -> bool:
             return False
         value = node.inputs[index]
     refusing = None if value is None else value.producer()
-    return refusing is not None and (refusing.name or "").endswith(f"/{_LENGTHS}")
+    return refusing is not None and (refusing.name or "").endswith(f"/{LENGTHS}")

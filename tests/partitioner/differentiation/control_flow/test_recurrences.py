@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
+from splitonnx.errors import StageFailed
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.native import recurrent_layers
 from splitonnx.partitioner.partitions import cut_prepared
 from tests.support.case_trials import TARGETS, run_step
-from tests.support.derivatives import draw_labels, hold_steps
+from tests.support.derivatives import hold_steps
 from tests.support.doubles import DOUBLES
 
 GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
@@ -80,30 +81,38 @@ def build(kind: str, body: str, node: str = _PLAIN, **words: str) -> onnx.ModelP
     return model
 
 
-def hold(model: onnx.ModelProto) -> None:
-    """Hold the gradients of all weights that a step of both targets gives."""
+def draw(model: onnx.ModelProto, *lengths: int) -> dict[str, np.ndarray]:
     random = np.random.default_rng(3)
     sizes = {value.name: value.type.tensor_type.shape for value in model.graph.input}
     data = {
         "s": random.standard_normal((2, 3), np.float32),
         "x": random.standard_normal((4, 2, 3), np.float32),
         "h": random.standard_normal((sizes["h"].dim[0].dim_value, 2, 3), np.float32),
-        "lens": np.array([3, 2], np.int32),
+        "lens": np.array(lengths or (3, 2), np.int32),
         "most": np.array(2),
         "c": np.array(True),
     }
-    labels = draw_labels(model, data)
+    return {**data, "labels": random.standard_normal((2, 2), np.float32)}
+
+
+def take_steps(
+    model: onnx.ModelProto, data: Mapping[str, np.ndarray]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Take a training step with each target on what the model reads of the data."""
     prepared = prepare(open_model(model))
-    read = {value.name for value in prepared.training.graph.inputs}
-    data = {name: array for name, array in data.items() if name in read}
-    given = {**data, "labels": labels}
-    steps = [
-        run_step(cut_prepared(prepared, at=None, loss="mse", client_target=target), given)
-        for target in TARGETS
-    ]
+    read = {"labels", *(value.name for value in prepared.training.graph.inputs)}
+    given = {name: array for name, array in data.items() if name in read}
+    for target in TARGETS:
+        yield run_step(cut_prepared(prepared, at=None, loss="mse", client_target=target), given)
+
+
+def hold(model: onnx.ModelProto) -> None:
+    """Hold the gradients of all weights that a step of both targets gives."""
+    data = draw(model)
+    steps = list(take_steps(model, data))
     for found in steps:
         assert {"w_grad", "r_grad", "b_grad", "w2_grad"} <= set(found)
-    hold_steps(steps, model, "mse", given, ["w", "r", "b", "w2"])
+    hold_steps(steps, model, "mse", data, ["w", "r", "b", "w2"])
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -132,3 +141,10 @@ def test_a_recurrence_with_lengths_that_are_data(
 def test_a_recurrence_whose_batch_comes_first(kind: str, body: str) -> None:
     """ONNX Runtime runs none; the layout was changed outside of bodies alone."""
     hold(build(kind, body, _BATCH_FIRST))
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_an_empty_sequence_in_a_body_is_refused_with_the_reason(body: str) -> None:
+    model = build("LSTM", body, INPUTS="lens")
+    with pytest.raises(StageFailed, match="sequence_lens_must_be_1_to_steps"):
+        list(take_steps(model, draw(model, 3, 0)))
