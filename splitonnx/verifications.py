@@ -112,7 +112,8 @@ def compare_steps(
     server = Executor(parties[SERVER], Engine(threads=1)) if SERVER in parties else None
     link = None if server is None else connect_in_memory(server)
     dataset = open_dataset(data)
-    dataset.check(parties[CLIENT].manifest.phase(TRAIN).data)
+    kept = {spec.tensor.name for party in parties.values() for spec in party.manifest.state}
+    dataset.check(parties[CLIENT].manifest.phase(TRAIN).data, kept)
     batches = dataset.batches(batch_size, seed=seed, epoch=0)
     with (
         Client(parties[CLIENT], link, threads=1, seed=seed) as split,

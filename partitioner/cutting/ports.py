@@ -41,11 +41,17 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
     ``name`` is the name in the entry; by default, it is the value's own name.
 
     Raises:
-        UsageError: the value's shape is not known, or its element type cannot be sent.
+        UsageError: the value is not a tensor, its shape is not known, or its element type cannot be
+            sent.
     """
+    if value.type is not None and not isinstance(value.type, ir.TensorType):
+        raise UsageError(
+            f"'{_name_sent(value)}' cannot travel: it is a sequence or an optional value, not a "
+            "tensor; cut before the node that makes it, or behind those that read it"
+        )
     if value.dtype not in _DTYPE_NAMES or value.shape is None:
         raise UsageError(
-            f"tensor '{value.name}' cannot travel: its dtype is {value.dtype}, its shape "
+            f"tensor '{_name_sent(value)}' cannot travel: its dtype is {value.dtype}, its shape "
             f"{value.shape}; cut where both are known (one of {', '.join(DTYPES)})"
         )
     dims = tuple(
@@ -53,6 +59,11 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
         for axis, d in enumerate(value.shape)
     )
     return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=dims)
+
+
+def _name_sent(value: ir.Value) -> str:
+    """Return the model's name of a value, which may be the output of a port."""
+    return (value.name or "").removesuffix(f"@{SERVER}").removesuffix(f"@{CLIENT}")
 
 
 def insert_ports(

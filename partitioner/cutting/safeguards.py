@@ -61,7 +61,7 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
     tables = [_CHECKS, ADDRESS_CHECKS, *([_TRAINING_CHECKS] if is_training else [])]
     for node in [node for node in graph if node in nodes]:
         for body in list_bodies(node):
-            add_safeguards(body, set(body), is_training=False)
+            add_safeguards(body, set(body), is_training=is_training)
         if node.domain not in ("", "ai.onnx"):
             continue
         checks = [table[node.op_type] for table in tables if node.op_type in table]

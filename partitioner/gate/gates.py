@@ -31,7 +31,7 @@ from splitonnx.partitioner.gate.names import check_names, check_texts, check_typ
 from splitonnx.partitioner.gate.operators import check_operators, check_opsets
 from splitonnx.partitioner.gate.quantized_operators import TOOLS
 from splitonnx.partitioner.gate.tensors import DataFiles
-from splitonnx.partitioner.gate.walks import list_tensors
+from splitonnx.partitioner.gate.walks import list_tensors, sort_nodes
 from splitonnx.partitioner.graphs.faults import (
     FAULTS,
     attribute_errors_to_bytes,
@@ -128,7 +128,12 @@ def _deserialize(proto: onnx.ModelProto, label: str) -> ir.Model:
 def _read_adjusted(
     source: ModelSource, adjustments: Adjustments
 ) -> tuple[onnx.ModelProto, str, Path | None]:
+    """Read a model, sort its nodes and adjust its inputs, without changing ``source``."""
     proto, label, folder = _read(source)
+    try:
+        proto = sort_nodes(proto)
+    except UnicodeDecodeError as error:
+        raise NotAModel(label, "it holds text that is not UTF-8") from error
     if not adjustments:
         return proto, label, folder
     changed = onnx.ModelProto()

@@ -200,7 +200,7 @@ def _check_nodes(
                 raise NotAModel(
                     label,
                     f"node '{node.name or node.op_type}' reads '{name}', which nothing before it "
-                    "makes (a missing initializer, a cycle, or nodes out of order)",
+                    "makes (an initializer is missing, or a cycle of nodes ends in it)",
                 )
         if len({attribute.name for attribute in node.attribute}) < len(node.attribute):
             raise NotAModel(label, f"{label_node(node)} has an attribute twice")

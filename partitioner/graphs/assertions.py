@@ -15,6 +15,9 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 
 I64, BOOL = ir.DataType.INT64, ir.DataType.BOOL
 
+LENGTHS = "sequence_lens_must_be_1_to_steps"
+"""End of the name of the node that fails over the lengths of sequences."""
+
 
 def refuse_where(builder: NodeBuilder, bad: ir.Value) -> ir.Value:
     """Build a node that fails if any element of the boolean tensor ``bad`` is true.
@@ -88,11 +91,13 @@ def check_lengths(builder: NodeBuilder, node: ir.Node, lengths: ir.Value) -> ir.
 
     What an empty sequence gives is not defined: a Scan hands on its initial state, and the kernels
     of ONNX Runtime give zeros or uninitialized memory.  The name of the node that fails tells what
-    is allowed.  Return the checked lengths, or ``lengths`` if they need no check.
+    is allowed.  Return the checked lengths, or ``lengths`` if they need no check or have one.
 
     Raises:
         UnsupportedModel: the lengths are constants, and one of them is not allowed.
     """
+    if _are_checked(lengths):
+        return lengths
     x = node.inputs[0]
     assert x is not None
     steps, batch = (1, 0) if node.attributes.get_int("layout", 0) else (0, 1)
@@ -117,6 +122,18 @@ def check_lengths(builder: NodeBuilder, node: ir.Node, lengths: ir.Value) -> ir.
     zero = refuse_where(builder, bad)
     refusing = zero.producer()
     assert refusing is not None
-    refusing.name = f"{node.name or node.outputs[0].name}/sequence_lens_must_be_1_to_steps"
+    refusing.name = f"{node.name or node.outputs[0].name}/{LENGTHS}"
     checked = builder.op("Add", lengths, builder.cast(zero, lengths.dtype))
     return note(checked, lengths.dtype, lengths.shape)
+
+
+def _are_checked(lengths: ir.Value) -> bool:
+    """Return whether :func:`check_lengths` made these lengths: it adds what the check returns."""
+    value: ir.Value | None = lengths
+    for kind, index in (("Add", 1), ("Cast", 0)):
+        node = None if value is None else value.producer()
+        if node is None or node.op_type != kind:
+            return False
+        value = node.inputs[index]
+    refusing = None if value is None else value.producer()
+    return refusing is not None and (refusing.name or "").endswith(f"/{LENGTHS}")

@@ -7,7 +7,7 @@ shapes, and ONNX Runtime stops at a value of another shape.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
@@ -19,6 +19,7 @@ from splitonnx.partitioner.graphs.faults import (
 )
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.graphs.traversals import list_bodies
+from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.inference.shapes import infer_message, lighten, refuse_types
 from splitonnx.partitioner.native.workers import Refused
 
@@ -41,9 +42,11 @@ def drop_declared_shapes(model: ir.Model) -> None:
 
     This includes the values in the bodies of If, Loop and Scan.  A declared shape is kept if
     nothing is inferred for the value, not even its number of dimensions; but it is dropped behind
-    a Squeeze that would have this rank for a batch of 1 only.  In the shapes of the
-    model's outputs, declared sizes after the first axis replace sizes that onnx cannot infer,
-    because a loss needs the number of classes.
+    a Squeeze that would have this rank for a batch of 1 only.  What onnx does not infer in a body,
+    such as the result of an Expand to a computed shape, is left to :class:`Inference`; in the
+    outermost graph, folding does so later.  In the shapes of the model's outputs, declared sizes
+    after the first axis replace sizes that onnx cannot infer, because a loss needs the number of
+    classes.
     """
     bodies = list(model.graphs())[1:]
     values = [value for node in model.graph.all_nodes() for value in node.outputs]
@@ -57,8 +60,12 @@ def drop_declared_shapes(model: ir.Model) -> None:
     _clear_shapes(proto.graph, loops)
     with attribute_errors_to_bytes(refuse_types):
         typed = _infer(proto, loops)
-        if typed is not None:
-            _note_shapes(model.graph, typed, symbols, is_body=False)
+        if typed is None:
+            return
+        unsure: dict[ir.Value, ir.Shape] = {}
+        _note_shapes(model.graph, typed, symbols, unsure, is_body=False)
+    if unsure:
+        _infer_bodies(model.graph, Inference(model.graph.opset_imports[""]), unsure)
 
 
 def _list_dims(shape: ir.Shape | None) -> Dims:
@@ -105,10 +112,34 @@ def _infer(proto: onnx.ModelProto, loops: _Loops) -> onnx.GraphProto | None:
     return None
 
 
-def _note_shapes(
-    graph: ir.Graph, typed: onnx.GraphProto, symbols: Collection[str], *, is_body: bool
+def _infer_bodies(
+    graph: ir.Graph, known: Inference, unsure: MutableMapping[ir.Value, ir.Shape]
 ) -> None:
-    """Replace the shapes of a graph's values, and of those in its bodies, by those in ``typed``."""
+    """Infer the shapes in ``unsure`` once more, of values in bodies, and keep those not found."""
+    for node in graph:
+        for body in list_bodies(node):
+            _infer_bodies(body, known, unsure)
+        for value in unsure.keys() & set(node.outputs):
+            value.shape = None
+        known.visit(node)
+        for value in unsure.keys() & set(node.outputs):
+            known.note(value)
+            if value.shape is None:
+                value.shape = unsure[value]
+
+
+def _note_shapes(
+    graph: ir.Graph,
+    typed: onnx.GraphProto,
+    symbols: Collection[str],
+    unsure: MutableMapping[ir.Value, ir.Shape],
+    *,
+    is_body: bool,
+) -> None:
+    """Replace the shapes of a graph's values, and of those in its bodies, by those in ``typed``.
+
+    Add to ``unsure`` the values of bodies whose declared shape is left.
+    """
     found, outputs = _list_types(typed), () if is_body else set(graph.outputs)
     inputs = list(graph.inputs) if is_body else []
     ranks: dict[ir.Value, int] = {}
@@ -119,15 +150,17 @@ def _note_shapes(
             ranks[value] = rank
             if len(declared) != rank:
                 value.shape = None
-        if not declared or not dims:
+        if value.shape is None or dims is None:
+            if is_body and value.shape is not None and value.producer() is not None:
+                unsure[value] = value.shape
             continue
-        if value in outputs and len(declared) == len(dims):
+        if value in outputs and dims and len(declared) == len(dims):
             rest = zip(dims[1:], declared[1:], strict=True)
             dims = [dims[0], *(old if new is None else new for new, old in rest)]
         value.shape = ir.Shape(dims)
     for node, made in zip(graph, typed.node, strict=True):
         for body, typed_body in zip(list_bodies(node), _list_bodies(made), strict=True):
-            _note_shapes(body, typed_body, symbols, is_body=True)
+            _note_shapes(body, typed_body, symbols, unsure, is_body=True)
 
 
 def _find_rank(

@@ -5,6 +5,7 @@ This covers every value whose type onnx's schemas define.  :mod:`inferences` inf
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -61,6 +62,8 @@ def infer_shapes(model: ir.Model, *, check_type: bool = True) -> None:
     reading = attribute_errors_to_bytes(refuse_types)
     with attribute_errors_to_pass("given the types that onnx infers"), reading:
         proto = onnx.ModelProto.FromString(inferred)
+        if b"Sequence" in inferred:
+            _forget_elements(proto.graph)
         if len(graphs) == 1:
             _note_entries(model.graph, proto.graph)
             return
@@ -96,6 +99,26 @@ def infer_message(content: bytes, *, check_type: bool) -> bytes:
         _write_dims(model.graph, corrected, _list_types(typed.graph))
         made = call(natives.infer_shapes, "the model", model.SerializeToString(), check_type)
     return made
+
+
+def _forget_elements(graph: onnx.GraphProto) -> None:
+    """Forget sizes that have a name only as a size of a sequence's elements, in place.
+
+    Elements may differ in this size, but onnx gives its name to whatever is taken out of the
+    sequence, as if it were the same for all.
+    """
+    infos = [
+        info
+        for each in _list_graphs(graph)
+        for info in (*each.value_info, *each.input, *each.output)
+    ]
+    elements = [info.type.sequence_type.elem_type for info in infos]
+    dims = [dim for kind in elements for dim in kind.tensor_type.shape.dim]
+    named = {dim.dim_param for info in graph.input for dim in info.type.tensor_type.shape.dim}
+    forgotten = {dim.dim_param for dim in dims} - named - {""}
+    for dim in (*dims, *(dim for info in infos for dim in info.type.tensor_type.shape.dim)):
+        if dim.dim_param in forgotten:
+            dim.Clear()
 
 
 def _list_graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
@@ -211,7 +234,7 @@ def lighten(graph: ir.Graph) -> Iterator[None]:
 def _note_entries(graph: ir.Graph, typed: onnx.GraphProto) -> None:
     """Set the types and shapes of a graph without bodies, as declared in its message ``typed``."""
     entries = {info.name: info.type for info in (*typed.value_info, *typed.input, *typed.output)}
-    read: dict[bytes, tuple[ir.Shape | None, ir.DataType | None]] = {}
+    read: dict[bytes, tuple[ir.Shape | None, ir.TypeProtocol | None]] = {}
     made = (value for node in graph for value in node.outputs)
     for value in (*graph.inputs, *graph.initializers.values(), *made):
         entry = entries.get(value.name or "")
@@ -221,7 +244,7 @@ def _note_entries(graph: ir.Graph, typed: onnx.GraphProto) -> None:
         if content not in read:
             kind = ir.serde.deserialize_type_proto_for_type(entry)
             shape = ir.serde.deserialize_type_proto_for_shape(entry)
-            read[content] = (shape, None if kind is None else kind.dtype)
+            read[content] = (shape, kind)
         _note_type(value, *read[content])
 
 
@@ -230,14 +253,18 @@ def _note_types(graph: ir.Graph, typed: ir.Graph) -> None:
     for name, value in ir.convenience.create_value_mapping(graph).items():
         found = known.get(name)
         if found is not None:
-            _note_type(value, found.shape, found.dtype)
+            _note_type(value, found.shape, found.type)
 
 
-def _note_type(value: ir.Value, shape: ir.Shape | None, dtype: ir.DataType | None) -> None:
+def _note_type(value: ir.Value, shape: ir.Shape | None, kind: ir.TypeProtocol | None) -> None:
     if shape is not None and value.shape != shape:
         value.shape = shape
-    if dtype is not None and value.dtype != dtype:
-        value.dtype = dtype
+    if kind is None or value.type == kind:
+        return
+    if isinstance(kind, ir.TensorType):
+        value.dtype = kind.dtype
+    else:
+        value.type = copy.deepcopy(kind)  # of a sequence: setting dtype would make it a tensor
 
 
 def check_ranks(graph: ir.Graph) -> None:

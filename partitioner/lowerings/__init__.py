@@ -102,10 +102,20 @@ def _lower(graph: ir.Graph, opset: int, *, defective: bool) -> None:
         for node in nodes:
             for body in list_bodies(node):
                 _lower(body, opset, defective=defective)
+            if defective and node.op_type == "MaxPoolGrad" and not node.domain:
+                _check_indices(graph, node)
             with attribute_errors_to(node, "looked up among standard operators", is_valid=True):
                 if is_standard(node, opset) or (defective and not is_defective(node)):
                     continue
             _replace(node, _find_lowering(node))
+
+
+def _check_indices(graph: ir.Graph, node: ir.Node) -> None:
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/checked")
+    with attribute_errors_to(node, "given indices in its input", is_valid=True):
+        for index, value in enumerate(pools.check_indices(builder, node)):
+            node.replace_input_with(index, value)
+        graph.insert_before(node, builder.nodes)
 
 
 def _find_lowering(node: ir.Node) -> Lowering:
@@ -144,7 +154,8 @@ def _reading_outputs(graph: ir.Graph) -> Iterator[None]:
 def is_defective(node: ir.Node) -> bool:
     """Return whether the kernel of a node may fail in onnxruntime-training 1.19.2.
 
-    AveragePoolGrad fails if the batch size is dynamic.  ConvGrad with groups writes outside its
+    AveragePoolGrad fails if the batch size is dynamic.  MaxPoolGrad writes outside its output if
+    the graph does not declare all of its sizes.  ConvGrad with groups writes outside its
     output unless there are two spatial dimensions, because the kernel passes the size of all groups
     together to the function Col2imNd, which expects the size of one group.  This corrupts the heap:
     other values in the graph become wrong, or the process crashes.
@@ -153,6 +164,8 @@ def is_defective(node: ir.Node) -> bool:
         weights = node.inputs[2]
         rank = None if weights is None else known_rank(weights)
         return node.attributes.get_int("group", 1) > 1 and rank != 4
+    if node.op_type == "MaxPoolGrad":
+        return not pools.is_sized(node)
     return node.op_type == "AveragePoolGrad"
 
 

@@ -185,5 +185,5 @@ def _is_weight(value: ir.Value) -> bool:
 def _name_weight(value: ir.Value) -> str:
     """Return the name of stored integers, or of the floats that a QuantizeLinear makes them of."""
     node = value.producer()
-    source = value if node is None or node.inputs[0] is None else node.inputs[0]
-    return source.name or ""
+    source = node.inputs[0] if node is not None and node.inputs else None
+    return (source or value).name or ""

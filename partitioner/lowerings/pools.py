@@ -58,6 +58,41 @@ def lower_max_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     return [builder.op("Reshape", placed, shape)]
 
 
+def is_sized(node: ir.Node) -> bool:
+    """Return whether the graph declares the sizes that the kernel of a MaxPoolGrad reads there.
+
+    In onnxruntime-training 1.19.2, it takes all sizes but that of the batch from the graph, and 0
+    for one that is not known: it then writes outside of its output.
+    """
+    dims = known_dims(node.outputs[0])
+    return dims is not None and None not in dims[1:]
+
+
+def check_indices(builder: NodeBuilder, node: ir.Node) -> Values:
+    """Return the inputs of a MaxPoolGrad, with indices that lie in their own channels.
+
+    The index of a window without a number above the lowest float, such as one of -inf or NaN alone,
+    is before its channel: the gradient would be added to another channel, or written before the
+    first one, outside of the output.  The maximum of such a window is a constant, so its gradient
+    becomes 0.
+    """
+    dy, indices = node.inputs[:2]
+    assert dy is not None
+    assert indices is not None
+    rows = builder.shape(dy, 0, 2)
+    count = builder.op("ReduceProd", rows, keepdims=0)
+    channels = builder.op("Range", builder.integer(0), count, builder.integer(1))
+    starts = builder.op("Mul", channels, builder.integer(math.prod(_read_extent(node))))
+    shape = builder.op("Concat", rows, builder.integers([1] * len(_read_extent(node))), axis=0)
+    starts = builder.op("Reshape", starts, shape)
+    outside = builder.op("Less", indices, starts)
+    gradient = builder.op("Where", outside, builder.number(0.0, dy.dtype), dy)
+    gradient.type, gradient.shape = dy.type, dy.shape
+    inside = builder.op("Max", indices, starts)
+    inside.type, inside.shape = indices.type, indices.shape
+    return [gradient, inside]
+
+
 def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     """Replace AveragePoolGrad with a depthwise ConvTranspose.
 

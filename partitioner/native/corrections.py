@@ -16,6 +16,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops import op_conv_transpose, op_loop
 from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_25
 
+from splitonnx.partitioner.native.poolings import POOLINGS
 from splitonnx.partitioner.native.recurrent_layers import RECURRENT_LAYERS
 
 _FLAT_UNTIL = 12
@@ -239,6 +240,7 @@ CORRECTIONS: tuple[type[OpRun], ...] = (
     Softmax,
     LogSoftmax,
     Hardmax,
+    *POOLINGS,
     *RECURRENT_LAYERS,
 )
 """The classes that the evaluator uses instead of its own."""

@@ -48,7 +48,7 @@ _FAILURES = (
 )  # fmt: skip
 """Exceptions that Python code raises over wrong values or by mistake."""
 _NATIVE = "splitonnx.partitioner.native"
-_CORRECTIONS = (f"{_NATIVE}.corrections", f"{_NATIVE}.recurrent_layers")
+_CORRECTIONS = [f"{_NATIVE}.{name}" for name in ("corrections", "poolings", "recurrent_layers")]
 
 
 class CorrectionFailed(Exception):

@@ -22,6 +22,7 @@ import msgspec
 
 from splitonnx.errors import InternalModelError, NativeCrash, ProcessFailed
 from splitonnx.faults import log_mistake
+from splitonnx.interrupts import check_interrupt
 from splitonnx.partitioner.native import natives
 
 _MOST_KEPT = 1 << 26
@@ -141,6 +142,7 @@ class Isolation:
             ProcessFailed: the process cannot be started.
         """
         assert not named, "arguments go by their place"
+        check_interrupt()  # long work on a model consists of many calls
         name = function.__name__
         with self._lock:
             answer = self._ask(name, msgspec.msgpack.encode([name, arguments]), subject)

@@ -31,6 +31,24 @@ _ACCEPTED = frozenset({ir.DataType.DOUBLE, ir.DataType.FLOAT16})
 """Data types that the runtime can pass to the graph, which then casts them."""
 
 
+def replace_null_casts(graph: ir.Graph) -> None:
+    """Make an Identity of each Cast to the type that its input has, in bodies as well.
+
+    Functions of opsets that are written out have such nodes.  A session of ONNX Runtime 1.19 that
+    does not optimize refuses those of float16: it removes casts around operators that it computes
+    in float32, and leaves the type of such a Cast.
+    """
+    for node in list(graph):
+        for body in list_bodies(node):
+            replace_null_casts(body)
+        source = node.inputs[0] if node.op_type == "Cast" and not node.domain else None
+        if source is None or source.dtype is None:
+            continue
+        if node.attributes.get_int("to", 0) == source.dtype.value:
+            node.op_type = "Identity"
+            node.attributes.clear()
+
+
 @attribute_errors_to_pass("brought to float32")
 def widen(
     forms: Sequence[ir.Model], weights: Mapping[str, ir.TensorProtocol]

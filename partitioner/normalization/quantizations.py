@@ -31,18 +31,10 @@ from splitonnx.partitioner.normalization.fused.packed_weights import unpack_weig
 _LIFTED = "splitonnx.lifted"
 """Metadata key of a QuantizeLinear that was added for a weight stored as integers."""
 
-_NARROW = frozenset(
-    {
-        ir.DataType.FLOAT8E4M3FN,
-        ir.DataType.FLOAT8E5M2,
-        ir.DataType.INT4,
-        ir.DataType.INT8,
-        ir.DataType.INT16,
-        ir.DataType.UINT4,
-        ir.DataType.UINT8,
-        ir.DataType.UINT16,
-    }
-)
+NARROW = frozenset(
+    ir.DataType[f"{kind}{bits}"] for kind in ("INT", "UINT") for bits in (4, 8, 16)
+) | {kind for kind in ir.DataType if kind.name.startswith(("FLOAT8E4", "FLOAT8E5"))}
+"""The types of weights that are stored as integers; 8-bit floats count as such."""
 
 _SELECTING = frozenset(
     {"Flatten", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
@@ -86,7 +78,7 @@ def can_lift(node: ir.Node) -> bool:
     if tensor is None or tensor.shape.rank() == 0 or _read_settings(node) is None:
         return False
     is_alike = all(_equals(node, use.node) for use in source.uses())
-    return tensor.dtype == ir.DataType.INT32 or (tensor.dtype in _NARROW and is_alike)
+    return tensor.dtype == ir.DataType.INT32 or (tensor.dtype in NARROW and is_alike)
 
 
 def _lift_narrow(

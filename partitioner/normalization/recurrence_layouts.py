@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.traversals import list_bodies
 
 FIRST_STATES = {"GRU": (5,), "LSTM": (5, 6), "RNN": (5,)}
 """Maps a recurrent operator to the indices of its inputs that contain an initial state.
@@ -18,11 +19,13 @@ Such a state has the shape ``[directions, batch, size]`` in layout 0.
 
 
 def normalize_layouts(graph: ir.Graph) -> None:
-    """Convert each LSTM, GRU and RNN node from layout 1 to layout 0, in place.
+    """Convert each LSTM, GRU and RNN node from layout 1 to layout 0, in place and in all bodies.
 
     Transpose nodes before and after the new node convert its inputs and outputs.
     """
     for node in list(graph):
+        for body in list_bodies(node):
+            normalize_layouts(body)
         if node.op_type not in FIRST_STATES or node.domain:
             continue
         if node.attributes.get_int("layout", 0) == 1:
@@ -30,7 +33,8 @@ def normalize_layouts(graph: ir.Graph) -> None:
 
 
 def _transpose(node: ir.Node) -> None:
-    builder = NodeBuilder(f"{node.name}/layout")
+    named = (value.name for value in node.outputs if value.name)
+    builder = NodeBuilder(f"{next(named, node.name)}/layout")  # a body may reuse names of nodes
     inputs = list(node.inputs)
     for index in (0, *FIRST_STATES[node.op_type]):
         if index < len(inputs) and inputs[index] is not None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import count
 
 import numpy as np
 import onnx_ir as ir
@@ -309,13 +311,18 @@ def _list_bodies(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
 def _hoist(graph: ir.Graph) -> None:
     """Move parameters from bodies to the main graph; the bodies then capture them."""
     bodies = list(_list_bodies(graph))
-    taken = {value.name for node in list_nodes(graph) for value in node.outputs}
-    taken |= {value.name for value in graph.inputs} | set(graph.initializers)
+    made = Counter(value.name for node in list_nodes(graph) for value in node.outputs)
+    taken = {*made, *(value.name for value in graph.inputs), *graph.initializers}
     for holder, body in bodies:
         for name, (value, tensor) in list(list_stored(body)):
             if value.is_graph_output() or _classify(value, tensor).kind is not TensorKind.PARAMETER:
                 continue
-            own = name if name not in taken or value.producer() else f"{holder.name}/{name}"
+            is_own = value.producer() is not None and made[name] == 1  # of a Constant node
+            own = name if is_own or name not in taken else f"{holder.name}/{name}"
+            for number in count(2):
+                if own not in taken or is_own:
+                    break
+                own = f"{holder.name}/{name}_{number}"
             taken.add(own)
             outer = ir.Value(
                 name=own, const_value=tensor, metadata_props={INNER: holder.name or ""}

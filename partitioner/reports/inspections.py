@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.errors import CutError, SplitonnxError, TooManyTries, UsageError, quote
+from splitonnx.expressions import describe_size
 from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.bisections import Bisection, find_bisections
 from splitonnx.partitioner.cutting.carried_states.declarations import Pairs, list_pairs
@@ -372,15 +373,22 @@ def _describe(
 
 
 def declare_shape(value: ir.Value) -> tuple[tuple[int | str | None, ...], int]:
-    """Return a value's shape as the manifest would declare it, and its number of bytes per element.
+    """Return a value's shape for a reader, and its number of bytes per element.
 
-    Return ``()`` and 0 if the value cannot be declared, for example because its type is not known.
+    Sizes that are not known are ``None``, whatever name inference gives them.  Return ``()`` and 0
+    if the value cannot be declared, for example because its type is not known.
     """
     try:
         spec = declare(value)
     except SplitonnxError:
         return (), 0
-    return spec.shape, DTYPES[spec.dtype].itemsize
+    return describe_dims(spec.shape), DTYPES[spec.dtype].itemsize
+
+
+def describe_dims(dims: Sequence[int | str | None]) -> tuple[int | str | None, ...]:
+    """Return declared sizes for a reader, with ``None`` for those that only inference named."""
+    told = [describe_size(dim) if isinstance(dim, str) else dim for dim in dims]
+    return tuple(None if dim == "?" else dim for dim in told)
 
 
 def _measure(value: ir.Value) -> int | None:

@@ -15,6 +15,8 @@ import onnx_ir as ir
 from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.graphs.traversals import list_inner
+from splitonnx.partitioner.normalization.weights import INNER
 
 _PARTS = re.compile(r"[./]")
 _PASSING = frozenset(
@@ -61,7 +63,11 @@ def list_layers(
     ``roles`` maps the name of each weight to its role.  ``doubts`` maps the names of some weights
     to the reason why their role may be wrong.
     """
-    places = {node: index for index, node in enumerate(prepared.skeleton.graph)}
+    places = {
+        inner: index
+        for index, node in enumerate(prepared.skeleton.graph)
+        for inner in (node, *list_inner(node))
+    }
     found: dict[str, list[tuple[int, str, ir.Node | None]]] = {}
     for value in prepared.skeleton.graph.inputs:
         if value.name in prepared.roles:
@@ -84,11 +90,14 @@ def list_layers(
 def name_layer(value: ir.Value) -> str:
     """Return the name of the layer that a weight belongs to.
 
-    ``value`` is the graph input that holds the weight.
+    ``value`` is the graph input that holds the weight.  A weight in a body whose own name another
+    one has bears the name of the body's node in front; that is not its layer.
     """
     name = value.name or ""
     parts = _PARTS.split(name)
-    if len(parts) > 1 and "::" not in name:
+    holder = value.metadata_props.get(INNER)
+    is_renamed = len(parts) == 2 and holder is not None and name.startswith(f"{holder}/")
+    if len(parts) > 1 and not is_renamed and "::" not in name:
         last = 2 if len(parts) > 2 and _READS.match(parts[-1]) else 1
         return name[: len(name) - sum(len(part) + 1 for part in parts[-last:])]
     user = _find_user(value)

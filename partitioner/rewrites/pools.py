@@ -1,8 +1,8 @@
 """Rewrite pooling nodes that onnxruntime-training 1.19.2 differentiates wrongly or not at all.
 
 The gradient operators MaxPoolGrad and AveragePoolGrad need a fixed image size.  In addition,
-MaxPoolGrad needs row-major indices, and AveragePoolGrad ignores dilations.  The formulas are those
-of the pooling operators and LRN-13 at onnx.ai/onnx/operators.
+MaxPoolGrad needs a fixed number of channels and row-major indices, and AveragePoolGrad ignores
+dilations.  The formulas are those of the pooling operators and LRN-13 at onnx.ai/onnx/operators.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from splitonnx.partitioner.rewrites.windows import (
 Values = Sequence[ir.Value | None]
 
 
-def _has_fixed_image(x: ir.Value) -> bool:
+def _has_fixed_size(x: ir.Value, first: int = 2) -> bool:
+    """Return whether the dimensions of ``x`` from ``first`` are known; 2 is that of the image."""
     dims = known_dims(x)
-    return dims is not None and None not in dims[2:]
+    return dims is not None and None not in dims[first:]
 
 
 def rewrite_average_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
@@ -52,7 +53,7 @@ def rewrite_average_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
     included = bool(node.attributes.get_int("count_include_pad", 0))
     spread = any(step != 1 for step in node.attributes.get_ints("dilations", []))
     ragged = bool(node.attributes.get_int("ceil_mode", 0))
-    if _has_fixed_image(x) and not spread and not ragged:
+    if _has_fixed_size(x) and not spread and not ragged:
         return None
     windows = read_windows(node)
     counts = count_elements(builder, node, x, windows, include_padding=included)
@@ -63,27 +64,37 @@ def rewrite_max_pool(builder: NodeBuilder, node: ir.Node) -> Values | None:
     """Rewrite MaxPool if onnxruntime-training's gradient cannot be used.
 
     A node with column-major indices becomes a MaxPool with row-major indices, which the gradient
-    needs; the column-major indices are computed separately.  If the image size is unknown, the
-    largest elements are gathered by their indices, and padding that depends on the image size is
-    added by a separate Pad.  Other nodes are left unchanged.
+    needs; the column-major indices are computed separately.  If the image size or the number of
+    channels is unknown, the largest elements are gathered by their indices: MaxPoolGrad writes to
+    memory of the size that the graph declares, in which an unknown dimension counts as 0.  Padding
+    that depends on the image size is added by a separate Pad.  Other nodes are left unchanged.
     """
     x = take_input(node)
+    lowest = float(np.finfo((x.dtype or ir.DataType.FLOAT).numpy()).min)
     if pads_by_size(node) and len(node.outputs) == 1:
-        lowest = float(np.finfo((x.dtype or ir.DataType.FLOAT).numpy()).min)
         return builder.ops("MaxPool", [pad_by_size(builder, node, lowest)], 1, list_plain(node))
     column_major = bool(node.attributes.get_int("storage_order", 0))
-    if _has_fixed_image(x) and not column_major:
+    fixed = _has_fixed_size(x, first=1)
+    if fixed and not column_major:
         return None
     plain = {name: value for name, value in node.attributes.items() if name != "storage_order"}
     places: ir.Value | None = None
     if column_major and len(node.outputs) > 1:
         places = builder.ops("MaxPool", [builder.detach(x)], 2, dict(node.attributes))[1]
-    if _has_fixed_image(x):
+    if fixed:
         return [builder.ops("MaxPool", [x], 1, plain)[0], places]
     read_windows(node)  # raises an error if the windows are unknown
-    indices = builder.ops("MaxPool", [builder.detach(x)], 2, plain)[1]
+    largest, indices = builder.ops("MaxPool", [builder.detach(x)], 2, plain)
+    # the index of a window without a number above the lowest one is that of another channel
+    found = builder.op("Greater", largest, builder.number(lowest, x.dtype))
+    index = builder.op("Where", found, indices, builder.integer(0))
     everything = builder.op("Reshape", x, builder.integers([-1]))
-    return [builder.op("Gather", everything, indices, axis=0), places or indices]
+    gathered = builder.op("Gather", everything, index, axis=0)
+    found.type = ir.TensorType(ir.DataType.BOOL)
+    largest.type = gathered.type = x.type
+    for value in (found, largest, gathered):
+        value.shape = node.outputs[0].shape
+    return [builder.op("Where", found, gathered, builder.detach(largest)), places or indices]
 
 
 def rewrite_global_max_pool(builder: NodeBuilder, node: ir.Node) -> Values:

@@ -6,7 +6,7 @@ are those of Resize-19 at onnx.ai/onnx/operators.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -86,13 +86,11 @@ def _stretch_axis(
     x, mode = node.inputs[0], node.attributes.get_string("mode", "nearest")
     assert x is not None
     coordinates = node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
-    plain = node.attributes.get_string("keep_aspect_ratio_policy", "stretch") == "stretch"
-    plain = plain and not node.attributes.get_int("antialias", 0)
-    if coordinates not in COORDINATES or not plain:
+    if changes := list(_list_changes(node, coordinates)):
         raise refuse(
             node,
             f"the size of '{x.name}' along axis {axis}, before or after, is not known",
-            "fix it with --dim NAME=SIZE, or export it without antialias and cropped regions",
+            f"fix it with --dim NAME=SIZE, or export it {' and '.join(changes)}",
         )
     before, place = extents[axis], builder.integers([_read_axes(node, x).index(axis)])
     factor: float | ir.Value | None = scale
@@ -120,6 +118,16 @@ def _stretch_axis(
         made = _multiply_axis(builder, made, extents, axis, weights, after)
     extents[axis] = after
     return made
+
+
+def _list_changes(node: ir.Node, coordinates: str) -> Iterator[str]:
+    """Yield what must be changed in a node so that it can resize an axis of unknown size."""
+    if node.attributes.get_int("antialias", 0):
+        yield "without antialias"
+    if node.attributes.get_string("keep_aspect_ratio_policy", "stretch") != "stretch":
+        yield "with the keep_aspect_ratio_policy 'stretch'"
+    if coordinates not in COORDINATES:
+        yield f"without the coordinate_transformation_mode '{coordinates}'"
 
 
 def _read_axes(node: ir.Node, x: ir.Value) -> list[int]:

@@ -17,7 +17,9 @@ from splitonnx.partitioner.rewrites.interpolations import Kernel
 from splitonnx.partitioner.rewrites.shape_rules import Extent, count_up, to_number
 
 _FLOAT = ir.DataType.FLOAT
-COORDINATES = ("align_corners", "asymmetric", "half_pixel", "pytorch_half_pixel")
+COORDINATES = (
+    "align_corners", "asymmetric", "half_pixel", "half_pixel_symmetric", "pytorch_half_pixel",
+)  # fmt: skip
 """The coordinate modes that are supported for unknown sizes; other modes need fixed sizes."""
 
 
@@ -55,6 +57,10 @@ class Stretch:
         x = builder.op("Sub", builder.op("Div", builder.op("Add", y, half), scale), half)
         if self.coordinates == "half_pixel":
             return x
+        if self.coordinates == "half_pixel_symmetric":  # the middle is kept if after was rounded
+            wide = builder.op("Div", to_number(builder, self.after, _FLOAT), scale)
+            rest = builder.op("Sub", to_number(builder, self.before, _FLOAT), wide)
+            return builder.op("Add", x, builder.op("Mul", rest, half))
         several = builder.op("Greater", to_number(builder, self.after, _FLOAT), one)
         return builder.op("Where", several, x, builder.number(0.0, _FLOAT))
 

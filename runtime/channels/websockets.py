@@ -34,6 +34,7 @@ from splitonnx.errors import (
     UntrustedPeer,
     UsageError,
 )
+from splitonnx.interrupts import check_interrupt
 from splitonnx.runtime.channels.bounded_connections import BoundedConnection
 from splitonnx.runtime.channels.channels import Dial
 from splitonnx.runtime.channels.credentials import Credentials, check_url
@@ -144,6 +145,7 @@ class WebSocketTransport:
             try:
                 content = self._socket.recv(max(patience, 0), decode=False)
             except TimeoutError:
+                check_interrupt()
                 if not self._is_underway():
                     end_by = None
                 elif end_by is None:
@@ -215,6 +217,7 @@ def connect(url: str, *, credentials: Credentials | None = None) -> WebSocketTra
         ConnectionLost, Unauthorized, UntrustedPeer, Redirected, UsageError: see
             :class:`WebSocketTransport`.
     """
+    check_interrupt()  # a channel may repeat this without end
     return WebSocketTransport(url, credentials=credentials)
 
 

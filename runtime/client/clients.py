@@ -19,11 +19,9 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest
 from splitonnx.names import CLIENT, PREDICT, TRAIN
-from splitonnx.runtime.channels.channels import Channel, Dial
+from splitonnx.runtime.channels.channels import Dial
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.greetings import SharingTerms
-from splitonnx.runtime.channels.retries import Backoff
-from splitonnx.runtime.channels.websockets import split_address
 from splitonnx.runtime.client.datasets import (
     Batch,
     DataSource,
@@ -118,11 +116,17 @@ class Client:
                 else "this bundle is one part of a model; name the server that holds the other"
             )
         self._executor = Executor(party, Engine(threads, trusted=trusted))
+        self._kept = {spec.tensor.name for spec in party.manifest.state}
         self._run = TrainingRun.open(self._executor, resume=resume)
         with ExitStack() as undo:  # release the folder if no client is made
             undo.callback(self._run.release)
-            channel = self._connect(
-                server, credentials, give_up_after, is_patient=resume, can_share=share
+            channel = self._run.connect(
+                self._executor,
+                server,
+                credentials,
+                give_up_after=give_up_after,
+                is_patient=resume or give_up_after is not None,
+                can_share=share,
             )
             if channel is not None and channel.step != self._executor.step:
                 self._run.position = self._run.go_back(self._executor, channel.step)
@@ -130,29 +134,6 @@ class Client:
         self._runner = TaskRunner(self._executor, self._run, channel, seed=seed)
         self._loop = TrainingLoop(self._executor, self._runner, seed=seed)
         self._is_training = threading.Lock()  # held while a fit is running
-
-    def _connect(
-        self,
-        server: str | Transport | Dial | None,
-        credentials: Credentials | None,
-        give_up_after: float | None,
-        *,
-        is_patient: bool,
-        can_share: bool,
-    ) -> Channel | None:
-        if server is None:
-            return None
-        dial, transport = split_address(server, credentials)
-        return Channel(
-            dial,
-            transport,
-            manifest=self._manifest,
-            session=self._run.session,
-            find_resume_point=lambda: self._run.find_resume_point(self._executor.step),
-            backoff=Backoff(give_up_after=give_up_after),
-            patient=is_patient or give_up_after is not None,
-            can_share=can_share,
-        )
 
     def __enter__(self) -> Self:
         return self
@@ -258,10 +239,12 @@ class Client:
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         specs = require_phase(self._manifest, TRAIN).data
-        training = open_fitting(data, specs, batch_size, is_training=True)
+        training = open_fitting(data, specs, batch_size, self._kept, is_training=True)
         held_out = None
         if eval_data is not None:
-            held_out = open_fitting(eval_data, list_evaluated(self._manifest), batch_size)
+            held_out = open_fitting(
+                eval_data, list_evaluated(self._manifest), batch_size, self._kept
+            )
         has_data, can_return = held_out is not None, self._runner.can_return
         measures = choose_measures(
             self._manifest, metrics, stopping, has_data=has_data, can_return=can_return
@@ -323,7 +306,7 @@ class Client:
             UsageError: a call to :meth:`fit` is still running.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        check_batch(batch, require_phase(self._manifest, TRAIN).data)
+        check_batch(batch, require_phase(self._manifest, TRAIN).data, self._kept)
         check_finite(batch, "")
         if self._is_training.locked():
             raise UsageError(_ALREADY_TRAINING)
@@ -342,7 +325,7 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_fitting(data, list_evaluated(self._manifest), batch_size)
+        dataset = open_fitting(data, list_evaluated(self._manifest), batch_size, self._kept)
         return self._loop.evaluate(dataset, batch_size, choose_metrics(metrics, self._manifest))
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
@@ -366,7 +349,9 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_fitting(data, require_phase(self._manifest, PREDICT).data, batch_size)
+        dataset = open_fitting(
+            data, require_phase(self._manifest, PREDICT).data, batch_size, self._kept
+        )
         batches = dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
         return (self._loop.perform(PREDICT, batch) for batch in batches)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -20,6 +20,7 @@ import numpy as np
 from splitonnx.errors import (
     ArrayMismatch,
     DataError,
+    KeptArray,
     MissingArray,
     NotFinite,
     UnusableData,
@@ -47,13 +48,14 @@ class Dataset(ABC):
     """Whether the data determine the size of each batch, so that ``batch_size`` is ignored."""
 
     @abstractmethod
-    def check(self, specs: Sequence[TensorSpec]) -> None:
+    def check(self, specs: Sequence[TensorSpec], kept: Collection[str] = ()) -> None:
         """Check the arrays against ``specs``, the declared tensors.
 
-        Batches of an iterable that is not a list are checked later, when they are read.
+        ``kept`` names tensors that the model keeps itself.  Batches of an iterable that is not a
+        list are checked later, when they are read.
 
         Raises:
-            MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
+            KeptArray, MissingArray, ArrayMismatch, ValueOutOfRange: see :func:`check_batch`.
             UnusableData: a file of a folder with one file per batch does not fit.
         """
 
@@ -108,9 +110,9 @@ class ArrayDataset(Dataset):
             raise UnusableData(source, "it holds no samples")
         self._arrays = arrays
 
-    def check(self, specs: Sequence[TensorSpec]) -> None:
+    def check(self, specs: Sequence[TensorSpec], kept: Collection[str] = ()) -> None:
         """Check the type, shape and values of every array; any number of rows is allowed."""
-        check_batch(self._arrays, [_any_rows(spec) for spec in specs])
+        check_batch(self._arrays, [_any_rows(spec) for spec in specs], kept)
 
     def batches(
         self,
@@ -143,14 +145,15 @@ class BatchDataset(Dataset):
     def __init__(self, source: Iterable[Batch]) -> None:
         self._source = source
         self._specs: Sequence[TensorSpec] = ()
+        self._kept: Collection[str] = ()
         self._spent = False
 
-    def check(self, specs: Sequence[TensorSpec]) -> None:
+    def check(self, specs: Sequence[TensorSpec], kept: Collection[str] = ()) -> None:
         """Check the batches of a list; other batches are checked when they are read."""
-        self._specs = specs
+        self._specs, self._kept = specs, kept
         if isinstance(self._source, list | tuple):
             for number, batch in enumerate(self._source):
-                check_batch(_read_batch(number, batch), specs)
+                check_batch(_read_batch(number, batch), specs, kept)
 
     def batches(
         self,
@@ -176,7 +179,7 @@ class BatchDataset(Dataset):
         self._spent = isinstance(self._source, Iterator)
         for number, batch in enumerate(self._source):
             arrays = _read_batch(number, batch)
-            check_batch(arrays, self._specs)
+            check_batch(arrays, self._specs, self._kept)
             check_finite(arrays, f"batch {number}, ")
             yield arrays
 
@@ -202,17 +205,18 @@ class FileDataset(Dataset):
         self.files = files
         self.size = len(files)
         self._specs: Sequence[TensorSpec] = ()
+        self._kept: Collection[str] = ()
 
-    def check(self, specs: Sequence[TensorSpec]) -> None:
+    def check(self, specs: Sequence[TensorSpec], kept: Collection[str] = ()) -> None:
         """Check the arrays in every file against ``specs``, the declared tensors.
 
         Arrays are read in full only if bounds are declared for their values; for all others, only
         the headers are read.  Each file is checked again when its batch is read.
         """
-        self._specs = specs
+        self._specs, self._kept = specs, kept
         for file in self.files:
             with _naming(file):
-                check_batch(read_declared(file, specs), specs)
+                check_batch(read_declared(file, specs), specs, kept)
 
     def batches(
         self,
@@ -231,7 +235,7 @@ class FileDataset(Dataset):
             file = self.files[int(number)]
             with _naming(file):
                 batch = read_npz(file)
-                check_batch(batch, self._specs)
+                check_batch(batch, self._specs, self._kept)
             check_finite(batch, f"{file}, ")
             yield batch
 
@@ -282,16 +286,21 @@ def open_dataset(source: DataSource) -> Dataset:
     return ArrayDataset(map_folder(path) if path.is_dir() else read_npz(path), str(path))
 
 
-def check_batch(batch: Batch, specs: Sequence[TensorSpec]) -> None:
+def check_batch(batch: Batch, specs: Sequence[TensorSpec], kept: Collection[str] = ()) -> None:
     """Check that ``batch`` contains every array in ``specs``, with the declared type and shape.
 
     Arrays are not converted; if a dtype is wrong, the error explains how to convert the array.
+    ``kept`` names tensors that the model keeps itself, of which ``batch`` must have none.
 
     Raises:
+        KeptArray: there is an array for a tensor that the model keeps itself.
         MissingArray: an array is missing.
         ArrayMismatch: the dtype or shape of an array is wrong.
         ValueOutOfRange: an integer, usually a label, is out of range.
     """
+    for name in kept:
+        if name in batch:
+            raise KeptArray(name)
     sizes: dict[str, int] = {}
     for spec in specs:
         if spec.name not in batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -66,16 +66,23 @@ def _find_fixed_rows(specs: Sequence[TensorSpec]) -> tuple[str, int] | None:
 
 
 def open_fitting(
-    source: DataSource, specs: Sequence[TensorSpec], batch_size: int, *, is_training: bool = False
+    source: DataSource,
+    specs: Sequence[TensorSpec],
+    batch_size: int,
+    kept: Collection[str] = (),
+    *,
+    is_training: bool = False,
 ) -> Dataset:
     """Open data, and check them and their division into batches against ``specs``.
+
+    ``kept`` names tensors that the model keeps itself, which cannot be part of the data.
 
     Raises:
         DataError: the data do not fit ``specs``, or some batches of them do not.
         UsageError: the model fixes another batch size.
     """
     dataset = open_dataset(source)
-    dataset.check(specs)
+    dataset.check(specs, kept)
     if dataset.size is not None and not dataset.has_own_batches:
         _check_rows(dataset.size, specs, batch_size, is_training=is_training)
     return dataset

@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost
+from splitonnx.interrupts import check_interrupt
 from splitonnx.messages import TaskKey
 from splitonnx.names import SHARE, TRAIN
 from splitonnx.runtime.channels.channels import Channel
@@ -72,8 +73,10 @@ class TaskRunner:
                 continue.
             DataError, StageFailed, ProtocolError: the task failed and was aborted; the runner is
                 closed.
+            KeyboardInterrupt: Ctrl-C was pressed earlier, and other code discarded the exception.
         """
         self._require_open()
+        check_interrupt()
         number = self.executor.step if phase in (TRAIN, SHARE) else next(self._others)
         key = TaskKey(session=self.run.session, phase=phase, step=number, micro_batch=0)
         self.executor.begin(key, data=data, seed=self._seed, learning_rate=learning_rate)

@@ -1,7 +1,7 @@
 """The records that let a client resume training: its session, checkpoints and position in the data.
 
 A run is unfinished while its checkpoints are newer than the outcome stored in the folder.  This
-module reads and writes files; it does not run tasks or contact the server.
+module reads and writes files, and opens the session's channel; it does not run tasks.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleError, UnfinishedRun, UsageError
 from splitonnx.folder_locks import FolderLock
 from splitonnx.json_errors import JSON_ERRORS
+from splitonnx.runtime.channels.channels import Channel, Dial
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.greetings import ResumePoint
+from splitonnx.runtime.channels.retries import Backoff
+from splitonnx.runtime.channels.websockets import split_address
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.checkpoint_files import list_sessions
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
 from splitonnx.runtime.storage.positions import DataPosition
+from splitonnx.runtime.wire.transports import Transport
 from splitonnx.states import check_home
 
 # msgspec crashes if two threads use a type for the first time at the same moment
@@ -74,6 +79,39 @@ class TrainingRun:
             run = cls(party, found.session, found)
         run._lock = lock
         return run
+
+    def connect(
+        self,
+        executor: Executor,
+        server: str | Transport | Dial | None,
+        credentials: Credentials | None,
+        *,
+        give_up_after: float | None,
+        is_patient: bool,
+        can_share: bool,
+    ) -> Channel | None:
+        """Open the session's channel to its server; without a server, return ``None``.
+
+        ``executor`` holds the client's state, and :class:`~clients.Client` explains the other
+        arguments.  ``is_patient`` means to retry if the first connection fails.
+
+        Raises:
+            ConnectionLost, ServerBusy: the server cannot be reached or is full.
+            BundleMismatch, SharingNotPermitted, RemoteFault: the server refuses the client.
+        """
+        if server is None:
+            return None
+        dial, transport = split_address(server, credentials)
+        return Channel(
+            dial,
+            transport,
+            manifest=self._party.manifest,
+            session=self.session,
+            find_resume_point=lambda: self.find_resume_point(executor.step),
+            backoff=Backoff(give_up_after=give_up_after),
+            patient=is_patient,
+            can_share=can_share,
+        )
 
     def hold(self) -> None:
         """Lock the folder until :meth:`release` is called; may be called twice.

@@ -19,6 +19,7 @@ from importlib import import_module
 from typing import NoReturn, Protocol
 
 from splitonnx.errors import StageFailed, StageStopped, StageTooSlow
+from splitonnx.interrupts import note_interrupt
 
 GRACE_SECONDS = 2.0
 """Seconds after which a run that was asked to stop, but still runs, is considered stuck.
@@ -178,7 +179,7 @@ class _Interrupts:
         If the program has its own SIGINT handler, that handler stays in place and the run is not
         ended.
         """
-        if _get_handler(signal.SIGINT) is not signal.default_int_handler:
+        if _get_handler(signal.SIGINT) not in _RAISING:
             return
         if self._writer is None or self._pid != os.getpid():
             self._writer, self._pid = self._start(), os.getpid()
@@ -208,4 +209,6 @@ class _Interrupts:
 
 _get_handler = import_module("_signal").getsignal
 """The C function behind ``signal.getsignal``, which takes 4 us to convert the result to an enum."""
+_RAISING = (signal.default_int_handler, note_interrupt)
+"""The handlers that raise ``KeyboardInterrupt`` and do nothing that a caller could wait for."""
 _INTERRUPTS = _Interrupts()

@@ -35,6 +35,7 @@ from splitonnx.commands.streams import (
 from splitonnx.errors import SplitonnxError
 from splitonnx.faults import LOGGER
 from splitonnx.imports import postpone
+from splitonnx.interrupts import keep_exit_code, noting_interrupts
 
 TRACEBACK = "SPLITONNX_TRACEBACK"
 """If this environment variable is set, errors are shown with their traceback."""
@@ -88,7 +89,7 @@ def main() -> None:
     replace_closed_streams()
     postpone(*UNUSED)
     try:
-        with silencing("onnx_ir", LOGGER):
+        with noting_interrupts(), silencing("onnx_ir", LOGGER):
             code = app(prog_name="splitonnx", standalone_mode=False)
         sys.stdout.flush()
     except SplitonnxError as error:
@@ -102,6 +103,7 @@ def main() -> None:
         discard_unprinted(sys.stdout)
         _fail(f"what a command prints cannot be written: {reason}")
     except (KeyboardInterrupt, typer.Abort):
+        keep_exit_code()
         sys.exit(130)
     except Exception as error:  # noqa: BLE001
         # the class of typer's usage errors is private, but each can format its message

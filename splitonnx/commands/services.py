@@ -29,6 +29,7 @@ from splitonnx.commands.options import (
 from splitonnx.commands.policies import JoiningOptions
 from splitonnx.commands.security import ClientSecurity, ServerSecurity
 from splitonnx.errors import UnwritableFile
+from splitonnx.interrupts import check_interrupt
 from splitonnx.runtime.limits import Limits
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def serve(
         refuse_both("--no-isolate", "--max-workers", True, True)
     policy = joins.read()
     with logging_to_stderr(logs.choose_level(), logs.log_format):
-        splitonnx.Server(
+        server = splitonnx.Server(
             bundle,
             host=host,
             port=port,
@@ -96,7 +97,9 @@ def serve(
             client=client,
             keep_sessions=keep_sessions,
             policy=policy,
-        ).serve_forever()
+        )
+        check_interrupt()  # discarded while modules were imported: then do not serve
+        server.serve_forever()
 
 
 @spread

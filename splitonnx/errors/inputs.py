@@ -24,6 +24,20 @@ class MissingArray(DataError):
 
 
 @dataclass(eq=False)
+class KeptArray(DataError):
+    """The data contain an array for a tensor that the model keeps itself."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return (
+            f"the data have an array '{self.name}', but the model keeps this tensor itself, from "
+            "step to step, so its values would not be read; leave it out of the data (as --state, "
+            "it begins with the initializer of this name in the model's file, if there is one)"
+        )
+
+
+@dataclass(eq=False)
 class ArrayMismatch(DataError):
     """An array, or a tensor in a message, does not have the declared dtype or shape."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.names import Target
@@ -162,3 +162,111 @@ def test_a_size_of_the_output_that_only_the_file_knows_has_to_be_right() -> None
             continue
         with pytest.raises(UnsupportedModel, match=r"declares the sizes \['\?', 7\].* \[\d, 3\]"):
             cut(model, at=None, check=True)
+
+
+BRANCHES: dict[str, tuple[str, list[int | str]]] = {
+    "an Expand to a computed shape": (
+        """
+        five = Gather <axis = 0> (s, one)
+        column = Unsqueeze (five, zero)
+        value = Expand (unit, column)
+        sizes = Shape (value)
+        factor = Cast <to = 1> (sizes)""",
+        [9],
+    ),
+    "a scalar": (
+        """
+        value = ReduceSum <keepdims = 0> (h)
+        sizes = Shape (value)
+        length = Size (sizes)
+        number = Cast <to = 1> (length)
+        factor = Add (number, value)""",
+        ["N", 5, 7],
+    ),
+    "a vector declared as a scalar": (
+        """
+        value = ReduceSum <keepdims = 1> (h)
+        sizes = Shape (value)
+        length = Size (sizes)
+        factor = Cast <to = 1> (length)""",
+        [],
+    ),
+    "a Reshape to a computed shape": (
+        """
+        rows = Slice (s, zero, first)
+        target = Concat <axis = 0> (rows, twenty)
+        value = Reshape (h, target)
+        sizes = Shape (value)
+        last = Slice (sizes, first, second)
+        factor = Cast <to = 1> (last)""",
+        ["N", 7],
+    ),
+}
+"""What a branch computes from a value whose shape the file may declare wrongly."""
+
+
+def build_branches(case: str, *, is_stale: bool) -> onnx.ModelProto:
+    nodes, shape = BRANCHES[case]
+    dims = ", ".join(map(str, shape))
+    declared = f"<float[{dims}] value>" if shape else "<float value>"
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 18]>
+        branches (float[N, 5, 4] x) => (float[N, 5, 2] y)
+        <int64 one = {{1}}, int64[1] zero = {{0}}, int64[1] first = {{1}}, int64[1] second = {{2}},
+         int64[1] twenty = {{20}}, float[1] unit = {{1}}, float nothing = {{0}}> {{
+            h = MatMul (x, w)
+            s = Shape (h)
+            mean = ReduceMean <keepdims = 0> (x)
+            on = Greater (mean, nothing)
+            b = If (on) <
+                then_branch = then () => (float[N, 5, 4] a)
+                    {declared if is_stale else ""} {{{nodes}
+                    a = Mul (h, factor)
+                }},
+                else_branch = other () => (float[N, 5, 4] c) {{ c = Tanh (h) }}>
+            y = MatMul (b, v)
+        }}"""
+    )
+    random = np.random.default_rng(0)
+    for name, size in (("w", (4, 4)), ("v", (4, 2))):
+        array = random.standard_normal(size).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    return model
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("case", BRANCHES)
+def test_a_wrong_shape_within_a_branch_is_not_believed(case: str, *, check: bool) -> None:
+    model, meant = (build_branches(case, is_stale=is_stale) for is_stale in (True, False))
+    x = np.abs(np.random.default_rng(1).standard_normal((6, 5, 4))).astype(np.float32)
+    (branch, *_) = [node for node in model.graph.node if node.op_type == "If"]
+    assert [info.name for info in branch.attribute[0].g.value_info] == ["value"]
+    bundle = cut(model, at="b", loss="mse", check=check)
+    for data in (x, -x):
+        hold_predictions(bundle, meant, {"x": data})
+
+
+def test_a_size_that_no_inference_corrects_is_named_where_results_differ() -> None:
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 4, 4), out="h")
+    most = net.op("Cast", net.op("ReduceMax", "h", out="most", keepdims=0), out="i", to=INT64)
+    nothing = net.op("Mul", most, net.constant("zero", np.array(0)), out="n")
+    axis = net.op("Add", nothing, net.constant("one", np.array([1])), out="axis")
+    sizes = net.op("Shape", net.op("ReduceSum", "h", axis, out="sum", keepdims=0), out="sizes")
+    factor = net.op("Cast", sizes, out="factor", to=FLOAT)
+    factor = net.op("ReduceProd", net.op("Slice", factor, "one", "two", out="f"), out="p")
+    net.constant("two", np.array([2]))
+    net.op("MatMul", net.op("Mul", "h", factor, out="m"), net.weight("v", 4, 2), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 5, 4])}, "y", 5, 2)
+    for declared in (4, 9):
+        del model.graph.value_info[:]
+        model.graph.value_info.append(helper.make_tensor_value_info("sum", FLOAT, ["N", declared]))
+        if declared == 4:
+            cut(model, at="h", loss="mse", check=True)
+            continue
+        with pytest.raises(UnsupportedModel) as caught:
+            cut(model, at="h", loss="mse", check=True)
+        assert str(caught.value) == (
+            "tensor 'sum' of the model: its file declares the sizes ['?', 9], but it has [2, 4] "
+            "when it runs; export it again, or delete the declared sizes"
+        )

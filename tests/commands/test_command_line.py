@@ -69,3 +69,24 @@ main()
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "False 0 True"  # off, and nothing is left to look at
+
+
+INTERRUPTED = """
+from splitonnx import commands
+
+def app(**_):
+    exec("raise KeyboardInterrupt")
+
+commands.app = app
+commands.main()
+"""
+"""Ctrl-C in code that is run from a string, as most of ``dataclasses`` is."""
+
+
+def test_a_command_that_was_interrupted_in_generated_code_ends_with_130(tmp_path: Path) -> None:
+    """On earlier versions it ends by SIGINT, which only shells turn into 130."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import splitonnx
 from tests.support.commands import Command, start
+from tests.support.interrupts import lose_interrupt, taking_interrupts
 
 
 def test_a_port_in_use_is_one_line(
@@ -31,6 +35,21 @@ def test_serve_says_where_and_stops_when_told(bundle: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "stopped" in err.splitlines()[-1]
+
+
+def test_an_interrupt_whose_exception_was_discarded_while_a_server_starts_ends_it(
+    command: Command, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Starting(splitonnx.Server):
+        def __init__(self, *_: object, **__: object) -> None:
+            lose_interrupt()
+
+        def serve_forever(self) -> None:
+            pytest.fail("it serves")
+
+    monkeypatch.setattr(splitonnx, "Server", Starting)
+    with taking_interrupts():
+        assert command("serve", bundle / "server", "--port", 0) == (130, "", "")
 
 
 AS_ON_WINDOWS = """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from splitonnx.bundles import Bundle
 from tests.support.carried import build_recurrent, draw_data
 from tests.support.commands import MODEL, SAMPLES, Command, start
+from tests.support.interrupts import lose_interrupt, taking_interrupts
 from tests.support.packed_models import build_packed, draw_packed
 
 
@@ -169,6 +172,69 @@ def test_an_interrupt_ends_training_with_130(bundle: Path, url: str, data: Path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+    assert Bundle.load(bundle).client.step == 0
+
+
+@pytest.mark.parametrize("is_local", [False, True])
+def test_an_interrupt_whose_exception_other_code_discards_ends_training_before_the_next_step(
+    command: Command,
+    bundle: Path,
+    url: str,
+    data: Path,
+    is_local: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose, orders = np.random.default_rng, []
+
+    def choose_and_lose(seed: list[int]) -> np.random.Generator:
+        orders.append(seed)
+        if len(orders) == 2:
+            lose_interrupt()
+        return choose(seed)
+
+    source = (MODEL, "--local") if is_local else (bundle / "client", "--server", url)
+    arguments = (*source, "--data", data, "--epochs", 3, "--batch-size", 8, "--seed", 3)
+    monkeypatch.setattr(np.random, "default_rng", choose_and_lose)
+    with taking_interrupts():
+        code, out, _ = command("train", *arguments, "--json")
+    steps = [record for record in map(json.loads, out.splitlines()) if "step" in record]
+    assert code == 130
+    assert [record["epoch"] for record in steps] == [0, 0, 0]
+
+
+INTERRUPTED_IMPORT = """
+import abc, collections.abc, signal, sys
+from splitonnx.commands import main
+register = abc.ABCMeta.register
+
+def interrupt_and_register(cls, kind):
+    if cls is collections.abc.Sequence and "numpy.random" in sys.modules:
+        abc.ABCMeta.register = register
+        print("interrupted", file=sys.stderr, flush=True)
+        signal.raise_signal(signal.SIGINT)
+    return register(cls, kind)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+abc.ABCMeta.register = interrupt_and_register
+sys.argv[0] = "splitonnx"
+main()
+"""
+"""Ctrl-C where numpy's compiled modules discard every exception while they are imported."""
+
+
+def test_an_interrupt_while_numpy_imports_its_random_numbers_ends_training(
+    bundle: Path, url: str, data: Path
+) -> None:
+    """On earlier versions training continues, and the exit code is 0."""
+    done = subprocess.run(
+        [
+            sys.executable, "-c", INTERRUPTED_IMPORT, "train", bundle / "client", "--server", url,
+            "--data", data, "--json",
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr.startswith("interrupted\ninterrupted at step 0; ")
+    assert done.returncode == 130
     assert Bundle.load(bundle).client.step == 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from onnx import numpy_helper
 
 import splitonnx
+from splitonnx.errors import KeptArray
 from splitonnx.manifests import Role
 from splitonnx.names import TARGETS, Target
 from splitonnx.optimizers import SGD
@@ -316,3 +317,21 @@ def test_a_run_that_resumes_has_the_states_of_its_checkpoint(at: str, tmp_path: 
     assert outcomes[0]["h_in"].any()
     for name, array in outcomes[0].items():
         np.testing.assert_array_equal(outcomes[1][name], array)
+
+
+def test_data_that_hold_a_state_are_refused_wherever_they_are_read() -> None:
+    """The state would not begin with them, and a prediction would not read them."""
+    bundle, (name,) = cut_recurrent(None), RECURRENT.values()
+    batch = {**draw_data(BATCH), name: np.ones_like(bundle.client.weights[name])}
+    with Client(bundle.client, None, threads=1) as client:
+        calls: list[Callable[[], object]] = [
+            lambda: client.fit([batch]),
+            lambda: client.step(batch),
+            lambda: client.evaluate([batch]),
+            lambda: client.predict([batch]),
+        ]
+        for call in calls:
+            with pytest.raises(KeptArray, match=f"'{name}'.*leave it out of the data"):
+                call()
+    with pytest.raises(KeptArray):
+        verify(cut_recurrent("a"), [batch], steps=1)  # here the server keeps it

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from typer.testing import CliRunner
 
 import splitonnx
@@ -80,6 +83,69 @@ def test_gradients_of_float_weights_agree_with_differences_in_float64(name: str)
     assert set(trained) <= set(bundles[0].client.weights)
     steps = [run_step(bundle, data) for bundle in bundles]
     hold_steps(steps, merged, "mse", data, trained)
+
+
+def write_branches(folder: Path) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Write a model whose branches read an outer tensor, quantise it, and return both."""
+    random = np.random.default_rng(3)
+
+    def draw_weight(name: str, *shape: int) -> onnx.TensorProto:
+        values = 0.4 * random.standard_normal(shape)
+        return onnx.numpy_helper.from_array(values.astype(np.float32), name)
+
+    def branch(name: str) -> onnx.GraphProto:
+        product = helper.make_node("MatMul", ["h", name], [f"{name}_out"], name)
+        made = helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)
+        return helper.make_graph([product], name, [], [made], [draw_weight(name, 8, 4)])
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "W1"], ["a"], "first"),
+        helper.make_node("Relu", ["a"], ["h"], "relu"),
+        helper.make_node("ReduceSum", ["x"], ["sum"], "sum", keepdims=0),
+        helper.make_node("Greater", ["sum", "limit"], ["c"], "choice"),
+        helper.make_node(
+            "If", ["c"], ["i"], "if", then_branch=branch("T"), else_branch=branch("E")
+        ),
+        helper.make_node("MatMul", ["i", "W2"], ["y"], "last"),
+    ]
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", size])
+        for name, size in (("x", 6), ("y", 3))
+    )
+    limit = onnx.numpy_helper.from_array(np.array(0, np.float32), "limit")
+    weights = [draw_weight("W1", 6, 8), draw_weight("W2", 4, 3), limit]
+    graph = helper.make_graph(nodes, "branches", [x], [y], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    source, target = folder / "float.onnx", folder / "quantised.onnx"
+    onnx.save(model, source)
+    quantize_dynamic(
+        source,
+        target,
+        weight_type=QuantType.QInt8,
+        reduce_range=True,
+        extra_options={"EnableSubgraph": True},
+    )
+    return model, onnx.load(target)
+
+
+def test_a_file_whose_branches_read_what_the_tool_wrote_behind_them_is_read(tmp_path: Path) -> None:
+    given, model = write_branches(tmp_path)
+    order = [node.op_type for node in model.graph.node]
+    assert order.index("If") < order.index("Relu")  # which makes what the branches read
+    before = model.SerializeToString()
+    bundle = splitonnx.cut(
+        model, at="i", loss="mse", dequantize=True, send_inputs=["x"], send_labels=True, check=True
+    )
+    assert model.SerializeToString() == before
+    merged, data = splitonnx.merge(bundle), draw_data("perceptron")
+    for x in (data["x"], -data["x"]):  # each takes another branch
+        expected, found = (
+            onnxruntime.InferenceSession(content).run(None, {"x": x})[0]
+            for content in (given.SerializeToString(), merged)
+        )
+        np.testing.assert_allclose(found, expected, atol=0.06)
+        assert np.abs(expected).max() > 0.3
+    assert splitonnx.verify(bundle, data, steps=2, batch_size=4).largest_difference <= 1e-5
 
 
 def test_gradients_through_stored_scales_pass_where_numbers_are_inside_the_range() -> None:

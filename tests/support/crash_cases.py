@@ -120,6 +120,31 @@ def build_frames(operator: str = "Conv") -> onnx.ModelProto:
     return net.finish({"x": (FLOAT, ["N", "T", 2, 5, 5])}, output, 4)
 
 
+def build_loop_of_frames() -> onnx.ModelProto:
+    """A Loop that filters as many of the frames as data say, which may be none."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18]>
+        frames (float[N, 2, 5, 5] x, int64[1] some) => (float[1, 4] scores)
+        {
+            h = Mul (x, scale)
+            from = Constant <value_ints = [0]> ()  space = Constant <value_ints = [2, 3]> ()
+            first = Constant <value = float[1, 3] {0.0, 0.0, 0.0}> ()
+            shape = Shape <start = 0, end = 1> (x)  times = Squeeze (shape)
+            last = Loop <body = step (int64 i, bool c, float[1, 3] a) => (bool d, float[1, 3] n) {
+                d = Identity (c)  images = Slice (h, from, some, from)
+                filtered = Conv (images, w1)  f = ReduceMean <keepdims = 0> (filtered, space)
+                total = ReduceSum (f, from)  k = Add (a, total)  n = Tanh (k)
+            }> (times, , first)
+            scores = MatMul (last, w2)
+        }
+    """)
+    random = np.random.default_rng(0)
+    for name, shape in (("scale", (1, 2, 1, 1)), ("w1", (3, 2, 3, 3)), ("w2", (3, 4))):
+        weights = random.standard_normal(shape).astype(np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(weights, name))
+    return model
+
+
 def build_language_model(ignore_index: int | None = None) -> onnx.ModelProto:
     """A model that ends in the cross-entropy of each position with the next token."""
     net = Net()
@@ -215,6 +240,12 @@ CASES: Mapping[str, Case] = {
     "selected rows that are a multiple": _select(2, 4, 4),
     "no frame to filter": _frames("Conv"),
     "no frame to mix": _frames("Einsum"),
+    "no frame to filter in a loop": Case(
+        build=build_loop_of_frames,
+        at=("h", "some"),
+        good={"h": floats(2, 2, 5, 5), "some": np.array([2])},
+        bad={"h": floats(2, 2, 5, 5), "some": np.array([0])},
+    ),
     "no next token": _language({"h": floats(2, 1, 6), "tokens": np.ones((2, 1), np.int64)}),
     "a token beyond the classes": _language({"tokens": np.full((2, 3), 1 << 40)}),
     "a token below the classes": _language({"tokens": np.full((2, 3), -(1 << 20))}),

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle
 from splitonnx.disclosures import list_labels
-from splitonnx.errors import DifferentResult, UnsupportedModel, quote
+from splitonnx.errors import DifferentResult, quote
 from splitonnx.losses import FROM_MODEL
 from splitonnx.manifests import KEY
 from splitonnx.names import PORTABLE
@@ -35,13 +36,23 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
 )
 from splitonnx.partitioner.cutting.conformance.expectations import (
     Expectation,
+    check_sizes,
+    describe_false_size,
     describe_single,
     expect,
+    expect_smaller,
+    find_overflow,
 )
 from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
-from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, Difference, measure
+from splitonnx.partitioner.cutting.conformance.measures import (
+    TOLERATED,
+    Difference,
+    has_finite,
+    measure,
+)
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
+    find_false_sizes,
     has_packed_weights,
     name_source,
     read_comparable,
@@ -235,12 +246,18 @@ def _hold(
         if isinstance(error, BrokeDown):  # perhaps its parts do so too
             _try_first_draw(form)
         return [f"{subject} was not compared with its parts, since it does not run: {error}"]
-    _check_sizes(expectation, sizes, subject)
+    check_sizes(expectation, sizes, subject)
     remarks = []
-    for noise in expectation.contradicted[-1:]:  # the largest
+    if void := [name for name, arrays in expectation.list_outputs() if not has_finite(arrays)]:
         remarks.append(
-            f"onnx's reference evaluator and ONNX Runtime differ by {noise.size:.1e} over "
-            f"{subject}, in '{noise.tensor}'; its parts were compared with both"
+            f"{subject} was not compared with its parts in {quote(void)}, of which no element is "
+            "finite for any random input tried"
+        )
+    for noise in expectation.contradicted[-1:]:  # the largest
+        extent = f"by {noise.size:.1e}" if np.isfinite(noise.size) else "in sizes or infinities"
+        remarks.append(
+            f"onnx's reference evaluator and ONNX Runtime differ {extent} over {subject}, in "
+            f"'{noise.tensor}'; its parts were compared with both"
         )
     for noise in expectation.cancelled:
         remarks.append(
@@ -281,41 +298,21 @@ def _list_sizes(graph: ir.Graph) -> dict[str, list[int]]:
     }
 
 
-def _check_sizes(
-    expectation: Expectation, sizes: Mapping[str, Sequence[int]], subject: str
-) -> None:
-    """Check that the outputs of a model have the sizes that are known of them.
-
-    Where no operator tells a size, it is what the file declares.  The loss relies on it, so a wrong
-    one would make training fail at the first step, or give a wrong loss.
-
-    Raises:
-        UnsupportedModel: an output has another size.
-    """
-    outcome = expectation.reference or expectation.session or ()
-    for name, dims in sizes.items():
-        for shape in [batch[name].shape for batch in outcome if name in batch]:
-            if len(dims) == len(shape) and _contradict(dims, shape):
-                raise UnsupportedModel(
-                    f"output '{name}' of {subject}",
-                    f"its file declares the sizes {[dim or '?' for dim in dims]}, but it has "
-                    f"{list(shape)} when it runs",
-                    "export it again, or delete the declared sizes",
-                )
-
-
-def _contradict(declared: Sequence[int], shape: Sequence[int]) -> bool:
-    """Return whether a size after the batch differs from the declared one; 0 matches any size."""
-    pairs = list(zip(declared, shape, strict=True))[1:]
-    return any(own and own != size for own, size in pairs)
-
-
 def _hold_made(
     made: Made, found: Sequence[Arrays], expectation: Expectation, subject: str
 ) -> str | None:
     difference = expectation.find_difference(found)
     if not difference.size:
         return None
+    overflow = "" if np.isfinite(difference.size) else find_overflow(expectation, subject)
+    smaller = expect_smaller(expectation, subject, _SEEDS[0]) if overflow else None
+    if smaller is not None:
+        expectation, difference = smaller, smaller.find_difference(made.run(smaller.batches))
+        if not difference.size:
+            return (
+                f"{made.label} agrees with {subject} for small inputs, but for larger ones, where "
+                f"'{overflow}' overflows, one of them is finite and the other is not"
+            )
     try:
         size = min(difference.size, _confirm(made, expectation.model, subject))
     except NotRun as error:
@@ -329,6 +326,7 @@ def _hold_made(
         )
     if size <= TOLERATED:
         return f"{made.label} differs by {size:.1e} from {subject}, in '{difference.tensor}'"
+    _refuse_false_sizes(expectation, subject)
     raise DifferentResult(
         subject,
         made.label,
@@ -336,6 +334,19 @@ def _hold_made(
         _find_first(made, expectation, difference, subject),
         size,
     )
+
+
+def _refuse_false_sizes(expectation: Expectation, subject: str) -> None:
+    """Refuse a model whose results differ if it declares sizes that its tensors do not have.
+
+    What follows from such sizes is computed in advance, so the results are wrong then.
+    """
+    traced = expose(copy_original(expectation.model)).SerializeToString()
+    with suppress(NotRun):
+        run = run_session(traced, expectation.batches[:1], subject, level="none")
+        if (found := find_false_sizes(expectation.model, run[0])) is not None:
+            name, declared, sizes = found
+            raise describe_false_size(f"tensor '{name}' of {subject}", declared, sizes)
 
 
 def _confirm(made: Made, model: onnx.ModelProto, subject: str) -> float:

@@ -71,6 +71,10 @@ class CorrectionFailed(NotRun):
     """Raised if an operator of :mod:`native.corrections` fails on a model or on its inputs."""
 
 
+class EvaluatorFailed(NotRun):
+    """Raised if onnx's reference evaluator makes a mistake of its own, which tells no one else."""
+
+
 def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> list[Arrays]:
     """Run a serialized model with onnx's reference evaluator, and return each batch's outputs.
 
@@ -78,12 +82,20 @@ def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> li
 
     Raises:
         NotRun: the evaluator refuses the model or the inputs, or is too slow.
+        EvaluatorFailed: the evaluator cannot run such a model.
         CorrectionFailed: an operator of :mod:`native.corrections` fails.
     """
     given = [natives.encode_arrays(batch) for batch in batches]
-    return _decode(
-        lambda: workers.call(natives.run_reference, subject, content, given, SECONDS),
-    )
+    try:
+        return _decode(
+            lambda: workers.call(natives.run_reference, subject, content, given, SECONDS),
+        )
+    except NotRun as error:
+        if getattr(error.__cause__, "kind", "") != RuntimeError.__name__:
+            raise
+        raise EvaluatorFailed(
+            f"onnx's reference evaluator cannot run it, by a mistake of its own ({error})"
+        ) from error
 
 
 def run_session(

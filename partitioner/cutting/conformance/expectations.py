@@ -13,22 +13,27 @@ from functools import cached_property, partial
 import numpy as np
 import onnx
 
+from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.cutting.conformance.dataflow import (
     BrokeDown,
     CorrectionFailed,
+    EvaluatorFailed,
     NotRun,
     Run,
     describe_failure,
+    expose,
     run_reference,
     run_session,
 )
 from splitonnx.partitioner.cutting.conformance.measures import (
     Difference,
     find_largest,
+    is_finite,
     list_differences,
 )
 from splitonnx.partitioner.cutting.conformance.samples import (
     Arrays,
+    find_masks,
     find_open_batch,
     iter_draws,
     repeat_sample,
@@ -51,6 +56,8 @@ Relative differences become large in sums that cancel out.
 """
 _SCALES = (10.0, 0.1, 100.0)
 """Standard deviations of inputs to try after 1, if each output has equal rows only."""
+_SMALLER = (0.1, 0.01, 0.001)
+"""Standard deviations of inputs to try after 1, if some output is not finite."""
 _MOST_PARTIAL = 6
 """The search for integers ends after this many draws that only one evaluator accepts."""
 Draw = Callable[[onnx.ModelProto, int, float], Iterator[list[Arrays]]]
@@ -84,10 +91,19 @@ class Expectation:
         Outputs that are equal for all inputs would hide many mistakes.  Therefore, some output must
         have rows that differ, unless no output has several rows.
         """
-        outcome = self.session or self.reference or ()
-        outputs = [[batch[name] for batch in outcome] for name in next(iter(outcome), ())]
-        several = [arrays for arrays in outputs if sum(map(_count_rows, arrays)) > 1]
+        several = [arrays for _, arrays in self.list_outputs() if sum(map(_count_rows, arrays)) > 1]
         return not several or any(map(_is_varied, several))
+
+    def list_outputs(self) -> list[tuple[str, list[np.ndarray]]]:
+        """List each output's name with its results for all batches."""
+        outcome = self.session or self.reference or ()
+        return [(name, [batch[name] for batch in outcome]) for name in next(iter(outcome), ())]
+
+    @property
+    def is_finite(self) -> bool:
+        """Return whether each output is finite, so that a comparison reveals every mistake."""
+        outcomes = [*(self.session or ()), *(self.reference or ())]
+        return all(is_finite(array) for batch in outcomes for array in batch.values())
 
     @cached_property
     def noise(self) -> Mapping[tuple[str, int], Difference]:
@@ -175,8 +191,8 @@ def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_dr
     """Draw random inputs that a model accepts, and evaluate the model with them.
 
     If no output depends on the inputs, as after a Relu of only negative numbers, larger and smaller
-    inputs are tried.  ``subject`` names the model in error messages.  ``draw`` is the function that
-    draws the inputs.
+    inputs are tried, and smaller ones if an output is not finite, as where numbers overflow.
+    ``subject`` names the model in error messages.  ``draw`` is the function that draws the inputs.
 
     Raises:
         NotRun: neither evaluator accepts any of the random inputs; this is a :class:`BrokeDown` if
@@ -185,10 +201,37 @@ def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_dr
             Runtime accepts.
     """
     first = _expect(model, subject, seed, 1.0, draw)
-    if first.is_telling:
+    if first.is_telling and first.is_finite:
         return first
-    others = (_expect(model, subject, seed, scale, draw) for scale in _SCALES)
-    return next((other for other in others if other.is_telling), first)
+    usable = [first] if first.is_telling else []
+    for scale in (() if first.is_telling else _SCALES) + (() if first.is_finite else _SMALLER):
+        with suppress(NotRun):
+            other = _expect(model, subject, seed, scale, draw)
+            if other.is_telling and other.is_finite:
+                return other
+            usable += [other] if other.is_telling else []
+    return next(iter(usable), first)
+
+
+def find_overflow(expectation: Expectation, subject: str) -> str:
+    """Return the name of the original's first tensor that is not finite, or an empty string."""
+    traced = expose(onnx.ModelProto.FromString(expectation.model.SerializeToString()))
+    try:
+        found = run_session(traced.SerializeToString(), expectation.batches, subject, level="none")
+    except NotRun:
+        return ""
+    made = (name for node in traced.graph.node for name in node.output)
+    return next((n for n in made if not all(is_finite(b[n]) for b in found if n in b)), "")
+
+
+def expect_smaller(expectation: Expectation, subject: str, seed: int) -> Expectation | None:
+    """Return the results for inputs so small that nothing overflows, or ``None``."""
+    for scale in _SMALLER:
+        with suppress(NotRun):
+            other = _expect(expectation.model, subject, seed, scale, iter_draws)
+            if other.is_telling and not find_overflow(other, subject):
+                return other
+    return None
 
 
 def _expect(
@@ -201,6 +244,7 @@ def _expect(
     if len(content) <= _MOST_REFERENCE:
         runs["reference"] = partial(run_reference, content, subject=subject)
     refusal = NotRun("no input could be drawn for its inputs' types")
+    has_masks = bool(find_masks(model))
     halves: list[Expectation] = []
     for batches in draw(model, seed, scale):
         made: dict[str, list[Arrays]] = {}
@@ -209,7 +253,8 @@ def _expect(
             try:
                 made[name] = run(batches)
             except NotRun as error:
-                refusal = refusal if isinstance(refusal, BrokeDown) else error
+                if not isinstance(refusal, BrokeDown) and not isinstance(error, EvaluatorFailed):
+                    refusal = error
                 failed = error if isinstance(error, CorrectionFailed) else failed
         if failed is not None and "session" in made:
             raise report_mistake(subject, "evaluated with operators of our own", failed)
@@ -221,7 +266,7 @@ def _expect(
             reference=made.get("reference"),
             session=made.get("session"),
         )
-        if len(made) == len(runs) or not _has_integers(batches):
+        if len(made) == len(runs) or not (has_masks or _has_integers(batches)):
             return found
         halves.append(found)  # an index out of range, which one of them takes, perhaps
         if len(halves) == _MOST_PARTIAL:
@@ -237,12 +282,17 @@ def describe_single(
     """Return a sentence if a model takes one sample only, though it leaves its batch size open.
 
     ``batches`` are inputs that the model takes, and ``run`` runs what is tried with two samples.
-    Return an empty string if it takes them, or if it took several already.
+    Return an empty string if it takes them, if it took several already, or if it does not even take
+    one of them, so that something else than their number is wrong.
     """
     symbol = find_open_batch(model)
     repeated = [repeat_sample(model, batch, symbol) for batch in batches] if symbol else []
     tried = [batch for batch in repeated if batch is not None]
     if not tried or len(tried) < len(batches):
+        return ""
+    try:
+        run(batches)
+    except NotRun:
         return ""
     try:
         run(tried)
@@ -253,6 +303,59 @@ def describe_single(
             f"train with one sample in each batch, with --dim {symbol}=1"
         )
     return ""
+
+
+def check_sizes(expectation: Expectation, sizes: Mapping[str, Sequence[int]], subject: str) -> None:
+    """Check that the outputs of a model have the sizes that are known of them.
+
+    Where no operator tells a size, it is what the file declares.  The loss relies on it, so a wrong
+    one would make training fail at the first step, or give a wrong loss.
+
+    Raises:
+        UnsupportedModel: an output has another size.
+    """
+    outcome = expectation.reference or expectation.session or ()
+    evaluator = "onnx's reference evaluator" if expectation.reference else "ONNX Runtime"
+    for name, dims in sizes.items():
+        for shape in [batch[name].shape for batch in outcome if name in batch]:
+            if len(dims) == len(shape) and _contradict(dims, shape):
+                declared = _read_declared(expectation.model, name)
+                if len(declared) == len(shape) and _contradict(declared, shape):
+                    raise describe_false_size(f"output '{name}' of {subject}", dims, shape)
+                raise UnsupportedModel(
+                    f"output '{name}' of {subject}",
+                    f"by the ONNX standard it has the sizes {[dim or '?' for dim in dims]}, but it "
+                    f"has {list(shape)} when {evaluator} runs it",
+                    "export it again with other operators or with explicit sizes and padding",
+                )
+
+
+def _read_declared(model: onnx.ModelProto, output: str) -> list[int]:
+    """Return the sizes that a model declares for an output, with 0 for those that are not known."""
+    return [
+        dim.dim_value
+        for value in model.graph.output
+        if value.name == output
+        for dim in value.type.tensor_type.shape.dim
+    ]
+
+
+def _contradict(declared: Sequence[int], shape: Sequence[int]) -> bool:
+    """Return whether a size after the batch differs from the declared one; 0 matches any size."""
+    pairs = list(zip(declared, shape, strict=True))[1:]
+    return any(own and own != size for own, size in pairs)
+
+
+def describe_false_size(
+    what: str, declared: Sequence[int], sizes: Sequence[int]
+) -> UnsupportedModel:
+    """Return the error for a tensor whose file declares sizes (0 if open) that it does not have."""
+    told = [dim or "?" for dim in declared]
+    return UnsupportedModel(
+        what,
+        f"its file declares the sizes {told}, but it has {list(sizes)} when it runs",
+        "export it again, or delete the declared sizes",
+    )
 
 
 def draw_accepted(model: onnx.ModelProto, subject: str, seed: int) -> Sequence[Arrays]:

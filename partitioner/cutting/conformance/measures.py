@@ -65,6 +65,17 @@ def measure(found: np.ndarray, expected: np.ndarray) -> float:
     return _find_gap(found, expected) / float(max(largest, 1e-30))
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Return whether an array holds no infinite numbers and no NaN."""
+    return array.dtype.kind in "OSU" or bool(np.isfinite(_widen(array)).all())
+
+
+def has_finite(arrays: Sequence[np.ndarray]) -> bool:
+    """Return whether some element of several arrays is finite, or they have no elements."""
+    filled = [array for array in arrays if array.size and array.dtype.kind not in "OSU"]
+    return not filled or any(bool(np.isfinite(_widen(array)).any()) for array in filled)
+
+
 def _find_gap(found: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest difference between two elements; NaN equals NaN."""
     if found.shape != expected.shape or expected.dtype.kind in "OSU":

@@ -7,9 +7,10 @@ given, although its accuracy level may allow less.  Everything else stays as it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.inliner
 
@@ -122,6 +123,24 @@ def find_random(model: onnx.ModelProto) -> str | None:
     for node in list_nodes(model.graph.node):
         if node.op_type in _RANDOM and not node.domain:
             return node.name or node.output[0]
+    return None
+
+
+def find_false_sizes(
+    model: onnx.ModelProto, tensors: Mapping[str, np.ndarray]
+) -> tuple[str, list[int], list[int]] | None:
+    """Return the first of the tensors that has other sizes than a model declares, and both sizes.
+
+    Sizes that are not known are 0 in what is declared.  The first axis may have any size.
+    """
+    for value in model.graph.value_info:
+        if value.name not in tensors or not value.type.tensor_type.HasField("shape"):
+            continue
+        declared = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        sizes = list(tensors[value.name].shape)
+        pairs = list(zip(declared, sizes, strict=False))[1:]
+        if len(declared) != len(sizes) or any(own and own != size for own, size in pairs):
+            return value.name, declared, sizes
     return None
 
 

@@ -2,26 +2,38 @@
 
 A symbolic size of an input's first axis counts as the batch size, on other axes too if it has a
 name, and any other as a length.
-A model does not declare which integers and lengths it accepts, so several draws are made, and the
-first that the model accepts is used.
+A model does not declare which integers, masks and lengths it accepts, so several draws are made,
+and the first that the model accepts is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import product
 
 import numpy as np
 import onnx
 
 from splitonnx.partitioner.cutting.conformance.quantized_ranges import find_upper_ends
-from splitonnx.partitioner.gate.walks import list_nodes
+from splitonnx.partitioner.gate.walks import list_bodies, list_nodes
 
 Arrays = dict[str, np.ndarray]
 
 _RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 _RENAMING = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators whose results are the numbers of their first input."""
+_COUNTS = {
+    **dict.fromkeys(_RECURRENT, (4,)),
+    **dict.fromkeys(("Expand", "Gather", "GatherElements", "GatherND", "OneHot"), (1,)),
+    **dict.fromkeys(("Reshape", "ReverseSequence", "Tile", "TopK"), (1,)),
+    **dict.fromkeys(("Compress", "ScatterElements", "ScatterND"), (1,)),
+    "Range": (0, 1, 2),
+    "Slice": (1, 2, 3, 4),
+}
+"""The inputs of operators that are lengths, sizes or indices."""
+_SUMS = frozenset({"CumSum", "Einsum", "Gemm", "MatMul", "ReduceL1", "ReduceSum"})
+_SIZES = frozenset({"Shape", "Size"})
+"""Operators whose results do not depend on the numbers of their input."""
 
 _BATCHES = (((2, 1.0), (3, 1.0), (5, 3.0)), ((1, 1.0), (1, 3.0)))
 """Batch sizes to try, each with a factor for the standard deviation of floats.
@@ -42,9 +54,10 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
     """Yield lists of random batches for a model, to be tried in this order.
 
     Floats are drawn from a normal distribution with the standard deviation ``scale``, or a multiple
-    of it in the last batch.  If the model is quantized, the last batch is drawn near the upper end
-    of the integers' range, where integer kernels may be wrong.  Nothing is yielded if an input is
-    not a tensor of real numbers or booleans with a declared rank.
+    of it in the last batch.  Where lengths or indices are computed from floats, booleans or sums,
+    these inputs are also drawn as masks.  If the model is quantized, the last batch is drawn near
+    the upper end of the integers' range, where integer kernels may be wrong.  Nothing is yielded if
+    an input is not a tensor of real numbers or booleans with a declared rank.
     """
     inputs = list_inputs(model)
     if not all(_is_numeric(value) for value in inputs):
@@ -61,7 +74,9 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
     limits = _INTEGERS if has_integers else _INTEGERS[:1]
     ends, counted = find_upper_ends(model), _find_lengths(model)
     batches = _BATCHES if has_batch else _BATCHES[-1:]
-    for sizes, length, limit in product(batches, lengths, limits):
+    masks = find_masks(model)
+    choices: tuple[set[str], ...] = (set(), masks) if masks else (set(),)
+    for sizes, length, limit, masked in product(batches, lengths, limits, choices):
         random = np.random.default_rng(seed)
         drawn = [
             {v.name: _draw(random, v, rows, size, length, limit, spread) for v in inputs}
@@ -69,6 +84,7 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
         ]
         for batch in drawn:
             batch.update({name: batch[name] + batch[name].dtype.type(1) for name in counted})
+            batch.update({name: _draw_mask(random, batch[name]) for name in sorted(masked)})
         for name, end in ends.items():
             drawn[-1][name] = _draw_near(random, drawn[-1][name], end)
         yield drawn
@@ -105,6 +121,42 @@ def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
     return [value for value in model.graph.input if value.name not in given]
 
 
+def find_masks(model: onnx.ModelProto) -> set[str]:
+    """Find the inputs from which a model may count lengths or compute indices.
+
+    These are floats and booleans on which a length, a size or an index depends, and integers that
+    are summed for it.
+    """
+    nodes = list(list_nodes(model.graph.node))
+    counts = [
+        node.input[place]
+        for node in nodes
+        for place in _COUNTS.get(node.op_type, ())
+        if place < len(node.input)
+    ]
+    used = _find_sources(nodes, counts)
+    sums = [node for node in nodes if node.op_type in _SUMS and not used.isdisjoint(node.output)]
+    summed = _find_sources(nodes, [name for node in sums for name in node.input])
+    return {
+        value.name
+        for value in list_inputs(model)
+        if value.name in (summed if _dtype(value).kind in "iu" else used)
+    }
+
+
+def _find_sources(nodes: Sequence[onnx.NodeProto], names: Iterable[str]) -> set[str]:
+    """Find the tensors whose numbers decide those of the tensors named, and these themselves."""
+    found = set(names) - {""}
+    known = 0
+    while known < len(found):  # a body's nodes come after the node that returns their results
+        known = len(found)
+        for node in reversed(nodes):
+            if node.op_type not in _SIZES and not found.isdisjoint(node.output):
+                found.update(name for name in node.input if name)
+                found.update(value.name for body in list_bodies(node) for value in body.output)
+    return found
+
+
 def _find_lengths(model: onnx.ModelProto) -> set[str]:
     """Find the inputs that hold the lengths of sequences of an LSTM, GRU or RNN: at least 1."""
     nodes = list(list_nodes(model.graph.node))
@@ -135,6 +187,20 @@ def _draw(
     if dtype.kind in "iu":
         return random.integers(0, limit, shape).astype(dtype)
     return (random.standard_normal(shape) * scale).astype(dtype)
+
+
+def _draw_mask(random: np.random.Generator, usual: np.ndarray) -> np.ndarray:
+    """Draw zeros and ones, with a one at least in each row and each column.
+
+    All are ones where each row holds one number, since this may be a length itself.
+    """
+    drawn = random.random(usual.shape) < 0.7
+    if usual.ndim < 2 or usual.shape[-1] == 1:
+        return np.ones(usual.shape, usual.dtype)
+    for axis in range(usual.ndim):
+        if usual.shape[axis] > 1:
+            np.moveaxis(drawn, axis, 0)[0] = True
+    return drawn.astype(usual.dtype)
 
 
 def _draw_near(random: np.random.Generator, usual: np.ndarray, end: float) -> np.ndarray:

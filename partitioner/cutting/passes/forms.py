@@ -15,33 +15,19 @@ from splitonnx.partitioner.normalization.batchnorms import (
 )
 from splitonnx.partitioner.normalization.dequantized.replacements import dequantize
 from splitonnx.partitioner.normalization.dropouts import remove_dropouts
+from splitonnx.partitioner.normalization.explicit_operands import separate_broadcast_scales
 from splitonnx.partitioner.normalization.quantizations import lift_quantized
-
-_KEPT_OUTPUTS = {
-    "LayerNormalization": ("mean", "inv_std"),
-    "SoftmaxCrossEntropyLoss": ("log_prob",),
-}
-"""Map operators to their optional outputs that the operator's gradient reads."""
-
-
-def declare_statistics(graph: ir.Graph) -> None:
-    """Add to each node, in place, the optional outputs that its gradient reads."""
-    for node in graph:
-        kinds = _KEPT_OUTPUTS.get(node.op_type, ())
-        if node.domain or len(node.outputs) > len(kinds) or not kinds:
-            continue
-        node.resize_outputs(1 + len(kinds))
-        for value, kind in zip(node.outputs[1:], kinds, strict=True):
-            value.name = value.name or f"{node.outputs[0].name}#{kind}"
 
 
 def make_inference_form(graph: ir.Graph) -> None:
     """Turn a graph into its inference form, in place.
 
-    BatchNormalization then uses running statistics, and Dropout is removed.
+    BatchNormalization then uses running statistics, Dropout is removed, and a LayerNormalization
+    has the scale and the bias that ONNX Runtime takes; that of the training form is rewritten.
     """
     use_running_statistics(graph)
     remove_dropouts(graph)
+    separate_broadcast_scales(graph)
 
 
 def keep_data_outputs(graph: ir.Graph, weights: Collection[str]) -> None:

@@ -22,7 +22,6 @@ from splitonnx.partitioner.cutting.passes.batch_decisions import (
 from splitonnx.partitioner.cutting.passes.batches import MOST_ROUNDS, free_batches
 from splitonnx.partitioner.cutting.passes.equal_sizes import join_sizes
 from splitonnx.partitioner.cutting.passes.forms import (
-    declare_statistics,
     keep_data_outputs,
     lift_integers,
     make_inference_form,
@@ -37,6 +36,7 @@ from splitonnx.partitioner.cutting.passes.resized_batches import refuse_resized_
 from splitonnx.partitioner.cutting.passes.ties import tie_weights
 from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
 from splitonnx.partitioner.differentiation.control_flow import obstacles
+from splitonnx.partitioner.differentiation.derived.kept_outputs import name_kept_outputs
 from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
@@ -53,14 +53,14 @@ from splitonnx.partitioner.normalization.batchnorms import (
 )
 from splitonnx.partitioner.normalization.constants.kept import find_kept, find_numbers
 from splitonnx.partitioner.normalization.dropouts import seed_dropouts
-from splitonnx.partitioner.normalization.explicit_padding import make_all_paddings_explicit
-from splitonnx.partitioner.normalization.explicit_reductions import (
+from splitonnx.partitioner.normalization.explicit_operands import (
     make_axes_vectors,
     make_reductions_explicit,
 )
+from splitonnx.partitioner.normalization.explicit_padding import make_all_paddings_explicit
 from splitonnx.partitioner.normalization.fused.replacements import replace_foreign
 from splitonnx.partitioner.normalization.opsets import adapt_opset, inline_functions
-from splitonnx.partitioner.normalization.precisions import widen
+from splitonnx.partitioner.normalization.precisions import replace_null_casts, widen
 from splitonnx.partitioner.normalization.quantizations import pass_gradients, refuse_integer_model
 from splitonnx.partitioner.normalization.recurrence_layouts import normalize_layouts
 from splitonnx.partitioner.normalization.weights import (
@@ -145,6 +145,7 @@ def _write_out_own_statistics(work: Work) -> None:
 
 
 def _part_forms(work: Work) -> None:
+    replace_null_casts(work.model.graph)
     work.forms = (copy_model(work.model), copy_model(work.model))
     if work.decided:  # the parties' declarations refuse a batch of 1 already
         refuse_batch_of_1(work.model.graph, work.weights)
@@ -362,7 +363,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="given the outputs that gradients read",
-        run=lambda work: declare_statistics(work.training.graph),
+        run=lambda work: name_kept_outputs(work.training.graph),
         requires=_F.FORMS,
         ensures=_F.OUTPUTS,
         spoils=_F.TYPED,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
+from splitonnx.expressions import UNKNOWN, describe_size, solve_for
 from splitonnx.partitioner.graphs.builders import take_input
 from splitonnx.partitioner.graphs.traversals import walk_back
+from splitonnx.partitioner.inference.dimensions import Dim
 from splitonnx.partitioner.inference.inferences import Inference
 
 _KEPT = 2
@@ -33,17 +35,26 @@ def refuse_resized_batches(graph: ir.Graph) -> None:
     for node in graph:
         if node in needed:
             known.visit(node)
-    dims = [dim for value in graph.inputs for dim in value.shape or ()]
-    symbols = {str(dim) for dim in dims if not isinstance(dim, int)}
+    places = _name_places(graph)
     for node in asked:
-        _check(node, known, symbols)
+        _check(node, known, places)
+
+
+def _name_places(graph: ir.Graph) -> dict[str, str]:
+    """Map each size that the graph's inputs leave open to what ``--dim`` calls it."""
+    return {
+        str(dim.value or f"{UNKNOWN}{value.name}:{axis}"): dim.value or f"{value.name}:{axis}"
+        for value in graph.inputs
+        for axis, dim in enumerate(value.shape or ())
+        if not isinstance(dim, int)
+    }
 
 
 def _has_sizes(node: ir.Node) -> bool:
     return node.op_type == "Resize" and not node.domain and len(node.inputs) > 3
 
 
-def _check(node: ir.Node, known: Inference, symbols: Collection[str]) -> None:
+def _check(node: ir.Node, known: Inference, places: Mapping[str, str]) -> None:
     data, given = node.inputs[0], node.inputs[3]
     before = known.shape(data) if data is not None else None
     sizes = known.content(given)
@@ -53,11 +64,20 @@ def _check(node: ir.Node, known: Inference, symbols: Collection[str]) -> None:
     axes = [axis % rank for axis in node.attributes.get_ints("axes", range(rank))]
     for axis, size in zip(axes, sizes.tolist(), strict=True):
         dim = before[axis]
-        if axis < _KEPT and isinstance(size, int) and str(dim) in symbols and dim != size:
+        is_open = isinstance(dim, Dim) and dim.atoms <= places.keys()
+        if axis < _KEPT and isinstance(size, int) and isinstance(dim, Dim) and is_open:
             what = "batch" if axis == 0 else f"size along axis {axis}"
+            told = f" ('{describe_size(str(dim))}')".replace(" ('?')", "")
             raise UnsupportedModel(
                 f"node '{node.name}' ({node.op_type})",
                 f"its sizes have a {what} of {size}, but its input '{take_input(node).name}' has "
-                f"one of any size ('{dim}')",
-                f"train with --dim {dim}={size}, or export it with sizes for the last axes alone",
+                f"one of any size{told}",
+                f"{_advise_size(dim, size, places)}export it with sizes for the last axes alone",
             )
+
+
+def _advise_size(dim: Dim, size: int, places: Mapping[str, str]) -> str:
+    """Return the option that makes a dimension this size, if there is one."""
+    atom, *others = dim.atoms
+    needed = None if others else solve_for(atom, str(dim), size, {})
+    return "" if needed is None or needed < 1 else f"train with --dim {places[atom]}={needed}, or "

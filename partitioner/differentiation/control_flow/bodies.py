@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
 
+from splitonnx.partitioner.graphs.assertions import LENGTHS
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import list_bodies
 
@@ -60,7 +61,10 @@ class BodyWriter:
         self._output(self._builder.op("Add", self._find(total), self._find(term)), total)
 
     def copy(self, nodes: Iterable[ir.Node]) -> None:
-        """Copy nodes, which must be in topological order, to the end of the body."""
+        """Copy nodes, which must be in topological order, to the end of the body.
+
+        A node that fails over the lengths of sequences keeps the end of its name, which says so.
+        """
         for node in nodes:
             inputs = [None if value is None else self._find(value) for value in node.inputs]
             name = f"{self._prefix}/{len(self._builder.nodes)}"
@@ -71,8 +75,11 @@ class BodyWriter:
                 for i, value in enumerate(node.outputs)
             ]
             attributes = [self._copy_attribute(own, name) for own in node.attributes.values()]
+            told = f"/{LENGTHS}" if (node.name or "").endswith(f"/{LENGTHS}") else ""
             self._builder.nodes.append(
-                ir.Node(node.domain, node.op_type, inputs, attributes, outputs=made, name=name)
+                ir.Node(
+                    node.domain, node.op_type, inputs, attributes, outputs=made, name=name + told
+                )
             )
             self._copies.update(zip(node.outputs, made, strict=True))
 

@@ -97,7 +97,8 @@ def note_carried_shapes(nodes: Iterable[ir.Node]) -> bool:
     for node in nodes:
         for before, after, value in _list_carried(node):
             if value.shape is None and _is_same(before, after):
-                value.shape, changed = before.shape, True
+                value.type, value.shape = value.type or before.type, before.shape
+                changed = True
     return changed
 
 

@@ -26,6 +26,7 @@ from splitonnx.partitioner.differentiation.control_flow.obstacles import (
     note_carried_shapes,
 )
 from splitonnx.partitioner.differentiation.derived.derivations import add_gradients
+from splitonnx.partitioner.differentiation.derived.kept_outputs import name_kept_outputs
 from splitonnx.partitioner.differentiation.derived.supplied_gradients import (
     GRADIENT,
     SuppliedGradients,
@@ -211,6 +212,8 @@ def differentiate_step(
     moved = _find_moving(step, moving)
     ends, wanted = _find_ends(step, moved, reached)
     rewrite(step.model, [_name(value) for value in moved])
+    if name_kept_outputs(graph):
+        infer_shapes(step.model)
     fixed = FixedShapes(graph, [*step.given, *step.held])
     weights = [value for value in step.held if value in wanted and step.given]
     products = _find_products(graph, weights, fixed)

@@ -3,9 +3,11 @@
 The graph optimizer of version 1.19.2 prepares every node for training, even if no gradient passes
 through the node.  LSTM and GRU become LSTMTraining and GRUTraining, which no other runtime
 supports.  In the subgraph bodies of If, Loop and Scan, a BatchNormalization in inference mode is
-switched to training mode, which changes its results, and quantized operators are refused.
+switched to training mode, which changes its results, and quantized operators are refused.  A
+sequence cannot be an input or output of the graph that is differentiated.
 
-LSTM, GRU, nodes with subgraph bodies, and nodes that are marked as hidden are called *opaque* here.
+LSTM, GRU, nodes with subgraph bodies, nodes that read or make sequences or optional values, and
+nodes that are marked as hidden are called *opaque* here.
 If no gradient passes through an opaque node, its results can be treated as data.  The node is then
 removed: its results become graph inputs, and the values that it reads become graph outputs.  After
 differentiation, the node is inserted again unchanged.  The caller must make sure that no gradient
@@ -52,9 +54,16 @@ class Opaques:
 
 
 def is_opaque(node: ir.Node) -> bool:
-    """Return whether a node is opaque: LSTM, GRU, one with subgraph bodies, or marked as hidden."""
+    """Return whether a node is opaque.
+
+    This is an LSTM, a GRU, one with subgraph bodies, with values that are not tensors, or hidden.
+    """
     is_recurrent = node.op_type in _RECURRENCES and not node.domain
-    return is_recurrent or HIDDEN in node.metadata_props or bool(list_bodies(node))
+    if is_recurrent or HIDDEN in node.metadata_props or list_bodies(node):
+        return True
+    values = (*node.inputs, *node.outputs)
+    kinds = (value.type for value in values if value is not None)
+    return any(kind is not None and not isinstance(kind, ir.TensorType) for kind in kinds)
 
 
 def take_out_opaques(graph: ir.Graph) -> Opaques:

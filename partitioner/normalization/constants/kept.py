@@ -45,6 +45,8 @@ _PLURALS: Mapping[Place, str] = {
     Place.RANGE: "ends of ranges",
     Place.VALUES: "pairs of values",
 }
+_FACTORS = frozenset({"Div", "Exp", "LayerNormalization", "Mul"})
+"""Operators that multiply by a single number, which a network may have learned."""
 _LITERAL = re.compile(
     r"(?i)(const|scalar|val_|ratio|dpa_|tensor).*|.*(::|eps|_output_\d+$).*|(?!.*ReadVariableOp).*/.*"
 )
@@ -149,7 +151,7 @@ def _is_number_of_network(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
         return False
     if not tensor.shape and (not _LEARNED.search(name) or _is_factor_of_code(tensor)):
         return False
-    return any(node.op_type in ("Div", "Exp", "Mul") for node, _ in list_uses(value))
+    return any(node.op_type in _FACTORS for node, _ in list_uses(value))
 
 
 def _is_factor_of_code(tensor: ir.TensorProtocol) -> bool:

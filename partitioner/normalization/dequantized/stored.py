@@ -23,18 +23,7 @@ from splitonnx.partitioner.normalization.dequantized.weights import (
     Settings,
     is_channelwise,
 )
-
-NARROW = frozenset(
-    {
-        ir.DataType.INT4,
-        ir.DataType.INT8,
-        ir.DataType.INT16,
-        ir.DataType.UINT4,
-        ir.DataType.UINT8,
-        ir.DataType.UINT16,
-    }
-)
-"""The types of weights that are stored as integers."""
+from splitonnx.partitioner.normalization.quantizations import NARROW
 
 _OPERANDS: Mapping[str, tuple[int, ...]] = {
     "ConvInteger": (1,),
@@ -64,12 +53,12 @@ def replace_scaled(node: ir.Node, weights: FloatWeights) -> bool:
     """
     scaled = _find_scaled(node)
     if scaled is None:
-        return False
+        return _replace_rows(node, weights)
     integers = take_input(scaled.cast)
     if known_array(integers) is None:
         settings = Settings(scale=scaled.scale, zero=scaled.zero)
         if any(is_channelwise(replace(settings, scale=one)) for one in _list_settings(scaled)):
-            return False
+            return _replace_rows(node, weights)
         builder = NodeBuilder(f"{node.outputs[0].name or node.name}/float")
         builder.replace(node, [find_floats(builder, node, weights, integers, settings)])
         return True
@@ -85,6 +74,66 @@ def replace_scaled(node: ir.Node, weights: FloatWeights) -> bool:
     graph.register_initializer(value)
     weights.names.append(name)
     return True
+
+
+def _replace_rows(node: ir.Node, weights: FloatWeights) -> bool:
+    """Read the rows that a Mul scales from a table of floats instead, in place.
+
+    The scale is one number for each column, or rows of another table, read with the same indices.
+    Return whether the node was replaced.
+    """
+    for whole, scale in (node.inputs, reversed(node.inputs)):
+        cast = None if whole is None else whole.producer()
+        table = None if cast is None else _find_integers(cast)
+        if cast is None or table is None or scale is None:
+            continue
+        gather, integers = _find_gather(take_input(cast)), known_array(table)
+        if gather is None or integers is None or gather.inputs[0] is not table:
+            continue
+        factors = _find_factors(gather, scale)
+        shape = None if factors is None else np.broadcast_shapes(integers.shape, factors.shape)
+        if factors is None or shape != integers.shape or not isinstance(node.graph, ir.Graph):
+            continue
+        name = weights.choose_name(f"{table.name}#float")
+        floats = ir.tensor(integers.astype(factors.dtype) * factors, name=name)
+        value = ir.Value(name=name, const_value=floats)
+        node.graph.register_initializer(value)
+        weights.names.append(name)
+        builder = NodeBuilder(f"{node.outputs[0].name or node.name}/float")
+        builder.replace(node, [builder.op("Gather", value, take_input(gather, 1))])
+        return True
+    return False
+
+
+def _find_gather(value: ir.Value) -> ir.Node | None:
+    """Return the node that reads a value as rows of a matrix, along its first axis."""
+    maker = value.producer()
+    if maker is None or maker.op_type != "Gather" or maker.domain:
+        return None
+    table = known_array(take_input(maker))
+    is_matrix = table is not None and table.ndim == 2
+    return maker if is_matrix and maker.attributes.get_int("axis", 0) in (0, -2) else None
+
+
+def _find_factors(gather: ir.Node, scale: ir.Value) -> np.ndarray | None:
+    """Return what scales the rows and columns of a table, of which ``gather`` reads rows."""
+    stored = known_array(scale)
+    if stored is not None:
+        return stored if stored.ndim < 2 else None
+    is_column = False
+    maker = scale.producer()
+    if maker is not None and maker.op_type == "Unsqueeze" and not maker.domain:
+        axes = known_array(take_input(maker, 1)) if len(maker.inputs) > 1 else None
+        is_column = axes is not None and axes.tolist() == [-1]
+        maker = take_input(maker).producer() if is_column else None
+    if maker is None or maker.op_type != "Gather" or maker.domain:
+        return None
+    rows, table = known_array(take_input(maker)), known_array(take_input(gather))
+    if rows is None or table is None or maker.attributes.get_int("axis", 0) != 0:
+        return None
+    if take_input(maker, 1) is not take_input(gather, 1) or rows.ndim != (1 if is_column else 2):
+        return None
+    return rows.reshape(len(rows), -1) if len(rows) == len(table) else None
 
 
 def _find_scaled(node: ir.Node) -> _Scaled | None:
@@ -178,4 +227,4 @@ def describe_stored_integers(found: Mapping[str, int]) -> str:
 def count_stored_integers(found: Mapping[str, int]) -> str:
     """Return which weights stored as integers are not trained, without advice."""
     total = sum(found.values())
-    return f"{list_some(tuple(found))}: {total:,} numbers stored as integers are not trained"
+    return f"{list_some(tuple(found))}: {total:,} quantized numbers are not trained"

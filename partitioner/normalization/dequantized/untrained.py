@@ -12,11 +12,10 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.traversals import list_nodes
 from splitonnx.partitioner.normalization.dequantized.stored import (
-    NARROW,
     count_stored_integers,
     find_stored_integers,
 )
-from splitonnx.partitioner.normalization.quantizations import can_lift
+from splitonnx.partitioner.normalization.quantizations import NARROW, can_lift
 
 _BETWEEN_FLOATS = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 """Operators that have floats before or behind them."""

@@ -41,6 +41,7 @@ from splitonnx.partitioner.graphs.traversals import (
 from splitonnx.partitioner.partitions import refuse_untrainable
 from splitonnx.partitioner.reports.inspections import (
     can_travel,
+    describe_dims,
     keeps_states,
     open_prepared,
     resolve_sent,
@@ -241,8 +242,8 @@ class _TrainingForm:
         return PairCandidate(
             at=tuple(first),
             tail_at=tuple(last),
-            at_shapes=tuple(spec.shape for spec in first.values()),
-            tail_shapes=tuple(spec.shape for spec in last.values()),
+            at_shapes=tuple(describe_dims(spec.shape) for spec in first.values()),
+            tail_shapes=tuple(describe_dims(spec.shape) for spec in last.values()),
             bytes_up=_sum_bytes([*sent, *(last[name] for name in last if name in back)], rows),
             bytes_down=_sum_bytes([*returned, *(first[n] for n in first if n in back)], rows),
             head_parameters=head,

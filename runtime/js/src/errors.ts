@@ -56,6 +56,18 @@ export class MissingArray extends DataError {
   }
 }
 
+/** The data hold an array for a tensor that the model keeps itself. */
+export class KeptArray extends DataError {
+  override name = "KeptArray";
+  constructor(readonly array: string) {
+    super(
+      `the data have an array '${array}', but the model keeps this tensor itself, from step to ` +
+        "step, so its values would not be read; leave it out of the data (as --state, it begins " +
+        "with the initializer of this name in the model's file, if there is one)",
+    );
+  }
+}
+
 /** An array, or a tensor on the wire, differs from its declaration in element type or shape. */
 export class ArrayMismatch extends DataError {
   override name = "ArrayMismatch";

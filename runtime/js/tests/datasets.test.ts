@@ -12,6 +12,7 @@ import { takeTensor } from "../src/engine/engines.js";
 import type { TensorLike } from "../src/engine/engines.js";
 import {
   ArrayMismatch,
+  KeptArray,
   MissingArray,
   NotFinite,
   UnusableData,
@@ -73,6 +74,14 @@ describe("data are refused", () => {
 
   test("that lack an array", () => {
     assert.throws(check({ x }), MissingArray);
+  });
+  test("that have an array for what the model keeps", () => {
+    const kept = ["moved"];
+    const more = { x, labels, moved: x };
+    for (const source of [more, [{ x, labels }, more]] as DataSource[]) {
+      assert.throws(() => openFitting(source, SPECS, 4, { kept }), KeptArray);
+      openFitting(source, SPECS, 4, { kept: ["other"] });
+    }
   });
   test("of another element type or shape", () => {
     const wide = { dims: [4, 2], data: new Float64Array(8) };

@@ -163,3 +163,10 @@ def test_what_is_not_known_cannot_travel() -> None:
         declare(ir.Value(name="h", type=ir.TensorType(ir.DataType.FLOAT)))
     with pytest.raises(UsageError, match="'h' cannot travel"):
         declare(make_value(ir.DataType.STRING, 3))
+
+
+def test_a_sequence_cannot_travel_and_is_named_as_in_the_model() -> None:
+    kind = ir.SequenceType(ir.TensorType(ir.DataType.FLOAT))
+    value = ir.Value(name="listed@server", type=kind, shape=ir.Shape([3]))
+    with pytest.raises(UsageError, match="'listed' cannot travel: it is a sequence"):
+        declare(value)

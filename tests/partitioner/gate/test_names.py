@@ -19,13 +19,6 @@ from splitonnx.partitioner.gate.names import (
 from tests.partitioner.gate.broken_models import Breakage, hold_refusal, make_model
 
 
-def swap_nodes(model: ModelProto) -> None:
-    first, second = model.graph.node[0], model.graph.node[1]
-    kept = ModelProto.FromString(model.SerializeToString()).graph.node[0]
-    first.CopyFrom(second)
-    second.CopyFrom(kept)
-
-
 def close_circle(model: ModelProto) -> None:
     model.graph.node[0].input[0] = "act2"
 
@@ -47,7 +40,6 @@ def drop_output(model: ModelProto) -> None:
 
 
 BROKEN: list[Breakage] = [
-    (swap_nodes, NotAModel, "reads 'linear0'"),
     (close_circle, NotAModel, "reads 'act2'"),
     (double_value, NotAModel, "two values bear the name"),
     (double_weight, NotAModel, "two values bear the name 'w0'"),

@@ -158,3 +158,17 @@ def test_weights_that_may_saturate_are_found(largest: int, found: list[str]) -> 
     if described is not None:
         assert "'w'" in described
         assert 'session.disable_quant_qdq to "1"' in described
+
+
+def test_weights_that_a_constant_node_holds_are_named_after_it() -> None:
+    graph = ir.from_proto(build_pairs(127)).graph
+    (node,) = [node for node in graph if node.op_type == "DequantizeLinear"
+               and node.inputs[0] is not None and node.inputs[0].is_initializer()]  # fmt: skip
+    held = graph.initializers["w"].const_value
+    assert held is not None
+    constant = ir.node("Constant", [], {"value": ir.AttrTensor("value", held)})
+    made = constant.outputs[0]
+    made.name, made.type, made.const_value = "held", ir.TensorType(ir.DataType.INT8), held
+    graph.insert_before(node, constant)
+    node.replace_input_with(0, made)
+    assert list_saturating(graph) == ["held"]

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from splitonnx import extras
 from splitonnx.errors import MissingExtra, NativeCrash, ProcessFailed, WrongRuntime
+from splitonnx.interrupts import noting_interrupts
 from splitonnx.partitioner.differentiation.derived import derivations
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.inference.shapes import infer_shapes
@@ -23,6 +24,7 @@ from splitonnx.partitioner.native import natives, workers
 from splitonnx.partitioner.native.workers import Isolation, Refused, call
 from splitonnx.partitioner.partitions import cut
 from tests.conftest import ROOT
+from tests.support.interrupts import lose_interrupt, taking_interrupts
 from tests.support.zoo import ZOO
 
 
@@ -44,6 +46,14 @@ def infer(content: bytes) -> list[int]:
 
 
 def test_an_answer_comes_back() -> None:
+    assert infer(build_split(3)) == [2, 3]
+
+
+def test_no_call_begins_after_an_interrupt_whose_exception_was_discarded() -> None:
+    with taking_interrupts(), noting_interrupts():
+        lose_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            infer(build_split(3))
     assert infer(build_split(3)) == [2, 3]
 
 

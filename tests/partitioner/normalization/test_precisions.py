@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.partitioner.merges import merge
+from splitonnx.partitioner.normalization.precisions import replace_null_casts
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.remarks import Kind
@@ -21,7 +25,8 @@ from splitonnx.runtime.client.clients import Client
 from splitonnx.verifications import verify
 from tests.support.zoo import ZOO
 
-FLOAT16, BFLOAT16, DOUBLE = TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+BFLOAT16, DOUBLE = TensorProto.BFLOAT16, TensorProto.DOUBLE
 
 NUMPY: dict[int, np.dtype[Any]] = {
     FLOAT16: np.dtype(np.float16),
@@ -238,3 +243,87 @@ def test_a_float16_model_of_which_nothing_is_left_is_refused_in_a_sentence() -> 
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     with pytest.raises(UsageError, match="no output that depends on its inputs"):
         cut(model, at=None, loss="mse")
+
+
+def build_attention() -> onnx.ModelProto:
+    """Build an Attention of opset 23, whose function casts to the type of its softmax."""
+    return parse(
+        """
+        y_q = MatMul(x, wq)
+        y_k = MatMul(x, wk)
+        attended = Attention<q_num_heads = 2, kv_num_heads = 2>(y_q, y_k, y_q)
+        y = MatMul(attended, wo)""",
+        23,
+    )
+
+
+def build_cast_like() -> onnx.ModelProto:
+    return parse(
+        """
+        y_q = MatMul(x, wq)
+        like = CastLike(y_q, x)
+        shares = Softmax(like)
+        again = Cast<to = 10>(shares)
+        mixed = MatMul(again, wk)
+        y = MatMul(mixed, wo)""",
+        19,
+    )
+
+
+def build_branches() -> onnx.ModelProto:
+    return parse(
+        """
+        y_q = MatMul(x, wq)
+        attended = If (on) <
+            then_branch = then () => (float16[N, 5, 8] a) {
+                cast = Cast<to = 10>(y_q)
+                a = Softmax(cast)
+            },
+            else_branch = other () => (float16[N, 5, 8] b) { b = MatMul(y_q, wk) }>
+        y = MatMul(attended, wo)""",
+        18,
+    )
+
+
+def parse(nodes: str, opset: int) -> onnx.ModelProto:
+    """Build a float16 model ``x [N, 5, 8] -> y`` of these nodes with three matrices of 8."""
+    flag = numpy_helper.from_array(np.array(True), "on")
+    random = np.random.default_rng(0)
+    model = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": {opset}]>
+        halves (float16[N, 5, 8] x) => (float16[N, 5, 8] y) {{ {nodes} }}"""
+    )
+    arrays = {n: random.standard_normal((8, 8)).astype(np.float16) / 3 for n in ("wq", "wk", "wo")}
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in arrays.items())
+    model.graph.initializer.append(flag)
+    return model
+
+
+@pytest.mark.parametrize("build", [build_attention, build_cast_like, build_branches])
+def test_a_merged_model_of_float16_runs_with_and_without_optimizations(
+    build: Callable[[], onnx.ModelProto],
+) -> None:
+    model = build()
+    cut_at = ["y_q", "y_k"] if build is build_attention else "y_q"
+    merged = merge(cut(model, at=cut_at, loss="mse", check=False))
+    x = np.random.default_rng(1).standard_normal((3, 5, 8)).astype(np.float16)
+    results = ReferenceEvaluator(model).run(None, {"x": x})
+    assert isinstance(results, list)
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+        (found,) = onnxruntime.InferenceSession(merged, options).run(None, {"x": x})
+        np.testing.assert_allclose(found, results[0], rtol=1e-2, atol=1e-2, err_msg=level)
+
+
+def test_a_cast_to_another_type_stays() -> None:
+    model = ir.from_proto(build_cast_like())
+    model.graph[3].attributes["to"] = ir.AttrInt64("to", FLOAT)
+    for value in model.graph.all_nodes():
+        value.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+    replace_null_casts(model.graph)
+    assert [node.op_type for node in model.graph if "Cast" in node.op_type] == ["CastLike", "Cast"]
+    model.graph[3].attributes["to"] = ir.AttrInt64("to", FLOAT16)
+    replace_null_casts(model.graph)
+    assert model.graph[3].op_type == "Identity"
+    assert not model.graph[3].attributes

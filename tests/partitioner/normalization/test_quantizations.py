@@ -192,6 +192,9 @@ def hold_integers(dtype: int, opset: int, **attributes: int) -> Net:
         (TensorProto.INT4, 21, {"block_size": 2}),
         (TensorProto.INT16, 21, {}),
         (TensorProto.FLOAT8E4M3FN, 19, {}),
+        (TensorProto.FLOAT8E4M3FNUZ, 19, {}),
+        (TensorProto.FLOAT8E5M2, 21, {"block_size": 2}),
+        (TensorProto.FLOAT8E5M2FNUZ, 19, {}),
     ],
 )
 def test_integer_weights_of_any_kind_train_and_come_back(

@@ -24,6 +24,7 @@ from splitonnx.partitioner import permissions
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.inspections import CutCandidate, advise_sent, inspect
+from splitonnx.partitioner.reports.u_shapes.pairs import inspect_pairs
 from tests.support.small_models import load_model
 from tests.support.zoo import FLOAT, INT64, ZOO, Net
 
@@ -314,3 +315,19 @@ def test_a_cut_names_the_raw_inputs_that_cut_asks_to_permit() -> None:
         assert permissions.cut(model, at=tensor, send_inputs=names, **options).server  # type: ignore[arg-type]
     with pytest.raises(InputsNotPermitted):
         permissions.cut(model, at="turned", **options)  # type: ignore[arg-type]
+
+
+def test_sizes_that_only_inference_names_are_not_known() -> None:
+    net = Net()
+    net.op("Conv", "x", net.weight("w", 4, 3, 3, 3), out="c", kernel_shape=[3, 3], strides=[2, 2])
+    net.op("GlobalAveragePool", net.op("Tanh", "c", out="bent"), out="mean")
+    net.op("Flatten", "mean", out="flat")
+    net.op("MatMul", "flat", net.weight("last", 4, 2), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 3, "H", "W"])}, "y", 2)
+    shapes = {each.tensor: each.shape for each in inspect(model)}
+    assert shapes["bent"] == ("N", 4, None, None)
+    assert shapes["flat"] == ("N", 4)
+    pairs = inspect_pairs(model)
+    ends = {shape for pair in pairs for shape in (*pair.at_shapes, *pair.tail_shapes)}
+    assert ("N", 4, None, None) in ends
+    assert not [dim for shape in ends for dim in shape if isinstance(dim, str) and dim != "N"]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import pytest
+from onnx import helper
 
 from splitonnx.manifests import Role
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.layers import list_layers
 from tests.support.nets import FLOAT, Net
 
@@ -40,3 +45,48 @@ def test_a_weight_behind_a_transpose_belongs_to_the_node_that_uses_it() -> None:
     (layer,) = list_layers(prepared, {}, {"w": Role.FROZEN})
     assert (layer.name, layer.operators) == ("y_node", ("MatMul",))
     assert (layer.count(Role.PARAMETER), layer.count(Role.FROZEN)) == (0, 12)
+
+
+def build_branches(names: tuple[str, str], *, is_constant: bool = False) -> onnx.ModelProto:
+    """Build a model whose If has equal weights with these names in its branches."""
+    net = Net()
+    net.op("MatMul", "x", net.weight("w0", 4, 4), out="h")
+    net.op("ReduceMax", "h", out="top", keepdims=0)
+    net.op("Greater", "top", net.constant("none", np.array(1, np.float32)), out="hot")
+    array = np.random.default_rng(1).standard_normal((4, 4)).astype(np.float32)
+
+    def branch(place: str, name: str) -> onnx.GraphProto:
+        stored = onnx.numpy_helper.from_array(array, name)
+        product = helper.make_node("MatMul", ["h", name], [f"{place}.out"], f"{place}.product")
+        constant = helper.make_node("Constant", [], [name], f"{place}.{name}", value=stored)
+        nodes = [constant, product] if is_constant else [product]
+        result = helper.make_tensor_value_info(f"{place}.out", onnx.TensorProto.FLOAT, None)
+        return helper.make_graph(nodes, place, [], [result], [] if is_constant else [stored])
+
+    then, other = branch("then", names[0]), branch("else", names[1])
+    net.nodes.append(
+        helper.make_node("If", ["hot"], ["r"], "choice", then_branch=then, else_branch=other)
+    )
+    net.op("MatMul", "r", net.weight("w1", 4, 2), out="y")
+    return net.finish({"x": (FLOAT, ["N", 4])}, "y", 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "is_constant", "expected"),
+    [
+        (("a", "b"), False, {"a", "b"}),
+        (("a", "a"), False, {"a", "choice/a"}),
+        (("a", "b"), True, {"a", "b"}),
+        (("a", "a"), True, {"choice/a", "choice/a_2"}),
+    ],
+)
+def test_weights_in_branches_are_layers_named_after_the_nodes_that_use_them(
+    names: tuple[str, str], is_constant: bool, expected: set[str]
+) -> None:
+    model = build_branches(names, is_constant=is_constant)
+    layers = check(model, loss="mse").layers
+    assert layers[0].weights[0].name == "w0"
+    assert {layer.name for layer in layers[1:3]} == {"then.product", "else.product"}
+    assert {weight.name for layer in layers[1:3] for weight in layer.weights} == expected
+    bundle = cut(model, at=None, loss="mse", check=True)
+    assert expected <= set(bundle.client.weights)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.support.forked_cases import Run, forking
 from tests.support.images import Case, hold, whole
 
 POOLS: list[dict[str, Any]] = [
@@ -17,6 +18,35 @@ POOLS: list[dict[str, Any]] = [
     {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1], "ceil_mode": 1},
     {"kernel_shape": [2, 2], "dilations": [2, 3], "strides": [1, 2], "pads": [1, 1, 0, 1]},
 ]
+
+
+@pytest.fixture(scope="module")
+def run_apart() -> Iterator[Run]:
+    """Run a task of ``unsized_pools`` in a process of its own."""
+    with forking("tests.partitioner.rewrites.unsized_pools") as run:
+        yield run
+
+
+@pytest.mark.parametrize("rank", ["1", "2", "3"])
+@pytest.mark.parametrize("dynamic", ["1", "0 1", "1 2", "0 1 2"])
+def test_max_pool_of_an_unknown_number_of_channels(run_apart: Run, rank: str, dynamic: str) -> None:
+    """MaxPoolGrad takes them from the graph, and wrote beyond memory for none of them."""
+    ended = run_apart("sizes", rank, *dynamic.split())
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("axis", ["0", "1"])
+def test_max_pool_in_a_loop_over_unknown_sizes(run_apart: Run, axis: str) -> None:
+    ended = run_apart("body", axis)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("rank", ["1", "2", "3"])
+@pytest.mark.parametrize("dynamic", ["0", "0 1", "0 2"])
+def test_windows_of_lowest_numbers_get_no_gradient(run_apart: Run, rank: str, dynamic: str) -> None:
+    """The kernel's index of such a window is in the channel before, or before the whole tensor."""
+    ended = run_apart("empty", rank, *dynamic.split())
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("attributes", POOLS)

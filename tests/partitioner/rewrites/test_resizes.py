@@ -10,6 +10,7 @@ import pytest
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.rewrites import rewrite
+from splitonnx.partitioner.rewrites.stretches import COORDINATES
 from tests.support.images import Case, build, floats, hold, whole
 
 
@@ -86,14 +87,14 @@ def test_resize_of_volumes() -> None:
 
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
-@pytest.mark.parametrize(
-    "coordinates", ["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"]
-)
+@pytest.mark.parametrize("coordinates", COORDINATES)
 def test_resize_of_any_image_size(mode: str, coordinates: str, sized: bool) -> None:
     settings: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": coordinates}
     settings |= {"sizes": [2, 3, 7, 4]} if sized else {"scales": [1, 1, 2, 1.5]}
     if coordinates == "align_corners" and not sized:
         settings["scales"] = [1, 1, 2, 1.25]
+    if coordinates == "half_pixel_symmetric" and not sized:
+        settings["scales"] = [1, 1, 0.7, 1.4]  # the middle stays where sizes are rounded
     hold(resize((2, 3, 5, 4), dynamic=(0, 1, 2, 3), **settings))
 
 
@@ -107,10 +108,25 @@ def test_resize_by_cubic_weights_of_any_image_size(exclude: int) -> None:
 
 
 def test_resize_with_antialias_wants_a_fixed_image_size() -> None:
-    case = resize(
-        (2, 3, 5, 4), dynamic=(0, 2, 3), mode="cubic", antialias=1, scales=[1, 1, 0.5, 0.5]
+    settings: dict[str, Any] = {"mode": "cubic", "scales": [1, 1, 0.5, 0.5]}
+    settings["coordinate_transformation_mode"] = "half_pixel_symmetric"
+    case = resize((2, 3, 5, 4), dynamic=(0, 2, 3), antialias=1, **settings)
+    with pytest.raises(UnsupportedModel) as caught:
+        hold(case)
+    assert str(caught.value) == (
+        "node 'node' (Resize): the size of 'x' along axis 2, before or after, is not known; fix it "
+        "with --dim NAME=SIZE, or export it without antialias"
     )
-    with pytest.raises(UnsupportedModel, match=r"'node' \(Resize\): the size of 'x' along axis 2"):
+    hold(resize((2, 3, 5, 4), dynamic=(0, 2, 3), **settings))  # as advised
+    hold(resize((2, 3, 5, 4), dynamic=(0,), antialias=1, **settings))
+
+
+def test_resize_of_a_region_wants_a_fixed_image_size() -> None:
+    case = resize(
+        (2, 1, 4, 4), dynamic=(0, 2, 3), sizes=[2, 1, 3, 5], mode="linear",
+        roi=floats(0, 0, 0, 0.1, 1, 1, 1, 1), coordinate_transformation_mode="tf_crop_and_resize",
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModel, match="without the coordinate_transformation_mode 'tf_"):
         hold(case)
 
 

@@ -17,10 +17,12 @@ from splitonnx.errors import (
     Unauthorized,
     UsageError,
 )
+from splitonnx.interrupts import noting_interrupts
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.limits import Limits
 from tests.support.echoes import Echo, trickle
+from tests.support.interrupts import lose_interrupt, taking_interrupts
 from tests.support.pretenders import accept, pretending
 
 ATTEMPTS = 60
@@ -82,6 +84,26 @@ def test_a_reply_that_does_not_begin_is_a_lost_connection() -> None:
         with pytest.raises(ConnectionLost, match=r"no reply within 0\.1 s"):
             transport.receive()
         transport.close()
+
+
+def test_an_interrupt_whose_exception_was_discarded_ends_the_wait_for_a_reply() -> None:
+    def be_silent(connection: socket.socket) -> None:
+        accept(connection)
+        connection.recv(1)
+
+    with pretending(be_silent) as url, taking_interrupts(), noting_interrupts():
+        transport = WebSocketTransport(url, message_seconds=0.04)
+        lose_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            transport.receive()
+        transport.close()
+
+
+def test_an_interrupt_whose_exception_was_discarded_ends_the_attempts_to_connect() -> None:
+    with taking_interrupts(), noting_interrupts():
+        lose_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            connect("ws://127.0.0.1:1")
 
 
 @pytest.mark.parametrize(

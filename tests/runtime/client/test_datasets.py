@@ -7,6 +7,7 @@ import pytest
 
 from splitonnx.errors import (
     ArrayMismatch,
+    KeptArray,
     MissingArray,
     NotFinite,
     UnusableData,
@@ -298,3 +299,17 @@ def test_a_single_number_has_one_entry_for_each_batch() -> None:
 def test_other_sizes_that_differ_are_refused() -> None:
     with pytest.raises(UsageError, match=r"'y' differ.*predict_batches"):
         join_outputs([{"y": np.ones((2, 3))}, {"y": np.ones((2, 4))}])
+
+
+def test_an_array_for_what_the_model_keeps_itself_is_refused(tmp_path: Path) -> None:
+    data = arrays(4) | {"moved": np.zeros((4, 2), np.float32)}
+    np.savez(tmp_path / "0.npz", **data)  # type: ignore[arg-type]
+    for source in (data, [arrays(4), data], tmp_path):  # a file's error names the file
+        dataset = open_dataset(source)
+        with pytest.raises((KeptArray, UnusableData), match="'moved', but the model keeps this"):
+            dataset.check([X, LABELS], {"moved"})
+        dataset.check([X, LABELS], {"other"})
+    late = open_dataset(iter([data]))
+    late.check([X, LABELS], {"moved"})
+    with pytest.raises(KeptArray):
+        next(late.batches(4, seed=0, epoch=0))

@@ -11,6 +11,7 @@ import pytest
 
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost
+from splitonnx.interrupts import noting_interrupts
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.client.runners import TaskRunner
 from splitonnx.runtime.client.training_runs import TrainingRun
@@ -18,6 +19,7 @@ from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.positions import DataPosition
 from tests.support import tiny
+from tests.support.interrupts import lose_interrupt, taking_interrupts
 
 
 class Server:
@@ -120,6 +122,18 @@ def test_after_an_error_the_state_is_as_before_and_the_runner_is_closed(
         runner.executor.is_finished(key)
     with pytest.raises(LocalProtocolError, match="closed"):
         runner.perform("train", tiny.batch(0), tiny.RATE)
+
+
+def test_no_task_begins_after_an_interrupt_whose_exception_was_discarded(
+    runner: TaskRunner, server: Server
+) -> None:
+    with taking_interrupts(), noting_interrupts():
+        lose_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            runner.perform("train", tiny.batch(0), tiny.RATE)
+    assert server.calls == []
+    runner.perform("train", tiny.batch(0), tiny.RATE)  # nothing was begun that is in the way
+    assert runner.executor.step == 1
 
 
 def test_where_the_server_lost_steps_this_half_goes_back_too_and_can_go_on(

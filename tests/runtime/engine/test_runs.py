@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pytest
 
 from splitonnx.errors import StageStopped, StageTooSlow
+from splitonnx.interrupts import noting_interrupts
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
+from splitonnx.runtime.engine.runs import Runs
 from tests.runtime.engine.test_engines import ADD, graph
 from tests.support.endless import loop_over
+from tests.support.interrupts import lose_interrupt, taking_interrupts
 
 ENDLESS = graph(*loop_over("x", "y"), inputs="x", outputs="y")
 
@@ -80,6 +84,36 @@ def test_ctrl_c_ends_a_stage_that_the_main_thread_runs() -> None:
     # it may come just before the stage begins, where Python itself raises it
     assert said == "interrupted\n"
     assert errors == ""
+
+
+class Options:
+    """Run options that are told to stop a run."""
+
+    def __init__(self) -> None:
+        self.told = threading.Event()
+
+    @property
+    def terminate(self) -> bool:
+        return self.told.is_set()
+
+    @terminate.setter
+    def terminate(self, value: bool) -> None:
+        assert value
+        self.told.set()
+
+
+@pytest.mark.parametrize("noting", [nullcontext(), noting_interrupts()], ids=["python", "command"])
+def test_ctrl_c_asks_native_code_to_stop_in_a_command_too(
+    noting: AbstractContextManager[None],
+) -> None:
+    runs, options = Runs(), Options()
+    with taking_interrupts(), noting:
+        run = runs.begin("stage", options)
+        try:
+            lose_interrupt()
+            assert options.told.wait(30)
+        finally:
+            runs.finish(run)
 
 
 FAILING = """

@@ -166,8 +166,8 @@ export class SplitClient {
     const { epochs = 1, batchSize = 32, evalData, checkpointEvery } = options;
     requirePositive({ epochs, batchSize, checkpointEvery });
     const specs = this.#phase(TRAIN).data;
-    const training = openFitting(data, specs, batchSize, { isTraining: true });
-    const heldOut = evalData && openFitting(evalData, this.#evaluationData(), batchSize);
+    const training = openFitting(data, specs, batchSize, { isTraining: true, kept: this.#kept });
+    const heldOut = evalData && openFitting(evalData, this.#evaluationData(), batchSize, { kept: this.#kept });
     const rates = fitSchedule(options, training, hasFixedRows(specs));
     this.#requireIdle();
     this.#isTraining = true;
@@ -214,7 +214,7 @@ export class SplitClient {
     { learningRate }: { learningRate?: LearningRate } = {},
   ): Promise<Outputs> {
     const arrays = takeBatch(batch);
-    checkBatch(arrays, this.#phase(TRAIN).data);
+    checkBatch(arrays, this.#phase(TRAIN).data, this.#kept);
     checkFinite(arrays, "");
     this.#requireIdle();
     const expected = this.steps;
@@ -232,7 +232,7 @@ export class SplitClient {
     { batchSize = 32 }: { batchSize?: number } = {},
   ): Promise<Record<string, number>> {
     requirePositive({ batchSize });
-    const dataset = openFitting(data, this.#evaluationData(), batchSize);
+    const dataset = openFitting(data, this.#evaluationData(), batchSize, { kept: this.#kept });
     return this.#loop.evaluate(dataset, batchSize);
   }
 
@@ -273,7 +273,7 @@ export class SplitClient {
     requirePositive({ batchSize });
     const { data: inputs } = this.#phase(PREDICT);
     const source = isTensor(data) ? { [inputs[0]?.name ?? ""]: data } : data;
-    const dataset = openFitting(source, inputs, batchSize);
+    const dataset = openFitting(source, inputs, batchSize, { kept: this.#kept });
     for await (const batch of dataset.batches(dealInOrder(batchSize))) {
       yield await this.#loop.perform(PREDICT, batch);
     }
@@ -309,6 +309,11 @@ export class SplitClient {
 
   #requireIdle(): void {
     if (this.#isTraining) throw new UsageError("this client is already training");
+  }
+
+  /** Names of the tensors that the model keeps itself. */
+  get #kept(): string[] {
+    return this.manifest.state.map((spec) => spec.tensor.name);
   }
 
   #phase(name: string): Phase {

@@ -6,7 +6,7 @@
 
 import { takeTensor } from "../engine/engines.js";
 import type { TensorLike } from "../engine/engines.js";
-import { ArrayMismatch, MissingArray, NotFinite, UnusableData, UsageError } from "../errors.js";
+import { ArrayMismatch, KeptArray, MissingArray, NotFinite, UnusableData, UsageError } from "../errors.js";
 import type { Sizes } from "../expressions.js";
 import { checkArray, describe, findNotFinite, takeRows } from "../tensors.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
@@ -44,9 +44,9 @@ export interface Dataset {
   /**
    * Throw unless the arrays are as declared, as far as is known in advance.
    *
-   * @throws MissingArray, ArrayMismatch, ValueOutOfRange: see {@link checkBatch}.
+   * @throws KeptArray, MissingArray, ArrayMismatch, ValueOutOfRange: see {@link checkBatch}.
    */
-  check(specs: readonly TensorSpec[]): void;
+  check(specs: readonly TensorSpec[], kept?: readonly string[]): void;
 
   /**
    * Yield one epoch's batches, the same for the same arguments.
@@ -71,6 +71,8 @@ export function openDataset(source: DataSource): Dataset {
 /**
  * Open data, and check them and their division into batches.
  *
+ * `kept` names tensors that the model keeps itself, which cannot be part of the data.
+ *
  * @throws DataError: the data do not fit what is declared, or some batches of them do not.
  * @throws UsageError: the model fixes another batch size.
  */
@@ -78,10 +80,10 @@ export function openFitting(
   source: DataSource,
   specs: readonly TensorSpec[],
   batchSize: number,
-  { isTraining = false }: { isTraining?: boolean } = {},
+  { isTraining = false, kept = [] }: { isTraining?: boolean; kept?: readonly string[] } = {},
 ): Dataset {
   const dataset = openDataset(source);
-  dataset.check(specs);
+  dataset.check(specs, kept);
   if (dataset.size !== null) checkRows(dataset.size, specs, batchSize, isTraining);
   return dataset;
 }
@@ -141,8 +143,8 @@ class ArrayDataset implements Dataset {
     this.#arrays = arrays;
   }
 
-  check(specs: readonly TensorSpec[]): void {
-    checkBatch(this.#arrays, specs.map(freeRows));
+  check(specs: readonly TensorSpec[], kept: readonly string[] = []): void {
+    checkBatch(this.#arrays, specs.map(freeRows), kept);
   }
 
   async *batches(dealing: Dealing): AsyncGenerator<NdArrays, void> {
@@ -166,6 +168,7 @@ class BatchDataset implements Dataset {
   readonly size = null;
   readonly #source: Iterable<Batch> | AsyncIterable<Batch>;
   #specs: readonly TensorSpec[] = [];
+  #kept: readonly string[] = [];
   #spent = false;
 
   constructor(source: Iterable<Batch> | AsyncIterable<Batch>) {
@@ -173,10 +176,11 @@ class BatchDataset implements Dataset {
   }
 
   /** Check the batches of an array; others are checked when their turn comes. */
-  check(specs: readonly TensorSpec[]): void {
+  check(specs: readonly TensorSpec[], kept: readonly string[] = []): void {
     this.#specs = specs;
+    this.#kept = kept;
     if (!Array.isArray(this.#source)) return;
-    for (const batch of this.#source as Batch[]) checkBatch(takeBatch(batch), specs);
+    for (const batch of this.#source as Batch[]) checkBatch(takeBatch(batch), specs, kept);
   }
 
   async *batches(): AsyncGenerator<NdArrays, void> {
@@ -187,7 +191,7 @@ class BatchDataset implements Dataset {
     let number = 0;
     for await (const batch of this.#source) {
       const arrays = takeBatch(batch);
-      checkBatch(arrays, this.#specs);
+      checkBatch(arrays, this.#specs, this.#kept);
       checkFinite(arrays, `batch ${number++}, `);
       yield arrays;
     }
@@ -197,13 +201,20 @@ class BatchDataset implements Dataset {
 /**
  * Raise unless `batch` has every array that is declared, and each as declared.
  *
- * Nothing is converted.
+ * Nothing is converted.  `kept` names tensors that the model keeps itself.
  *
+ * @throws KeptArray: there is an array for one of those.
  * @throws MissingArray: an array is not there.
  * @throws ArrayMismatch: element type or shape differ.
  * @throws ValueOutOfRange: an integer, usually a label, is outside its bounds.
  */
-export function checkBatch(batch: NdArrays, specs: readonly TensorSpec[]): void {
+export function checkBatch(
+  batch: NdArrays,
+  specs: readonly TensorSpec[],
+  kept: readonly string[] = [],
+): void {
+  const held = kept.find((name) => batch.has(name));
+  if (held !== undefined) throw new KeptArray(held);
   const sizes: Sizes = new Map();
   for (const spec of specs) {
     const array = batch.get(spec.name);

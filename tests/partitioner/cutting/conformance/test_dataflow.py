@@ -11,6 +11,7 @@ import pytest
 from splitonnx.errors import NativeCrash
 from splitonnx.partitioner.cutting.conformance.dataflow import (
     BrokeDown,
+    EvaluatorFailed,
     NotRun,
     expose,
     inline_weights,
@@ -111,3 +112,19 @@ def test_an_end_of_the_process_is_told_from_a_limit_of_time(
     expected = NativeCrash if is_breakdown else NotRun
     with pytest.raises(expected, match="ONNX Runtime ended"):
         refuse_breakdowns(run, "the parts", "it")(BATCHES)
+
+
+def build_upsampling() -> onnx.ModelProto:
+    """Build an Upsample of opset 7, which onnx's reference evaluator cannot read."""
+    net = Net(opset=7)
+    net.op("Upsample", "x", out="y", mode="nearest", scales=[1.0, 1.0, 2.0, 2.0])
+    return net.finish({"x": (FLOAT, ["N", 3, 4, 4])}, "y", 3, 8, 8)
+
+
+def test_a_mistake_of_the_reference_evaluator_is_told_as_its_own() -> None:
+    batch = {"x": np.ones((1, 3, 4, 4), np.float32)}
+    content = build_upsampling().SerializeToString()
+    with pytest.raises(EvaluatorFailed, match="cannot run it, by a mistake of its own"):
+        run_reference(content, [batch], "it")
+    (made,) = run_session(content, [batch], "it", level="none")
+    np.testing.assert_array_equal(made["y"], np.ones((1, 3, 8, 8)))

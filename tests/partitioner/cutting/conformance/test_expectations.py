@@ -18,7 +18,10 @@ from splitonnx.partitioner.cutting.conformance.expectations import (
     describe_single,
     draw_accepted,
     expect,
+    expect_smaller,
+    find_overflow,
 )
+from splitonnx.partitioner.partitions import cut
 from tests.support.nets import FLOAT, INT64, Net
 from tests.support.small_models import load_model
 from tests.support.zoo import build_chain
@@ -69,6 +72,55 @@ def test_what_takes_one_sample_only_is_said_with_the_node_that_fails() -> None:
     assert describe_single(model, batches, list, "it") == ""
     chain = build_chain()
     assert describe_single(chain, draw_accepted(chain, "it", 0), run, "it") == ""
+
+
+def build_masked(layer: str) -> onnx.ModelProto:
+    """Make a model that counts lengths in a mask of floats: for a GRU or a ReverseSequence."""
+    net = Net()
+    length = net.op("ReduceSum", "mask", net.constant("axes", np.array([1])), out="s", keepdims=0)
+    if layer == "GRU":
+        length = net.op("Cast", length, out="lens", to=TensorProto.INT32)
+        steps = net.op("Transpose", "x", out="steps", perm=[1, 0, 2])
+        weights = net.weight("w", 1, 9, 4), net.weight("r", 1, 9, 3)
+        made = net.op("GRU", steps, *weights, "", length, out="states", hidden_size=3)
+        made = net.op("Transpose", made, out="back", perm=[2, 1, 0, 3])
+    else:
+        length = net.op("Cast", length, out="lens", to=INT64)
+        value = net.op("MatMul", "x", net.weight("w", 4, 3), out="value")
+        made = net.op("ReverseSequence", value, length, out="back", batch_axis=0, time_axis=1)
+    made = net.op("Flatten", made, out="flat")
+    made = net.op("MatMul", made, net.weight("last", 18, 2), out="y")
+    return net.finish({"x": (FLOAT, ["N", 6, 4]), "mask": (FLOAT, ["N", 6])}, made, 2)
+
+
+@pytest.mark.parametrize("layer", ["GRU", "ReverseSequence"])
+def test_lengths_counted_in_a_mask_of_floats_are_run_by_both_evaluators(layer: str) -> None:
+    expectation = expect(build_masked(layer), "it", 0)
+    assert [len(batch["x"]) for batch in expectation.batches] == [2, 3, 5]
+    assert expectation.reference is not None
+    assert expectation.session is not None
+    assert len({batch["mask"].sum() / len(batch["mask"]) for batch in expectation.batches}) > 1
+
+
+@pytest.mark.parametrize("layer", ["GRU", "ReverseSequence"])
+def test_lengths_counted_in_a_mask_are_not_taken_for_a_batch_of_1(
+    layer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut(build_masked(layer), at="back", loss="mse", check=True)
+    assert "batch of 1" not in caplog.text
+    assert "not compared" not in caplog.text
+    assert "does not run" not in caplog.text
+
+
+def test_what_fails_with_one_sample_too_is_not_laid_on_the_batch() -> None:
+    net = Net()
+    one = net.constant("one", np.array([1, 6]))
+    model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("Reshape", "x", one, out="y"), 6)
+
+    def refuse(_: object) -> list[dict[str, np.ndarray]]:
+        raise NotRun("a length is negative")
+
+    assert describe_single(model, draw_accepted(model, "it", 0), refuse, "it") == ""
 
 
 def test_integers_are_drawn_small_enough_for_a_table() -> None:
@@ -126,6 +178,42 @@ def test_outputs_that_differ_by_column_alone_tell_nothing_of_the_inputs() -> Non
     assert max(batch["x"].max() for batch in expectation.batches) > 8
 
 
+def build_overflow(*, bounded: bool) -> onnx.ModelProto:
+    """Build exp(exp(9 x)), which is infinite for usual inputs, and if bounded, a Sigmoid of it."""
+    net = Net()
+    net.op("Mul", "x", net.constant("nine", np.array(9, np.float32)), out="steep")
+    net.op("Exp", net.op("Exp", "steep", out="large"), out="larger")
+    net.op("Sigmoid" if bounded else "Identity", "larger", out="y")
+    return net.finish({"x": (FLOAT, ["N", 3])}, "y", 3)
+
+
+def test_smaller_inputs_are_drawn_if_the_outputs_are_not_finite() -> None:
+    expectation = expect(build_overflow(bounded=False), "it", 0)
+    assert expectation.is_finite
+    assert max(np.abs(batch["x"]).max() for batch in expectation.batches) < 1
+    expected = np.exp(np.exp(9 * expectation.batches[0]["x"].astype(np.float64)))
+    assert expectation.session is not None
+    np.testing.assert_allclose(expectation.session[0]["y"], expected, rtol=1e-4)
+
+
+def test_outputs_that_are_infinite_for_all_inputs_are_compared_with_usual_ones() -> None:
+    net = Net()
+    mask = net.constant("mask", np.array([0, -np.inf, 0], np.float32))
+    model = net.finish({"x": (FLOAT, ["N", 3])}, net.op("Add", "x", mask, out="y"), 3)
+    expectation = expect(model, "it", 0)
+    assert not expectation.is_finite
+    assert max(batch["x"].max() for batch in expectation.batches) > 1
+
+
+def test_an_overflow_behind_which_outputs_are_finite_is_found_by_its_tensor() -> None:
+    expectation = expect(build_overflow(bounded=True), "it", 0)
+    assert expectation.is_finite
+    assert find_overflow(expectation, "it") == "larger"
+    smaller = expect_smaller(expectation, "it", 0)
+    assert smaller is not None
+    assert not find_overflow(smaller, "it")
+
+
 def test_outputs_that_are_always_equal_are_compared_all_the_same() -> None:
     net = Net()
     zero = net.constant("zero", np.zeros(1, np.float32))
@@ -139,6 +227,17 @@ def test_a_model_that_nobody_can_run_is_told() -> None:
     model = net.finish({"x": (FLOAT, ["N", 6])}, net.op("Reshape", "x", impossible, out="y"), 7)
     with pytest.raises(NotRun, match="reshape"):
         expect(model, "it", 0)
+
+
+def test_a_mistake_of_the_reference_evaluator_hides_no_reason_of_the_session() -> None:
+    net = Net(opset=7)
+    net.op("Upsample", "x", out="twice", mode="nearest", scales=[1.0, 1.0, 2.0, 2.0])
+    impossible = net.constant("impossible", np.array([5, 7]))
+    net.op("Reshape", "twice", impossible, out="y")
+    model = net.finish({"x": (FLOAT, ["N", 3, 4, 4])}, "y", 7)
+    with pytest.raises(NotRun, match="reshape") as caught:
+        expect(model, "it", 0)
+    assert "TypeError" not in str(caught.value)
 
 
 def test_rounding_of_both_evaluators_widens_what_is_allowed() -> None:
@@ -214,3 +313,31 @@ def test_that_onnx_runtime_broke_down_is_said_before_what_the_reference_refuses(
     monkeypatch.setattr(f"{module}.run_reference", refuse(NotRun))
     with pytest.raises(BrokeDown):
         expect(build_chain(), "it", 0)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_an_unbounded_recurrence_of_many_steps_is_compared(kind: str) -> None:
+    net, random = Net(), np.random.default_rng(0)
+    gates = {"GRU": 3, "LSTM": 4}[kind]
+    activations = ["Sigmoid", "Relu"] if kind == "GRU" else ["Relu"] * 3
+    weights = [8 * random.standard_normal((1, gates * 4, n)).astype(np.float32) for n in (3, 4)]
+    names = [net.constant(f"W{n}", array) for n, array in enumerate(weights)]
+    net.nodes.append(
+        helper.make_node(
+            kind, ["x", *names], ["", "last"], "layer", hidden_size=4, activations=activations
+        )
+    )
+    net.op("Squeeze", "last", net.constant("axis", np.array([0])), out="state")
+    net.op("MatMul", "state", net.weight("V", 4, 2), out="y")
+    cut(net.finish({"x": (FLOAT, [60, "N", 3])}, "y", 2), at=None, check=True)
+
+
+def test_an_output_that_is_never_finite_is_said_not_to_be_compared(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = Net()
+    first = net.op("MatMul", "x", net.weight("w0", 6, 6), out="first")
+    mask = net.constant("mask", np.full(6, -np.inf, np.float32))
+    net.op("Softmax", net.op("Add", first, mask, out="masked"), out="y")
+    cut(net.finish({"x": (FLOAT, ["N", 6])}, "y", 6), at=None, check=True)
+    assert "not compared with its parts in 'y', of which no element is finite" in caplog.text

@@ -7,6 +7,8 @@ import pytest
 
 from splitonnx.partitioner.cutting.conformance.measures import (
     find_largest,
+    has_finite,
+    is_finite,
     list_differences,
     measure,
 )
@@ -52,3 +54,13 @@ def test_the_largest_difference_names_its_tensor_and_batch() -> None:
 
 def test_a_tensor_that_only_one_side_has_is_left_out() -> None:
     assert find_largest(list_differences([{"a": np.ones(2)}], [{"b": np.ones(2)}])).size == 0
+
+
+def test_what_is_finite_is_told_of_whole_arrays_and_of_some_element() -> None:
+    mixed, void = np.array([1, np.inf]), np.array([np.nan, -np.inf], np.float16)
+    assert is_finite(np.ones(2))
+    assert is_finite(np.array(["a"], object))
+    assert not is_finite(mixed)
+    assert has_finite([void, mixed])
+    assert has_finite([np.zeros(0)])
+    assert not has_finite([void, void])

@@ -11,6 +11,7 @@ from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.conformance.dataflow import NotRun
 from splitonnx.partitioner.cutting.conformance.originals import (
     copy_original,
+    find_false_sizes,
     find_random,
     forbid_rounding,
     name_source,
@@ -175,3 +176,22 @@ def test_a_node_that_draws_random_numbers_is_found_in_branches_too() -> None:
         4,
     )
     assert find_random(model) == "draw"
+
+
+def test_sizes_that_a_file_declares_wrongly_are_found() -> None:
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 4, 4), out="h")
+    model = net.finish({"x": (FLOAT, ["N", 4])}, net.op("Relu", "h", out="y"), 4)
+    found = {"h": np.zeros((3, 4)), "y": np.zeros((3, 4))}
+    cases: list[tuple[list[int | str | None], tuple[str, list[int], list[int]] | None]] = [
+        (["N", 4], None),
+        ([1, 4], None),  # a batch that was freed
+        (["N", "width"], None),
+        (["N", 7], ("h", [0, 7], [3, 4])),
+        ([7], ("h", [7], [3, 4])),
+    ]
+    for shape, told in cases:
+        del model.graph.value_info[:]
+        model.graph.value_info.append(helper.make_tensor_value_info("h", FLOAT, shape))
+        assert find_false_sizes(model, found) == told
+    assert find_false_sizes(model, {"y": found["y"]}) is None

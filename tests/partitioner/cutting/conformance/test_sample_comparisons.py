@@ -217,3 +217,17 @@ def test_a_size_that_cannot_be_compared_is_said_to_be_unchecked() -> None:
         "it still takes a batch of 1 only (too large with more); export it again with a dynamic "
         "batch, or keep batches of 1 with --dim x:0=1"
     )
+
+
+def test_what_no_single_sample_passes_is_not_laid_on_the_number_of_samples() -> None:
+    net = Net()
+    weights = net.weight("w", 1, 9, 4), net.weight("r", 1, 9, 3)
+    net.op("GRU", "x", *weights, out="y", hidden_size=3, layout=1)  # not in ONNX Runtime
+    model = net.finish({"x": (FLOAT, ["N", 5, 4])}, "y", 5, 1, 3)
+
+    def refuse(_: Any) -> list[Arrays]:
+        raise NotRun("a length is negative")
+
+    made = Made(label="it", run=refuse, trace=refuse)
+    (remark,) = compare_samples(free(1), Subject(name="it", original=model), [made])
+    assert "was not checked (a length is negative)" in remark

@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.partitioner.cutting.conformance.samples import (
+    find_masks,
     find_open_batch,
     iter_draws,
     list_inputs,
@@ -133,3 +134,76 @@ def test_lengths_of_sequences_are_drawn_from_1_on() -> None:
     model.graph.node.extend([cast, layer])
     for draw in iter_draws(model, 0):
         assert all((batch["lens"] >= 1).all() for batch in draw)
+
+
+def build_sum(kind: int, *, recast: int = TensorProto.INT32) -> onnx.ModelProto:
+    """Make a GRU whose lengths are the sums of a mask."""
+    x = helper.make_tensor_value_info("x", FLOAT, ["N", 6, 2])
+    model = make_model(x, helper.make_tensor_value_info("mask", kind, ["N", 6]))
+    model.graph.node.extend(
+        [
+            helper.make_node("Cast", ["mask"], ["numbers"], to=FLOAT),
+            helper.make_node("ReduceSum", ["numbers", "axes"], ["sum"], keepdims=0),
+            helper.make_node("Cast", ["sum"], ["lens"], to=recast),
+            helper.make_node("GRU", ["x", "w", "r", "", "lens"], ["z"]),
+        ]
+    )
+    return model
+
+
+@pytest.mark.parametrize("kind", [FLOAT, INT64, TensorProto.BOOL])
+def test_what_lengths_are_counted_from_is_also_drawn_as_a_mask(kind: int) -> None:
+    model = build_sum(kind)
+    assert find_masks(model) == {"mask"}
+    usual, masked = list(iter_draws(model, 0))[:2]
+    for plain, batch in zip(usual, masked, strict=True):
+        counts = batch["mask"].astype(int).sum(axis=1)
+        assert set(np.unique(batch["mask"].astype(float))) <= {0.0, 1.0}
+        assert (counts >= 1).all()
+        assert (counts <= 6).all()
+        assert batch["mask"].dtype == plain["mask"].dtype
+        assert len(batch["mask"]) == len(plain["mask"])
+    assert len({int(n) for batch in masked for n in batch["mask"].astype(int).sum(axis=1)}) > 1
+
+
+def test_a_mask_of_time_before_batch_has_a_length_for_each_sample() -> None:
+    model = build_sum(FLOAT)
+    del model.graph.input[1].type.tensor_type.shape.dim[:]
+    model.graph.input[1].type.tensor_type.shape.dim.add().dim_value = 6
+    model.graph.input[1].type.tensor_type.shape.dim.add().dim_param = "N"
+    _, masked = list(iter_draws(model, 0))[:2]
+    assert all((batch["mask"].sum(axis=0) >= 1).all() for batch in masked)
+
+
+def test_a_float_that_may_be_a_length_itself_is_drawn_as_1() -> None:
+    model = make_model(helper.make_tensor_value_info("lens", FLOAT, ["N"]))
+    cast = helper.make_node("Cast", ["lens"], ["cast"], to=TensorProto.INT32)
+    model.graph.node.extend([cast, helper.make_node("ReverseSequence", ["x", "cast"], ["z"])])
+    _, masked = list(iter_draws(model, 0))[:2]
+    assert all((batch["lens"] == 1).all() for batch in masked)
+
+
+def test_a_mask_within_a_branch_is_found() -> None:
+    model = build_sum(FLOAT)
+    inner = helper.make_graph(
+        list(model.graph.node)[1:], "then", [], [helper.make_tensor_value_info("z", FLOAT, None)]
+    )
+    del model.graph.node[1:]
+    model.graph.node.append(
+        helper.make_node("If", ["on"], ["result"], then_branch=inner, else_branch=inner)
+    )
+    assert find_masks(model) == {"mask"}
+
+
+def test_floats_whose_sizes_alone_are_used_are_no_masks() -> None:
+    model = make_model(helper.make_tensor_value_info("x", FLOAT, ["N", 3]))
+    model.graph.node.extend(
+        [
+            helper.make_node("Shape", ["x"], ["sizes"]),
+            helper.make_node("Reshape", ["x", "sizes"], ["z"]),
+        ]
+    )
+    assert find_masks(model) == set()
+    ids = make_model(helper.make_tensor_value_info("ids", INT64, ["N", 3]))
+    ids.graph.node.append(helper.make_node("Gather", ["table", "ids"], ["z"]))
+    assert find_masks(ids) == set()

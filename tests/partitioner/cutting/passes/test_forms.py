@@ -7,7 +7,6 @@ import pytest
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.cutting.passes.forms import (
-    declare_statistics,
     keep_data_outputs,
     lift_integers,
     make_inference_form,
@@ -52,17 +51,6 @@ def test_nodes_within_a_body_get_names_too() -> None:
     graph.append(ir.node("If", [graph.inputs[0]], attributes, name="choice"))
     name_nodes(graph)
     assert inner.name == "in"
-
-
-def test_what_gradients_read_is_declared_where_it_is_not() -> None:
-    x, scale = ir.Value(name="x"), ir.Value(name="s")
-    node = ir.node("LayerNormalization", [x, scale], outputs=[ir.Value(name="y")])
-    other = ir.node("Relu", [node.outputs[0]], outputs=[ir.Value(name="z")])
-    graph = build(node, other, inputs=(x, scale), outputs=list(other.outputs))
-    declare_statistics(graph)
-    declare_statistics(graph)
-    assert [v.name for v in node.outputs] == ["y", "y#mean", "y#inv_std"]
-    assert [v.name for v in other.outputs] == ["z"]
 
 
 def test_a_model_predicts_without_dropout_and_by_running_statistics() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -12,9 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.cutting.passes.resized_batches import refuse_resized_batches
 from splitonnx.partitioner.normalization.opsets import inline_functions
+from splitonnx.partitioner.partitions import cut
 
 
-def build(dims: list[int | str], sizes: list[int], *nodes: Any, **attributes: Any) -> ir.Graph:
+def build(
+    dims: list[int | str | None], sizes: list[int], *nodes: Any, **attributes: Any
+) -> ir.Graph:
     """Build a Resize to constant sizes, or to those that other nodes compute as ``to``."""
     resize = helper.make_node(
         "Resize", ["x", "", "", "to" if nodes else "sizes"], ["y"], name="node", **attributes
@@ -41,7 +45,7 @@ def build(dims: list[int | str], sizes: list[int], *nodes: Any, **attributes: An
     ],
 )
 def test_it_is_refused_with_the_option_that_fixes_the_size(
-    dims: list[int | str], sizes: list[int], attributes: dict[str, Any], words: str
+    dims: list[int | str | None], sizes: list[int], attributes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         refuse_resized_batches(build(dims, sizes, **attributes))
@@ -60,7 +64,7 @@ def test_it_is_refused_with_the_option_that_fixes_the_size(
     ],
 )
 def test_sizes_of_the_other_axes_and_of_fixed_ones_pass(
-    dims: list[int | str], sizes: list[int], attributes: dict[str, Any]
+    dims: list[int | str | None], sizes: list[int], attributes: dict[str, Any]
 ) -> None:
     refuse_resized_batches(build(dims, sizes, **attributes))
 
@@ -87,3 +91,37 @@ def _constants(**numbers: int) -> list[Any]:
         helper.make_node("Constant", [], [name], value_ints=[number])
         for name, number in numbers.items()
     ]
+
+
+def test_a_batch_without_a_name_is_fixed_by_its_place() -> None:
+    with pytest.raises(UnsupportedModel) as caught:
+        refuse_resized_batches(build([None, 3, 4], [2, 3, 8]))
+    assert "has one of any size; train with --dim x:0=2, or export it" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "advice"), [(4, "train with --dim N=2, or export it"), (3, "('2*N'); export it")]
+)
+def test_a_batch_that_was_doubled_is_fixed_where_it_can_be(rows: int, advice: str) -> None:
+    model = onnx.parser.parse_model(DOUBLED.format(rows=rows))
+    with pytest.raises(UnsupportedModel) as caught:
+        cut(model, at="c", loss="mse", check=True)
+    assert f"its sizes have a batch of {rows}" in str(caught.value)
+    assert advice in str(caught.value)
+
+
+def test_the_advice_for_a_doubled_batch_works(caplog: pytest.LogCaptureFixture) -> None:
+    model = onnx.parser.parse_model(DOUBLED.format(rows=4))
+    cut(model, at="c", loss="mse", dims={"N": 2}, check=True)
+    assert "differ" not in caplog.text
+    assert "does not run" not in caplog.text
+
+
+DOUBLED = """<ir_version: 8, opset_import: ["" : 18]>
+doubled (float[N, 3, 8, 8] x) => (float[M, 3, 1, 1] y)
+<float[3, 3, 1, 1] w = {{1, 2, 3, 4, 5, 6, 7, 8, 9}}, int64[4] sizes = {{{rows}, 3, 4, 4}}> {{
+    c = Conv (x, w)
+    twice = Concat <axis = 0> (c, c)
+    resized = Resize <mode = "nearest"> (twice, , , sizes)
+    y = GlobalAveragePool (resized)
+}}"""

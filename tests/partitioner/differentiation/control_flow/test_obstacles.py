@@ -99,7 +99,7 @@ SEQUENCES = """
 
 def test_a_loop_that_carries_a_sequence_is_refused() -> None:
     model = onnx.parser.parse_model(_MODEL.replace("BODY", SEQUENCES))
-    with pytest.raises(NotDifferentiable, match="'a' is not a tensor, but a sequence"):
+    with pytest.raises(NotDifferentiable, match="'empty' is not a tensor, but a sequence"):
         cut(model, at=None, loss="mse")
 
 

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from splitonnx.bundles import Bundle
+from splitonnx.errors import NotDifferentiable
 from splitonnx.names import Target
 from splitonnx.partitioner.partitions import cut
 from splitonnx.verifications import verify
@@ -129,6 +130,73 @@ def two_branches(net: Net) -> None:
     net.op("If", "hot", out="f", then_branch=inner, else_branch=other)
 
 
+def make_sequence(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_sequence_value_info(name, FLOAT, None)
+
+
+def collect(net: Net) -> None:
+    """Join the states of a Loop that runs as often as the largest element says."""
+    value = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [
+            helper.make_node("Cast", ["i"], ["number"], to=FLOAT),
+            helper.make_node("Add", ["h", "number"], ["piece"]),
+            helper.make_node("SequenceInsert", ["old", "piece"], ["new"]),
+            helper.make_node("Identity", ["on"], ["again"]),
+        ],
+        "body",
+        [value("i", INT64, []), value("on", BOOL, []), make_sequence("old")],
+        [value("again", BOOL, []), make_sequence("new")],
+    )
+    net.op("ReduceMax", "h", out="top", keepdims=0)
+    net.op("Cast", "top", out="trips", to=INT64)
+    net.op("SequenceConstruct", "h", out="start")
+    net.op("Loop", "trips", net.constant("yes", np.array(True)), "start", out="pieces", body=body)
+    net.op("ConcatFromSequence", "pieces", out="stacked", axis=0, new_axis=1)
+    net.op("ReduceSum", "stacked", net.constant("first", np.array([0])), out="sum", keepdims=0)
+    net.op("Reshape", "sum", net.constant("shape", np.array([-1, 4])), out="f")
+
+
+def choose_sequence(net: Net) -> None:
+    """Take the last of the tensors that one of two branches lists."""
+
+    def list_tensors(*names: str) -> onnx.GraphProto:
+        result = f"{'.'.join(names)}.listed"
+        node = helper.make_node("SequenceConstruct", names, [result])
+        return helper.make_graph([node], "branch", [], [make_sequence(result)])
+
+    net.op("Tanh", "h", out="bent")
+    net.op("ReduceMax", "h", out="top", keepdims=0)
+    net.op("Greater", "top", net.constant("none", np.array(0, np.float32)), out="hot")
+    both, one = list_tensors("h", "bent"), list_tensors("h")
+    net.op("If", "hot", out="listed", then_branch=both, else_branch=one)
+    net.op("SequenceAt", "listed", net.constant("last", np.array(-1)), out="taken")
+    net.op("Reshape", "taken", net.constant("shape", np.array([-1, 4])), out="f")
+
+
+def split_by_data(net: Net) -> None:
+    """Split along the samples, in a place that the data say, and turn the parts around."""
+    net.op("ReduceMax", "h", out="top", keepdims=1)
+    net.op("Greater", "top", net.constant("none", np.array(0, np.float32)), out="hot")
+    net.op("Cast", "hot", out="one", to=INT64)
+    net.op("Reshape", "one", net.constant("flat", np.array([1])), out="one.flat")
+    net.op("Shape", "h", out="size", start=0, end=1)
+    net.op("Sub", "size", "one.flat", out="rest")
+    net.op("Concat", "one.flat", "rest", out="lengths", axis=0)
+    net.op("SplitToSequence", "h", "lengths", out="parts", axis=0)
+    for index in (0, 1):
+        net.op("SequenceAt", "parts", net.constant(f"at{index}", np.array(index)), out=f"p{index}")
+    net.op("Concat", "p1", "p0", out="turned", axis=0)
+    net.op("Reshape", "turned", net.constant("shape", np.array([-1, 4])), out="f")
+
+
+def wrap(net: Net) -> None:
+    """Wrap a value as an optional one, and take it out again."""
+    net.op("Tanh", "h", out="bent")
+    net.op("Optional", "bent", out="wrapped")
+    net.op("OptionalGetElement", "wrapped", out="f")
+
+
 CASES: Mapping[str, Callable[[Net], None]] = {
     "GRU": recur("GRU"),
     "GRU whose reset is linear": recur("GRU", linear_before_reset=1),
@@ -139,6 +207,9 @@ CASES: Mapping[str, Callable[[Net], None]] = {
     "If around quantization": choose(quantize),
     "If that reads an If": two_branches,
     "Loop around BatchNormalization": loop,
+    "Loop that carries a sequence": collect,
+    "If whose branches make sequences": choose_sequence,
+    "sequence of parts as long as the data say": split_by_data,
 }
 
 
@@ -186,6 +257,25 @@ def test_frozen_features_are_those_that_onnx_defines(case: str, target: Target) 
 def test_either_party_holds_frozen_features(case: str, at: str, target: Target) -> None:
     bundle = divide(build(CASES[case]), at, target)
     assert verify(bundle, {"x": X, "labels": LABELS}, batch_size=3).largest_difference == 0.0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_frozen_optional_value_is_what_was_put_into_it(target: Target) -> None:
+    model = build(wrap)  # which onnx's own evaluator cannot run
+    (frozen,) = (t for t in model.graph.initializer if t.name == "frozen")
+    features = np.tanh(X @ onnx.numpy_helper.to_array(frozen))
+    found = run_step(divide(model, None, target), {"x": X, "labels": LABELS})
+    expected = expect_gradient(model, features)
+    np.testing.assert_allclose(found["w_grad"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["SequenceConstruct", "SplitToSequence"])
+def test_a_sequence_between_a_trained_weight_and_the_loss_is_refused_by_its_node(
+    kind: str,
+) -> None:
+    case = {"SequenceConstruct": collect, "SplitToSequence": split_by_data}[kind]
+    with pytest.raises(NotDifferentiable, match=rf"\({kind}\) is between a trainable parameter"):
+        cut(build(case), at=None, loss="mse")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -98,7 +98,7 @@ def test_a_weight_is_dequantized_before_it_is_moved(name: str, scales: int) -> N
     np.testing.assert_array_equal(run(turned, x=X), run(given, x=X))
     if scales > 1 and not has_axis:
         told = dequantize(ir.from_proto(given)).describe()
-        assert f"'W_quantized': {np.prod(shape)} numbers stored as integers are not" in told
+        assert f"'W_quantized': {np.prod(shape)} quantized numbers are not" in told
         return
     (moved,) = [one for one in turned.graph.node if one.op_type == node.op_type]
     makers = {one.output[0]: one for one in turned.graph.node}

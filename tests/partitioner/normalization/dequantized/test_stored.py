@@ -67,6 +67,22 @@ def test_the_float_weights_have_their_own_names_and_the_model_its_results(zero: 
     assert "'w1', 'w2'; they stay floats in the merged model" in told
 
 
+@pytest.mark.parametrize("kind", ["FLOAT8E4M3FN", "FLOAT8E5M2"])
+def test_floats_of_8_bits_are_scaled_alike(kind: str) -> None:
+    given = build()
+    (stored,) = [tensor for tensor in given.graph.initializer if tensor.name == "w1_q"]
+    values = np.linspace(-200, 200, 20).tolist()
+    number = TensorProto.DataType.Value(kind)
+    stored.CopyFrom(helper.make_tensor("w1_q", number, (4, 5), values))
+    given.opset_import[0].version = 19
+    assert find_stored_integers(ir.from_proto(given).graph) == {"w1_q": 20, "w2_q": 15}
+    model = ir.from_proto(given)
+    dequantize(model)
+    made = ir.to_proto(model)
+    assert {tensor.name for tensor in made.graph.initializer} == {"w1", "w2"}
+    np.testing.assert_array_equal(run(made), run(given))
+
+
 def test_a_scale_that_would_widen_the_integers_is_left() -> None:
     given = build()
     given.graph.initializer[3].CopyFrom(numpy_helper.from_array(np.ones((2, 5, 3), "f4"), "s2"))
@@ -75,7 +91,7 @@ def test_a_scale_that_would_widen_the_integers_is_left() -> None:
 
 
 @pytest.mark.parametrize("scales", [1, 3])
-def test_rows_are_read_from_a_float_table_if_one_number_scales_it(scales: int) -> None:
+def test_rows_are_read_from_a_float_table_if_numbers_scale_it(scales: int) -> None:
     random = np.random.default_rng(0)
     nodes = [
         helper.make_node("Gather", ["table", "ids"], ["rows"]),
@@ -95,15 +111,58 @@ def test_rows_are_read_from_a_float_table_if_one_number_scales_it(scales: int) -
     given = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     model = ir.from_proto(given)
     assert find_stored_integers(model.graph) == {"table": 21}
-    if scales > 1:
-        with pytest.raises(UsageError, match="scale stored ones, and this one does not"):
-            dequantize(model)
-        return
     assert dequantize(model).weights == ("table#float",)
     made, ids = ir.to_proto(model), {"ids": np.array([6, 0, 3])}
     assert made.graph.node[0].op_type == "Gather"
     (expected,), (actual,) = (ReferenceEvaluator(one).run(None, ids) for one in (given, made))
     np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+def build_scaled_rows(form: str, ids: str = "ids") -> onnx.ModelProto:
+    """Build rows of a table, each of which a number of its own scales: in one of two forms.
+
+    ``ids`` names the indices with which the scales are read.
+    """
+    random = np.random.default_rng(0)
+    scales = random.uniform(0.01, 0.1, (7, 1) if form == "matrix" else 7).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("Cast", ["rows"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Gather", ["scales", ids], ["picked"]),
+        helper.make_node("Unsqueeze", ["picked", "last"], ["column"]),
+        helper.make_node("Mul", ["column" if form == "vector" else "picked", "floats"], ["y"]),
+    ]
+    if form == "matrix":
+        del nodes[3]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info(n, TensorProto.INT64, ["N", 2]) for n in ("ids", "others")],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2, 3])],
+        [
+            numpy_helper.from_array(random.integers(-9, 9, (7, 3), np.int8), "table"),
+            numpy_helper.from_array(scales, "scales"),
+            numpy_helper.from_array(np.array([-1]), "last"),
+        ],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+@pytest.mark.parametrize("form", ["vector", "matrix"])
+def test_rows_with_a_scale_each_are_read_from_a_float_table(form: str) -> None:
+    given = build_scaled_rows(form)
+    model = ir.from_proto(given)
+    assert dequantize(model).weights == ("table#float",)
+    made = ir.to_proto(model)
+    assert [node.op_type for node in made.graph.node] == ["Gather"]
+    ids = {name: np.array([[6, 0], [3, 3], [1, 5]]) for name in ("ids", "others")}
+    (expected,), (actual,) = (ReferenceEvaluator(one).run(None, ids) for one in (given, made))
+    np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+@pytest.mark.parametrize("form", ["vector", "matrix"])
+def test_scales_of_other_rows_are_left(form: str) -> None:
+    with pytest.raises(UsageError, match="scale stored ones, and this one does not"):
+        dequantize(ir.from_proto(build_scaled_rows(form, ids="others")))
 
 
 def test_the_float_weights_are_trained_split_as_they_are_whole() -> None:
@@ -117,7 +176,7 @@ def test_the_float_weights_are_trained_split_as_they_are_whole() -> None:
 
 
 def test_integers_that_stay_untrained_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    sentence = "'w1_q', 'w2_q': 35 numbers stored as integers are not trained; --dequantize"
+    sentence = "'w1_q', 'w2_q': 35 quantized numbers are not trained; --dequantize"
     (remark,) = [one for one in check(build()).remarks if one.options == ("--dequantize",)]
     assert sentence in remark.sentence
     assert remark.names == ("w1_q", "w2_q")
@@ -153,6 +212,6 @@ def test_integers_that_a_part_of_the_model_computes_with_are_told_of() -> None:
     opsets = [helper.make_opsetid("", 17)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     (remark,) = [one for one in check(model).remarks if one.options == ("--dequantize",)]
-    assert "'W_quantized': 20 numbers stored as integers are not trained" in remark.sentence
+    assert "'W_quantized': 20 quantized numbers are not trained" in remark.sentence
     told = [one.sentence for one in check(model, dequantize=True).remarks]
     assert not [one for one in told if "not trained" in one]

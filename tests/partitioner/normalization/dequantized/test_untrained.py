@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import helper
 
 from splitonnx.partitioner.normalization.dequantized.untrained import find_untrained_integers
 from splitonnx.partitioner.partitions import cut
@@ -59,11 +61,24 @@ def test_stored_integers_that_can_only_stay_are_named(
     assert found.parameters == 16  # of w
     (remark,) = [one for one in found.remarks if one.kind is Kind.UNTRAINED_INTEGERS]
     assert remark.names == ("t",)
-    assert remark.sentence.startswith("'t': 24 numbers stored as integers are not trained, since")
+    assert remark.sentence.startswith("'t': 24 quantized numbers are not trained, since")
     with caplog.at_level(logging.WARNING):
         bundle = cut(model, at=None, loss="mse", check=False)
     assert remark.sentence in caplog.messages
     assert "t#exp_avg" not in bundle.client.weights
+
+
+@pytest.mark.parametrize("kind", ["float8e4m3fn", "float8e4m3fnuz", "float8e5m2", "float8e5m2fnuz"])
+def test_floats_of_8_bits_with_several_scales_are_named(kind: str) -> None:
+    model = build(STAYING["with several scales"].replace(", z)", ")"))
+    (table,) = [tensor for tensor in model.graph.initializer if tensor.name == "t"]
+    values = np.linspace(-2, 2, 24).reshape(6, 4)
+    number = onnx.TensorProto.DataType.Value(kind.upper())
+    table.CopyFrom(helper.make_tensor("t", number, values.shape, values.flatten().tolist()))
+    found = check(model, loss="mse")
+    assert found.parameters == 16  # of w
+    (remark,) = [one for one in found.remarks if one.kind is Kind.UNTRAINED_INTEGERS]
+    assert remark.sentence.startswith("'t': 24 quantized numbers are not trained, since")
 
 
 @pytest.mark.parametrize(
