@@ -18,7 +18,7 @@ TICK_SECONDS = 0.5
 
 
 def pass_on(context: ServerContext, delivery: Delivery) -> None:
-    """Give a delivery to the newest connection of its session; call it on the event loop."""
+    """Pass a delivery to the newest connection of its session; call it on the event loop."""
     holder = context.holders.get(delivery.key.session)
     if holder is not None:
         holder.deliver(delivery)

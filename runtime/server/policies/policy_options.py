@@ -44,14 +44,15 @@ class PolicyOptions:
     def __post_init__(self) -> None:
         if self.name not in POLICIES:
             raise UsageError(f"there is no policy '{self.name}'; take one of {', '.join(POLICIES)}")
-        for subject, number in (
-            ("clients_min", self.clients_min),
-            ("quorum", 1 if self.quorum is None else self.quorum),
-            ("local_steps", self.local_steps),
-            ("rounds", self.rounds + 1),
+        quorum = 1 if self.quorum is None else self.quorum
+        for subject, number, least in (
+            ("clients_min", self.clients_min, 1),
+            ("quorum", quorum, 1),
+            ("local_steps", self.local_steps, 1),
+            ("rounds", self.rounds, 0),
         ):
-            if number < 1:
-                raise UsageError(f"{subject} is too small for the policy '{self.name}'")
+            if number < least:
+                raise UsageError(f"{subject} must be at least {least}, not {number}")
         if self.round_timeout is not None and not self.round_timeout > 0:
             raise UsageError(f"round_timeout must be above 0 seconds, not {self.round_timeout:g}")
 

@@ -23,7 +23,7 @@ class Relay(Rounds):
         self._holder = "" if newest is None else newest.holder
 
     def add(self, share: Share, now: float) -> list[Answer]:
-        """Take a client's share, and return the answers that are due.
+        """Accept a client's share, and return the answers that are due.
 
         The client waits for its next turn, except if it leaves.  What it shares is handed on only
         if it had the turn.
@@ -41,7 +41,7 @@ class Relay(Rounds):
         return answers + self.close_if_due(now)
 
     def close_if_due(self, now: float) -> list[Answer]:
-        """Give the turn to the next client if nobody has it, or the one that has it is too slow."""
+        """Pass the turn to the next client if nobody has it, or whoever has it is too slow."""
         if self.newest is None:
             if not self._open or len(self._open) < self._rules.clients_min:
                 return []
@@ -59,7 +59,7 @@ class Relay(Rounds):
         return [self._answer(self._open.pop(self._holder), self.newest)]
 
     def withdraw(self, session: str) -> None:
-        """Take a session out of those that wait for their turn."""
+        """Remove a session from those that wait for their turn."""
         self._open.pop(session, None)
 
     def leave(self, session: str) -> None:

@@ -94,7 +94,7 @@ class Rounds:
         self._late = 0
 
     def add(self, share: Share, now: float) -> list[Answer]:
-        """Take a client's share, and return the answers that are due.
+        """Accept a client's share, and return the answers that are due.
 
         A share that was already joined, and one that was computed from an older round's tensors, is
         answered with the newest round's tensors and is not joined.
@@ -127,7 +127,7 @@ class Rounds:
         return self._close() if is_over or self._members.keys() <= shared.keys() else []
 
     def withdraw(self, session: str) -> None:
-        """Take a session's share out of the open round."""
+        """Remove a session's share from the open round."""
         if self._open.pop(session, None) is not None and not self._open:
             self._begun = None
 

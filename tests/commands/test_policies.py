@@ -1,0 +1,60 @@
+"""The options of ``serve`` for its policy, and what they are refused with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from splitonnx.commands.policies import JoiningOptions, PolicyName
+from splitonnx.runtime.server.policies.policy_options import POLICIES, PolicyOptions
+from tests.support import tiny
+from tests.support.commands import Command
+
+
+def test_there_is_a_name_for_each_policy() -> None:
+    assert tuple(name.value for name in PolicyName) == POLICIES
+
+
+def test_without_options_nothing_is_joined() -> None:
+    assert JoiningOptions().read() == PolicyOptions()
+
+
+def test_each_option_reaches_the_policy() -> None:
+    given = JoiningOptions(
+        policy=PolicyName.SPLITFED_V1,
+        local_steps=5,
+        rounds=6,
+        clients_min=3,
+        quorum=2,
+        round_timeout=7.5,
+    )
+    assert given.read() == PolicyOptions(
+        name="splitfed-v1",
+        local_steps=5,
+        rounds=6,
+        clients_min=3,
+        quorum=2,
+        round_timeout=7.5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--local-steps", 2), ("--rounds", 3), ("--clients-min", 2), ("--quorum", 1),
+     ("--round-timeout", 9)],
+)  # fmt: skip
+def test_an_option_that_the_policy_does_not_have_is_refused(
+    command: Command, tmp_path: Path, option: str, value: int
+) -> None:
+    tiny.split_bundle().save(tmp_path / "bundle")
+    told = command.fail("serve", tmp_path / "bundle" / "server", option, value)
+    assert f"{option}: with a policy that joins clients only" in told
+
+
+def test_a_bundle_of_an_earlier_version_is_refused(command: Command, tmp_path: Path) -> None:
+    tiny.split_bundle().save(tmp_path / "bundle")
+    told = command.fail(
+        "serve", tmp_path / "bundle" / "server", "--policy", "splitfed-v1", "--port", 0
+    )
+    assert "cut the model again with this version" in told

@@ -1,0 +1,76 @@
+"""What a policy has for other sessions reaches the newest connections of these."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.server import deliveries
+from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.deliveries import keep_ticking, pass_on
+from splitonnx.runtime.server.policies.tasks import Delivery
+from tests.support import tiny
+from tests.support.server_contexts import open_context
+
+ANN = "a" * 32
+DELIVERY = Delivery(key=TaskKey(ANN, "share", 0, 0), version=0, is_last=True)
+
+
+class Connection:
+    """A connection that keeps what it is to deliver."""
+
+    is_sending = False
+
+    def __init__(self) -> None:
+        self.given: list[Delivery] = []
+
+    def dismiss(self, code: int, reason: str) -> None:
+        raise AssertionError("nobody is dismissed")
+
+    def deliver(self, delivery: Delivery) -> None:
+        self.given.append(delivery)
+
+
+@pytest.fixture
+def context() -> Iterator[ServerContext]:
+    with open_context(tiny.split_bundle()) as made:
+        yield made
+
+
+def test_a_delivery_is_for_the_connection_of_its_session(context: ServerContext) -> None:
+    ann, bob = Connection(), Connection()
+    context.holders |= {ANN: ann, "b" * 32: bob}
+    pass_on(context, DELIVERY)
+    assert (ann.given, bob.given) == ([DELIVERY], [])
+
+
+def test_a_client_without_a_connection_asks_again(context: ServerContext) -> None:
+    pass_on(context, DELIVERY)
+    assert not context.holders
+
+
+def test_what_is_due_is_passed_on_until_the_server_stops(
+    context: ServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliveries, "TICK_SECONDS", 0.0)
+    times: list[float] = []
+
+    def tick(now: float) -> Iterator[Delivery]:
+        times.append(now)
+        yield DELIVERY
+
+    async def check() -> None:
+        context.stop = asyncio.Event()
+        monkeypatch.setattr(context.registry.policy, "tick", tick)
+        connection = context.holders[ANN] = Connection()
+        ticking = asyncio.create_task(keep_ticking(context))
+        while len(connection.given) < 2:
+            await asyncio.sleep(0)
+        context.stop.set()
+        await ticking
+        assert times == sorted(times)
+
+    asyncio.run(check())
