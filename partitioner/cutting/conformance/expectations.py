@@ -50,10 +50,7 @@ _NOISE_FACTOR = 20
 _CONTRADICTION = 1e-2
 """The relative difference above which the two evaluators contradict each other."""
 _ROUNDING = 1e-6
-"""The absolute difference up to which rounding explains a relative difference of any size.
-
-Relative differences become large in sums that cancel out.
-"""
+"""The absolute difference that rounding explains, as in sums that cancel out."""
 _SCALES = (10.0, 0.1, 100.0)
 """Standard deviations of inputs to try after 1, if each output has equal rows only."""
 _SMALLER = (0.1, 0.01, 0.001)
@@ -96,8 +93,8 @@ class Expectation:
 
     def list_outputs(self) -> list[tuple[str, list[np.ndarray]]]:
         """List each output's name with its results for all batches."""
-        outcome = self.session or self.reference or ()
-        return [(name, [batch[name] for batch in outcome]) for name in next(iter(outcome), ())]
+        found = self.session or self.reference or ()
+        return [(name, [batch[name] for batch in found]) for name in next(iter(found), ())]
 
     @property
     def is_finite(self) -> bool:
@@ -215,12 +212,11 @@ def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_dr
 
 def find_overflow(expectation: Expectation, subject: str) -> str:
     """Return the name of the original's first tensor that is not finite, or an empty string."""
+    found: list[Arrays] = []
     traced = expose(onnx.ModelProto.FromString(expectation.model.SerializeToString()))
-    try:
+    with suppress(NotRun):
         found = run_session(traced.SerializeToString(), expectation.batches, subject, level="none")
-    except NotRun:
-        return ""
-    made = (name for node in traced.graph.node for name in node.output)
+    made = [name for node in traced.graph.node for name in node.output]
     return next((n for n in made if not all(is_finite(b[n]) for b in found if n in b)), "")
 
 
