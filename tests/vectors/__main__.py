@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
         indent = None if name in ("schedules", "shapes") else 1  # many are small
         text = json.dumps(value, indent=indent, ensure_ascii=False)
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    tiny.split_bundle().save(folder / "whole", overwrite=True)
+    tiny.sharing_bundle().save(folder / "whole", overwrite=True)
     shutil.rmtree(folder / "tiny", ignore_errors=True)
     (folder / "whole" / "client").rename(folder / "tiny")
     shutil.rmtree(folder / "whole")

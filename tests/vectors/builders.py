@@ -30,6 +30,7 @@ from splitonnx.schedules import (
     StepSchedule,
     plan_rates,
 )
+from splitonnx.sharing import ROUND
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
 from tests import test_codecs, test_messages
 from tests.runtime.gate import test_gate_bytes, test_gates
@@ -138,6 +139,9 @@ def describe_cases(cases: list[tuple[bytes, str]]) -> list[dict[str, str]]:
 def build_lies() -> list[tuple[bytes, str]]:
     """Well-formed tensors whose fields are no message's."""
     good = msgspec.to_builtins(test_messages.TASK)
+    greeting: dict[str, object] = {
+        "type": "Welcome", "session": "s", "digest": "d", "step": 0, "wires": {}
+    }  # fmt: skip
     fields: list[dict[str, object]] = [
         {},
         {"type": "Nonsense"},
@@ -153,6 +157,10 @@ def build_lies() -> list[tuple[bytes, str]]:
         {**good, "learning_rate": "0.1"},
         {"type": "Welcome", "session": "s", "digest": "d", "step": 0, "wires": {"train": [{}]}},
         {"type": "Welcome", "session": "s", "digest": "d", "step": 0, "wires": []},
+        {**greeting, "local_steps": -1},
+        {**greeting, "local_steps": None},
+        {**greeting, "rounds": 0.5},
+        {**greeting, "policy": 1},
         {"type": "Fault", "code": "x"},
     ]
     texts = [json.dumps(one) for one in fields] + ["", "[]", "{", '{"type":"Bye","type":"Bye"}']
@@ -165,7 +173,7 @@ def build_lies() -> list[tuple[bytes, str]]:
 
 def build_manifests() -> list[dict[str, str]]:
     """What makes a manifest none, as changes to that of ``tiny``."""
-    text = encode_manifest(tiny.split_bundle().client.manifest).decode()
+    text = encode_manifest(tiny.sharing_bundle().client.manifest).decode()
     changes = [
         ('"splitonnx.bundle/1"', '"splitonnx.bundle/9"'),
         ('"party": "client"', '"party": 3'),
@@ -182,20 +190,22 @@ def build_manifests() -> list[dict[str, str]]:
 
 def build_replies() -> list[dict[str, object]]:
     """What a hostile server says to a client of ``tiny`` that stands at step 0."""
-    manifest = tiny.split_bundle().client.manifest
+    manifest = tiny.sharing_bundle().client.manifest
     wires = list_wires(manifest)
+    change = msgspec.structs.replace
     welcome = Welcome(session=SESSION, digest=manifest.digest, step=0, wires=wires)
-    fewer = {"train": wires["train"]}
+    fewer = change(welcome, wires={"train": wires["train"]})
     task = Tensors(
         session=SESSION, phase="train", step=0, micro_batch=0, turn=0, seed=0, learning_rate=0.1
     )
     gradient = np.ones((6, 4), np.float32)
-    change = msgspec.structs.replace
+    share, weight = change(task, phase="share"), tiny.WEIGHTS["W1"]
+    joined: Arrays = {ROUND: np.array(1), "W1@joined": weight}
     cases: list[tuple[str, Message, Arrays, str]] = [
         ("greeting", change(welcome, digest="00"), {}, "BundleMismatch"),
-        ("greeting", change(welcome, wires=fewer), {}, "BundleMismatch"),
+        ("greeting", fewer, {}, "BundleMismatch"),
         ("greeting", task, {}, "RemoteProtocolError"),
-        ("open", welcome, {}, "RemoteProtocolError"),
+        ("open", fewer, {}, "RemoteProtocolError"),
         ("open", task, {"h": gradient}, "RemoteProtocolError"),
         ("open", task, {"other": gradient}, "RemoteProtocolError"),
         ("open", change(task, phase="none"), {"h.grad": gradient}, "RemoteProtocolError"),
@@ -206,7 +216,14 @@ def build_replies() -> list[dict[str, object]]:
         ("open", task, {"h.grad": gradient * np.float32(np.nan)}, "NotFinite"),
         ("open", task, {"h.grad": gradient * np.float32(np.inf)}, "NotFinite"),
         ("open", task, {"loss": np.array(np.nan, np.float32)}, "NotFinite"),
-        ("start", welcome, {}, "RemoteProtocolError"),
+        ("open", share, joined, ""),
+        ("open", share, {ROUND: joined[ROUND]}, "RemoteProtocolError"),
+        ("open", share, {"W1@joined": joined["W1@joined"]}, "RemoteProtocolError"),
+        ("open", share, {**joined, "W2@joined": weight}, "RemoteProtocolError"),
+        ("open", share, {**joined, "W1@joined": weight.T}, "ArrayMismatch"),
+        ("open", share, {**joined, ROUND: np.array([1])}, "ArrayMismatch"),
+        ("open", share, {**joined, "W1@joined": weight * np.float32(np.nan)}, "NotFinite"),
+        ("start", fewer, {}, "RemoteProtocolError"),
         ("open", Fault(code="x", reason="y"), {}, ""),
         ("greeting", welcome, {}, ""),
         ("open", task, {"h.grad": gradient, "loss": np.array(1, np.float32)}, ""),
