@@ -231,6 +231,12 @@ describe("a client alone", () => {
     assert.equal(steps.length, 6); // two steps a round
   });
 
+  test("does not wait for others where it is told to stop before it begins", async (t) => {
+    const server = await serve(t, "--clients-min", "2");
+    const { steps } = await train(server.url, { signal: AbortSignal.abort() });
+    assert.equal(steps.length, 0);
+  });
+
   test("keeps a checkpoint at the end of each round, and where it left", async (t) => {
     const server = await serve(t);
     const stop = new AbortController();

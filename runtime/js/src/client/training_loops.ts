@@ -44,9 +44,10 @@ export class TrainingLoop {
     const first = this.#step;
     let position = start;
     let [farthest, returns] = [first, 0];
+    const isAbsent = options.signal?.aborted ?? false; // it does not even begin
     this.#isComplete = false;
-    this.#hasLeft = options.signal?.aborted ?? false; // then it does not even begin
-    let startsAnew = !this.#hasLeft && !start.epoch && !start.batch;
+    this.#hasLeft = isAbsent;
+    let startsAnew = !isAbsent && !start.epoch && !start.batch;
     for (;;) {
       this.#expected = this.#step;
       try {
@@ -68,7 +69,8 @@ export class TrainingLoop {
         if (returns === MOST_RETURNS) throw error;
         const kept = this.#runner.position;
         if (error.step < first || (error.step > first && !kept)) throw error;
-        this.#isComplete = this.#hasLeft = false;
+        this.#isComplete = false;
+        this.#hasLeft = isAbsent;
         position = kept ?? start;
         history.forget(error.step, position.epoch);
       }
