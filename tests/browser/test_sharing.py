@@ -107,6 +107,7 @@ def test_a_page_shares_nothing_until_its_user_permits_it(
         screen.start(passes=1)
         screen.wait_for_status(WAITING)
         assert page.is_disabled("#share")
+        assert page.inner_text("#wires").count("weights") == len(expected)
         other = pool.submit(train_in_python, server, own, 1)
         screen.wait_for_status(TRAINED)
         assert_joined(screen, other, expected)

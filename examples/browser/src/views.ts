@@ -142,7 +142,7 @@ export function showWires(wires: readonly Wire[]): void {
   listed = list;
   const rows = wires.map(({ name, dims, bytes }) => {
     const row = document.createElement("tr");
-    const kind = name.endsWith("_grad") ? "gradient" : "activation";
+    const kind = name.endsWith("@own") ? "weights" : name.endsWith("_grad") ? "gradient" : "activation";
     for (const text of [kind, dims.join(" × "), (bytes / 1000).toFixed(1)]) {
       row.append(Object.assign(document.createElement("td"), { textContent: text }));
     }

@@ -6,7 +6,7 @@
 
 import * as ort from "onnxruntime-web/wasm";
 import { IndexedDbStorage, SplitClient } from "@splitonnx/client";
-import type { Evaluation, StepRecord, WebSocketLike } from "@splitonnx/client";
+import type { Evaluation, Outputs, StepRecord, WebSocketLike } from "@splitonnx/client";
 
 import type { News, Order, Samples } from "./messages.js";
 import { Records } from "./records.js";
@@ -83,7 +83,7 @@ async function open(
     onWires(direction, phase, wires) {
       if (isLost) tell({ kind: "found" });
       isLost = false;
-      if (phase === "share") noteShare(direction);
+      if (phase === "share") return noteShare(direction, wires);
       const isStep = phase === "train";
       // what is sent to measure the accuracy in between is not shown
       if (direction === "sent" && (isStep || !isTraining)) reporter.noteWires(wires, { isStep });
@@ -91,11 +91,14 @@ async function open(
   });
 }
 
-/** Say that the others are waited for, once that takes longer. */
-function noteShare(direction: "sent" | "received"): void {
+/** Show the weights that are sent, and say that the others are waited for, once that takes longer. */
+function noteShare(direction: "sent" | "received", wires: Outputs): void {
   if (direction === "sent") {
+    const weights = Object.entries(wires).filter(([name]) => name.endsWith("@own"));
+    reporter.noteWires(Object.fromEntries(weights), { isStep: false });
     waiting = setTimeout(() => {
       waiting = undefined;
+      reporter.flush();
       tell({ kind: "waiting" });
     }, PATIENCE);
     return;
