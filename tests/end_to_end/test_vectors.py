@@ -34,12 +34,9 @@ def read(name: str) -> Any:
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["messages", "quantized_stage", "refusals", "replies", "schedules", "shapes", "shuffles"],
-)
+@pytest.mark.parametrize("name", builders.BUILDERS)
 def test_the_vectors_are_fresh(name: str) -> None:
-    built = getattr(builders, f"build_{name}")()
+    built = builders.BUILDERS[name]()
     assert json.loads(json.dumps(built)) == read(name), "run: python -m tests.vectors"
 
 
