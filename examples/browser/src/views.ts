@@ -169,7 +169,7 @@ export function showModel(bytes: number, localSteps: number): void {
   write(
     "kept",
     localSteps
-      ? `Sent after ${often}: ${weights}, which the server averages with those of other devices. ` +
+      ? `Sent after ${often}: ${weights}, which the server joins with those of other devices. ` +
           "Never sent: the drawings and their labels."
       : `Never sent: the drawings, their labels, and ${weights}.`,
   );

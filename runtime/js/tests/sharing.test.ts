@@ -36,8 +36,9 @@ const PLAN = { epochs: 1, batchSize: 8 };
 const PLAN_STEPS = 5;
 const JOINED = listJoined((await loadBundle(openFolder(CLIENT))).manifest);
 /** Two local steps a round: five steps are two rounds, and one step to share at the end. */
-const POLICY = ["--policy", "splitfed-v1", "--local-steps", "2"];
-const SLACK = ["--round-timeout", "60"]; // a round waits for each client that is there
+const followPolicy = (name: string) => ["--policy", name, "--local-steps", "2"];
+/** A round waits for each of two clients. */
+const TWO = ["--clients-min", "2", "--round-timeout", "60"];
 
 function makeData(samples: number, seed: number) {
   let word = seed;
@@ -72,7 +73,7 @@ async function train(url: string, fit: FitOptions = {}, options: Partial<Connect
 }
 
 async function serve(t: { after(act: () => Promise<void>): void }, ...options: string[]) {
-  const server = await ServerProcess.start("dropout", ...POLICY, ...options);
+  const server = await ServerProcess.start("dropout", ...followPolicy("splitfed-v1"), ...options);
   t.after(() => server.remove());
   return server;
 }
@@ -83,7 +84,7 @@ describe("a client in Node and one in Python", () => {
   let folder: string;
   let peer: PythonPeer;
   let files: string[];
-  let together: NdArrays; // what two clients in Python train
+  const expected = new Map<string, readonly NdArrays[]>(); // what two clients in Python train
 
   before(async () => {
     folder = await mkdtemp(join(tmpdir(), "splitonnx-joint-"));
@@ -93,11 +94,13 @@ describe("a client in Node and one in Python", () => {
       const arrays = Object.entries(data).map(([name, one]) => [name, takeTensor(name, one)] as const);
       await writeFile(files[index]!, encodeTensors(new Map(arrays)));
     }
-    const server = await ServerProcess.start("dropout", ...POLICY, ...SLACK, "--clients-min", "2");
-    tell(server.url, files);
-    assert.deepEqual(JSON.parse(await peer.hear()), [5, 5]);
-    await server.remove();
-    together = readState(files[0]!);
+    for (const policy of ["splitfed-v1", "sequential"]) {
+      const server = await ServerProcess.start("dropout", ...followPolicy(policy), ...TWO);
+      tell(server.url, files);
+      assert.deepEqual(JSON.parse(await peer.hear()), [PLAN_STEPS, PLAN_STEPS]);
+      await server.remove();
+      expected.set(policy, files.map(readState));
+    }
   });
 
   after(async () => {
@@ -114,26 +117,45 @@ describe("a client in Node and one in Python", () => {
     return decodeTensors(new Uint8Array(readFileSync(`${file}.state`)), MAX_HEADER).tensors;
   }
 
-  function distance(state: Outputs, expected: NdArrays): number {
-    return Math.max(...JOINED.map((name) => relate(state[name]!.data, expected.get(name)!.data)));
+  function relateAll(state: (name: string) => Outputs[string]["data"], other: NdArrays): number {
+    return Math.max(...JOINED.map((name) => relate(state(name), other.get(name)!.data)));
   }
 
-  test("train the model that two in Python train", async (t) => {
-    const server = await serve(t, ...SLACK, "--clients-min", "2");
-    tell(server.url, files.slice(1));
-    const { state, steps } = await train(server.url);
-    assert.deepEqual([JSON.parse(await peer.hear()), steps.length], [[5], 5]);
-    assert.ok(JOINED.length > 3);
-    assert.ok(distance(state, together) <= 1e-6, `${distance(state, together)}`);
-    assert.ok(distance(state, readState(files[1]!)) === 0); // they end with one model
-    const alone = await ServerProcess.start("dropout");
-    t.after(() => alone.remove());
-    const lone = await train(alone.url);
-    assert.ok(distance(lone.state, together) > 1e-3); // which is another than each would learn
-  });
+  /** Hold what a client here has trained against what two in Python have. */
+  function distance(state: Outputs, policy = "splitfed-v1"): number {
+    return relateAll((name) => state[name]!.data, expected.get(policy)![0]!);
+  }
+
+  for (const policy of ["splitfed-v1", "sequential"]) {
+    test(`train the model that two in Python train, with the policy ${policy}`, async (t) => {
+      const server = await ServerProcess.start("dropout", ...followPolicy(policy), ...TWO);
+      t.after(() => server.remove());
+      const shown: string[] = [];
+      const onWires = (direction: string, phase: string, wires: Outputs) => {
+        if (phase !== "share" || shown.push(direction) > 1) return;
+        const names = [SAMPLES, LEAVES, ...JOINED.map(nameOwn)];
+        assert.deepEqual(Object.keys(wires).sort(), names.sort());
+        tell(server.url, files.slice(1)); // the other comes when this one waits already
+      };
+      const { state, steps } = await train(server.url, {}, { onWires });
+      assert.deepEqual([JSON.parse(await peer.hear()), steps.length], [[PLAN_STEPS], PLAN_STEPS]);
+      assert.equal(shown.join(), Array<string>(4).fill("sent,received").join());
+      const [ours, others] = [distance(state, policy), readState(files[1]!)];
+      assert.ok(JOINED.length > 3);
+      assert.ok(ours <= 1e-6, `${ours}`);
+      const other = relateAll((name) => others.get(name)!.data, expected.get(policy)![1]!);
+      assert.ok(other <= 1e-6, `${other}`);
+      const between = relateAll((name) => state[name]!.data, others);
+      if (policy === "splitfed-v1") assert.equal(between, 0); // they end with one model
+      const alone = await ServerProcess.start("dropout");
+      t.after(() => alone.remove());
+      const lone = await train(alone.url);
+      assert.ok(distance(lone.state, policy) > 1e-3); // which is another than each would learn
+    });
+  }
 
   test("do so over connections that break anywhere", async (t) => {
-    const server = await serve(t, ...SLACK, "--clients-min", "2");
+    const server = await serve(t, ...TWO);
     const proxy = await Proxy.start(() => server.url);
     t.after(() => proxy.end());
     let word = 7;
@@ -144,7 +166,7 @@ describe("a client in Node and one in Python", () => {
     const { client, state } = await train(proxy.url, { checkpointEvery: 2 }, options);
     await peer.hear();
     assert.ok(client.reconnects > 3, `${client.reconnects} reconnects`);
-    assert.ok(distance(state, together) <= 1e-6, `${distance(state, together)}`);
+    assert.ok(distance(state) <= 1e-6, `${distance(state)}`);
   });
 
   const ends: readonly [what: string, kept: number, isNow: (shares: number, steps: number) => boolean][] = [
@@ -156,7 +178,7 @@ describe("a client in Node and one in Python", () => {
   ];
   for (const [what, kept, isNow] of ends) {
     test(`do so where the page is loaded again ${what}`, async (t) => {
-      const server = await serve(t, ...SLACK, "--clients-min", "2");
+      const server = await serve(t, ...TWO);
       const proxy = await Proxy.start(() => server.url);
       t.after(() => proxy.end());
       tell(server.url, files.slice(1));
@@ -178,27 +200,9 @@ describe("a client in Node and one in Python", () => {
       const { state, steps: others } = await train(server.url, { checkpointEvery: 1 }, resumed);
       await peer.hear();
       assert.equal(others.length, PLAN_STEPS - kept);
-      assert.ok(distance(state, together) <= 1e-6, `${distance(state, together)}`);
+      assert.ok(distance(state) <= 1e-6, `${distance(state)}`);
     });
   }
-
-  test("wait for each other, however long one takes", async (t) => {
-    const server = await serve(t, ...SLACK, "--clients-min", "2");
-    const shown: string[] = [];
-    const client = await connect(server.url, {
-      onWires: (direction, phase, wires) => {
-        if (phase === "share" && shown.push(direction) === 1) {
-          assert.deepEqual(Object.keys(wires).sort(), [SAMPLES, LEAVES, ...JOINED.map(nameOwn)].sort());
-          tell(server.url, files.slice(1)); // the other comes when this one waits already
-        }
-      },
-    });
-    await client.fit(OURS, PLAN);
-    await peer.hear();
-    assert.deepEqual(shown, ["sent", "received", "sent", "received", "sent", "received", "sent", "received"]);
-    assert.ok(distance(client.state(), together) <= 1e-6);
-    await client.close();
-  });
 });
 
 describe("a client alone", () => {
