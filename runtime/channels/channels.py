@@ -357,7 +357,9 @@ class Channel:
 
     def _check_welcome(self, welcome: Welcome) -> None:
         point = self._find_resume_point()
-        terms = check_welcome(welcome, self.session, point, can_share=self._can_share)
+        terms = check_welcome(
+            welcome, self.session, point, manifest=self._manifest, can_share=self._can_share
+        )
         if self.terms not in (None, terms):
             raise RemoteProtocolError(
                 f"it joins what clients learn otherwise than before: {terms}, not {self.terms}"
