@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.bundles import PartyBundle
 from splitonnx.codecs import Chunk
 from splitonnx.messages import Hello, Message, Save, Tensors, decode_message, encode_message
 from splitonnx.names import CLIENT, OWN, SERVER, SHARE, SPLITFED_V1, TRAIN
@@ -20,8 +19,9 @@ from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.policies.tasks import Delivery
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.wire.protocols import list_wires
-from splitonnx.sharing import LEAVES, SAMPLES, declare_sharing
+from splitonnx.sharing import LEAVES, SAMPLES
 from tests.support import tiny
+from tests.support.sharing import sharing_bundle
 
 WEIGHT = "W1"
 """The client's weight, which is shared; the server's is W2."""
@@ -29,14 +29,6 @@ BATCH = {
     "h": np.ones((2, 4), np.float32),
     "labels": np.zeros((2, 2), np.float32),
 }
-
-
-def shared_bundle() -> Bundle:
-    """The tiny bundle, with the phase in which clients share."""
-    bundle = tiny.split_bundle()
-    manifests = declare_sharing({n: p.manifest for n, p in bundle.parties.items()}, ())
-    parties = {n: replace(p, manifest=manifests[n]) for n, p in bundle.parties.items()}
-    return replace(bundle, parties=parties)
 
 
 class Table:
@@ -51,14 +43,14 @@ class Table:
             name=SPLITFED_V1, clients_min=clients, quorum=quorum, round_timeout=60.0
         )
         if folder is not None and not folder.exists():
-            bundle = shared_bundle()
+            bundle = sharing_bundle()
             bundle.parties[SERVER].save(folder)
         self.open(resume=False)
 
     def open(self, *, resume: bool) -> None:
         """Start the server; one that ran before is gone without a word."""
         party = (
-            shared_bundle().parties[SERVER]
+            sharing_bundle().parties[SERVER]
             if self._folder is None
             else PartyBundle.load(self._folder)
         )
@@ -98,7 +90,7 @@ class Sharer:
         self.heard: list[dict[str, np.ndarray]] = []
         table.sharers[session] = self
         self._dispatcher = Dispatcher(table.registry, owner, pass_on=table.pass_on)
-        manifest = shared_bundle().parties[CLIENT].manifest
+        manifest = sharing_bundle().parties[CLIENT].manifest
         hello = Hello(
             digest=manifest.digest,
             session=session,

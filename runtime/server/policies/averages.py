@@ -25,11 +25,11 @@ def average(contributions: Sequence[Contribution]) -> dict[str, np.ndarray]:
     """
     contributions = sorted(contributions, key=_rank)
     counts = [samples for samples, _ in contributions]
-    total = sum(counts)
-    weights = [n / total for n in counts] if total else [1 / len(counts)] * len(counts)
+    if not any(counts):
+        counts = [1] * len(counts)
     first = contributions[0][1]
     return {
-        name: _combine([tensors[name] for _, tensors in contributions], weights) for name in first
+        name: _combine([tensors[name] for _, tensors in contributions], counts) for name in first
     }
 
 
@@ -42,16 +42,18 @@ def _rank(contribution: Contribution) -> tuple[int, bytes]:
     return samples, digest.digest()
 
 
-def _combine(arrays: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Add the weighted differences to the first array, so that equal arrays lose no bit.
+def _combine(arrays: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
+    """Add the mean difference to the first array, so that equal arrays lose no bit.
 
     Where a difference is beyond the range of float64, the weighted values are added.
     """
+    total = sum(counts)
     base = arrays[0].astype(np.float64)
-    mean, plain = base.copy(), np.zeros_like(base)
+    differences, values = np.zeros_like(base), np.zeros_like(base)
     with np.errstate(over="ignore", invalid="ignore"):
-        for array, weight in zip(arrays, weights, strict=True):
+        for array, count in zip(arrays, counts, strict=True):
             wide = array.astype(np.float64)
-            mean += weight * (wide - base)
-            plain += weight * wide
-    return np.asarray(np.where(np.isfinite(mean), mean, plain), dtype=arrays[0].dtype)
+            differences += count * (wide - base)
+            values += count / total * wide
+        mean = base + differences / total
+    return np.asarray(np.where(np.isfinite(mean), mean, values), dtype=arrays[0].dtype)

@@ -27,7 +27,7 @@ from splitonnx.runtime.channels.greetings import ResumePoint
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import list_wires
 from tests.support import tiny
-from tests.support.sharers import shared_bundle
+from tests.support.sharing import sharing_bundle
 
 SESSION = "5" * 32
 
@@ -207,7 +207,7 @@ def test_a_step_is_not_repeated_behind_what_was_shared_after_it(
     does_share: bool, can_repeat: bool
 ) -> None:
     """The server would have the step again, and not what it received with the share."""
-    bundle = shared_bundle()
+    bundle = sharing_bundle()
     points = [ResumePoint(origin="", start=0, step=0, kept=())]
     greetings: list[Hello] = []
 

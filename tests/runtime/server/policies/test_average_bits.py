@@ -49,17 +49,6 @@ def test_the_order_of_clients_changes_no_bit(dtype: type) -> None:
     assert len(results) == 1
 
 
-def test_equal_tensors_are_their_own_average() -> None:
-    array = draw(3, np.float64)[0]
-    joined = average([(n, {"w": array.copy()}) for n in COUNTS])["w"]
-    np.testing.assert_array_equal(joined, array)
-
-
-def test_without_samples_all_weigh_alike() -> None:
-    joined = average([(0, {"w": np.array(v, np.float32)}) for v in (1.0, 2.0, 6.0)])["w"]
-    assert (float(joined), joined.shape) == (3.0, ())
-
-
 def test_the_largest_numbers_do_not_become_infinite() -> None:
     most = np.finfo(np.float64).max
     joined = average([(1, {"w": np.array([most])}), (1, {"w": np.array([-most])})])["w"]
