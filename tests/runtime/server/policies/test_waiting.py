@@ -128,3 +128,22 @@ def test_sessions_that_never_share_are_not_remembered() -> None:
     rounds.add(share(ANN, 1), 0.0)
     assert isinstance(rounds.newest, Joint)
     assert set(rounds.newest.adoptions) == {ANN}
+
+
+def test_a_client_that_left_and_comes_back_is_a_member_again() -> None:
+    rounds = start(ANN, BOB)
+    rounds.add(share(BOB, 1, 3.0, leaves=True), 0.0)
+    rounds.add(share(ANN, 1, 1.0), 0.0)
+    assert read(rounds.add(share(BOB, 1, samples=0), 1.0)) == {BOB: (1, 2.0)}
+    assert rounds.add(share(ANN, 2, 5.0), 2.0) == []
+    assert read(rounds.add(share(BOB, 2, 7.0), 2.0)) == {ANN: (2, 6.0), BOB: (2, 6.0)}
+
+
+def test_sessions_that_come_and_go_do_not_fill_the_records() -> None:
+    rounds = start(ANN, quorum=1)
+    for number in range(1, 60):
+        rounds.add(share(f"{number:032x}", 0, samples=0), 0.0)  # and is never heard of again
+        rounds.add(share(ANN, number, 1.0), 0.0)
+        assert set(read(rounds.close_if_due(TIMEOUT))) == {ANN}
+        assert rounds.newest is not None
+        assert set(rounds.newest.members) == {ANN}
