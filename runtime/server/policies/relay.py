@@ -21,6 +21,7 @@ class Relay(Rounds):
     def __init__(self, rules: RoundRules, newest: Joint | None = None) -> None:
         super().__init__(rules, newest)
         self._holder = "" if newest is None else newest.holder
+        self._missing: set[str] = set()  # those that lost their turn and have not come back
 
     def add(self, share: Share, now: float) -> list[Answer]:
         """Accept a client's share, and return the answers that are due.

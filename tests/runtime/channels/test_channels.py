@@ -13,6 +13,7 @@ from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, RemoteProtocolError, StepsLost
 from splitonnx.messages import (
+    Hello,
     Save,
     Saved,
     TaskKey,
@@ -26,6 +27,7 @@ from splitonnx.runtime.channels.greetings import ResumePoint
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import list_wires
 from tests.support import tiny
+from tests.support.sharing import sharing_bundle
 
 SESSION = "5" * 32
 
@@ -198,3 +200,44 @@ def test_a_server_that_lost_the_state_to_return_to_has_lost_steps() -> None:
     points.append(ResumePoint(origin="", start=0, step=5, kept=(5, 0)))
     with pytest.raises(StepsLost):
         channel.return_to_step()
+
+
+@pytest.mark.parametrize(("does_share", "can_repeat"), [(False, True), (True, False)])
+def test_a_step_is_not_repeated_behind_what_was_shared_after_it(
+    does_share: bool, can_repeat: bool
+) -> None:
+    """The server would have the step again, and not what it received with the share."""
+    bundle = sharing_bundle()
+    points = [ResumePoint(origin="", start=0, step=0, kept=())]
+    greetings: list[Hello] = []
+
+    class Listening(Repeating):
+        def send(self, chunks: Sequence[Chunk]) -> None:
+            super().send(chunks)
+            if isinstance(self._sent, Hello):
+                greetings.append(self._sent)
+                assert len(greetings) < 3
+
+        def receive(self) -> bytes:
+            if isinstance(self._sent, Save):
+                raise ConnectionLost("the server", "it was killed")
+            return super().receive()
+
+    channel = Channel(
+        lambda: Listening(bundle, [0, 0]),
+        manifest=bundle.client.manifest,
+        session=SESSION,
+        find_resume_point=lambda: points[-1],
+        backoff=Backoff(first=0.0, longest=0.0),
+    )
+    for phase in ("train", "share") if does_share else ("train",):
+        channel.begin(TaskKey(session=SESSION, phase=phase, step=points[-1].step, micro_batch=0))
+        channel.send_wires({}, seed=0, learning_rate=0.1)
+        channel.receive_wires()
+        if phase == "train":  # its last message has no answer
+            channel.send_wires({}, seed=0, learning_rate=0.1)
+        channel.end()
+        points.append(ResumePoint(origin="", start=0, step=1, kept=(1, 0)))
+    with pytest.raises(StepsLost):  # the server is at step 0
+        channel.save(1)
+    assert greetings[-1].can_repeat is can_repeat
