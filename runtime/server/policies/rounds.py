@@ -90,7 +90,7 @@ class Rounds:
         self._members = dict.fromkeys(() if newest is None else newest.members)  # in order
         self._adoptions: Adoptions = {} if newest is None else dict(newest.adoptions)
         self._open: dict[str, Share] = {}
-        self._begun: float | None = None
+        self._arrivals: dict[str, tuple[int, float]] = {}  # of shares in the open round
         self._late = 0
 
     def add(self, share: Share, now: float) -> list[Answer]:
@@ -108,26 +108,30 @@ class Rounds:
                 del self._members[session]
         else:
             self._open[session] = share
-            if self._begun is None:
-                self._begun = now
+            step, arrival = self._arrivals.get(session, (share.key.step, now))
+            self._arrivals[session] = (share.key.step, arrival if step == share.key.step else now)
         return answers + self.close_if_due(now)
 
     def close_if_due(self, now: float) -> list[Answer]:
         """Close the open round if it need not wait any longer, and return its answers."""
         rules, shared = self._rules, self._open
-        if not shared or self._begun is None:
+        if not shared:
             return []
         if self.newest is None:
             return self._close() if len(shared) >= rules.clients_min else []
         if len(shared) < min(rules.quorum, len(self._members)):
             return []
-        is_over = rules.timeout is not None and now - self._begun >= rules.timeout
+        begun = min(self._arrivals[session][1] for session in shared)
+        is_over = rules.timeout is not None and now - begun >= rules.timeout
         return self._close() if is_over or self._members.keys() <= shared.keys() else []
 
     def withdraw(self, session: str) -> None:
-        """Remove a session's share from the open round."""
-        if self._open.pop(session, None) is not None and not self._open:
-            self._begun = None
+        """Remove a session's share from the open round.
+
+        If the session shares again at the same step, as after a lost connection, it has waited
+        since it shared first.
+        """
+        self._open.pop(session, None)
 
     def leave(self, session: str) -> None:
         """Stop waiting for a session.  Call :meth:`close_if_due` for what this closes."""
@@ -185,7 +189,7 @@ class Rounds:
         left = {share.key.session for share in shares if share.leaves}
         self._members = {name: None for name in self._open if name not in left}
         joint = self._record(number, tensors)
-        self._open, self._begun = {}, None
+        self._open, self._arrivals = {}, {}
         return [Answer(key=share.key, joint=joint) for share in shares]
 
     def _record(self, number: int, tensors: Mapping[str, np.ndarray], holder: str = "") -> Joint:
