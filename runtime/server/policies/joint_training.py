@@ -75,10 +75,16 @@ class JointTraining:
         return self._rounds.report()
 
     def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
-        """Load the session's copy from disk, or make a new one; see :class:`PerClient`."""
+        """Load the session's copy from disk, or make a new one; see :class:`PerClient`.
+
+        A copy of the state that the session started from adopts the newest joined tensors: if the
+        server failed, the client may have received them already, and will not ask again.
+        """
         joined = self._copies.join(hello, owner, resume=resume)
         with self._lock:
             self._rounds.rewind(hello.session, joined.step)
+            if self._rounds.newest is not None and joined.step == hello.start:
+                self._due[hello.session] = self._rounds.newest
         return joined
 
     def submit(self, task: Task) -> Iterator[Delivery]:

@@ -12,6 +12,7 @@ import pytest
 from splitonnx.messages import Bye, Fault, Saved, Welcome
 from splitonnx.names import OWN
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, name_joined
+from tests.support import tiny
 from tests.support.sharers import WEIGHT, Sharer, Table
 
 ANN, BOB, EVE = "a" * 32, "b" * 32, "e" * 32
@@ -218,6 +219,28 @@ def test_a_state_from_before_a_share_is_not_taken_for_the_one_after_it(tmp_path:
     assert read(ann.heard[-1]) == (1, 1.0)
     table.open(resume=True)  # killed, before Ann's copy with the joined tensors was written
     assert welcome(table, ANN, 1, (0,))[1] == 0
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_after_a_crash_before_its_first_step_a_client_trains_with_the_joined_model(
+    tmp_path: Path, is_saved: bool
+) -> None:
+    table = Table(tmp_path / "server", clients=1)
+    ann = Sharer(table, ANN)
+    ann.share(0, samples=0)
+    ann.train(0)
+    ann.share(1, 1.0)
+    joined = table.read(ANN)["W2"]
+    eve = Sharer(table, EVE)
+    if is_saved:
+        eve.save(0)  # before it asks for the model
+    ((_, tensors),) = eve.share(0, samples=0)
+    assert read(tensors) == (1, 1.0)
+    table.open(resume=True)
+    _, step = welcome(table, EVE, 0, (0,) if is_saved else ())  # it has the model, and goes on
+    assert step == 0
+    np.testing.assert_array_equal(table.read(EVE)["W2"], joined)
+    assert (joined != tiny.WEIGHTS["W2"]).any()
 
 
 def test_a_server_that_forgets_its_sessions_begins_with_a_first_round(tmp_path: Path) -> None:
