@@ -7,6 +7,7 @@ from functools import partial
 from unittest.mock import patch
 
 import msgspec
+import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle
@@ -22,10 +23,12 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
+from splitonnx.names import SHARE
 from splitonnx.runtime.channels.channels import Channel
 from splitonnx.runtime.channels.greetings import ResumePoint
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import list_wires
+from splitonnx.sharing import LEAVES, ROUND, SAMPLES
 from tests.support import tiny
 from tests.support.sharing import sharing_bundle
 
@@ -210,6 +213,9 @@ def test_a_step_is_not_repeated_behind_what_was_shared_after_it(
     bundle = sharing_bundle()
     points = [ResumePoint(origin="", start=0, step=0, kept=())]
     greetings: list[Hello] = []
+    weight = np.zeros((3, 4), np.float32)
+    shared = {"W1@own": weight, SAMPLES: np.array(1), LEAVES: np.array(0)}
+    joined = {"W1@joined": weight, ROUND: np.array(1)}
 
     class Listening(Repeating):
         def send(self, chunks: Sequence[Chunk]) -> None:
@@ -221,6 +227,8 @@ def test_a_step_is_not_repeated_behind_what_was_shared_after_it(
         def receive(self) -> bytes:
             if isinstance(self._sent, Save):
                 raise ConnectionLost("the server", "it was killed")
+            if isinstance(self._sent, Tensors) and self._sent.phase == SHARE:
+                return b"".join(encode_message(self._sent, joined))
             return super().receive()
 
     channel = Channel(
@@ -232,7 +240,7 @@ def test_a_step_is_not_repeated_behind_what_was_shared_after_it(
     )
     for phase in ("train", "share") if does_share else ("train",):
         channel.begin(TaskKey(session=SESSION, phase=phase, step=points[-1].step, micro_batch=0))
-        channel.send_wires({}, seed=0, learning_rate=0.1)
+        channel.send_wires(shared if phase == SHARE else {}, seed=0, learning_rate=0.1)
         channel.receive_wires()
         if phase == "train":  # its last message has no answer
             channel.send_wires({}, seed=0, learning_rate=0.1)
