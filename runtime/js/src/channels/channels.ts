@@ -16,7 +16,7 @@ import {
   StaleConnection,
   StepsLost,
 } from "../errors.js";
-import { TRAIN } from "../manifests.js";
+import { SHARE, TRAIN } from "../manifests.js";
 import type { PartyManifest } from "../manifests.js";
 import { REPLACED } from "../messages.js";
 import type { Message, MessageOf, MessageType, TaskKey, TensorsMessage } from "../messages.js";
@@ -149,7 +149,8 @@ export class Channel {
       takeDue(task, message);
       if (message.turn < task.received) continue;
       task.received += 1;
-      if (task.key.phase === TRAIN) this.#last = undefined; // the server is beyond it
+      // the server is beyond it, and after a share, a repeated step is not enough
+      if ([TRAIN, SHARE].includes(task.key.phase)) this.#last = undefined;
       this.#noteProgress();
       return tensors;
     }

@@ -72,6 +72,7 @@ export class TrainingLoop {
         this.#isComplete = false;
         this.#hasLeft = isAbsent;
         position = kept ?? start;
+        startsAnew = !isAbsent && !position.epoch && !position.batch;
         history.forget(error.step, position.epoch);
       }
     }
