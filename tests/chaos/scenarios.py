@@ -113,7 +113,7 @@ def serve_command(scenario: Scenario, bundle: Path, steps: int) -> list[str]:
     joining = [
         "--policy", scenario.policy, "--clients-min", str(scenario.clients),
         "--local-steps", str(LOCAL_STEPS), "--rounds", str(steps // LOCAL_STEPS),
-        "--round-timeout", str(PATIENCE),
+        "--round-timeout", str(PATIENCE), "--quorum", str(scenario.clients),
     ]  # fmt: skip
     return [
         *_splitonnx("serve"), str(bundle / "server"), "--resume", "--port", "0", "--threads", "1",

@@ -40,7 +40,7 @@ class Table:
         self.sharers: dict[str, Sharer] = {}
         self._folder = folder
         self._joins = PolicyOptions(
-            name=SPLITFED_V1, clients_min=clients, quorum=quorum, round_timeout=60.0
+            name=SPLITFED_V1, clients_min=clients, quorum=quorum or clients, round_timeout=60.0
         )
         if folder is not None and not folder.exists():
             bundle = sharing_bundle()
