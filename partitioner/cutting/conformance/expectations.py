@@ -265,7 +265,7 @@ def _expect(
         if len(made) == len(runs) or not (has_masks or _has_integers(batches)):
             return found
         halves.append(found)  # an index out of range, which one of them takes, perhaps
-        if len(halves) == _MOST_PARTIAL:
+        if len(halves) == _MOST_PARTIAL * (1 + has_masks):  # each limit is drawn twice then
             break
     if not halves:
         raise refusal
