@@ -7,7 +7,13 @@ import pickle
 import numpy as np
 
 from splitonnx.messages import TaskKey
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, MemberReport, RoundReport, Task
+from splitonnx.runtime.server.policies.tasks import (
+    Delivery,
+    Joined,
+    MemberReport,
+    RoundReport,
+    Task,
+)
 
 KEY = TaskKey("a" * 32, "train", 3, 0)
 TENSORS = {"h": np.arange(6, dtype=np.float32).reshape(2, 3)}
