@@ -30,10 +30,15 @@ install = $(install_wheels)
 install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endif
 
-.PHONY: demo test lock dist sbom container-steps test-clients test-early test-js test-mobile test-torch test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep shipped clean
+.PHONY: demo hospitals test lock dist sbom container-steps test-clients test-early test-js test-mobile test-torch test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep shipped clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
+
+# Three hospitals train one model, by each policy that joins clients.  DATA is cancer or digits.
+DATA ?= cancer
+hospitals: $(VENV)/.demo
+	$(BIN)/python examples/hospitals.py hospitals-output $(DATA)
 
 # All is installed first, pip beside npm.  Then the clients are tried in Chromium, which takes
 # longest, and beside it those without Chromium, the linters, and what is marked early.  What
@@ -243,8 +248,10 @@ $(VENV)/.test: $(VENV)/.pip pyproject.toml requirements/dev.txt
 	@touch $@ $(VENV)/.demo
 
 # Real processes, cut connections and kill -9; a finding is run again with the SEED that it shows.
+# With CLIENTS, so many train one model together.
 chaos: $(VENV)/.test
-	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) \
+	  $(if $(CLIENTS),--clients $(CLIENTS) --policy splitfed-v1 --cuts 500 --kills 30)
 
 # The attacks of a review of 0.1.0 against real processes of this checkout, or of that in CHECKOUT:
 # what was seen, what is right, and whether it held.  ONLY selects by number or name; for Linux.
@@ -268,5 +275,5 @@ $(VENV)/.fuzz: $(VENV)/.test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(TORCH) build dist *.egg-info demo-output web-output $(PAGE)/dist $(PAGE)/digits.bin \
+	rm -rf $(VENV) $(TORCH) build dist *.egg-info demo-output hospitals-output web-output $(PAGE)/dist $(PAGE)/digits.bin \
 		$(addprefix runtime/js/,build dist node_modules) $(RN)/node_modules

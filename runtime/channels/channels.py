@@ -41,7 +41,7 @@ from splitonnx.messages import (
     Unsaved,
     Welcome,
 )
-from splitonnx.names import TRAIN
+from splitonnx.names import SHARE, TRAIN
 from splitonnx.runtime.channels.faults import translate_fault
 from splitonnx.runtime.channels.greetings import (
     ResumePoint,
@@ -190,8 +190,8 @@ class Channel:
             if message.turn == task.received:
                 task.received += 1
                 self._note_progress()
-                if task.key.phase == TRAIN:
-                    self._last = None  # the server is past that step
+                if task.key.phase in (TRAIN, SHARE):  # the server is past that step
+                    self._last = None  # and after a share, a repeated step is not enough
                 return tensors
 
     def save(self, step: int, *, publish: bool = False, keep: bool = False) -> str:
@@ -357,7 +357,9 @@ class Channel:
 
     def _check_welcome(self, welcome: Welcome) -> None:
         point = self._find_resume_point()
-        terms = check_welcome(welcome, self.session, point, can_share=self._can_share)
+        terms = check_welcome(
+            welcome, self.session, point, manifest=self._manifest, can_share=self._can_share
+        )
         if self.terms not in (None, terms):
             raise RemoteProtocolError(
                 f"it joins what clients learn otherwise than before: {terms}, not {self.terms}"

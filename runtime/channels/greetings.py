@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from splitonnx.errors import RemoteProtocolError, SharingNotPermitted
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import Hello, Welcome
-from splitonnx.names import PER_CLIENT
+from splitonnx.names import PER_CLIENT, SHARE
 from splitonnx.runtime.wire.protocols import list_wires
 
 
@@ -71,12 +71,18 @@ def make_hello(
 
 
 def check_welcome(
-    welcome: Welcome, session: str, point: ResumePoint, *, can_share: bool
+    welcome: Welcome,
+    session: str,
+    point: ResumePoint,
+    *,
+    manifest: PartyManifest,
+    can_share: bool,
 ) -> SharingTerms:
     """Check the server's answer to a greeting, and return how it joins what clients learn.
 
     Raises:
-        RemoteProtocolError: it names another session, or a step whose state was not kept.
+        RemoteProtocolError: it names another session, or a step whose state was not kept, or asks
+            for parameters although the bundle does not declare how they are shared.
         SharingNotPermitted: it asks for parameters, and the user does not permit to share them.
     """
     if welcome.session != session:
@@ -87,6 +93,8 @@ def check_welcome(
         )
     if welcome.local_steps and not can_share:
         raise SharingNotPermitted(welcome.policy[:40])
+    if welcome.local_steps and not manifest.phase(SHARE).wires:
+        raise RemoteProtocolError("it asks for parameters, which this bundle does not share")
     return SharingTerms(
         policy=welcome.policy[:40], local_steps=welcome.local_steps, rounds=welcome.rounds
     )

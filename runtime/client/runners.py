@@ -59,6 +59,11 @@ class TaskRunner:
         return terms or SharingTerms()
 
     @property
+    def is_at_start(self) -> bool:
+        """Return whether the session has not made a step since it began or was published."""
+        return self.run.start == self.executor.step
+
+    @property
     def traffic(self) -> tuple[int, int]:
         """Return how many bytes have been sent and received so far."""
         return (0, 0) if self._channel is None else self._channel.traffic

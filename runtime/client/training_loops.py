@@ -46,7 +46,6 @@ class TrainingLoop:
         self._runner = runner
         self._seed = seed
         self._told: dict[str, str] = {}  # why a metric was not defined, told once
-        self._is_complete = False  # the rounds that the server asks for are over
         self._has_left = False  # nothing more is shared in this run
 
     def fit(self, options: FitOptions, start: DataPosition) -> History:
@@ -61,13 +60,10 @@ class TrainingLoop:
         history = History()
         first, position = self._executor.step, start
         farthest, returns = first, 0
-        self._is_complete = self._has_left = False
-        starts_anew = not (start.epoch or start.batch)
+        self._has_left = False
         while True:
             try:
-                if starts_anew and self._runner.terms.joins:
-                    self._runner.share(0, leaves=False)  # all clients start from one model
-                starts_anew = False
+                position = self._join_others(options, position)
                 while not self._is_over(options, position):
                     position = self._train_epoch(options, position, history)
                 position = self._leave(position)
@@ -85,7 +81,7 @@ class TrainingLoop:
                 kept = self._runner.position
                 if lost.step < first or (lost.step > first and kept is None):
                     raise
-                self._is_complete = self._has_left = False
+                self._has_left = False
                 position = start if kept is None else kept
                 history.forget(lost.step, position.epoch)
 
@@ -111,9 +107,9 @@ class TrainingLoop:
             every = options.checkpoint_every
             if every is not None and (ends_round or record.step % every == 0):
                 self._runner.checkpoint(position, options.when_unsaved)
-            if self._is_complete:
+            if self._is_complete(position):
                 break
-        if self._is_complete or position.epoch + 1 == options.epochs:
+        if self._is_complete(position) or position.epoch + 1 == options.epochs:
             position = self._leave(position)
         if options.held_out is not None:
             evaluation = self._record_evaluation(options, options.held_out, position)
@@ -122,6 +118,18 @@ class TrainingLoop:
                 options.on_epoch(evaluation)
             return self._judge(options, evaluation, position)
         return _begin_next_epoch(position)
+
+    def _join_others(self, options: FitOptions, position: DataPosition) -> DataPosition:
+        """Before a session's first step, receive the model that all clients continue from.
+
+        A checkpoint comes first, if any are written: a client that is killed while it waits would
+        otherwise return as another one, and the others would wait for the one that is gone.
+        """
+        if not (self._runner.terms.joins and self._runner.is_at_start):
+            return position
+        if options.checkpoint_every is not None:
+            self._runner.checkpoint(position, options.when_unsaved)
+        return _note_round(position, self._runner.share(0, leaves=False))
 
     def _share_if_due(
         self, position: DataPosition, record: StepRecord
@@ -141,20 +149,23 @@ class TrainingLoop:
         if position.unshared_steps < terms.local_steps:
             return position, False
         number = self._runner.share(position.unshared_samples, leaves=False)
-        self._is_complete = 0 < terms.rounds <= number
-        return _clear_unshared(position), True
+        return _note_round(position, number), True
 
     def _leave(self, position: DataPosition) -> DataPosition:
         """Share for the last time, so that the other clients stop waiting for this one."""
         if self._has_left or not self._runner.terms.joins:
             return position
-        self._runner.share(position.unshared_samples, leaves=True)
+        number = self._runner.share(position.unshared_samples, leaves=True)
         self._has_left = True
-        return _clear_unshared(position)
+        return _note_round(position, number)
+
+    def _is_complete(self, position: DataPosition) -> bool:
+        """Return whether the rounds that the server asks for are over."""
+        return 0 < self._runner.terms.rounds <= position.round
 
     def _is_over(self, options: FitOptions, position: DataPosition) -> bool:
         """Return whether training ends at a position."""
-        is_done = self._is_complete or position.epoch >= options.epochs
+        is_done = self._is_complete(position) or position.epoch >= options.epochs
         return is_done or _has_stopped(options, position)
 
     def _judge(
@@ -288,8 +299,9 @@ def _begin_next_epoch(position: DataPosition) -> DataPosition:
     return msgspec.structs.replace(position, epoch=position.epoch + 1, batch=0)
 
 
-def _clear_unshared(position: DataPosition) -> DataPosition:
-    return msgspec.structs.replace(position, unshared_steps=0, unshared_samples=0)
+def _note_round(position: DataPosition, number: int) -> DataPosition:
+    """Return the position after joined parameters were received."""
+    return msgspec.structs.replace(position, unshared_steps=0, unshared_samples=0, round=number)
 
 
 def _has_stopped(options: FitOptions, position: DataPosition) -> bool:

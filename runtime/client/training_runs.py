@@ -128,6 +128,11 @@ class TrainingRun:
             self._lock.release()
         self._lock = None
 
+    @property
+    def start(self) -> int:
+        """Return the step at which the session began, or at which it was last published."""
+        return self._start
+
     def find_resume_point(self, step: int) -> ResumePoint:
         """Return the steps from which a client that is at ``step`` can resume."""
         kept = () if self._store is None else self._store.steps()

@@ -7,6 +7,7 @@ time is over.  If the client has no connection, nothing is kept: it asks again w
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from contextlib import suppress
 
@@ -15,6 +16,8 @@ from splitonnx.runtime.server.policies.tasks import Delivery
 
 TICK_SECONDS = 0.5
 """Seconds between two questions to the policy whether something is due."""
+
+_logger = logging.getLogger("splitonnx.server")
 
 
 def pass_on(context: ServerContext, delivery: Delivery) -> None:
@@ -30,6 +33,10 @@ async def keep_ticking(context: ServerContext) -> None:
     while not context.stop.is_set():
         with suppress(TimeoutError):
             await asyncio.wait_for(context.stop.wait(), TICK_SECONDS)
-        due = await context.storage.run(context, lambda: list(policy.tick(time.monotonic())))
+        try:
+            due = await context.storage.run(context, lambda: list(policy.tick(time.monotonic())))
+        except Exception:  # clients are waiting; what fails once may succeed the next time
+            _logger.exception("nothing was done about the rounds that may be over")
+            continue
         for delivery in due:
             pass_on(context, delivery)

@@ -150,6 +150,21 @@ class CheckpointStore:
         self._put(checkpoint, STOPPED)
         self.rewind(checkpoint.step)
 
+    def remove_stopped(self) -> bool:
+        """Durably delete the state of an earlier graceful stop; return whether there was one.
+
+        Raises:
+            NotSaved: it cannot be deleted.
+        """
+        try:
+            (self.folder / STOPPED).unlink()
+            sync_folder(self.folder)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise NotSaved(str(self.folder), error.strerror or str(error)) from error
+        return True
+
     def steps(self) -> tuple[int, ...]:
         """Return the steps of all valid checkpoints, newest first.
 

@@ -32,7 +32,8 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``schedule`` and ``stopping`` describe the learning-rate schedule and when training stops early;
     they are empty without.  ``best`` is the best evaluation before this position.
     ``unshared_steps`` and ``unshared_samples`` count what was trained since the client last shared
-    its parameters; they stay 0 if the server does not join what its clients learn.
+    its parameters, and ``round`` is the number of the round whose joined parameters it last
+    received; they stay 0 if the server does not join what its clients learn.
     """
 
     epoch: _Count
@@ -46,3 +47,4 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     best: Best | None = None
     unshared_steps: _Count = 0
     unshared_samples: _Count = 0
+    round: _Count = 0

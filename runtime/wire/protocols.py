@@ -179,6 +179,9 @@ class Protocol:
         if unknown := tensors.keys() - wires.keys():
             error = RemoteProtocolError if sender == self._peer else LocalProtocolError
             raise error(f"{quote(sorted(unknown))} is not a wire of phase '{message.phase}'")
+        if message.phase == SHARE and (missing := wires.keys() - tensors.keys()):
+            error = RemoteProtocolError if sender == self._peer else LocalProtocolError
+            raise error(f"a share comes whole, and {quote(sorted(missing))} is missing from it")
         if message.key != self._task:
             self._task, self._sizes = message.key, {}
         for name, array in tensors.items():

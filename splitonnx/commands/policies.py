@@ -53,15 +53,13 @@ class JoiningOptions:
         typer.Option(min=1, help="Clients that the first round waits for.", rich_help_panel=_PANEL),
     ] = 1
     quorum: Annotated[
-        int | None,
+        int,
         typer.Option(
             min=1,
-            help="Clients with which a round can be closed when its time is over; by default, as "
-            "many as --clients-min.",
+            help="Clients with which a round can be closed when its time is over.",
             rich_help_panel=_PANEL,
-            show_default=False,
         ),
-    ] = None
+    ] = 1
     round_timeout: Annotated[
         float,
         typer.Option(

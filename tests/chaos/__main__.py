@@ -1,9 +1,10 @@
 """``python -m tests.chaos --seed N``: train through faults; the weights must not show it.
 
 Two trainings, vanilla and U-shaped, each once without faults and once through a proxy that cuts,
-while both processes are killed and started again.  Exit code 1 where a bit differs, a training
-hangs, or it went through fewer faults than asked for; the folder with bundles and logs is then
-kept.
+while both processes are killed and started again.  With ``--clients`` and ``--policy``, several
+clients train one model instead, U-shaped, each through a proxy of its own.  Exit code 1 where a bit
+differs, a training hangs, or it went through fewer faults than asked for; the folder with bundles
+and logs is then kept.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.chaos.scenarios import SCENARIOS
+from splitonnx.names import PER_CLIENT
+from splitonnx.runtime.server.policies.policy_options import POLICIES
+from tests.chaos.scenarios import SCENARIOS, Scenario
 from tests.chaos.trials import Outcome, Quota, run_trial
 
 
@@ -26,21 +29,35 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the faults; drawn where it is not given")
     parser.add_argument("--cuts", type=int, default=2000, help="connection cuts, at least")
     parser.add_argument("--kills", type=int, default=100, help="kills of each side, at least")
+    parser.add_argument("--clients", type=int, default=1, help="that train one model together")
+    parser.add_argument("--policy", choices=POLICIES, default=PER_CLIENT, help="of the server")
     parser.add_argument("--folder", type=Path, help="where to work; it must not exist yet")
     options = parser.parse_args()
+    if (options.policy == PER_CLIENT) != (options.clients == 1):
+        parser.error(
+            "several clients need a --policy that joins what they learn, and it needs them"
+        )
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     folder = options.folder or Path(tempfile.mkdtemp(prefix="splitonnx-chaos-"))
     print(f"seed {seed}, in {folder}", flush=True)
     start = time.monotonic()
-    share = len(SCENARIOS)
+    chosen = _choose(options.policy, options.clients)
+    share = len(chosen)
     quota = Quota(cuts=-(-options.cuts // share), kills=-(-options.kills // share))
     outcomes = []
-    for scenario in SCENARIOS:
+    for scenario in chosen:
         outcome = run_trial(scenario, folder / scenario.name, quota, seed, _show)
         for finding in outcome.findings:
             print(f"{scenario.name}: {finding}", flush=True)
         outcomes.append(outcome)
     return _conclude(outcomes, seed, time.monotonic() - start, folder)
+
+
+def _choose(policy: str, clients: int) -> tuple[Scenario, ...]:
+    if policy == PER_CLIENT:
+        return SCENARIOS
+    together = Scenario(name="together", at="r1", tail_at=("flat",), clients=clients, policy=policy)
+    return (together,)
 
 
 def _show(line: str) -> None:
@@ -52,8 +69,8 @@ def _conclude(outcomes: list[Outcome], seed: int, seconds: float, folder: Path) 
     figures = (
         f"{sum(t.cuts for t in trainings)} cuts, "
         f"{sum(t.kills['server'] for t in trainings)} kills of the server, "
-        f"{sum(t.kills['client'] for t in trainings)} of the client, "
-        f"{sum(t.last.step for t in trainings)} steps, {seconds:.0f} s, seed {seed}"
+        f"{sum(t.kills['client'] for t in trainings)} of clients, "
+        f"{sum(t.made for t in trainings)} steps, {seconds:.0f} s, seed {seed}"
     )
     if any(outcome.findings for outcome in outcomes):
         print(f"{figures}: NOT GOOD; see {folder}")

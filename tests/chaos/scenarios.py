@@ -1,11 +1,14 @@
 """What is trained in chaos: small networks with Dropout and BatchNormalization on both sides.
 
 It knows the commands and the folders that they work on; who runs them, and how often, it does not.
+Where several clients train one model, each has data of its own, and more of them than the one
+before, so that the averages are weighted.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 import sys
@@ -15,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from splitonnx.names import PER_CLIENT
 from splitonnx.optimizers import AdamW
 from splitonnx.partitioner.partitions import cut
 from tests.support.zoo import ZOO
@@ -26,20 +30,55 @@ HELD_OUT = 20
 """Samples."""
 EVERY = 10
 """Steps from one checkpoint to the next."""
+LEAST_SAMPLES, MORE_SAMPLES = 90, 7
+"""Samples of the first of several clients, and how many more each further one has."""
+LOCAL_STEPS = 2
+"""Steps of a round of several clients; some checkpoints lie inside a round."""
+EVERY_TOGETHER = 3
+"""Steps from one checkpoint to the next of several clients, besides those at the ends of rounds."""
+PATIENCE = 100_000
+"""Seconds that a round waits for its clients: for all of them, however often they are killed."""
 SEED = 3
 """Of shuffling and Dropout: any but the default."""
-PARTIES = ("client", "server")
 STATE = "state.safetensors"
+OUTCOMES = "outcomes"
+ROUNDS = "rounds"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A way to cut the network; both parts hold BatchNormalization and a Dropout that is on."""
+    """A way to cut the network; both parts hold BatchNormalization and a Dropout that is on.
+
+    With another ``policy`` than ``per-client``, ``clients`` train one model together.
+    """
 
     name: str
     at: str
     tail_at: tuple[str, ...] = ()
     clip_norm: float | None = None
+    clients: int = 1
+    policy: str = PER_CLIENT
+
+    @property
+    def joins(self) -> bool:
+        """Whether the clients train one model together."""
+        return self.policy != PER_CLIENT
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The clients' names, which are those of their folders."""
+        if self.joins:
+            return tuple(f"client-{number}" for number in range(self.clients))
+        return ("client",)
+
+    def count_samples(self, number: int) -> int:
+        """How many samples a client trains with."""
+        return LEAST_SAMPLES + MORE_SAMPLES * number if self.joins else SAMPLES
+
+    def round_up(self, steps: int) -> int:
+        """The least number of steps of a client, not below ``steps``, after which training ends."""
+        unit = LOCAL_STEPS if self.joins else STEPS_AN_EPOCH
+        return -(-steps // unit) * unit
 
 
 SCENARIOS = (
@@ -54,30 +93,46 @@ def prepare(scenario: Scenario, folder: Path) -> None:
     optimizer = AdamW(lr=1e-3, clip_norm=scenario.clip_norm)
     bundle = cut(entry.build(), at=scenario.at, tail_at=scenario.tail_at, optimizer=optimizer)
     bundle.save(folder / "bundle")
-    _write_arrays(folder / "train.npz", entry.data(SAMPLES))
+    for number, name in enumerate(scenario.names):
+        seeds = {"seed": 100 + number} if scenario.joins else {}
+        _write_arrays(folder / f"{name}.npz", entry.data(scenario.count_samples(number), **seeds))
     _write_arrays(folder / "test.npz", entry.data(HELD_OUT, seed=8))
 
 
-def copy_bundle(folder: Path, name: str) -> Path:
-    """Copy the untrained bundle for one run, and return the copy."""
-    return Path(shutil.copytree(folder / "bundle", folder / name))
+def copy_bundle(scenario: Scenario, folder: Path, name: str) -> Path:
+    """Copy the untrained bundle for one run, the client's part for each; return the copy."""
+    bundle = Path(shutil.copytree(folder / "bundle", folder / name))
+    if scenario.joins:
+        for client in scenario.names:
+            shutil.copytree(bundle / "client", bundle / client)
+    return bundle
 
 
-def serve_command(bundle: Path) -> list[str]:
-    """The server's command line; it tells its address on stderr."""
+def serve_command(scenario: Scenario, bundle: Path, steps: int) -> list[str]:
+    """The server's command line; it tells its address on stderr.  ``steps`` are a client's."""
+    joining = [
+        "--policy", scenario.policy, "--clients-min", str(scenario.clients),
+        "--local-steps", str(LOCAL_STEPS), "--rounds", str(steps // LOCAL_STEPS),
+        "--round-timeout", str(PATIENCE), "--quorum", str(scenario.clients),
+    ]  # fmt: skip
     return [
         *_splitonnx("serve"), str(bundle / "server"), "--resume", "--port", "0", "--threads", "1",
+        *(joining if scenario.joins else ()),
     ]  # fmt: skip
 
 
-def train_command(bundle: Path, port: int, epochs: int) -> list[str]:
-    """The client's command line; it prints a line of JSON a step."""
+def train_command(scenario: Scenario, bundle: Path, name: str, port: int, steps: int) -> list[str]:
+    """A client's command line; it prints a line of JSON a step."""
     folder = bundle.parent
+    samples = scenario.count_samples(scenario.names.index(name))
     return [
-        *_splitonnx("train"), str(bundle / "client"), "--resume", "--json", "--threads", "1",
-        "--server", f"ws://127.0.0.1:{port}", "--checkpoint-every", str(EVERY),
-        "--data", str(folder / "train.npz"), "--eval-data", str(folder / "test.npz"),
-        "--epochs", str(epochs), "--batch-size", str(BATCH), "--seed", str(SEED),
+        *_splitonnx("train"), str(bundle / name), "--resume", "--json", "--threads", "1",
+        "--server", f"ws://127.0.0.1:{port}",
+        "--checkpoint-every", str(EVERY_TOGETHER if scenario.joins else EVERY),
+        "--data", str(folder / f"{name}.npz"), "--eval-data", str(folder / "test.npz"),
+        "--epochs", str(math.ceil(steps / math.ceil(samples / BATCH))),
+        "--batch-size", str(BATCH), "--seed", str(SEED),
+        *(["--share"] if scenario.joins else ()),
     ]  # fmt: skip
 
 
@@ -106,29 +161,77 @@ def read_step(line: str) -> Step | None:
     return Step(**{field.name: record[field.name] for field in fields(Step)})
 
 
-def compare(left: Path, right: Path, steps: int) -> list[str]:
-    """Say in what two trained bundles differ; nothing where every bit of both parties is equal."""
+def compare(scenario: Scenario, left: Path, right: Path, steps: int) -> list[str]:
+    """Say in what two trained bundles differ; nothing where every bit of all parties is equal.
+
+    The server's outcomes are found by the sessions of the clients that trained them.
+    """
     differences = []
-    for party in PARTIES:
-        one, other = (_read_state(bundle / party / STATE) for bundle in (left, right))
-        if one[0] != steps or other[0] != steps:
-            differences.append(f"{party}: {one[0]} and {other[0]} steps, expected {steps}")
-        differences += [
-            f"{party}: '{name}' differs"
-            for name in sorted({*one[1], *other[1]})
-            if one[1].get(name) != other[1].get(name)
-        ]
+    for name in scenario.names:
+        one, other = (_read_state(bundle / name / STATE) for bundle in (left, right))
+        differences += _compare_states(name, one, other, steps)
+        one, other = (
+            _find_outcome(bundle / "server", state.session)
+            for bundle, state in ((left, one), (right, other))
+        )
+        differences += _compare_states(f"server, of {name}", one, other, steps)
+    if scenario.joins:
+        differences += _compare_rounds(left, right, steps // LOCAL_STEPS)
     return differences
 
 
-def _read_state(path: Path) -> tuple[int, dict[str, bytes]]:
-    """Read a state's step and each tensor's bytes, without splitonnx's own reader."""
+def _compare_states(name: str, one: _State, other: _State, steps: int) -> list[str]:
+    differences = []
+    if one.step != steps or other.step != steps:
+        differences.append(f"{name}: {one.step} and {other.step} steps, expected {steps}")
+    return differences + [
+        f"{name}: '{key}' differs"
+        for key in sorted({*one.tensors, *other.tensors})
+        if one.tensors.get(key) != other.tensors.get(key)
+    ]
+
+
+def _compare_rounds(left: Path, right: Path, rounds: int) -> list[str]:
+    """Compare the records of the last round: the joined tensors, and their number."""
+    path = Path("server", ROUNDS, f"{rounds}.safetensors")
+    if missing := [str(bundle / path) for bundle in (left, right) if not (bundle / path).exists()]:
+        return [f"there is no {name}" for name in missing]
+    one, other = (_read_tensors(bundle / path)[1] for bundle in (left, right))
+    return [
+        f"round {rounds}: '{key}' differs"
+        for key in sorted({*one, *other})
+        if one.get(key) != other.get(key)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    session: str
+    step: int
+    tensors: dict[str, bytes]
+
+
+def _find_outcome(folder: Path, session: str) -> _State:
+    """Read a session's outcome: the server's newest state, or one that a later one replaced."""
+    newest = _read_state(folder / STATE)
+    if newest.session == session:
+        return newest
+    return _read_state(folder / OUTCOMES / f"{session}.safetensors")
+
+
+def _read_state(path: Path) -> _State:
+    metadata, tensors = _read_tensors(path)
+    return _State(session=metadata["session"], step=int(metadata["step"]), tensors=tensors)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Read a file's metadata and each tensor's bytes, without splitonnx's own reader."""
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + size])
-    step = int(header.pop("__metadata__")["step"])
+    metadata = header.pop("__metadata__")
     data = content[8 + size :]
-    return step, {
+    return metadata, {
         name: json.dumps([entry["dtype"], entry["shape"]]).encode()
         + data[slice(*entry["data_offsets"])]
         for name, entry in header.items()

@@ -1,58 +1,95 @@
-"""One training by two processes, calm or through faults, and the tally of what happened.
+"""One training by a server and its clients, calm or through faults, and the tally of what happened.
 
-It brings together proxy, keepers and commands, and watches that something moves.
+It brings together proxies, keepers and commands, and watches that something moves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from tests.chaos import scenarios
 from tests.chaos.faults import Fault, Kind
 from tests.chaos.proxies import Proxy
-from tests.chaos.scenarios import STEPS_AN_EPOCH, Step
+from tests.chaos.scenarios import Scenario, Step
 from tests.chaos.supervisors import Collapse, Keeper
 
 STALL = 60.0
-"""Seconds without a step after which the training hangs."""
+"""Seconds without a step after which the training hangs, for each of up to four clients, since one
+that waits longer and longer to connect again holds up the others."""
 INTERVAL = 10.0
 """Seconds from one line of progress to the next."""
 
 
-class Training:
-    """A training of the bundle in ``folder``; with ``faults``, through a proxy that has them.
+class Trainee:
+    """What one client told: ``losses`` by step, the ``last`` step, and how many it ``told``.
 
-    ``losses`` are by step, as the client told them; ``contradictions`` says where a step that was
-    made anew, after a side went back to a checkpoint, came to another loss.
+    ``contradictions`` says where a step that was made anew, after a side went back to a checkpoint,
+    came to another loss.  ``keeper`` runs the client's process once the server listens, and
+    ``proxy`` is the client's own way to the server, ``None`` where nothing is to be cut.
     """
 
-    def __init__(
-        self, name: str, folder: Path, epochs: int, faults: Iterator[Fault] | None, seed: str
-    ) -> None:
-        self.steps = epochs * STEPS_AN_EPOCH
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.told = 0
         self.last = Step(step=0, loss=0.0, bytes_up=0, bytes_down=0)
         self.losses: dict[int, float] = {}
         self.contradictions: list[str] = []
+        self.moved = time.monotonic()
+        self.keeper: Keeper | None = None
+        self.proxy: Proxy | None = None
+
+    def hear(self, line: str) -> None:
+        """Take note of a step that the client tells."""
+        step = scenarios.read_step(line)
+        if step is None:
+            return
+        self.last = step
+        self.told += 1
+        self.moved = time.monotonic()
+        known = self.losses.setdefault(step.step, step.loss)
+        if known != step.loss:
+            self.contradictions.append(
+                f"{self.name}: step {step.step} came to {known}, then to {step.loss}"
+            )
+
+
+class Training:
+    """A training of the bundle in ``folder``; each client makes ``steps``.
+
+    ``faults`` are those of each client's connections, which pass through a proxy of its own;
+    without them, there is no proxy.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        folder: Path,
+        steps: int,
+        faults: Sequence[Iterator[Fault]],
+        seed: str,
+    ) -> None:
+        self.steps = steps
+        self.trainees = [Trainee(name) for name in scenario.names]
         self.server = Keeper(
-            scenarios.serve_command(folder),
+            scenarios.serve_command(scenario, folder, steps),
             folder / "server.log",
             hear=self._hear_server,
             forget=self._forget_server,
             seed=f"{seed} server",
         )
-        self.client: Keeper | None = None
-        self._name = name
+        self._scenario = scenario
         self._folder = folder
-        self._epochs = epochs
         self._seed = seed
-        self._proxy = None if faults is None else Proxy(faults, self._strike)
+        self._stall = STALL * min(4, len(self.trainees))
+        for trainee, row in zip(self.trainees, faults, strict=False):
+            trainee.proxy = Proxy(row, partial(self._strike, trainee))
         self._port: asyncio.Future[int] | None = None
-        self._start = self._moved = time.monotonic()
+        self._start = time.monotonic()
 
     def run(self, show: Callable[[str], None]) -> None:
         """Train until the client is done; tell how it goes now and then.
@@ -65,51 +102,67 @@ class Training:
     @property
     def cuts(self) -> int:
         """How often a connection was cut."""
-        return 0 if self._proxy is None else self._proxy.cuts
+        return sum(proxy.cuts for proxy in self._proxies)
 
     @property
     def kills(self) -> dict[str, int]:
-        """How often each party was killed while it trained."""
-        client = 0 if self.client is None else self.client.kills
-        return {"server": self.server.kills, "client": client}
+        """How often the server and the clients were killed while they trained."""
+        clients = sum(keeper.kills for keeper in self._keepers)
+        return {"server": self.server.kills, "client": clients}
+
+    @property
+    def made(self) -> int:
+        """How many steps all clients made, without those that were made anew."""
+        return sum(trainee.last.step for trainee in self.trainees)
 
     def __str__(self) -> str:
         seconds = time.monotonic() - self._start
-        progress = f"{self._name:9} step {self.last.step:5} of {self.steps}  {seconds:4.0f} s"
-        if self._proxy is None:
+        slowest = min(trainee.last.step for trainee in self.trainees)
+        progress = f"{self._scenario.name:9} step {slowest:5} of {self.steps}  {seconds:4.0f} s"
+        if not self._proxies:
             return f"{progress}  without faults"
-        stumbles = self.server.stumbles + (self.client.stumbles if self.client else 0)
+        stumbles = self.server.stumbles + sum(keeper.stumbles for keeper in self._keepers)
         kills = " + ".join(f"{count} {party}" for party, count in self.kills.items())
+        anew = sum(trainee.told - len(trainee.losses) for trainee in self.trainees)
         return (
             f"{progress}  {self.cuts} cuts, kills {kills} + {stumbles} in starting, "
-            f"{self.server.stops} stops, {self.told - len(self.losses)} steps made anew"
+            f"{self.server.stops} stops, {anew} steps made anew"
         )
+
+    @property
+    def _proxies(self) -> list[Proxy]:
+        return [trainee.proxy for trainee in self.trainees if trainee.proxy is not None]
+
+    @property
+    def _keepers(self) -> list[Keeper]:
+        return [trainee.keeper for trainee in self.trainees if trainee.keeper is not None]
 
     async def _run(self, show: Callable[[str], None]) -> None:
         self._port = asyncio.get_running_loop().create_future()
         async with AsyncExitStack() as stack:
-            if self._proxy is not None:
-                await stack.enter_async_context(self._proxy.listening())
+            for proxy in self._proxies:
+                await stack.enter_async_context(proxy.listening())
             serving = asyncio.ensure_future(self.server.keep())
             stack.push_async_callback(self._end, serving, self.server)
-            port = await self._wait_for_port(serving)
-            self.client = Keeper(
-                scenarios.train_command(self._folder, port, self._epochs),
-                self._folder / "client.log",
-                hear=self._hear_client,
-                seed=f"{self._seed} client",
-            )
-            training = asyncio.ensure_future(self.client.keep())
-            stack.push_async_callback(self._end, training, self.client)
+            serving.add_done_callback(self._give_up_port)
+            port = await self._port
+            training = []
+            for trainee in self.trainees:
+                keeper = trainee.keeper = self._make_keeper(trainee, port)
+                training.append(asyncio.ensure_future(keeper.keep()))
+                stack.push_async_callback(self._end, training[-1], keeper)
             await self._watch(serving, training, show)
             await self.server.finish()
 
-    async def _wait_for_port(self, serving: asyncio.Future[None]) -> int:
-        """Wait for the server to listen; return the port that the client is to be told."""
-        assert self._port is not None
-        serving.add_done_callback(self._give_up_port)
-        port = await self._port
-        return port if self._proxy is None else self._proxy.port
+    def _make_keeper(self, trainee: Trainee, port: int) -> Keeper:
+        name = trainee.name
+        own = port if trainee.proxy is None else trainee.proxy.port
+        return Keeper(
+            scenarios.train_command(self._scenario, self._folder, name, own, self.steps),
+            self._folder / f"{name}.log",
+            hear=trainee.hear,
+            seed=f"{self._seed} {name}",
+        )
 
     def _give_up_port(self, serving: asyncio.Future[None]) -> None:
         if self._port is not None and not self._port.done():
@@ -119,27 +172,33 @@ class Training:
     async def _watch(
         self,
         serving: asyncio.Future[None],
-        training: asyncio.Future[None],
+        training: Sequence[asyncio.Future[None]],
         show: Callable[[str], None],
     ) -> None:
-        assert self.client is not None
-        while not training.done():
-            await asyncio.wait(
-                [serving, training], timeout=INTERVAL, return_when=asyncio.FIRST_COMPLETED
+        """Wait for all clients; a step of any of them is a sign of life."""
+        waiting = set(training)
+        while waiting:
+            done, _ = await asyncio.wait(
+                [serving, *waiting], timeout=INTERVAL, return_when=asyncio.FIRST_COMPLETED
             )
-            if serving.done():
+            if serving in done:
                 await serving
-                raise Collapse("the server left before the client was done")
-            if time.monotonic() - self._moved > STALL:
-                for keeper in (self.server, self.client):
-                    keeper.dump()
-                await asyncio.wait([serving, training])
-                raise Collapse(
-                    f"no step for {STALL:g} s\n{self.client.tail()}\n{self.server.tail()}"
-                )
-            if not training.done():
+                raise Collapse("the server left before the clients were done")
+            for task in done:
+                await task
+            waiting -= done
+            if waiting and time.monotonic() - max(t.moved for t in self.trainees) > self._stall:
+                await self._give_up([serving, *waiting])
+            if waiting:
                 show(str(self))
-        await training
+
+    async def _give_up(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+        """Have every process write where it stands, and tell it."""
+        for keeper in (self.server, *self._keepers):
+            keeper.dump()
+        await asyncio.wait(tasks)
+        tails = [keeper.tail() for keeper in (*self._keepers, self.server)]
+        raise Collapse("\n".join([f"no step for {self._stall:g} s", *tails]))
 
     async def _end(self, task: asyncio.Future[None], keeper: Keeper) -> None:
         await keeper.close()
@@ -150,30 +209,19 @@ class Training:
         port = scenarios.read_port(line)
         if port is None:
             return
-        if self._proxy is not None:
-            self._proxy.upstream = port
+        for proxy in self._proxies:
+            proxy.upstream = port
         if self._port is not None and not self._port.done():
             self._port.set_result(port)
 
     def _forget_server(self) -> None:
-        if self._proxy is not None:
-            self._proxy.upstream = None
+        for proxy in self._proxies:
+            proxy.upstream = None
 
-    def _hear_client(self, line: str) -> None:
-        step = scenarios.read_step(line)
-        if step is None:
-            return
-        self.last = step
-        self.told += 1
-        self._moved = time.monotonic()
-        known = self.losses.setdefault(step.step, step.loss)
-        if known != step.loss:
-            self.contradictions.append(f"step {step.step} came to {known}, then to {step.loss}")
-
-    def _strike(self, kind: Kind) -> None:
+    def _strike(self, trainee: Trainee, kind: Kind) -> None:
         if kind is Kind.STOP_SERVER:
             self.server.stop()
         if kind in (Kind.KILL_SERVER, Kind.KILL_BOTH):
             self.server.kill()
-        if kind in (Kind.KILL_CLIENT, Kind.KILL_BOTH) and self.client is not None:
-            self.client.kill()
+        if kind in (Kind.KILL_CLIENT, Kind.KILL_BOTH) and trainee.keeper is not None:
+            trainee.keeper.kill()

@@ -41,7 +41,7 @@ def test_each_option_reaches_the_policy() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--local-steps", 2), ("--rounds", 3), ("--clients-min", 2), ("--quorum", 1),
+    [("--local-steps", 2), ("--rounds", 3), ("--clients-min", 2), ("--quorum", 2),
      ("--round-timeout", 9)],
 )  # fmt: skip
 def test_an_option_that_the_policy_does_not_have_is_refused(

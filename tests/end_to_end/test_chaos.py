@@ -270,11 +270,24 @@ def test_a_process_is_asked_to_leave_and_has_to(tmp_path: Path) -> None:
 # --- chaos ----------------------------------------------------------------------------------
 
 
-@pytest.mark.early
-@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a signal of POSIX")
-def test_training_through_cuts_and_kills_ends_at_the_same_bits(tmp_path: Path) -> None:
-    options = ["--seed", "5", "--cuts", "50", "--kills", "2", "--folder", str(tmp_path / "chaos")]
-    command = [sys.executable, "-m", "tests.chaos", *options]
+def run_chaos(folder: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "tests.chaos", *options, "--folder", str(folder / "chaos")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "good, the weights are those" in done.stdout
+
+
+@pytest.mark.early
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a signal of POSIX")
+def test_training_through_cuts_and_kills_ends_at_the_same_bits(tmp_path: Path) -> None:
+    run_chaos(tmp_path, "--seed", "5", "--cuts", "50", "--kills", "2")
+
+
+@pytest.mark.early
+@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a signal of POSIX")
+def test_clients_that_train_one_model_through_cuts_and_kills_end_at_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    """The seed is one whose first faults are kills of each side."""
+    together = ("--clients", "3", "--policy", "splitfed-v1")
+    run_chaos(tmp_path, *together, "--seed", "79", "--cuts", "20", "--kills", "2")

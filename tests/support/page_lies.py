@@ -257,6 +257,10 @@ GREETINGS: dict[str, tuple[Greet, Complaint]] = {
         lambda welcome: another(welcome, step=7),
         Complaint(title=RULES, text="continue at step 7"),
     ),
+    "a wish for the weights": (
+        lambda welcome: another(welcome, policy="splitfed-v1", local_steps=1),
+        Complaint(title="The server asks for this device's weights", text="'splitfed-v1' joins"),
+    ),
     "another bundle": (
         lambda welcome: another(welcome, digest="0" * 64),
         Complaint(title=ANOTHER, text="digest is [0-9a-f]{64} here and 0{64} there"),

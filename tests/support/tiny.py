@@ -36,6 +36,7 @@ from splitonnx.manifests import (
     Wire,
     WireKind,
 )
+from splitonnx.sharing import declare_sharing
 from splitonnx.tensors import TensorSpec, name_dtype
 
 SHAPES: Mapping[str, tuple[int | str, ...]] = {
@@ -154,6 +155,13 @@ def make_stage(name: str, inputs: Mapping[str, Source], outputs: tuple[str, ...]
 def split_bundle() -> Bundle:
     """The vanilla cut: the server holds the last layer and the loss and is sent the labels."""
     return _bundle({"client": _client(), "server": _server()})
+
+
+def sharing_bundle() -> Bundle:
+    """The vanilla cut, whose parties can share their weights as those that are cut can."""
+    parties = {"client": _client(), "server": _server()}
+    manifests = declare_sharing({name: party.manifest for name, party in parties.items()}, [])
+    return _bundle({n: replace(party, manifest=manifests[n]) for n, party in parties.items()})
 
 
 def local_bundle() -> Bundle:

@@ -16,19 +16,11 @@ HERE = Path(__file__).parent
 
 def write(folder: Path) -> None:
     """Write every file into ``folder``; what stands there is replaced."""
-    for name, value in (
-        ("messages", builders.build_messages()),
-        ("quantized_stage", builders.build_quantized_stage()),
-        ("refusals", builders.build_refusals()),
-        ("replies", builders.build_replies()),
-        ("schedules", builders.build_schedules()),
-        ("shapes", builders.build_shapes()),
-        ("shuffles", builders.build_shuffles()),
-    ):
+    for name, build in builders.BUILDERS.items():
         indent = None if name in ("schedules", "shapes") else 1  # many are small
-        text = json.dumps(value, indent=indent, ensure_ascii=False)
+        text = json.dumps(build(), indent=indent, ensure_ascii=False)
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    tiny.split_bundle().save(folder / "whole", overwrite=True)
+    tiny.sharing_bundle().save(folder / "whole", overwrite=True)
     shutil.rmtree(folder / "tiny", ignore_errors=True)
     (folder / "whole" / "client").rename(folder / "tiny")
     shutil.rmtree(folder / "whole")

@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import SplitonnxError
 from splitonnx.manifests import encode_manifest
 from splitonnx.messages import Fault, Message, Tensors, Welcome, encode_message
 from splitonnx.partitioner.partitions import cut
@@ -30,20 +29,20 @@ from splitonnx.schedules import (
     StepSchedule,
     plan_rates,
 )
-from splitonnx.tensors import DTYPES, TensorSpec, check_array, name_dtype
+from splitonnx.sharing import ROUND
+from splitonnx.tensors import DTYPES, name_dtype
 from tests import test_codecs, test_messages
 from tests.runtime.gate import test_gate_bytes, test_gates
 from tests.support import spoiled_graphs, tiny
 from tests.support.quantized_graphs import X, build_quantized, compute_quantized
 from tests.support.zoo import ZOO
+from tests.vectors.shapes import build_shapes
 
 LONGEST = 4096
 """Bytes of one hostile case; larger ones are each suite's own."""
 SESSION = "0123456789abcdef" * 2
 
 Arrays = Mapping[str, np.ndarray]
-ShapeCase = tuple[list[int | str | None], list[int], dict[str, int]]
-"""A declaration, a shape, and the sizes that are bound."""
 
 
 def encode_bytes(content: bytes) -> str:
@@ -138,6 +137,9 @@ def describe_cases(cases: list[tuple[bytes, str]]) -> list[dict[str, str]]:
 def build_lies() -> list[tuple[bytes, str]]:
     """Well-formed tensors whose fields are no message's."""
     good = msgspec.to_builtins(test_messages.TASK)
+    greeting: dict[str, object] = {
+        "type": "Welcome", "session": "s", "digest": "d", "step": 0, "wires": {}
+    }  # fmt: skip
     fields: list[dict[str, object]] = [
         {},
         {"type": "Nonsense"},
@@ -153,6 +155,10 @@ def build_lies() -> list[tuple[bytes, str]]:
         {**good, "learning_rate": "0.1"},
         {"type": "Welcome", "session": "s", "digest": "d", "step": 0, "wires": {"train": [{}]}},
         {"type": "Welcome", "session": "s", "digest": "d", "step": 0, "wires": []},
+        {**greeting, "local_steps": -1},
+        {**greeting, "local_steps": None},
+        {**greeting, "rounds": 0.5},
+        {**greeting, "policy": 1},
         {"type": "Fault", "code": "x"},
     ]
     texts = [json.dumps(one) for one in fields] + ["", "[]", "{", '{"type":"Bye","type":"Bye"}']
@@ -165,7 +171,7 @@ def build_lies() -> list[tuple[bytes, str]]:
 
 def build_manifests() -> list[dict[str, str]]:
     """What makes a manifest none, as changes to that of ``tiny``."""
-    text = encode_manifest(tiny.split_bundle().client.manifest).decode()
+    text = encode_manifest(tiny.sharing_bundle().client.manifest).decode()
     changes = [
         ('"splitonnx.bundle/1"', '"splitonnx.bundle/9"'),
         ('"party": "client"', '"party": 3'),
@@ -182,20 +188,22 @@ def build_manifests() -> list[dict[str, str]]:
 
 def build_replies() -> list[dict[str, object]]:
     """What a hostile server says to a client of ``tiny`` that stands at step 0."""
-    manifest = tiny.split_bundle().client.manifest
+    manifest = tiny.sharing_bundle().client.manifest
     wires = list_wires(manifest)
+    change = msgspec.structs.replace
     welcome = Welcome(session=SESSION, digest=manifest.digest, step=0, wires=wires)
-    fewer = {"train": wires["train"]}
+    fewer = change(welcome, wires={"train": wires["train"]})
     task = Tensors(
         session=SESSION, phase="train", step=0, micro_batch=0, turn=0, seed=0, learning_rate=0.1
     )
     gradient = np.ones((6, 4), np.float32)
-    change = msgspec.structs.replace
+    share, weight = change(task, phase="share"), tiny.WEIGHTS["W1"]
+    joined: Arrays = {ROUND: np.array(1), "W1@joined": weight}
     cases: list[tuple[str, Message, Arrays, str]] = [
         ("greeting", change(welcome, digest="00"), {}, "BundleMismatch"),
-        ("greeting", change(welcome, wires=fewer), {}, "BundleMismatch"),
+        ("greeting", fewer, {}, "BundleMismatch"),
         ("greeting", task, {}, "RemoteProtocolError"),
-        ("open", welcome, {}, "RemoteProtocolError"),
+        ("open", fewer, {}, "RemoteProtocolError"),
         ("open", task, {"h": gradient}, "RemoteProtocolError"),
         ("open", task, {"other": gradient}, "RemoteProtocolError"),
         ("open", change(task, phase="none"), {"h.grad": gradient}, "RemoteProtocolError"),
@@ -206,7 +214,14 @@ def build_replies() -> list[dict[str, object]]:
         ("open", task, {"h.grad": gradient * np.float32(np.nan)}, "NotFinite"),
         ("open", task, {"h.grad": gradient * np.float32(np.inf)}, "NotFinite"),
         ("open", task, {"loss": np.array(np.nan, np.float32)}, "NotFinite"),
-        ("start", welcome, {}, "RemoteProtocolError"),
+        ("open", share, joined, ""),
+        ("open", share, {ROUND: joined[ROUND]}, "RemoteProtocolError"),
+        ("open", share, {"W1@joined": joined["W1@joined"]}, "RemoteProtocolError"),
+        ("open", share, {**joined, "W2@joined": weight}, "RemoteProtocolError"),
+        ("open", share, {**joined, "W1@joined": weight.T}, "ArrayMismatch"),
+        ("open", share, {**joined, ROUND: np.array([1])}, "ArrayMismatch"),
+        ("open", share, {**joined, "W1@joined": weight * np.float32(np.nan)}, "NotFinite"),
+        ("start", fewer, {}, "RemoteProtocolError"),
         ("open", Fault(code="x", reason="y"), {}, ""),
         ("greeting", welcome, {}, ""),
         ("open", task, {"h.grad": gradient, "loss": np.array(1, np.float32)}, ""),
@@ -228,69 +243,6 @@ def build_quantized_stage() -> dict[str, object]:
         "inputs": describe_tensors({"x": X}),
         "outputs": describe_tensors(compute_quantized(X)),
     }
-
-
-def build_shapes() -> list[dict[str, object]]:
-    """Shapes against declarations where sizes are bound already: what is bound then, or refused."""
-    large = 2**31 - 1
-    some, other = "(H + -1)//(2) + 1", "((T)//(2) + 1)//(3)"
-    sums: list[str] = [
-        "N", "2*N*T + 1", "N + -1", "-1*N + T", "2 * N * T", "N*M + T", "N*M*M", "N*N", "M",
-        "0*M + N", "floor(N/2)", "(N)//(2)", other, "(N)//(0)", "unk__a + N", "900719925474099*N",
-        "N + ", "((((", "",
-    ]  # fmt: skip
-    alone: list[int | str | None] = ["N", "unk__/l.1/Conv:2", "2*N + 1", None, 0, 1, "7"]
-    known: list[dict[str, int]] = [{}, {"H": 3}, {"(H + -1)//(2)": 0}, {some: 2}]
-    cases: list[ShapeCase] = []
-    cases += [([d], [n], {}) for d in alone for n in (0, 1, 2, 3, 7, large, large + 1, 2**40)]
-    cases += [([d], [n], {"N": 3, "T": 9}) for d in sums for n in (0, 1, 2, 3, 6, 9, 12, 30, 55)]
-    cases += [([some], [n], sizes) for n in (1, 2, 3) for sizes in known]
-    cases += [
-        (["N"], [1, 1], {}), (["N", "N"], [1], {}), ([], [], {}), ([], [1], {}),
-        (["N", "N"], [2, 2], {}), (["N", "N"], [2, 3], {}), (["T", "N"], [4, 2], {"N": 3}),
-        (["2*N + 1", "N"], [7, 3], {}), (["2*N + 1", "N"], [7, 4], {}),
-        (["A*B", "A", "B"], [6, 2, 3], {"A*B": 6}), (["A*B", "A", "B"], [5, 2, 2], {}),
-        (["A"], [2], {"A*B": 6, "B": 2}), (["A"], [3], {"A*B": 6, "B": 2}),
-        (["A*B"], [4], {"A*B": 6, "A": 2, "B": 2}), (["A*B"], [5], {"A*B": 6}),
-        (["H"], [7], {"(H)//(2)": 3}), (["H"], [9], {"(H)//(2)": 3}),
-        (["N_less_1 + 1", 4], [7, 3], {"N_less_1": 2}), (["N_less_1 + 1"], [1], {}),
-        (["4*N_less_1*T + 4*T"], [3], {"N_less_1": 2, "T": 5}),
-        (["(2*N_less_1 + 1)//(2) + 1"], [9], {"N_less_1": 2}),
-        (["A*A", "A"], [9, 3], {"A*A": 9}), (["A*A", "A"], [9, 2], {}), (["A*A"], [8], {"A": 3}),
-    ]  # fmt: skip
-    many = "unk__/nms:0"
-    counted: list[ShapeCase] = [
-        ([many, 3], [0, 3], {}), ([many, "N"], [0, 3], {}), (["N", many], [0, 3], {}),
-        ([many], [0], {many: 0}), ([many], [0], {many: 2}), ([many], [2], {many: 0}),
-        ([f"2*{many}"], [0], {}), ([f"{many} + 1"], [1], {}), ([f"{many} + 1"], [0], {}),
-        ([f"N*{many}"], [0], {}), ([f"N*{many}", "N"], [0, 2], {}), (["N"], [0], {many: 0}),
-        ([None], [0], {}), ([f"N*{many}"], [4], {many: 0}), (["num", 6], [0, 6], {"N": 3}),
-        (["N", 6], [0, 6], {"N": 3}), (["num", 6], [2, 6], {"num": 0}),
-    ]  # fmt: skip
-    return [
-        *(_try_shape(*case) for case in [*cases, *counted]),
-        *(_try_shape(*case, is_output=True) for case in counted),
-    ]
-
-
-def _try_shape(
-    declared: list[int | str | None],
-    shape: list[int],
-    sizes: dict[str, int],
-    *,
-    is_output: bool = False,
-) -> dict[str, object]:
-    bound, error = dict(sizes), ""
-    array = np.broadcast_to(np.float32(0), shape)  # it takes no memory
-    try:
-        spec = TensorSpec(name="h", dtype="F32", shape=tuple(declared))
-        check_array(array, spec, bound, is_output=is_output)
-    except SplitonnxError as caught:
-        error = str(caught)
-    return {
-        "declared": declared, "shape": shape, "sizes": sizes, "is_output": is_output,
-        "bound": bound, "error": error,
-    }  # fmt: skip
 
 
 def build_schedules() -> list[dict[str, object]]:
@@ -393,3 +345,15 @@ def record_stages(bundle: Bundle) -> dict[str, np.ndarray]:
         client.evaluate(data)
         link.drain()
     return kept
+
+
+BUILDERS: Mapping[str, Callable[[], object]] = {
+    "messages": build_messages,
+    "quantized_stage": build_quantized_stage,
+    "refusals": build_refusals,
+    "replies": build_replies,
+    "schedules": build_schedules,
+    "shapes": build_shapes,
+    "shuffles": build_shuffles,
+}
+"""What each file of JSON is built by."""

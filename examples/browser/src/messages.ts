@@ -30,7 +30,7 @@ export interface Activation {
 }
 
 export type Order =
-  | { readonly kind: "connect"; readonly token: string | undefined }
+  | { readonly kind: "connect"; readonly token: string | undefined; readonly share: boolean }
   | {
       readonly kind: "train";
       readonly plan: Plan;
@@ -65,9 +65,13 @@ export type News =
       readonly plan: Plan | null;
       readonly isResumed: boolean;
       readonly modelBytes: number;
+      /** Steps after which the weights are shared; 0 if they stay here. */
+      readonly localSteps: number;
     }
   | { readonly kind: "lost"; readonly reason: string }
   | { readonly kind: "found" }
+  /** The weights were sent some time ago, and those of the others are not there yet. */
+  | { readonly kind: "waiting" }
   | { readonly kind: "check"; readonly check: Check }
   | { readonly kind: "trained"; readonly steps: number }
   | { readonly kind: "prediction"; readonly number: number; readonly logits: Float32Array }

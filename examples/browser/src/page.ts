@@ -22,6 +22,8 @@ type Stage = "loading" | "ready" | "training" | "failed";
 
 // The token is behind the #, which browsers send to nobody.
 const token = new URLSearchParams(location.hash.slice(1)).get("token") ?? undefined;
+/** Whether the user permits to share the weights, in this browser. */
+const SHARE = "share";
 const worker = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
 const pad = new Pad(views.element<HTMLCanvasElement>("pad"), showDrawing);
 
@@ -43,6 +45,7 @@ function enter(next: Stage): void {
   stage = next;
   const isEnabled = stage === "ready" || stage === "training";
   views.showStart(stage === "training", isEnabled, isUnfinished);
+  views.showShare(mayShare(), stage === "ready" || stage === "failed");
   if (stage === "ready") views.showStatus("ready", steps ? "Trained, and ready" : "Ready");
   if (stage === "training") views.showStatus("training", "Training");
 }
@@ -51,7 +54,17 @@ function connect(): void {
   views.hideError();
   views.showStatus("busy", "Connecting …");
   enter("loading");
-  order({ kind: "connect", token });
+  order({ kind: "connect", token, share: mayShare() });
+}
+
+function mayShare(): boolean {
+  return localStorage.getItem(SHARE) === "yes";
+}
+
+/** Permit to share the weights, or no longer; the server has to hear of it before training. */
+function permitSharing(isPermitted: boolean): void {
+  localStorage.setItem(SHARE, isPermitted ? "yes" : "no");
+  if (digits) connect();
 }
 
 /** Begin to train, or continue a run that was interrupted. */
@@ -118,6 +131,8 @@ function takeNews(news: News): void {
       return views.showStatus("lost", "Connection lost, trying again …");
     case "found":
       return enter(stage);
+    case "waiting":
+      return views.showStatus("training", "Waiting for the other devices …");
     case "progress":
       return note(news);
     case "check":
@@ -139,7 +154,7 @@ function greet(news: News & { kind: "connected" }): void {
   ({ steps } = news);
   forgetFrom(run, steps + 1);
   isUnfinished = news.plan !== null;
-  views.showModel(news.modelBytes);
+  views.showModel(news.modelBytes, news.localSteps);
   redraw();
   if (news.plan) return train(news.plan, news.isResumed);
   enter("ready");
@@ -168,14 +183,19 @@ function finish(total: number): void {
 function fail({ during, name, message }: News & { kind: "failed" }): void {
   enter("failed");
   views.showStatus("failed", "Stopped");
-  views.showError(TITLES[name] ?? `It could not ${during}`, message);
+  const advice = name === "SharingNotPermitted" ? `. ${PERMIT}` : "";
+  views.showError(TITLES[name] ?? `It could not ${during}`, message + advice);
 }
+
+const PERMIT =
+  "On this page, “Share the weights of this device's layers”, under Train, permits it.";
 
 const TITLES: Readonly<Record<string, string>> = {
   ForbiddenGraph: "The server sent a model that this page refuses to run",
   BundleError: "The server sent a model that is not whole",
   FormatError: "The server sent a model that cannot be read",
   Unauthorized: "The server wants a token",
+  SharingNotPermitted: "The server asks for this device's weights",
   ConnectionLost: "The server cannot be reached",
   ServerBusy: "The server is full",
   BundleMismatch: "The server has another model now",
@@ -219,6 +239,7 @@ async function begin(): Promise<void> {
     const epochs = Number(views.element<HTMLSelectElement>("epochs").value);
     train({ epochs, batchSize: BATCH, drawings: drawings.length }, false);
   });
+  on("share", () => permitSharing(views.element<HTMLInputElement>("share").checked));
   on("erase", () => {
     drawings = [];
     keepDrawings(drawings);

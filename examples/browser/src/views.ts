@@ -89,6 +89,13 @@ export function showStart(isTraining: boolean, isEnabled: boolean, isUnfinished:
   element<HTMLButtonElement>("erase").disabled = isTraining || isUnfinished;
 }
 
+/** Show whether the user permits to share the weights, and whether that can be changed now. */
+export function showShare(isPermitted: boolean, isEnabled: boolean): void {
+  const box = element<HTMLInputElement>("share");
+  box.checked = isPermitted;
+  box.disabled = !isEnabled;
+}
+
 /** Show the run's figures; `pace` is milliseconds a step. */
 export function showFigures({ marks, checks, traffic }: Run, pace: number | null): void {
   const last = marks.at(-1);
@@ -135,7 +142,7 @@ export function showWires(wires: readonly Wire[]): void {
   listed = list;
   const rows = wires.map(({ name, dims, bytes }) => {
     const row = document.createElement("tr");
-    const kind = name.endsWith("_grad") ? "gradient" : "activation";
+    const kind = name.endsWith("@own") ? "weights" : name.endsWith("_grad") ? "gradient" : "activation";
     for (const text of [kind, dims.join(" × "), (bytes / 1000).toFixed(1)]) {
       row.append(Object.assign(document.createElement("td"), { textContent: text }));
     }
@@ -155,8 +162,17 @@ export function showActivation(activation: Activation): void {
   write("activation-text", text);
 }
 
-export function showModel(bytes: number): void {
-  write("weights", `${formatBytes(bytes)} of weights`);
+/** Say what stays on the device; with `localSteps`, the weights are shared after so many. */
+export function showModel(bytes: number, localSteps: number): void {
+  const weights = `the ${formatBytes(bytes)} of weights of this device's layers`;
+  const often = localSteps === 1 ? "each step" : `every ${localSteps} steps`;
+  write(
+    "kept",
+    localSteps
+      ? `Sent after ${often}: ${weights}, which the server joins with those of other devices. ` +
+          "Never sent: the drawings and their labels."
+      : `Never sent: the drawings, their labels, and ${weights}.`,
+  );
 }
 
 function describe(canvas: HTMLCanvasElement, text: string): void {

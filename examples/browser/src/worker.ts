@@ -6,7 +6,7 @@
 
 import * as ort from "onnxruntime-web/wasm";
 import { IndexedDbStorage, SplitClient } from "@splitonnx/client";
-import type { Evaluation, StepRecord, WebSocketLike } from "@splitonnx/client";
+import type { Evaluation, Outputs, StepRecord, WebSocketLike } from "@splitonnx/client";
 
 import type { News, Order, Samples } from "./messages.js";
 import { Records } from "./records.js";
@@ -16,6 +16,8 @@ import type { Course } from "./runs.js";
 const SIDE = 8; // pixels
 /** What was trained survives a crash at any step, since both sides write down each. */
 const CHECKPOINT_EVERY = 1;
+/** Milliseconds that a share takes before the page says that it waits for others. */
+const PATIENCE = 500;
 /** Bytes of a message from the server at the most; a batch's are some 200 kB. */
 const MAX_REPLY = 1 << 24;
 
@@ -32,26 +34,27 @@ let stopper = new AbortController();
 let begun: Course | null = null;
 let isTraining = false;
 let isLost = false;
+let waiting: ReturnType<typeof setTimeout> | undefined;
 
 function tell(news: News): void {
   postMessage(news);
 }
 
-async function connect(token: string | undefined): Promise<void> {
+async function connect({ token, share }: Order & { kind: "connect" }): Promise<void> {
   await client?.close();
   client = undefined;
   const run = await records.read();
   tell({ kind: "recalled", run });
   reporter.begin(run.traffic);
   begun = run.course;
-  client = await open(token, { resume: begun !== null });
+  client = await open({ token, share, resume: begun !== null });
   let isResumed = begun !== null;
   if (begun && !client.checkpoints.length) {
     // It was interrupted before its first checkpoint, or after its end: there is nothing to resume.
     isResumed = false;
     if (client.steps > begun.start) begun = null;
     await client.close();
-    client = await open(token, { resume: false });
+    client = await open({ token, share, resume: false });
   }
   await records.forgetAfter(client.steps);
   const sizes = client.manifest.state.map(({ role, tensor }) => {
@@ -59,18 +62,17 @@ async function connect(token: string | undefined): Promise<void> {
   });
   const modelBytes = sizes.reduce((sum, size) => sum + size, 0);
   const plan = begun?.plan ?? null;
-  tell({ kind: "connected", steps: client.steps, plan, isResumed, modelBytes });
+  const { steps, terms: { localSteps } } = client;
+  tell({ kind: "connected", steps, plan, isResumed, modelBytes, localSteps });
 }
 
 async function open(
-  token: string | undefined,
-  { resume }: { resume: boolean },
+  options: { token: string | undefined; share: boolean; resume: boolean },
 ): Promise<SplitClient> {
   return SplitClient.connect(location.origin.replace(/^http/, "ws"), {
+    ...options,
     ort,
-    token,
     storage,
-    resume,
     openSocket,
     maxReplyBytes: MAX_REPLY,
     onReconnect(cause) {
@@ -81,11 +83,28 @@ async function open(
     onWires(direction, phase, wires) {
       if (isLost) tell({ kind: "found" });
       isLost = false;
+      if (phase === "share") return noteShare(direction, wires);
       const isStep = phase === "train";
       // what is sent to measure the accuracy in between is not shown
       if (direction === "sent" && (isStep || !isTraining)) reporter.noteWires(wires, { isStep });
     },
   });
+}
+
+/** Show the weights that are sent, and say that the others are waited for, once that takes longer. */
+function noteShare(direction: "sent" | "received", wires: Outputs): void {
+  if (direction === "sent") {
+    const weights = Object.entries(wires).filter(([name]) => name.endsWith("@own"));
+    reporter.noteWires(Object.fromEntries(weights), { isStep: false });
+    waiting = setTimeout(() => {
+      waiting = undefined;
+      reporter.flush();
+      tell({ kind: "waiting" });
+    }, PATIENCE);
+    return;
+  }
+  if (waiting === undefined) tell({ kind: "found" });
+  clearTimeout(waiting);
 }
 
 /** Make a websocket, and count all that goes through it. */
@@ -121,6 +140,7 @@ async function train(order: Order & { kind: "train" }): Promise<void> {
     });
   } finally {
     isTraining = false;
+    clearTimeout(waiting);
     reporter.flush();
   }
   begun = null;
@@ -172,7 +192,7 @@ function toArrays({ images, labels }: Samples) {
 async function obey(order: Order): Promise<void> {
   switch (order.kind) {
     case "connect":
-      return connect(order.token);
+      return connect(order);
     case "train":
       return train(order);
     case "stop":

@@ -58,7 +58,8 @@ function answer(content: Uint8Array): Uint8Array<ArrayBuffer> | undefined {
 }
 
 function welcome({ session, digest, step, wires }: MessageOf<"Hello">): MessageOf<"Welcome"> {
-  return { type: "Welcome", session, digest, step, wantsRepeat: false, wires };
+  const terms = { policy: "per-client", localSteps: 0, rounds: 0 };
+  return { type: "Welcome", session, digest, step, wantsRepeat: false, ...terms, wires };
 }
 
 /** ONNX Runtime, with the time in it taken off. */

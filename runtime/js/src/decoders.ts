@@ -127,3 +127,12 @@ export function readRecord<F extends Record<string, Decoder<unknown>>>(
 export function spell(name: string): string {
   return name.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
 }
+
+/** Return an object for JSON: its names are written as those outside, and maps are objects. */
+export function spellNames(fields: object): Record<string, unknown> {
+  const spelled = Object.entries(fields).map(([name, value]) => [
+    spell(name),
+    value instanceof Map ? Object.fromEntries(value) : (value as unknown),
+  ]);
+  return Object.fromEntries(spelled) as Record<string, unknown>;
+}

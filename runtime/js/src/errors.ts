@@ -327,6 +327,18 @@ export class NotPermitted extends ProtocolError {
   }
 }
 
+/** The server's policy joins what clients learn, and this client may not share its weights. */
+export class SharingNotPermitted extends ProtocolError {
+  override name = "SharingNotPermitted";
+  constructor(readonly policy: string) {
+    super(
+      `the server's policy '${flatten(policy)}' joins what its clients learn, so it asks for the ` +
+        "trained weights of the client's part; permit it with share: true, or train with a server " +
+        "that has the policy 'per-client'",
+    );
+  }
+}
+
 /** The server refuses this side: trying again does not help. */
 export class Unauthorized extends ProtocolError {
   override name = "Unauthorized";

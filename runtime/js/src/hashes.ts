@@ -64,6 +64,7 @@ function mix(state: Int32Array, words: Int32Array, rounds: readonly number[]): v
   [a, b, c, d, e, f, g, h].forEach((word, index) => (state[index] = (state[index]! + word) | 0));
 }
 
-function toHex(bytes: Uint8Array): string {
+/** Write bytes in hex. */
+export function toHex(bytes: Uint8Array): string {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

@@ -4,6 +4,7 @@
  */
 
 export type { BundleSource, ReadFile } from "./bundles.js";
+export type { SharingTerms } from "./channels/greetings.js";
 export type { SocketOptions, WebSocketLike } from "./channels/websockets.js";
 export { SplitClient } from "./client/clients.js";
 export type { Batch, DataSource } from "./client/datasets.js";

@@ -1,9 +1,9 @@
 /**
  * The manifest: all that a runtime must know to run a bundle, and nothing about neural networks.
  *
- * A *phase* is what a party does for one task (`train`, `predict`, `evaluate`): a set of stages
- * that each run as soon as their inputs are there.  Where a stage's input comes from is written
- * beside it.  `docs/bundles.md` describes the fields; the Python side writes them.
+ * A *phase* is what a party does for one task (`train`, `predict`, `evaluate`, `share`): a set of
+ * stages that each run as soon as their inputs are there.  Where a stage's input comes from is
+ * written beside it.  `docs/bundles.md` describes the fields; the Python side writes them.
  */
 
 import {
@@ -32,6 +32,7 @@ export const MAX_SLOTS = 4;
 export const TRAIN = "train";
 export const PREDICT = "predict";
 export const EVALUATE = "evaluate";
+export const SHARE = "share";
 
 /** Scalar input, I64[3]: (seed, step, micro-batch); Dropout derives its mask from it. */
 export const KEY = "splitonnx.key";

@@ -18,7 +18,7 @@ import {
   readOptional,
   readRecord,
   readText,
-  spell,
+  spellNames,
 } from "./decoders.js";
 import type { Decoded } from "./decoders.js";
 import { FormatError } from "./errors.js";
@@ -30,6 +30,8 @@ import type { NdArrays } from "./tensors.js";
 export const PROTOCOL = 2;
 /** The close code of a connection whose session another client has taken over. */
 export const REPLACED = 4001;
+/** The policy of a server that joins nothing. */
+export const PER_CLIENT = "per-client";
 /** Bytes.  A greeting lists every wire, some 200 bytes each. */
 export const MAX_HEADER = 1 << 20;
 
@@ -44,7 +46,10 @@ const readWires = readMap(readList(readWire));
 const FIELDS = {
   /** A client's token, as a message: browsers cannot send it in a header. */
   Login: readRecord({ token: readText }),
-  /** Client: I have this bundle and am at this step of this session. */
+  /**
+   * Client: I have this bundle and am at this step of this session.  `canShare`: my user permits
+   * me to share my parameters.
+   */
   Hello: readRecord({
     protocol: readOptional(readCount, PROTOCOL),
     digest: readText,
@@ -56,17 +61,23 @@ const FIELDS = {
     kept: readOptional(readList(readCount), []),
     isOpen: readOptional(readFlag, false),
     canRepeat: readOptional(readFlag, false),
+    canShare: readOptional(readFlag, false),
     wires: readWires,
   }),
   /**
    * Server: so have I; we are at `step`, the client's own or one that it kept.  `wantsRepeat`: I
-   * have not made the step before that yet; send its messages again.
+   * have not made the step before that yet; send its messages again.  Where `localSteps` is not 0,
+   * my `policy` joins what clients learn: share your parameters after so many steps, until `rounds`
+   * rounds are complete; 0: you decide.
    */
   Welcome: readRecord({
     session: readText,
     digest: readText,
     step: readCount,
     wantsRepeat: readOptional(readFlag, false),
+    policy: readOptional(readText, PER_CLIENT),
+    localSteps: readOptional(readCount, 0),
+    rounds: readOptional(readCount, 0),
     wires: readWires,
   }),
   /** Either: wires of a task.  `turn` counts its sender's messages of the task from 0. */
@@ -137,11 +148,7 @@ export function encodeMessage(
   message: Message,
   tensors: NdArrays = new Map(),
 ): Uint8Array<ArrayBuffer> {
-  const fields = Object.entries(message).map(([name, value]) => [
-    spell(name),
-    value instanceof Map ? Object.fromEntries(value) : value,
-  ]);
-  return encodeTensors(tensors, { [FIELD]: JSON.stringify(Object.fromEntries(fields)) });
+  return encodeTensors(tensors, { [FIELD]: JSON.stringify(spellNames(message)) });
 }
 
 /**

@@ -108,7 +108,7 @@ test("replies are taken and refused as the vectors say", async () => {
     const protocol = new Protocol(manifest);
     protocol.send({
       type: "Hello", protocol: PROTOCOL, digest: manifest.digest, session: "s", origin: "",
-      start: 0, generation: 1, step: 0, kept: [], isOpen: false, canRepeat: false, wires,
+      start: 0, generation: 1, step: 0, kept: [], isOpen: false, canRepeat: false, canShare: false, wires,
     });
     protocol.state = state;
     let caught = "";

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -16,24 +17,43 @@ def average(contributions: Sequence[Contribution]) -> dict[str, np.ndarray]:
 
     All contributions have the same tensors.  The weights are the numbers of samples; if all of them
     are 0, the contributions weigh alike.  The mean is computed in float64, so that equal tensors
-    have exactly themselves as their mean, and the order of contributions hardly matters.
+    have exactly themselves as their mean.  The order of contributions does not change a bit,
+    because they are added in an order that follows from what they contain.
 
     Source: McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
     Data (2017), algorithm 1.
     """
+    contributions = sorted(contributions, key=_rank)
     counts = [samples for samples, _ in contributions]
-    total = sum(counts)
-    weights = [n / total for n in counts] if total else [1 / len(counts)] * len(counts)
+    if not any(counts):
+        counts = [1] * len(counts)
     first = contributions[0][1]
     return {
-        name: _combine([tensors[name] for _, tensors in contributions], weights) for name in first
+        name: _combine([tensors[name] for _, tensors in contributions], counts) for name in first
     }
 
 
-def _combine(arrays: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """Add the weighted differences to the first array, so that equal arrays lose no bit."""
+def _rank(contribution: Contribution) -> tuple[int, bytes]:
+    """Return a key that differs for contributions that do, however they are named."""
+    samples, tensors = contribution
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(np.ascontiguousarray(tensors[name]).view(np.uint8).data)
+    return samples, digest.digest()
+
+
+def _combine(arrays: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:
+    """Add the mean difference to the first array, so that equal arrays lose no bit.
+
+    Where a difference is beyond the range of float64, the weighted values are added.
+    """
+    total = sum(counts)
     base = arrays[0].astype(np.float64)
-    change = np.zeros_like(base)
-    for array, weight in zip(arrays, weights, strict=True):
-        change += weight * (array.astype(np.float64) - base)
-    return np.asarray(base + change, dtype=arrays[0].dtype)
+    differences, values = np.zeros_like(base), np.zeros_like(base)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for array, count in zip(arrays, counts, strict=True):
+            wide = array.astype(np.float64)
+            differences += count * (wide - base)
+            values += count / total * wide
+        mean = base + differences / total
+    return np.asarray(np.where(np.isfinite(mean), mean, values), dtype=arrays[0].dtype)

@@ -44,7 +44,7 @@ def make_policy(
     records = None if folder is None else RoundRecords(folder, manifest.digest)
     rules = RoundRules(
         clients_min=options.clients_min,
-        quorum=options.clients_min if options.quorum is None else options.quorum,
+        quorum=options.quorum,
         timeout=options.round_timeout,
     )
     coordinator = Relay if options.name == SEQUENTIAL else Rounds

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from splitonnx.errors import BundleError, NotFinite, RemoteProtocolError
+from splitonnx.errors import BundleError, NotFinite, NotSaved, RemoteProtocolError
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import Hello, Save, TaskKey
 from splitonnx.names import OWN, SERVER, SHARE
@@ -88,10 +88,16 @@ class JointTraining:
         }
 
     def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
-        """Load the session's copy from disk, or make a new one; see :class:`PerClient`."""
+        """Load the session's copy from disk, or make a new one; see :class:`PerClient`.
+
+        A copy of the state that the session started from adopts the newest joined tensors: if the
+        server failed, the client may have received them already, and will not ask again.
+        """
         joined = self._copies.join(hello, owner, resume=resume)
         with self._lock:
             self._rounds.rewind(hello.session, joined.step)
+            if self._rounds.newest is not None and joined.step == hello.start:
+                self._due[hello.session] = self._rounds.newest
         return joined
 
     def submit(self, task: Task) -> Iterator[Delivery]:
@@ -102,12 +108,14 @@ class JointTraining:
         Raises:
             DataError, StageFailed, WorkerLost: the task cannot be carried out.
             RemoteProtocolError: a share is incomplete, or its numbers are out of range.
+            NotSaved: a state that the share replaces cannot be deleted from the disk.
         """
         self._catch_up(task.key.session)
         if task.key.phase != SHARE:
             yield from self._copies.submit(task)
             return
         share = self._read(task)
+        self.models[task.key.session].forget_stopped()
         with self._lock:
             answers = self._close(lambda: self._rounds.add(share, self._clock()))
         yield from self._deliver(answers)
@@ -152,11 +160,11 @@ class JointTraining:
         return self._copies.is_lost(session)
 
     def leave(self, session: str) -> None:
-        """Release the session's copy; the rounds stop waiting for the session."""
+        """Release the session's copy; the rounds still wait for the session, as it may return."""
         self._due.pop(session, None)
         self._copies.leave(session)
         with self._lock:
-            self._rounds.leave(session)
+            self._rounds.withdraw(session)
 
     def tick(self, now: float) -> Iterator[Delivery]:
         """Yield the deliveries of a round that need not wait any longer."""
@@ -200,7 +208,7 @@ class JointTraining:
             _logger.debug("round %d: %s", joint.number, report)
             try:
                 self._record(joint)
-            except BundleError as error:
+            except (BundleError, NotSaved) as error:
                 _logger.error("round %d is kept in memory alone: %s", joint.number, error)
         for answer in answers:
             self._due[answer.key.session] = answer.joint

@@ -126,6 +126,18 @@ class ServerModel:
         state = self.executor.state()
         return {name: state[name] for name in names}
 
+    def forget_stopped(self) -> None:
+        """Delete the state that a graceful stop left on disk, as it is about to be replaced.
+
+        A state that :meth:`adopt` changes keeps its version.  After a crash, the one before the
+        change would otherwise be mistaken for it.
+
+        Raises:
+            NotSaved: it cannot be deleted.
+        """
+        if self._store is not None and self._store.remove_stopped():
+            self._saved = -1
+
     def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Replace some tensors of the state; the version stays, and the state counts as unsaved."""
         if tensors:

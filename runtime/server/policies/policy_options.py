@@ -23,8 +23,7 @@ class PolicyOptions:
             joined; ``sequential``, where clients train one after the other, and a round is the turn
             of one; or ``splitfed-v1``, where the copies of both parts are averaged in each round.
         clients_min: the number of clients that the first round waits for.
-        quorum: the number of clients with which a round may be closed when its time is over; by
-            default, as many as ``clients_min``.
+        quorum: the number of clients with which a round may be closed when its time is over.
         round_timeout: seconds after which a round stops waiting for clients, counted from the first
             share, or in which a client must finish its turn; ``None`` to wait forever.
         local_steps: the number of steps that a client trains in each round.
@@ -36,7 +35,7 @@ class PolicyOptions:
 
     name: str = PER_CLIENT
     clients_min: int = 1
-    quorum: int | None = None
+    quorum: int = 1
     round_timeout: float | None = ROUND_TIMEOUT
     local_steps: int = 1
     rounds: int = 0
@@ -44,10 +43,9 @@ class PolicyOptions:
     def __post_init__(self) -> None:
         if self.name not in POLICIES:
             raise UsageError(f"there is no policy '{self.name}'; take one of {', '.join(POLICIES)}")
-        quorum = 1 if self.quorum is None else self.quorum
         for subject, number, least in (
             ("clients_min", self.clients_min, 1),
-            ("quorum", quorum, 1),
+            ("quorum", self.quorum, 1),
             ("local_steps", self.local_steps, 1),
             ("rounds", self.rounds, 0),
         ):

@@ -21,6 +21,8 @@ class Relay(Rounds):
     def __init__(self, rules: RoundRules, newest: Joint | None = None) -> None:
         super().__init__(rules, newest)
         self._holder = "" if newest is None else newest.holder
+        self._begun: float | None = None  # when the turn began
+        self._missing: set[str] = set()  # those that lost their turn and have not come back
 
     def add(self, share: Share, now: float) -> list[Answer]:
         """Accept a client's share, and return the answers that are due.
@@ -57,10 +59,6 @@ class Relay(Rounds):
             return []
         self._begun = now
         return [self._answer(self._open.pop(self._holder), self.newest)]
-
-    def withdraw(self, session: str) -> None:
-        """Remove a session from those that wait for their turn."""
-        self._open.pop(session, None)
 
     def leave(self, session: str) -> None:
         """Stop waiting for a session.  Call :meth:`close_if_due` for what this causes."""

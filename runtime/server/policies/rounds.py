@@ -26,8 +26,9 @@ class RoundRules:
     """When a round is closed.
 
     The first round waits for ``clients_min`` clients.  A later round is closed when every member
-    has shared, or, ``timeout`` seconds after the first share, when at least ``quorum`` have.
-    ``timeout`` is ``None`` to wait for every member forever.
+    has shared, or, ``timeout`` seconds after the first share, when at least ``quorum`` have; fewer
+    are enough if no more are left.  A member that has not shared by then is not waited for any
+    longer, until it shares again.  ``timeout`` is ``None`` to wait for every member forever.
     """
 
     clients_min: int = 1
@@ -87,10 +88,9 @@ class Rounds:
         self._rules = rules
         self.newest = newest
         self._members = dict.fromkeys(() if newest is None else newest.members)  # in order
-        self._missing: set[str] = set()  # members that the last round did not wait for
         self._adoptions: Adoptions = {} if newest is None else dict(newest.adoptions)
         self._open: dict[str, Share] = {}
-        self._begun: float | None = None
+        self._arrivals: dict[str, tuple[int, float]] = {}  # of shares in the open round
         self._late = 0
 
     def add(self, share: Share, now: float) -> list[Answer]:
@@ -100,7 +100,6 @@ class Rounds:
         answered with the newest round's tensors and is not joined.
         """
         session = share.key.session
-        self._missing.discard(session)
         self._members[session] = None
         answers = []
         if self.newest is not None and not self._is_due(share, self.newest):
@@ -109,39 +108,42 @@ class Rounds:
                 del self._members[session]
         else:
             self._open[session] = share
-            if self._begun is None:
-                self._begun = now
+            step, arrival = self._arrivals.get(session, (share.key.step, now))
+            self._arrivals[session] = (share.key.step, arrival if step == share.key.step else now)
         return answers + self.close_if_due(now)
 
     def close_if_due(self, now: float) -> list[Answer]:
         """Close the open round if it need not wait any longer, and return its answers."""
         rules, shared = self._rules, self._open
-        if not shared or self._begun is None:
+        if not shared:
             return []
         if self.newest is None:
             return self._close() if len(shared) >= rules.clients_min else []
-        needed = min(rules.quorum, len(self._members) + len(self._missing))
-        if len(shared) < needed:
+        if len(shared) < min(rules.quorum, len(self._members)):
             return []
-        is_over = rules.timeout is not None and now - self._begun >= rules.timeout
+        begun = min(self._arrivals[session][1] for session in shared)
+        is_over = rules.timeout is not None and now - begun >= rules.timeout
         return self._close() if is_over or self._members.keys() <= shared.keys() else []
 
     def withdraw(self, session: str) -> None:
-        """Remove a session's share from the open round."""
-        if self._open.pop(session, None) is not None and not self._open:
-            self._begun = None
+        """Remove a session's share from the open round.
+
+        If the session shares again at the same step, as after a lost connection, it has waited
+        since it shared first.
+        """
+        self._open.pop(session, None)
 
     def leave(self, session: str) -> None:
         """Stop waiting for a session.  Call :meth:`close_if_due` for what this closes."""
         self.withdraw(session)
         self._members.pop(session, None)
-        self._missing.discard(session)
 
     def rewind(self, session: str, step: int) -> None:
         """Forget what a session received after ``step``, to which it goes back."""
         self.withdraw(session)
-        kept = tuple(entry for entry in self._adoptions.get(session, ()) if entry[0] <= step)
-        self._adoptions[session] = kept
+        if session in self._adoptions:
+            received = self._adoptions[session]
+            self._adoptions[session] = tuple(entry for entry in received if entry[0] <= step)
 
     def report(self) -> RoundReport:
         """Return the numbers that describe the rounds."""
@@ -192,13 +194,12 @@ class Rounds:
         shares = [self._open[session] for session in sorted(self._open)]
         tensors = average([(share.samples, share.tensors) for share in shares])
         number = 0 if self.newest is None else self.newest.number + 1
-        self._missing |= self._members.keys() - self._open.keys()
         for share in shares:
             self._remember(share, number)
         left = {share.key.session for share in shares if share.leaves}
         self._members = {name: None for name in self._open if name not in left}
         joint = self._record(number, tensors)
-        self._open, self._begun = {}, None
+        self._open, self._arrivals = {}, {}
         return [Answer(key=share.key, joint=joint) for share in shares]
 
     def _record(self, number: int, tensors: Mapping[str, np.ndarray], holder: str = "") -> Joint:
@@ -206,7 +207,7 @@ class Rounds:
         self.newest = Joint(
             number=number,
             tensors=tensors,
-            members=(*self._members, *sorted(self._missing)),
+            members=tuple(self._members),
             holder=holder,
             adoptions=dict(self._adoptions),
         )

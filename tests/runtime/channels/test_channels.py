@@ -7,12 +7,14 @@ from functools import partial
 from unittest.mock import patch
 
 import msgspec
+import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost, RemoteProtocolError, StepsLost
 from splitonnx.messages import (
+    Hello,
     Save,
     Saved,
     TaskKey,
@@ -21,11 +23,14 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
+from splitonnx.names import SHARE
 from splitonnx.runtime.channels.channels import Channel
 from splitonnx.runtime.channels.greetings import ResumePoint
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import list_wires
+from splitonnx.sharing import LEAVES, ROUND, SAMPLES
 from tests.support import tiny
+from tests.support.sharing import sharing_bundle
 
 SESSION = "5" * 32
 
@@ -198,3 +203,49 @@ def test_a_server_that_lost_the_state_to_return_to_has_lost_steps() -> None:
     points.append(ResumePoint(origin="", start=0, step=5, kept=(5, 0)))
     with pytest.raises(StepsLost):
         channel.return_to_step()
+
+
+@pytest.mark.parametrize(("does_share", "can_repeat"), [(False, True), (True, False)])
+def test_a_step_is_not_repeated_behind_what_was_shared_after_it(
+    does_share: bool, can_repeat: bool
+) -> None:
+    """The server would have the step again, and not what it received with the share."""
+    bundle = sharing_bundle()
+    points = [ResumePoint(origin="", start=0, step=0, kept=())]
+    greetings: list[Hello] = []
+    weight = np.zeros((3, 4), np.float32)
+    shared = {"W1@own": weight, SAMPLES: np.array(1), LEAVES: np.array(0)}
+    joined = {"W1@joined": weight, ROUND: np.array(1)}
+
+    class Listening(Repeating):
+        def send(self, chunks: Sequence[Chunk]) -> None:
+            super().send(chunks)
+            if isinstance(self._sent, Hello):
+                greetings.append(self._sent)
+                assert len(greetings) < 3
+
+        def receive(self) -> bytes:
+            if isinstance(self._sent, Save):
+                raise ConnectionLost("the server", "it was killed")
+            if isinstance(self._sent, Tensors) and self._sent.phase == SHARE:
+                return b"".join(encode_message(self._sent, joined))
+            return super().receive()
+
+    channel = Channel(
+        lambda: Listening(bundle, [0, 0]),
+        manifest=bundle.client.manifest,
+        session=SESSION,
+        find_resume_point=lambda: points[-1],
+        backoff=Backoff(first=0.0, longest=0.0),
+    )
+    for phase in ("train", "share") if does_share else ("train",):
+        channel.begin(TaskKey(session=SESSION, phase=phase, step=points[-1].step, micro_batch=0))
+        channel.send_wires(shared if phase == SHARE else {}, seed=0, learning_rate=0.1)
+        channel.receive_wires()
+        if phase == "train":  # its last message has no answer
+            channel.send_wires({}, seed=0, learning_rate=0.1)
+        channel.end()
+        points.append(ResumePoint(origin="", start=0, step=1, kept=(1, 0)))
+    with pytest.raises(StepsLost):  # the server is at step 0
+        channel.save(1)
+    assert greetings[-1].can_repeat is can_repeat

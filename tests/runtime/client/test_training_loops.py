@@ -34,7 +34,7 @@ START = DataPosition(epoch=0, batch=0, batch_size=4, seed=0, shuffle=False, samp
 class Runner:
     """Carries out tasks without computing: the loss is the step, predictions are zeros.
 
-    ``fails`` is asked before each step and may raise.
+    ``fails`` is asked before each step and may raise.  Nothing is shared.
     """
 
     def __init__(self, executor: Executor) -> None:

@@ -52,6 +52,31 @@ def test_a_client_without_a_connection_asks_again(context: ServerContext) -> Non
     assert not context.holders
 
 
+def test_a_round_that_cannot_be_closed_now_is_tried_again(
+    context: ServerContext, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(deliveries, "TICK_SECONDS", 0.0)
+    failures = [MemoryError("no memory for the average")]
+
+    def tick(now: float) -> Iterator[Delivery]:
+        if failures:
+            raise failures.pop()
+        yield DELIVERY
+
+    async def check() -> None:
+        context.stop = asyncio.Event()
+        monkeypatch.setattr(context.registry.policy, "tick", tick)
+        connection = context.holders[ANN] = Connection()
+        ticking = asyncio.create_task(keep_ticking(context))
+        while not (connection.given or ticking.done()):
+            await asyncio.sleep(0)
+        context.stop.set()
+        await ticking
+
+    asyncio.run(check())
+    assert "no memory for the average" in caplog.text
+
+
 def test_what_is_due_is_passed_on_until_the_server_stops(
     context: ServerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,14 +16,16 @@ import {
   StaleConnection,
   StepsLost,
 } from "../errors.js";
-import { TRAIN } from "../manifests.js";
+import { SHARE, TRAIN } from "../manifests.js";
 import type { PartyManifest } from "../manifests.js";
-import { PROTOCOL, REPLACED } from "../messages.js";
+import { REPLACED } from "../messages.js";
 import type { Message, MessageOf, MessageType, TaskKey, TensorsMessage } from "../messages.js";
 import type { NdArrays } from "../tensors.js";
-import { Protocol, listWires } from "../wire/protocols.js";
+import { Protocol } from "../wire/protocols.js";
 import type { Transport } from "../wire/transports.js";
 import { translateFault } from "./faults.js";
+import { checkWelcome, makeHello } from "./greetings.js";
+import type { ResumePoint, SharingTerms } from "./greetings.js";
 import { takeDue } from "./open_tasks.js";
 import type { OpenTask } from "./open_tasks.js";
 import { listDelays } from "./retries.js";
@@ -33,14 +35,6 @@ export const GREETINGS = 10;
 
 /** Makes a new connection; it throws ConnectionLost where none can be had now. */
 export type Dial = () => Promise<Transport>;
-
-/** What a session resumes from: the client's step, and the checkpoints that it has. */
-export interface ResumePoint {
-  readonly origin: string;
-  readonly start: number;
-  readonly step: number;
-  readonly kept: readonly number[];
-}
 
 export interface ChannelOptions {
   readonly dial: Dial;
@@ -54,6 +48,8 @@ export interface ChannelOptions {
   readonly giveUpAfter?: number | undefined;
   /** Whether the first connection is worth waiting for, as every later one is. */
   readonly isPatient: boolean;
+  /** Whether the client may share its parameters, if the server joins what its clients learn. */
+  readonly canShare: boolean;
   /** Called with the cause whenever the connection is lost. */
   readonly onReconnect?: ((cause: Error) => void) | undefined;
 }
@@ -62,11 +58,13 @@ export interface ChannelOptions {
  * The connection of one session; made by {@link Channel.open}.
  *
  * `step` is where both sides are since the last greeting: the client's own step, or an earlier
- * one that it kept.  `reconnects` counts the connections after the first.
+ * one that it kept.  `reconnects` counts the connections after the first.  `terms` say how the
+ * server joins what its clients learn, and stay as they are.
  */
 export class Channel {
   step = 0;
   reconnects = 0;
+  terms: SharingTerms | undefined;
   readonly #options: ChannelOptions;
   readonly #ended = new AbortController();
   #generation = 0;
@@ -89,6 +87,7 @@ export class Channel {
    *
    * @throws ConnectionLost, ServerBusy: no server is there, or it is full.
    * @throws BundleMismatch, Unauthorized, RemoteFault: it refuses.
+   * @throws SharingNotPermitted: it joins what its clients learn, and this one may not share.
    */
   static async open(options: ChannelOptions): Promise<Channel> {
     const channel = new Channel(options);
@@ -150,7 +149,8 @@ export class Channel {
       takeDue(task, message);
       if (message.turn < task.received) continue;
       task.received += 1;
-      if (task.key.phase === TRAIN) this.#last = undefined; // the server is beyond it
+      // the server is beyond it, and after a share, a repeated step is not enough
+      if ([TRAIN, SHARE].includes(task.key.phase)) this.#last = undefined;
       this.#noteProgress();
       return tensors;
     }
@@ -323,28 +323,21 @@ export class Channel {
   }
 
   #makeHello(): MessageOf<"Hello"> {
-    const { manifest, session, findResumePoint } = this.#options;
-    return {
-      type: "Hello",
-      protocol: PROTOCOL,
-      digest: manifest.digest,
-      session,
+    const { manifest, session, findResumePoint, canShare } = this.#options;
+    return makeHello(manifest, session, findResumePoint(), {
       generation: this.#generation,
-      ...findResumePoint(),
       isOpen: !!this.#task?.sent.length,
       canRepeat: !!this.#findLast(),
-      wires: listWires(manifest),
-    };
+      canShare,
+    });
   }
 
   #checkWelcome(welcome: MessageOf<"Welcome">): void {
-    const { step, kept, start } = this.#options.findResumePoint();
-    if (welcome.session !== this.#options.session) {
-      throw new RemoteProtocolError(`it welcomed session '${welcome.session.slice(0, 40)}'`);
-    }
-    if (![step, ...(kept.length ? kept : [start])].includes(welcome.step)) {
-      throw new RemoteProtocolError(`it would continue at step ${welcome.step}, but no state of that step was kept`);
-    }
+    const point = this.#options.findResumePoint();
+    const terms = checkWelcome(welcome, { ...this.#options, point });
+    const [now, before] = [terms, this.terms ?? terms].map((one) => JSON.stringify(one));
+    if (now !== before) throw new RemoteProtocolError(`it has other terms, ${now}, not ${before}`);
+    this.terms = terms;
   }
 
   #hangUp(): void {

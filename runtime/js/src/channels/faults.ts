@@ -7,6 +7,7 @@ import {
   RemoteFault,
   ServerBusy,
   SessionLost,
+  SharingNotPermitted,
   StaleConnection,
   TaskTooLarge,
   Unauthorized,
@@ -32,6 +33,8 @@ export function translateFault(fault: MessageOf<"Fault">, generation: number): S
       return new TaskTooLarge(fault.needed, fault.limit);
     case "NotPermitted":
       return new NotPermitted(fault.subject, fault.reason);
+    case "SharingNotPermitted":
+      return new SharingNotPermitted(fault.subject);
     case "Unauthorized":
       return new Unauthorized("the server", 1008, fault.reason);
     default:

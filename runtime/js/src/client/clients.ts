@@ -7,6 +7,7 @@
 
 import { loadBundle } from "../bundles.js";
 import { Channel } from "../channels/channels.js";
+import type { SharingTerms } from "../channels/greetings.js";
 import { connect } from "../channels/websockets.js";
 import { Engine, giveTensor } from "../engine/engines.js";
 import type { TensorLike } from "../engine/engines.js";
@@ -66,7 +67,8 @@ export class SplitClient {
    *
    * @throws BundleError, FormatError, ForbiddenGraph: the part or the state cannot be used.
    * @throws ConnectionLost: the server cannot be reached.
-   * @throws BundleMismatch, ServerBusy, Unauthorized, RemoteFault: the server refuses.
+   * @throws BundleMismatch, ServerBusy, Unauthorized, SharingNotPermitted, RemoteFault: the server
+   *   refuses.
    */
   static async connect(url: string, options: ConnectOptions): Promise<SplitClient> {
     const { seed = 0, resume = false, token, giveUpAfter, onReconnect, onWires } = options;
@@ -89,6 +91,7 @@ export class SplitClient {
         findResumePoint: () => run.findResumePoint(executor.step),
         giveUpAfter,
         isPatient: resume || giveUpAfter !== undefined,
+        canShare: options.share ?? false,
         onReconnect,
       });
       await run.takeOver().catch((error: unknown) => {
@@ -139,6 +142,11 @@ export class SplitClient {
     return this.#channel.reconnects;
   }
 
+  /** Whether and how the server joins what its clients learn. */
+  get terms(): SharingTerms {
+    return this.#runner.terms;
+  }
+
   /** What the bundle declares: its phases, their data, the model's outputs. */
   get manifest(): PartyManifest {
     return this.#runner.executor.manifest;
@@ -149,7 +157,8 @@ export class SplitClient {
    *
    * A client that resumes begins at the position in the data where its run was interrupted, and
    * makes the rest of `epochs`.  Where the server lost steps, both sides go back to the newest
-   * checkpoint, or to where this fit began, and make them again, as they were.
+   * checkpoint, or to where this fit began, and make them again, as they were.  Where it joins what
+   * its clients learn, this one shares its weights as {@link terms} say, and waits for the others.
    *
    * @throws DataError: the data do not fit, or hold NaN; a loss is not finite.
    * @throws StageFailed: a stage cannot be loaded or run.
@@ -199,6 +208,8 @@ export class SplitClient {
       shuffle: options.shuffle ?? true,
       samples: options.training.size,
       schedule: options.rates?.description ?? "",
+      unsharedSteps: 0,
+      unsharedSamples: 0,
     };
     return this.#loop.fit(options, run.takePosition(start));
   }

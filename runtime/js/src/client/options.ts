@@ -40,6 +40,11 @@ export interface ConnectOptions extends SocketOptions {
   /** Continue the run that was interrupted, if there is one. */
   readonly resume?: boolean | undefined;
   /**
+   * Permit this part's trained weights and running statistics to be sent to the server, if it joins
+   * what its clients learn (`SplitClient.terms`); not by default.
+   */
+  readonly share?: boolean | undefined;
+  /**
    * Seconds after which the client gives up that has no connection, the first included, or only
    * such as break before anything new comes.  By default the first is tried once (as long as it
    * takes with `resume`), later ones as long as it takes.
@@ -77,7 +82,10 @@ export interface FitOptions {
   readonly save?: boolean | undefined;
   /** Discard a run that was interrupted. */
   readonly restart?: boolean | undefined;
-  /** Ends the training after the step that runs. */
+  /**
+   * Ends the training after the step that runs.  Where the server joins what its clients learn, this
+   * client then shares for the last time, which waits for the others; close it not to wait.
+   */
   readonly signal?: AbortSignal | undefined;
   /** Called with each step's record, and waited for. */
   readonly onStep?: ((record: StepRecord) => void | Promise<void>) | undefined;

@@ -6,12 +6,14 @@
  */
 
 import type { Channel } from "../channels/channels.js";
+import type { SharingTerms } from "../channels/greetings.js";
 import type { Executor } from "../engine/executors.js";
 import { LocalProtocolError, NotSaved, StepsLost } from "../errors.js";
-import { TRAIN } from "../manifests.js";
+import { SHARE, TRAIN } from "../manifests.js";
 import type { TaskKey } from "../messages.js";
+import { LEAVES, ROUND, SAMPLES, listJoined, nameOwn } from "../sharing.js";
 import type { DataPosition } from "../storage/checkpoints.js";
-import type { NdArrays } from "../tensors.js";
+import type { NdArray, NdArrays } from "../tensors.js";
 import type { TrainingRun } from "./training_runs.js";
 
 /** What training does where a checkpoint cannot be written. */
@@ -56,6 +58,11 @@ export class TaskRunner {
     this.#onWires = onWires;
   }
 
+  /** How the server joins what its clients learn. */
+  get terms(): SharingTerms {
+    return this.#channel.terms!; // it has greeted
+  }
+
   /** Bytes sent and received so far. */
   get traffic(): readonly [sent: number, received: number] {
     return this.#channel.traffic;
@@ -79,7 +86,7 @@ export class TaskRunner {
       if (expected !== undefined && expected !== this.executor.step) {
         throw new StepsLost(this.executor.step);
       }
-      const step = phase === TRAIN ? this.executor.step : this.#others++;
+      const step = [TRAIN, SHARE].includes(phase) ? this.executor.step : this.#others++;
       const key = { session: this.run.session, phase, step, microBatch: 0 };
       await this.executor.begin(key, { data, seed: this.#seed, learningRate });
       try {
@@ -92,6 +99,29 @@ export class TaskRunner {
         this.#channel.end();
       }
     });
+  }
+
+  /**
+   * Share this part's parameters, replace them by the joined ones, and return the round.
+   *
+   * This waits until the server has joined what the clients of the round learned.  `samples` is the
+   * number of samples trained with since the last time, and `leaves` means that the client will not
+   * share again.  `expected` is the step that the client is to be at.
+   *
+   * @throws StepsLost, ProtocolError: as {@link perform}.
+   */
+  async share(
+    samples: number,
+    { leaves, expected }: { leaves: boolean; expected: number },
+  ): Promise<number> {
+    const state = this.executor.state();
+    const own = listJoined(this.executor.manifest).map((name) => {
+      return [nameOwn(name), state.get(name)!] as const;
+    });
+    const counts = [[SAMPLES, count(samples)], [LEAVES, count(Number(leaves))]] as const;
+    const data = new Map<string, NdArray>([...counts, ...own]);
+    const results = await this.perform(SHARE, data, { learningRate: 0, expected });
+    return Number(results.get(ROUND)!.data[0]);
   }
 
   /**
@@ -210,4 +240,8 @@ export class TaskRunner {
       throw error;
     }
   }
+}
+
+function count(value: number): NdArray {
+  return { dtype: "I64", shape: [], data: BigInt64Array.of(BigInt(value)) };
 }

@@ -24,6 +24,8 @@ export const MOST_RETURNS = 100;
 export class TrainingLoop {
   readonly #runner: TaskRunner;
   #expected = 0; // the step after the last one of the fit that runs
+  #isComplete = false; // the rounds that the server asks for are over
+  #hasLeft = false; // nothing more is shared in this fit
 
   constructor(runner: TaskRunner) {
     this.#runner = runner;
@@ -42,12 +44,19 @@ export class TrainingLoop {
     const first = this.#step;
     let position = start;
     let [farthest, returns] = [first, 0];
+    const isAbsent = options.signal?.aborted ?? false; // it does not even begin
+    this.#isComplete = false;
+    this.#hasLeft = isAbsent;
+    let startsAnew = !isAbsent && !start.epoch && !start.batch;
     for (;;) {
       this.#expected = this.#step;
       try {
-        while (position.epoch < options.epochs && !options.signal?.aborted) {
+        if (startsAnew) await this.#share(0, { leaves: false }); // all start from one model
+        startsAnew = false;
+        while (!this.#isOver(options, position)) {
           position = await this.#trainEpoch(options, position, history);
         }
+        position = await this.#leave(options, position);
         this.#checkCourse();
         this.#runner.position = position;
         if (options.save) await this.#runner.publish();
@@ -60,7 +69,10 @@ export class TrainingLoop {
         if (returns === MOST_RETURNS) throw error;
         const kept = this.#runner.position;
         if (error.step < first || (error.step > first && !kept)) throw error;
+        this.#isComplete = false;
+        this.#hasLeft = isAbsent;
         position = kept ?? start;
+        startsAnew = !isAbsent && !position.epoch && !position.batch;
         history.forget(error.step, position.epoch);
       }
     }
@@ -140,13 +152,60 @@ export class TrainingLoop {
       history.steps.push(record);
       await options.onStep?.(record);
       this.#checkCourse();
-      if (options.checkpointEvery && record.step % options.checkpointEvery === 0) {
-        await this.#runner.checkpoint(position, options.whenUnsaved ?? "stop");
+      const shared = await this.#shareIfDue(position, record);
+      const endsRound = shared !== position && !shared.unsharedSteps;
+      position = shared;
+      if (options.checkpointEvery && (endsRound || record.step % options.checkpointEvery === 0)) {
+        await this.#keep(options, position);
       }
+      if (this.#isComplete) break;
       if (options.signal?.aborted) return position;
+    }
+    if (this.#isComplete || position.epoch + 1 === options.epochs) {
+      position = await this.#leave(options, position);
     }
     if (options.heldOut) await this.#recordEvaluation(options, options.heldOut, position, history);
     return { ...position, epoch: position.epoch + 1, batch: 0 };
+  }
+
+  /**
+   * Share after a step if a round of steps is over; return the position, which is the same one if
+   * the server does not join what its clients learn.
+   */
+  async #shareIfDue(position: DataPosition, { samples }: StepRecord): Promise<DataPosition> {
+    const { joins, localSteps, rounds } = this.#runner.terms;
+    if (!joins) return position;
+    const unsharedSteps = position.unsharedSteps + 1;
+    const unsharedSamples = position.unsharedSamples + samples;
+    if (unsharedSteps < localSteps) return { ...position, unsharedSteps, unsharedSamples };
+    const number = await this.#share(unsharedSamples, { leaves: false });
+    this.#isComplete = rounds > 0 && rounds <= number;
+    return clearUnshared(position);
+  }
+
+  /** Share for the last time, so that the other clients stop waiting for this one. */
+  async #leave(options: ResolvedFitOptions, position: DataPosition): Promise<DataPosition> {
+    if (this.#hasLeft || !this.#runner.terms.joins) return position;
+    await this.#share(position.unsharedSamples, { leaves: true });
+    this.#hasLeft = true;
+    const left = clearUnshared(position);
+    if (options.checkpointEvery) await this.#keep(options, left); // the state is another now
+    return left;
+  }
+
+  /** Share, if the server joins what its clients learn; return the round. */
+  async #share(samples: number, { leaves }: { leaves: boolean }): Promise<number> {
+    if (!this.#runner.terms.joins) return 0;
+    return this.#runner.share(samples, { leaves, expected: this.#expected });
+  }
+
+  async #keep({ whenUnsaved }: ResolvedFitOptions, position: DataPosition): Promise<void> {
+    await this.#runner.checkpoint(position, whenUnsaved ?? "stop");
+  }
+
+  /** Whether training ends at a position. */
+  #isOver({ epochs, signal }: ResolvedFitOptions, { epoch }: DataPosition): boolean {
+    return this.#isComplete || epoch >= epochs || (signal?.aborted ?? false);
   }
 
   async #recordStep(
@@ -194,4 +253,8 @@ export class TrainingLoop {
   #checkCourse(): void {
     if (this.#step !== this.#expected) throw new StepsLost(this.#step);
   }
+}
+
+function clearUnshared(position: DataPosition): DataPosition {
+  return { ...position, unsharedSteps: 0, unsharedSamples: 0 };
 }

@@ -5,9 +5,10 @@
  * outcome.  This module knows names and states; it runs nothing and knows no server.
  */
 
-import type { ResumePoint } from "../channels/channels.js";
+import type { ResumePoint } from "../channels/greetings.js";
 import type { Executor } from "../engine/executors.js";
 import { BundleError, StorageInUse, UnfinishedRun, UsageError } from "../errors.js";
+import { toHex } from "../hashes.js";
 import { CheckpointStore } from "../storage/checkpoints.js";
 import type { Checkpoint, DataPosition } from "../storage/checkpoints.js";
 import type { StateStorage, StorageLock } from "../storage/storages.js";
@@ -238,6 +239,5 @@ async function findUnfinished(
 
 /** Draw a session's name, 32 hexadecimal digits; who knows it can train it. */
 function drawSession(): string {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return toHex(crypto.getRandomValues(new Uint8Array(16)));
 }

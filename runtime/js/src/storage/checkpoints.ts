@@ -17,6 +17,7 @@ import {
   readOptional,
   readRecord,
   readText,
+  spellNames,
 } from "../decoders.js";
 import type { Decoded } from "../decoders.js";
 import { BundleError, NotSaved, SplitonnxError } from "../errors.js";
@@ -38,12 +39,16 @@ const readDataPosition = readRecord({
   shuffle: readFlag,
   samples: readNullable(readCount),
   schedule: readOptional(readText, ""),
+  unsharedSteps: readOptional(readCount, 0),
+  unsharedSamples: readOptional(readCount, 0),
 });
 /**
  * Where the next step begins in the data.
  *
  * `epoch` is counted from 0; `batch` is the number of batches of it trained already.  The others
- * say how the data were dealt, and must be the same where training continues.
+ * say how the data were dealt, and must be the same where training continues.  `unsharedSteps` and
+ * `unsharedSamples` count what was trained since the client last shared its parameters; they stay 0
+ * where the server does not join what its clients learn.
  */
 export type DataPosition = Decoded<typeof readDataPosition>;
 
@@ -187,15 +192,7 @@ export class CheckpointStore {
       session,
       step,
       written,
-      position: position && {
-        epoch: position.epoch,
-        batch: position.batch,
-        batch_size: position.batchSize,
-        seed: position.seed,
-        shuffle: position.shuffle,
-        samples: position.samples,
-        schedule: position.schedule,
-      },
+      position: position && spellNames(position),
     };
     try {
       const content = encodeWithChecksum(tensors, { [FACTS]: JSON.stringify(facts) });

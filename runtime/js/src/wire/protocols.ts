@@ -16,7 +16,7 @@ import {
   quote,
 } from "../errors.js";
 import type { Sizes } from "../expressions.js";
-import { TRAIN, findPhase } from "../manifests.js";
+import { SHARE, TRAIN, findPhase } from "../manifests.js";
 import type { PartyManifest, Wire } from "../manifests.js";
 import { decodeMessage, encodeMessage, isSameTask } from "../messages.js";
 import type { Message, MessageOf, TaskKey, TensorsMessage, Wires } from "../messages.js";
@@ -123,11 +123,16 @@ export class Protocol {
       const kind = sender === SERVER ? RemoteProtocolError : LocalProtocolError;
       throw new kind(`${quote(unknown)} is not a wire of phase '${message.phase}'`);
     }
+    const missing = [...wires.keys()].filter((name) => !tensors.has(name));
+    if (message.phase === SHARE && missing.length) {
+      const kind = sender === SERVER ? RemoteProtocolError : LocalProtocolError;
+      throw new kind(`a share comes whole, and ${quote(missing)} is missing from it`);
+    }
     this.#open(message);
     for (const [name, array] of tensors) {
       const { tensor, kind } = wires.get(name)!;
       checkArray(array, tensor, this.#sizes, kind === "output");
-      if (message.phase === TRAIN && sender === SERVER) {
+      if ([TRAIN, SHARE].includes(message.phase) && sender === SERVER) {
         checkFinite(name, array, `step ${message.step + 1}`);
       }
     }

@@ -50,6 +50,15 @@ def test_when_its_time_is_over_a_round_is_closed_without_those_that_are_late(
     assert rounds.report() == RoundReport(closed=1, members=3, waiting=0, late=1)
 
 
+def test_a_lost_connection_does_not_make_a_round_wait_longer(rounds: Rounds) -> None:
+    rounds.add(make_share("a", 2, 1, value=1.0), 1.0)
+    rounds.withdraw("a")  # it reconnects
+    rounds.add(make_share("a", 2, 1, value=1.0), 9.0)
+    rounds.add(make_share("b", 2, 1, value=3.0), 10.0)
+    assert rounds.close_if_due(10.9) == []
+    assert summarize(rounds.close_if_due(11.0)) == {"a": (1, 2.0), "b": (1, 2.0)}
+
+
 def test_a_client_that_was_missed_is_not_waited_for_until_it_comes_back(rounds: Rounds) -> None:
     for name in "ab":
         rounds.add(make_share(name, 2, 1), 1.0)
