@@ -45,7 +45,7 @@ from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.deliveries import keep_ticking
 from splitonnx.runtime.server.handlers import ConnectionHandler
 from splitonnx.runtime.server.metrics import Metrics
-from splitonnx.runtime.server.operations.answers import Answers
+from splitonnx.runtime.server.operations.responders import Responder
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.storage.archives import DAY
@@ -175,7 +175,7 @@ class Server:
             )
             self._leaving = describe_step(list_sent(party.manifest, TRAIN))
             self._estimates = Estimates(party.manifest, party.graphs)
-            self._answers = Answers(
+            self._responder = Responder(
                 self._registry,
                 self._metrics,
                 is_stopping=self._is_stopping,
@@ -306,14 +306,14 @@ class Server:
             tls=self._tls,
             origins=self._origins,
             authorize=None if self._tokens is None else self._tokens.find,
-            respond=self._answers.respond,
-            has_pages=self._answers.has_pages,
+            respond=self._responder.respond,
+            has_pages=self._responder.has_pages,
             on_refusal=self._note_refusal,
         ) as port:
             self.port = port
             _logger.info("serving on %s", self.url)
             _logger.info("%s", self._leaving)
-            if self._answers.has_pages:
+            if self._responder.has_pages:
                 _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
             if started is not None:
                 started.set_result(None)

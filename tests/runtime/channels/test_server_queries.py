@@ -140,7 +140,7 @@ def test_a_server_of_an_earlier_version_is_told(monkeypatch: pytest.MonkeyPatch)
     server = tiny.split_bundle().server
     assert server is not None
     with Server(server, port=0) as running:
-        monkeypatch.delitem(running._answers._operations, "/sessions")
+        monkeypatch.delitem(running._responder._operations, "/sessions")
         with pytest.raises(SessionsNotListed, match="earlier version"):
             fetch_sessions(running.url, NOBODY)
 

@@ -24,8 +24,8 @@ from splitonnx.runtime.wire.session_lists import PATH, encode_list
 JSON = "application/json"
 
 
-class Answers:
-    """The answers of one server.
+class Responder:
+    """Answers the plain HTTP requests on the port of one server.
 
     ``is_stopping`` returns whether the server stops.  ``client_files`` and ``pages`` are what it
     offers for download; ``None`` if nothing is.  ``clock`` is the registry's.
