@@ -119,6 +119,8 @@ def _translate(peer: str, error: Exception) -> ProtocolError:
         return UntrustedPeer(peer, failure)
     lost = ConnectionLost(peer, " ".join(str(error).split()) or type(error).__name__)
     cut = ssl.SSLError | HTTPException | ConnectionResetError | BrokenPipeError
-    if peer.startswith("wss:") and isinstance(error, cut):
-        lost.reason += "; it may want a certificate of this side (--cert, --key)"
+    if isinstance(error, cut):
+        is_safe = peer.startswith("wss:")
+        hint = "want a certificate of this side (--cert, --key)" if is_safe else "want TLS (wss://)"
+        lost.reason += f"; it may {hint}"
     return lost

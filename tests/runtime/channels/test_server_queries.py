@@ -162,5 +162,7 @@ def test_certificates_are_checked_on_both_sides(tmp_path: Path) -> None:
             with pytest.raises(error) as raised:
                 fetch_sessions(running.url, theirs)
             assert shown or "--cert" in str(raised.value)
+        with pytest.raises(ConnectionLost, match="it may want TLS"):
+            fetch_sessions(running.url.replace("wss", "ws"), NOBODY)
         with pytest.raises(UsageError, match="without TLS"):
             fetch_sessions(running.url.replace("wss", "ws"), Credentials(tls=ours))
