@@ -108,6 +108,19 @@ class RoundRecords:
         except OSError as error:
             raise BundleError(str(path), f"it cannot be written: {error.strerror}") from error
 
+    def clear(self) -> None:
+        """Delete all records, because a new training begins.
+
+        Raises:
+            BundleError: a record cannot be deleted.
+        """
+        try:
+            for number in self._list():
+                self._name(number).unlink(missing_ok=True)
+        except OSError as error:
+            reason = f"it cannot be emptied: {error.strerror}"
+            raise BundleError(str(self._folder), reason) from error
+
     def read_newest(self) -> RoundRecord | None:
         """Read the newest record that is whole, or return ``None`` if there is none."""
         for number in self._list():

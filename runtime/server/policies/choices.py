@@ -28,10 +28,11 @@ def make_policy(
     """Create the policy that the options name.
 
     ``source`` makes the models.  Closed rounds are recorded in the server's ``folder``, if it has
-    one; with ``resume``, training continues after the newest of them.
+    one; with ``resume``, training continues after the newest of them, otherwise they are deleted.
 
     Raises:
         UsageError: the bundle does not declare how parameters are shared.
+        BundleError: the records of an earlier training cannot be deleted.
     """
     copies = PerClient(source)
     if options.name == PER_CLIENT:
@@ -50,15 +51,21 @@ def make_policy(
     coordinator = Relay if options.name == SEQUENTIAL else Rounds
     return JointTraining(
         copies,
-        coordinator(rules, _read(records) if resume else None),
+        coordinator(rules, _open(records, resume=resume)),
         terms=options.terms,
         manifest=manifest,
         record=_make_recorder(records),
     )
 
 
-def _read(records: RoundRecords | None) -> Joint | None:
-    record = None if records is None else records.read_newest()
+def _open(records: RoundRecords | None, *, resume: bool) -> Joint | None:
+    """Return the newest recorded round; a training that begins deletes those of earlier ones."""
+    if records is None:
+        return None
+    if not resume:
+        records.clear()
+        return None
+    record = records.read_newest()
     if record is None:
         return None
     return Joint(

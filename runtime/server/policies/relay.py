@@ -7,6 +7,10 @@ not handed on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
 from splitonnx.runtime.server.policies.averages import average
 from splitonnx.runtime.server.policies.rounds import Answer, Joint, RoundRules, Rounds, Share
 
@@ -100,11 +104,18 @@ class Relay(Rounds):
     def _hand_on(self, share: Share, number: int) -> None:
         self._remember(share, number)
         self._pass_turn()
-        self._record(number, share.tensors, self._holder)
+        self._record_turn(number, share.tensors)
 
     def _begin(self) -> None:
         """Begin with what the clients start from, which should be the same for all."""
         shares = [self._open[session] for session in sorted(self._open)]
         self._holder = next(iter(self._members))
         tensors = average([(share.samples, share.tensors) for share in shares])
-        self._record(0, tensors, self._holder)
+        self._record_turn(0, tensors)
+
+    def _record_turn(self, number: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """Make the newest round; the client that has the turn keeps it if the server fails."""
+        following = self._open.get(self._holder)
+        if following is not None:  # it is answered next
+            self._remember(following, number)
+        self._record(number, tensors, self._holder)

@@ -51,3 +51,5 @@ def test_only_a_server_that_resumes_continues_after_the_newest_round(
         PolicyOptions(name=name), source_of(bundle), manifest, folder, resume=resume
     )
     assert policy.report().closed == (7 if resume else 0)
+    kept = RoundRecords(folder, manifest.digest).read_newest()
+    assert (kept is not None) == resume  # a server that is killed early must not find it later

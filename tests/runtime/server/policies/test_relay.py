@@ -76,6 +76,17 @@ def test_the_turn_outlasts_the_server(relay: Relay) -> None:
     assert summarize(after.add(make_share("b", 0), 0.0)) == {"b": (1, 5.0)}
 
 
+def test_what_a_client_learns_in_its_turn_is_handed_on_although_the_server_fails_meanwhile(
+    relay: Relay,
+) -> None:
+    relay.add(make_share("a", 2, 1, value=5.0), 1.0)  # b has its turn now
+    after = Relay(RoundRules(clients_min=3, timeout=10.0), relay.newest)
+    after.rewind("b", 0)
+    assert after.add(make_share("b", 2, 1, value=6.0), 0.0) == []
+    assert after.report() == RoundReport(closed=2, members=3, waiting=1)
+    assert summarize(after.add(make_share("c", 0), 0.0)) == {"c": (2, 6.0)}
+
+
 def test_a_client_that_joins_later_comes_last(relay: Relay) -> None:
     assert relay.add(make_share("d", 0, value=99.0), 1.0) == []
     order = []
