@@ -53,7 +53,7 @@ class Role(StrEnum):
     PUBLISH = "publish"
     """Replace the newest state in the server's folder, from which later sessions begin."""
     OPERATE = "operate"
-    """Read the metrics."""
+    """Read the metrics, and list all sessions."""
 
 
 ALL_ROLES = frozenset(Role)

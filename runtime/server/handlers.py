@@ -74,10 +74,10 @@ class ConnectionHandler:
         self._owner: Hashable = object()
         self._has_message = False  # a message arrived and is not handled yet
         self._delivering: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:
         """Serve the connection until it ends or the server stops."""
+        self._loop = asyncio.get_running_loop()
         self._metrics.open_connection()
         self._log(logging.INFO, "came")
         stopping = self._stopping = asyncio.create_task(self._context.stop.wait())
@@ -211,6 +211,8 @@ class ConnectionHandler:
             async with self._own(dispatcher):
                 await self._refuse(dispatcher, error)
             return
+        if dispatcher.session is not None:
+            dispatcher.session.note_received(len(content), time.monotonic())
         if isinstance(received.message, Hello):
             self._take_over(dispatcher, received.message.generation)
         async with self._own(dispatcher):
@@ -328,10 +330,12 @@ class ConnectionHandler:
         await sending
 
     async def _send(self, reply: Reply) -> None:
-        begun = time.perf_counter()
+        begun, size = time.perf_counter(), sum(map(len, reply))
+        if self._dispatcher is not None and self._dispatcher.session is not None:
+            self._dispatcher.session.note_sent(size)
         await self._peer.send(reply)
         self._seconds["send"] += time.perf_counter() - begun
-        self._metrics.count_bytes("down", sum(map(len, reply)))
+        self._metrics.count_bytes("down", size)
 
     def _read(self, dispatcher: Dispatcher, content: Chunk | bytearray) -> ReceivedMessage:
         begun = time.perf_counter()

@@ -121,6 +121,13 @@ class Registry:
         """Return the sessions in memory."""
         return tuple(self._sessions.values())
 
+    def list_left(self) -> dict[str, float]:
+        """Return when the last connection of each session ended, for sessions that have none.
+
+        The times are of the registry's clock.
+        """
+        return dict(self._left)  # without the lock, which may be held while a model is released
+
     def find(self, hello: Hello, owner: str) -> Session:
         """Find the session that a greeting asks for, in memory or on disk, or create a new session.
 

@@ -20,12 +20,9 @@ from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import msgspec
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.disclosures import describe_step, list_sent
@@ -34,9 +31,9 @@ from splitonnx.folder_locks import FolderLock
 from splitonnx.names import SERVER, TRAIN
 from splitonnx.runtime.edge.client_files import ClientFiles
 from splitonnx.runtime.edge.descriptors import Rarely, find_limit, raise_limit
-from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal, ask_for
+from splitonnx.runtime.edge.http import Refusal
 from splitonnx.runtime.edge.pages import read_pages
-from splitonnx.runtime.edge.tokens import Role, Tokens
+from splitonnx.runtime.edge.tokens import Tokens
 from splitonnx.runtime.edge.websockets import Peer, serve
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.estimates import Estimates
@@ -48,6 +45,7 @@ from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.deliveries import keep_ticking
 from splitonnx.runtime.server.handlers import ConnectionHandler
 from splitonnx.runtime.server.metrics import Metrics
+from splitonnx.runtime.server.operations.responders import Responder
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.storage.archives import DAY
@@ -83,7 +81,8 @@ class Server:
             Client("bundle/client", server.url).fit(data)
 
     Each client has its own session, which starts from the folder's state and outlives the client's
-    connections.  The same port answers ``GET /health``, ``GET /metrics`` and ``GET /client/...``.
+    connections.  The same port answers ``GET /health``, ``GET /metrics``, ``GET /sessions`` and
+    ``GET /client/...``.
 
     Args:
         bundle: the server's folder, or the server's part if it is already loaded.
@@ -145,7 +144,7 @@ class Server:
             if party.manifest.party != SERVER:
                 raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
             check_exposure(host, tokens, tls, insecure=insecure)
-            self._pages = None if web is None else read_pages(Path(web))
+            pages = None if web is None else read_pages(Path(web))
             self.host = host
             self.port = port
             self._limits = limits or Limits()
@@ -176,7 +175,13 @@ class Server:
             )
             self._leaving = describe_step(list_sent(party.manifest, TRAIN))
             self._estimates = Estimates(party.manifest, party.graphs)
-            self._client_files = None if client is None else ClientFiles(client, party.manifest)
+            self._responder = Responder(
+                self._registry,
+                self._metrics,
+                is_stopping=self._is_stopping,
+                client_files=None if client is None else ClientFiles(client, party.manifest),
+                pages=pages,
+            )
             self._compute = Turns(name="splitonnx-compute")
             self._storage = Turns(name="splitonnx-storage")
             self._connections: set[asyncio.Task[None]] = set()
@@ -301,14 +306,14 @@ class Server:
             tls=self._tls,
             origins=self._origins,
             authorize=None if self._tokens is None else self._tokens.find,
-            respond=self._respond,
-            has_pages=self._pages is not None,
+            respond=self._responder.respond,
+            has_pages=self._responder.has_pages,
             on_refusal=self._note_refusal,
         ) as port:
             self.port = port
             _logger.info("serving on %s", self.url)
             _logger.info("%s", self._leaving)
-            if self._pages is not None:
+            if self._responder.has_pages:
                 _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
             if started is not None:
                 started.set_result(None)
@@ -367,23 +372,8 @@ class Server:
         task.add_done_callback(self._connections.discard)
         await ConnectionHandler(context, peer).run()
 
-    def _respond(self, request: HttpRequest) -> HttpResponse | None:
-        """Answer an HTTP request on the server's port, or return ``None`` for other paths."""
-        sessions = len(self._registry.sessions)
-        if request.path == "/health":
-            stopping = self._stop is None or self._stop.is_set()
-            health = {"status": "stopping" if stopping else "ok", "sessions": sessions}
-            return HttpResponse(HTTPStatus.OK, "application/json", msgspec.json.encode(health))
-        if request.path == "/metrics":
-            if Role.OPERATE not in request.roles:
-                return ask_for(Role.OPERATE, request)
-            self._metrics.set_sessions(sessions)
-            self._metrics.set_rounds(self._registry.policy.report())
-            return HttpResponse(HTTPStatus.OK, *self._metrics.render())
-        files = self._client_files
-        if files is not None and (part := files.answer(request.path)) is not None:
-            return part if Role.TRAIN in request.roles else ask_for(Role.TRAIN, request)
-        return None if self._pages is None else self._pages.answer(request)
+    def _is_stopping(self) -> bool:
+        return self._stop is None or self._stop.is_set()
 
     def _note_refusal(self, refusal: Refusal, name: str) -> None:
         self._metrics.count_refusal(refusal)

@@ -48,6 +48,25 @@ class _Query:
         return self.message.key
 
 
+@dataclass(frozen=True, kw_only=True)
+class SessionStatus:
+    """What a session is doing: see :class:`Session`, whose attributes have the same names.
+
+    ``step`` is the client's step, and ``received_at`` is when its newest message arrived, in
+    seconds of a monotonic clock, or ``None`` before the first one.  Bytes are of whole messages,
+    whether or not they arrive, since the session is in memory.
+    """
+
+    id: str
+    owner: str
+    step: int
+    open_phases: frozenset[str]
+    is_saved: bool
+    bytes_up: int
+    bytes_down: int
+    received_at: float | None
+
+
 class Session:
     """The server's side of one client's training run, which handles one message at a time.
 
@@ -66,6 +85,8 @@ class Session:
         self._is_closed = False
         self._running: TaskKey | None = None
         self._query: _Query | None = None
+        self._bytes_up = self._bytes_down = 0
+        self._received_at: float | None = None
 
     @property
     def is_saved(self) -> bool:
@@ -75,8 +96,32 @@ class Session:
     @property
     def open_phases(self) -> frozenset[str]:
         """Return the phases that have an unfinished task."""
-        keys = (self._running, None if self._query is None else self._query.key)
+        running, query = self._running, self._query  # another thread may end them meanwhile
+        keys = (running, None if query is None else query.key)
         return frozenset(key.phase for key in keys if key is not None)
+
+    @property
+    def status(self) -> SessionStatus:
+        """Return what the session is doing; may be read at any time, in any thread."""
+        return SessionStatus(
+            id=self.id,
+            owner=self.owner,
+            step=self.ledger.step,
+            open_phases=self.open_phases,
+            is_saved=self.is_saved,
+            bytes_up=self._bytes_up,
+            bytes_down=self._bytes_down,
+            received_at=self._received_at,
+        )
+
+    def note_received(self, size: int, now: float) -> None:
+        """Count the bytes of a message from the client, which arrived at the time ``now``."""
+        self._bytes_up += size
+        self._received_at = now
+
+    def note_sent(self, size: int) -> None:
+        """Count the bytes of a message to the client."""
+        self._bytes_down += size
 
     def require_owner(self, owner: str) -> None:
         """Check that the session belongs to ``owner``.

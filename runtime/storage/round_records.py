@@ -4,8 +4,9 @@ A record is a safetensors file in the server's folder::
 
     <server's folder>/rounds/<number>.safetensors    the newest two rounds
 
-It is written atomically and durably, with a SHA-256 checksum.  This module handles files; the
-server's policy decides what a round joins.
+It is written atomically and durably, with a SHA-256 checksum.  Records belong to no owner, so they
+do not count towards an owner's quota, and do not expire.  This module handles files; the server's
+policy decides what a round joins.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from splitonnx.commands import (
     partitions,
     security,
     services,
+    sessions,
     trainings,
 )
 from splitonnx.commands.helping import EXAMPLES, Command, Group, show_version
@@ -62,6 +63,7 @@ for command in (
     disclosures.explain,
     services.serve,
     security.token,
+    sessions.sessions,
     trainings.train,
     evaluations.evaluate,
     services.predict,

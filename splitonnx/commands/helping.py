@@ -24,6 +24,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "explain": "splitonnx explain bundle/client --batch 32",
         "serve": "splitonnx serve bundle/server --port 8765",
         "token": "splitonnx token ana --token-file tokens",
+        "sessions": "splitonnx sessions ws://127.0.0.1:8765",
         "train": "splitonnx train bundle/client --server ws://127.0.0.1:8765 --data train.npz",
         "evaluate": (
             "splitonnx evaluate bundle/client --server ws://127.0.0.1:8765 --data test.npz "

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from splitonnx.commands.check_lines import format_check
-from splitonnx.commands.rows import FEW_ROWS, format_bytes, format_rows, list_cells
+from splitonnx.commands.logs import escape
+from splitonnx.commands.rows import FEW_ROWS, format_age, format_bytes, format_rows, list_cells
 from splitonnx.names import TRAIN
 
 if TYPE_CHECKING:
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
     from splitonnx.partitioner.reports.checks import Check
     from splitonnx.partitioner.reports.inspections import CutCandidate
     from splitonnx.runtime.engine.exports import Export
+    from splitonnx.runtime.wire.session_lists import SessionEntry, SessionList
     from splitonnx.verifications import Verification
+
+_SESSION_DIGITS = 8
 
 
 def print_json(value: object) -> None:
@@ -78,6 +82,45 @@ def print_rows(names: Sequence[str], sizes: Sequence[str], rows: Sequence[Sequen
     for row in rows:
         table.add_row(*row)
     print_item(table)
+
+
+def print_sessions(found: SessionList) -> None:
+    """Print a table of a server's sessions, and its policy; unprintable characters are escaped."""
+    rows = [
+        (
+            escape(one.session[:_SESSION_DIGITS]),
+            escape(one.owner) or "-",
+            escape(one.activity),
+            format_age(one.seconds_since_left, "connected").replace(" ago", " away"),
+            format_age(one.seconds_since_message, "-"),
+            str(one.step),
+            str(one.version),
+            "-" if one.round is None else str(one.round),
+            _format_lag(one),
+            format_bytes(one.bytes_up),
+            format_bytes(one.bytes_down),
+            "yes" if one.is_saved else "no",
+        )
+        for one in found.sessions
+    ]
+    left = ("session", "owner", "doing", "client", "last message")
+    right = ("step", "version", "round", "behind", "up", "down", "saved")
+    if rows:
+        print_rows(left, right, rows)
+    count = len(rows) + found.left_out
+    summary = f"{count:,} {'session' if count == 1 else 'sessions'}"
+    if found.left_out:
+        summary += f", {found.left_out:,} of them not listed"
+    summary += f"; policy {escape(found.policy)}"
+    print_item(summary if found.rounds is None else f"{summary}, round {found.rounds}")
+
+
+def _format_lag(one: SessionEntry) -> str:
+    """Format how far a session is behind: in rounds, or in steps if there are none."""
+    count, unit = one.steps_behind, "step"
+    if one.rounds_behind is not None:
+        count, unit = one.rounds_behind, "round"
+    return "-" if not count else f"{count:,} {unit}{'' if count == 1 else 's'}"
 
 
 def summarize_bundle(bundle: Bundle) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Format long tables of cuts as plain lines.
+"""Format the cells of tables, and long tables as plain lines.
 
 The Rich library is not used for long tables, because it takes about a millisecond to format each
 row.
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 500
 """The Rich library prints tables of up to this many rows; it wraps text to fit the terminal."""
+
+_MINUTE, _HOUR = 60, 3600
 
 
 def format_rows(
@@ -73,6 +75,17 @@ def describe_no_cuts(advised: Sequence[Sequence[str]]) -> str:
     )
     hint = f"; {options} lists cuts where this raw input crosses as well" if options else ""
     return f"no single tensor divides the model{hint}; --u-shape lists pairs of tensors"
+
+
+def format_age(seconds: float | None, otherwise: str) -> str:
+    """Format how long ago something was, such as ``5 min ago``; ``None`` becomes ``otherwise``."""
+    if seconds is None:
+        return otherwise
+    if seconds < 2 * _MINUTE:
+        return f"{seconds:.0f} s ago"
+    if seconds < 2 * _HOUR:
+        return f"{seconds / _MINUTE:.0f} min ago"
+    return f"{seconds / _HOUR:.0f} h ago"
 
 
 def format_bytes(size: int | None) -> str:

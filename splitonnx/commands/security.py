@@ -228,7 +228,7 @@ def token(
         typer.Option(
             metavar="ROLE",
             help="What it may do: train (and predict), publish the newest state, operate (read "
-            "metrics); repeatable. Everything by default.",
+            "metrics, list sessions); repeatable. Everything by default.",
             show_default=False,
         ),
     ] = None,

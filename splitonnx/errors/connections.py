@@ -224,6 +224,17 @@ class NotPermitted(ProtocolError):
 
 
 @dataclass(eq=False)
+class SessionsNotListed(ProtocolError):
+    """The server does not answer with a list of its sessions; it may be an earlier version."""
+
+    peer: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.peer} does not list its sessions: {flatten(self.reason)}"
+
+
+@dataclass(eq=False)
 class SharingNotPermitted(ProtocolError):
     """The server's policy joins what clients learn, and this client may not share its weights."""
 

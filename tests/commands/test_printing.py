@@ -11,8 +11,10 @@ import pytest
 from splitonnx.commands import printing
 from splitonnx.commands.rows import FEW_ROWS
 from splitonnx.partitioner.reports.inspections import CutCandidate
+from splitonnx.runtime.wire.session_lists import SessionList
 from splitonnx.verifications import StepComparison, Verification
 from tests.support import tiny
+from tests.support.session_lists import make_entry, make_list
 
 Capture = pytest.CaptureFixture[str]
 
@@ -87,3 +89,44 @@ def test_a_verification_is_told_step_by_step_and_judged(
 def test_names_that_look_like_markup_are_printed_as_they_are(capsys: Capture) -> None:
     printing.print_written(Path("[red]model[/].onnx"), 1_000)
     assert "[red]model[/].onnx" in capsys.readouterr().out
+
+
+def test_of_each_session_is_printed_who_what_and_how_far(capsys: Capture) -> None:
+    printing.print_sessions(make_list(make_entry(seconds_since_left=300.0), left_out=3))
+    head, _, row, _, last = capsys.readouterr().out.strip().splitlines()
+    headings = "session owner doing client last message step version round behind up down saved"
+    assert " ".join(head.split()) == headings
+    assert [cell.strip() for cell in row.strip().split("   ") if cell.strip()] == [
+        "01234567", "ann", "training", "5 min away", "1 s ago", "12", "12", "-", "-", "1.5 kB",
+        "2.0 MB", "yes",
+    ]  # fmt: skip
+    assert last == "4 sessions, 3 of them not listed; policy per-client"
+
+
+@pytest.mark.parametrize(
+    ("steps", "rounds", "text"),
+    [(0, None, "-"), (1, None, "1 step"), (2500, None, "2,500 steps"), (9, 0, "-"),
+     (9, 1, "1 round"), (9, 2, "2 rounds")],
+)  # fmt: skip
+def test_a_session_is_behind_by_rounds_where_there_are_some(
+    steps: int, rounds: int | None, text: str, capsys: Capture
+) -> None:
+    printing.print_sessions(make_list(make_entry(steps_behind=steps, rounds_behind=rounds)))
+    assert f"  {text} " in capsys.readouterr().out.splitlines()[3]
+
+
+def test_names_from_a_server_can_neither_move_nor_colour_a_terminal(capsys: Capture) -> None:
+    evil = "\x1b[31m\r\x9b2J\u202e[red]x[/]"
+    entry = make_entry(owner=evil, session="\x1b\x1b", activity="\x07idle")
+    printing.print_sessions(SessionList(policy=evil, rounds=2, sessions=(entry,)))
+    out = capsys.readouterr().out
+    assert all(line.isprintable() for line in out.splitlines())
+    assert out.count(r"\x1b[31m\r\x9b2J\u202e[red]x[/]") == 2
+    assert r"\x07idle" in out
+    assert "1 session; policy" in out
+    assert "round 2" in out
+
+
+def test_a_server_without_sessions_says_so(capsys: Capture) -> None:
+    printing.print_sessions(make_list())
+    assert capsys.readouterr().out == "0 sessions; policy per-client\n"

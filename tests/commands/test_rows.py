@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from splitonnx.commands.rows import describe_no_cuts, format_bytes, format_rows, list_cells
+from splitonnx.commands.rows import (
+    describe_no_cuts,
+    format_age,
+    format_bytes,
+    format_rows,
+    list_cells,
+)
 from splitonnx.partitioner.reports.inspections import CutCandidate
 
 
@@ -75,3 +81,19 @@ def test_where_nothing_divides_a_model_the_inputs_that_help_are_named() -> None:
     assert "--with" not in describe_no_cuts([])
     assert "; --with x or --with 'y z' lists cuts" in describe_no_cuts([("x",), ("y z",)])
     assert "; --with x --with y lists cuts" in describe_no_cuts([("x", "y")])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "never"),
+        (0.0, "0 s ago"),
+        (119.4, "119 s ago"),
+        (120.0, "2 min ago"),
+        (7199.0, "120 min ago"),
+        (7200.0, "2 h ago"),
+        (1e6, "278 h ago"),
+    ],
+)
+def test_ages_are_written_as_people_read_them(seconds: float | None, text: str) -> None:
+    assert format_age(seconds, "never") == text

@@ -15,6 +15,7 @@ from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import MemoryTransport
 from splitonnx.runtime.server.dispatchers import Dispatcher
+from splitonnx.runtime.server.operations.session_tables import list_sessions
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.registries import Registry
 from tests.support.placements import placed_apart
@@ -29,6 +30,8 @@ def train(folder: Path, policy: Policy | None) -> dict[str, np.ndarray]:
     transport = MemoryTransport(Dispatcher(registry))
     with Client(folder / "client", transport, threads=1) as client:
         client.fit(DATA, epochs=3, batch_size=8, checkpoint_every=2, save=True)
+        (one,) = list_sessions(registry, 0.0).sessions
+        assert (one.session, one.step, one.version, one.is_saved) == (client.session, 9, 9, True)
     parties = [PartyBundle.load(folder / name) for name in ("client", "server")]
     assert [party.step for party in parties] == [9, 9]
     return {name: array for party in parties for name, array in party.state().items()}

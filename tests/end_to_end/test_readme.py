@@ -65,7 +65,7 @@ def test_the_quickstart_trains_a_model_twice_in_a_row_in_a_folder_of_its_own(
 def test_the_readme_shows_every_command() -> None:
     shown = {shlex.split(line, comments=True)[1] for line in list_commands("splitonnx")}
     training = {"check", "inspect", "cut", "serve", "train", "predict", "merge", "verify"}
-    assert shown == {*training, "adapt", "evaluate", "explain", "token", "export"}
+    assert shown == {*training, "adapt", "evaluate", "explain", "token", "export", "sessions"}
 
 
 @cache

@@ -22,7 +22,13 @@ from splitonnx.names import OWN, SERVER, SHARE
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.policies.rounds import Answer, Joint, Rounds, Share
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task
+from splitonnx.runtime.server.policies.tasks import (
+    Delivery,
+    Joined,
+    MemberReport,
+    RoundReport,
+    Task,
+)
 from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, list_joined, name_joined
 
@@ -73,6 +79,13 @@ class JointTraining:
     def report(self) -> RoundReport:
         """Return the numbers that describe the rounds, without waiting for one that is closed."""
         return self._rounds.report()
+
+    def report_members(self) -> Mapping[str, MemberReport]:
+        """Return what is known of each session, without waiting for a round that is closed."""
+        return {
+            name: self._rounds.report_member(name, report.version)
+            for name, report in self._copies.report_members().items()
+        }
 
     def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
         """Load the session's copy from disk, or make a new one; see :class:`PerClient`.

@@ -9,7 +9,13 @@ from typing import Protocol
 from splitonnx.messages import Hello, Save, TaskKey
 from splitonnx.names import PER_CLIENT
 from splitonnx.runtime.server.policies.models import ServerModel
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task
+from splitonnx.runtime.server.policies.tasks import (
+    Delivery,
+    Joined,
+    MemberReport,
+    RoundReport,
+    Task,
+)
 from splitonnx.runtime.server.policies.terms import Terms
 
 
@@ -42,6 +48,11 @@ class PerClient:
     def report(self) -> RoundReport:
         """Return that there are no rounds."""
         return RoundReport()
+
+    def report_members(self) -> Mapping[str, MemberReport]:
+        """Return the version of each session's model."""
+        models = dict(self._models)  # a copy, since sessions may come and leave meanwhile
+        return {name: MemberReport(version=model.version) for name, model in models.items()}
 
     def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
         """Load the session's model from disk, or make a new one.

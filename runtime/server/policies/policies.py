@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from splitonnx.messages import Hello, Save, TaskKey
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, RoundReport, Task
+from splitonnx.runtime.server.policies.tasks import (
+    Delivery,
+    Joined,
+    MemberReport,
+    RoundReport,
+    Task,
+)
 from splitonnx.runtime.server.policies.terms import Terms
 
 
@@ -23,6 +29,9 @@ class Policy(Protocol):
 
     def report(self) -> RoundReport:
         """Return the numbers that describe the rounds; zeros if there are none."""
+
+    def report_members(self) -> Mapping[str, MemberReport]:
+        """Return what is known of each session in memory; may be called at any time."""
 
     def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
         """Admit a session, and choose the model that its client's greeting asks for.

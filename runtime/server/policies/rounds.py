@@ -15,7 +15,7 @@ import numpy as np
 
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.server.policies.averages import average
-from splitonnx.runtime.server.policies.tasks import RoundReport
+from splitonnx.runtime.server.policies.tasks import MemberReport, RoundReport
 
 MOST_REMEMBERED = 1024
 """Of how many sessions it is remembered which round's tensors they have."""
@@ -152,6 +152,16 @@ class Rounds:
             members=len(self._members),
             waiting=len(self._open),
             late=self._late,
+        )
+
+    def report_member(self, session: str, version: int) -> MemberReport:
+        """Return what is known of a session whose copy has a version."""
+        newest, (_, number) = self.newest, self._find_adopted(session)
+        return MemberReport(
+            version=version,
+            round=None if number < 0 else number,
+            rounds_behind=0 if newest is None else max(0, newest.number - number),
+            is_waiting=session in self._open,
         )
 
     def _is_due(self, share: Share, newest: Joint) -> bool:

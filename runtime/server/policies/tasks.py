@@ -1,4 +1,4 @@
-"""The data that sessions and policies exchange: tasks, deliveries, and answers to a greeting.
+"""The data that sessions and policies exchange: tasks, deliveries, answers and reports.
 
 Everything can be sent to another process.
 """
@@ -63,3 +63,19 @@ class RoundReport:
     members: int = 0
     waiting: int = 0
     late: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberReport:
+    """What a policy knows of one session.
+
+    ``version`` is that of the model that the session trains.  ``round`` is the number of the newest
+    round whose joined tensors the session has received, or ``None`` if it has received none.
+    ``rounds_behind`` counts the rounds since then, and is ``None`` if the policy has no rounds.
+    ``is_waiting`` means that the session has shared and waits for the others.
+    """
+
+    version: int
+    round: int | None = None
+    rounds_behind: int | None = None
+    is_waiting: bool = False

@@ -54,6 +54,7 @@ class LimitedConnection:
     def __init__(self, bundle: Bundle, *, hears: int) -> None:
         manifest = bundle.client.manifest
         self.left = hears
+        self.said = self.answered = 0
         hello = Hello(
             digest=manifest.digest,
             session=SESSION,
@@ -68,12 +69,15 @@ class LimitedConnection:
         if not self._says:
             raise ConnectionLost(self.name, "it closed without a word")
         message, wires = self._says.pop(0)
-        return b"".join(self._protocol.send(message, wires))
+        content = b"".join(self._protocol.send(message, wires))
+        self.said += len(content)
+        return content
 
     async def wait_closed(self) -> None:
         await asyncio.Event().wait()
 
     async def send(self, chunks: Sequence[Chunk]) -> None:
+        self.answered += sum(map(len, chunks))
         if not self.left:
             raise ConnectionLost(self.name, "it closed without a word")
         self.left -= 1
@@ -115,6 +119,8 @@ def test_a_step_that_was_made_is_counted_whether_or_not_the_client_heard_of_it(
     asyncio.run(ConnectionHandler(context, cast("Peer", peer)).run())
     assert peer.left == 0
     assert count_steps(context.metrics) == 1
+    (session,) = context.registry.sessions
+    assert (session.status.bytes_up, session.status.bytes_down) == (peer.said, peer.answered)
 
 
 def test_nothing_of_a_connection_is_kept_once_it_is_gone(

@@ -144,3 +144,19 @@ def test_a_greeting_that_fails_leaves_the_name_free(folder: Path) -> None:
         with pytest.raises(BundleMismatch):
             registry.find(greet(ANN, origin=BOB, start=3), "ann")
     assert registry.find(greet(ANN), "ann").id == ANN
+
+
+def test_when_the_last_connection_of_a_session_left_is_known_until_it_is_back(
+    folder: Path,
+) -> None:
+    now = 3.0
+    registry = open_registry(folder, clock=lambda: now)
+    ann, bob = registry.find(greet(ANN), "ann"), registry.find(greet(BOB), "bob")
+    registry.release(ann)
+    now = 8.0
+    registry.release(bob)
+    assert registry.list_left() == {ANN: 3.0, BOB: 8.0}
+    registry.find(greet(ANN, generation=2), "ann")
+    assert registry.list_left() == {BOB: 8.0}
+    registry.end(bob)
+    assert registry.list_left() == {}

@@ -20,6 +20,7 @@ from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.storage.archives import DAY
 from splitonnx.runtime.storage.checkpoint_files import list_folders
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
+from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
 from splitonnx.states import State, list_outcomes, read_state, write_state
 from tests.support import tiny
 from tests.support.registries import ANN, BOB, advance, find_executor, greet, open_registry
@@ -175,6 +176,20 @@ def test_a_session_that_goes_on_stays_within_its_quota(folder: Path) -> None:
         advance(registry, session, step)
         assert isinstance(save(session, publish=step % 5 == 0), Saved)
         assert measure(folder) <= 4_000
+
+
+def test_records_of_rounds_count_for_no_owner_and_do_not_expire(folder: Path) -> None:
+    digest = tiny.split_bundle().client.manifest.digest
+    large = {"w": np.zeros(100_000, np.float32)}
+    RoundRecords(folder, digest).write(RoundRecord(number=3, tensors=large))
+    record = folder / "rounds" / "3.safetensors"
+    os.utime(record, (0, 0))
+    registry = open_registry(folder, disk_per_owner=4_000, keep_seconds=DAY)
+    for name, owner in ((ANN, "ann"), (BOB, "")):
+        session = registry.find(greet(name), owner)
+        advance(registry, session, 1)
+        assert isinstance(save(session), Saved)
+    assert record.stat().st_size > 4_000 > measure(folder)
 
 
 def test_a_session_over_its_quota_leaves_the_memory_all_the_same(folder: Path) -> None:

@@ -163,3 +163,22 @@ def test_a_copy_with_nan_is_not_joined(scene: Scene) -> None:
     scene.policy.models[ANN].adopt({"W2": np.full((4, 2), np.nan, np.float32)})
     with pytest.raises(NotFinite, match="W2"):
         list(scene.policy.submit(share_task(ANN, 0, 1.0)))
+
+
+def test_what_is_known_of_members_does_not_wait_for_a_round_that_is_written(
+    scene: Scene,
+) -> None:
+    seen = []
+
+    def look(joint: Joint) -> None:
+        seen.append((scene.policy.report().closed, scene.policy.report_members()[BOB]))
+
+    scene.open_rounds()
+    scene.train(BOB, 0)
+    scene.policy._record = look
+    list(scene.policy.submit(share_task(ANN, 0, 1.0, samples=1)))
+    list(scene.policy.submit(share_task(ANN, 1, 1.0, samples=1)))
+    list(scene.policy.submit(share_task(BOB, 1, 1.0, samples=1)))
+    ((closed, member),) = seen
+    assert closed == 1
+    assert (member.version, member.round, member.rounds_behind) == (1, 1, 0)

@@ -11,7 +11,7 @@ from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.per_client import PerClient
-from splitonnx.runtime.server.policies.tasks import Delivery, Task
+from splitonnx.runtime.server.policies.tasks import Delivery, MemberReport, Task
 from tests.support import tiny
 from tests.support.registries import ANN, BOB, greet
 
@@ -81,3 +81,13 @@ def test_a_state_that_cannot_be_saved_is_told(policy: PerClient) -> None:
     policy.unload(ANN)
     with pytest.raises(BundleError):
         policy.save(Save(session=ANN, step=0))
+
+
+def test_of_each_session_is_known_the_version_of_its_model(policy: PerClient) -> None:
+    submit(policy, BOB, 0)
+    submit(policy, BOB, 1)
+    found = policy.report_members()
+    assert found == {ANN: MemberReport(version=0), BOB: MemberReport(version=1)}
+    policy.leave(ANN)
+    assert set(policy.report_members()) == {BOB}
+    assert set(found) == {ANN, BOB}

@@ -6,10 +6,11 @@ import inspect
 
 import pytest
 
+from splitonnx.runtime.server.policies.joint_training import JointTraining
 from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.policies.policies import Policy
 
-POLICIES: list[type[Policy]] = [PerClient]
+POLICIES: list[type[Policy]] = [PerClient, JointTraining]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -93,3 +93,11 @@ def test_a_client_that_joins_later_comes_last(relay: Relay) -> None:
     for name in "abcd":
         order += list(summarize(relay.add(make_share(name, 2, 1), 1.0)))
     assert order == ["b", "c", "d", "a"]
+
+
+def test_all_but_the_client_that_has_the_turn_wait(relay: Relay) -> None:
+    relay.add(make_share("a", 2, 1), 1.0)
+    found = {name: relay.report_member(name, 0) for name in "abc"}
+    assert {name: (one.round, one.is_waiting) for name, one in found.items()} == {
+        "a": (1, True), "b": (1, False), "c": (None, True)
+    }  # fmt: skip

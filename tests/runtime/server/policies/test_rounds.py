@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from splitonnx.runtime.server.policies.rounds import RoundRules, Rounds
-from splitonnx.runtime.server.policies.tasks import RoundReport
+from splitonnx.runtime.server.policies.tasks import MemberReport, RoundReport
 from tests.support.shares import make_share, summarize
 
 
@@ -132,3 +132,20 @@ def test_rounds_continue_from_the_newest_one_with_its_members(rounds: Rounds) ->
     assert after.add(make_share("b", 4, 1, value=1.0), 0.0) == []
     assert after.add(make_share("a", 4, 1, value=2.0), 0.0) == []
     assert summarize(after.add(make_share("c", 4, 1, value=3.0), 0.0))["a"] == (2, 2.0)
+
+
+def test_of_each_client_is_known_which_round_it_has_and_whether_it_waits(rounds: Rounds) -> None:
+    rounds.add(make_share("a", 2, 1), 1.0)
+    rounds.add(make_share("b", 2, 1), 1.0)
+    assert rounds.report_member("a", 7) == MemberReport(
+        version=7, round=0, rounds_behind=0, is_waiting=True
+    )
+    rounds.close_if_due(11.0)
+    found = {name: rounds.report_member(name, 0) for name in "abcd"}
+    assert {name: (one.round, one.rounds_behind) for name, one in found.items()} == {
+        "a": (1, 0), "b": (1, 0), "c": (0, 1), "d": (None, 2)
+    }  # fmt: skip
+    assert not any(one.is_waiting for one in found.values())
+    rounds.rewind("a", 0)
+    assert rounds.report_member("a", 0).round == 0
+    assert Rounds(RoundRules()).report_member("a", 0) == MemberReport(version=0, rounds_behind=0)
