@@ -70,10 +70,11 @@ from splitonnx.partitioner.normalization.weights import (
     return_weights,
 )
 from splitonnx.partitioner.rewrites import rewrite
+from splitonnx.partitioner.rewrites.recurrent_activations import complete_activations
 
 
-def _on_graph(change: Callable[[ir.Graph], object]) -> Callable[[Work], object]:
-    return lambda work: change(work.model.graph)
+def _on_graph(*changes: Callable[[ir.Graph], object]) -> Callable[[Work], object]:
+    return lambda work: [change(work.model.graph) for change in changes]
 
 
 def _name_nodes(work: Work) -> None:
@@ -252,8 +253,8 @@ PASSES: Sequence[Pass] = (
         ensures=_F.ADAPTED,
     ),
     Pass(
-        work="given the usual layout of recurrences",
-        run=_on_graph(normalize_layouts),
+        work="given the usual layout and parameters of recurrences",
+        run=_on_graph(normalize_layouts, complete_activations),
         requires=_F.ADAPTED,
     ),
     Pass(
