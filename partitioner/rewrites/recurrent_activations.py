@@ -19,7 +19,7 @@ _PARAMETERS = ("activation_alpha", "activation_beta")
 
 
 def complete_activations(graph: ir.Graph) -> None:
-    """Give each RNN node every parameter of its functions, in place and in all bodies.
+    """Write every parameter of the functions of each RNN node, in place and in all bodies.
 
     Raises:
         UnsupportedModel: a function is unknown, or a node has the wrong number of functions.
