@@ -66,7 +66,7 @@ class TrainingLoop:
                 position = self._join_others(options, position)
                 while not self._is_over(options, position):
                     position = self._train_epoch(options, position, history)
-                position = self._leave(position)
+                position = self._leave(options, position)
                 position = self._return_to_best(options, position, history)
                 self._runner.position = position
                 if options.save:
@@ -96,7 +96,10 @@ class TrainingLoop:
             shuffle=position.shuffle,
             drop_last=has_fixed_rows(self._manifest.phase(TRAIN).data),
         )
+        joins, is_due = self._runner.terms.joins, False
         for batch in itertools.islice(batches, position.batch, None):
+            if is_due and joins:
+                self._checkpoint(options, position)
             rate = self._find_rate(options, position)
             position = msgspec.structs.replace(position, batch=position.batch + 1)
             record = self._record_step(batch, position, rate)
@@ -104,13 +107,16 @@ class TrainingLoop:
             if options.on_step is not None:
                 options.on_step(record)
             position, ends_round = self._share_if_due(position, record)
-            every = options.checkpoint_every
-            if every is not None and (ends_round or record.step % every == 0):
-                self._runner.checkpoint(position, options.when_unsaved)
+            is_due = ends_round or record.step % (options.checkpoint_every or 1) == 0
+            # a checkpoint before a leaving share would be mistaken for one of the state after it
+            if is_due and not joins:
+                self._checkpoint(options, position)
             if self._is_complete(position):
                 break
         if self._is_complete(position) or position.epoch + 1 == options.epochs:
-            position = self._leave(position)
+            position = self._leave(options, position)
+        elif is_due and joins:
+            self._checkpoint(options, position)
         if options.held_out is not None:
             evaluation = self._record_evaluation(options, options.held_out, position)
             history.evaluations.append(evaluation)
@@ -127,8 +133,7 @@ class TrainingLoop:
         """
         if not (self._runner.terms.joins and self._runner.is_at_start):
             return position
-        if options.checkpoint_every is not None:
-            self._runner.checkpoint(position, options.when_unsaved)
+        self._checkpoint(options, position)
         return _note_round(position, self._runner.share(0, leaves=False))
 
     def _share_if_due(
@@ -151,13 +156,24 @@ class TrainingLoop:
         number = self._runner.share(position.unshared_samples, leaves=False)
         return _note_round(position, number), True
 
-    def _leave(self, position: DataPosition) -> DataPosition:
-        """Share for the last time, so that the other clients stop waiting for this one."""
+    def _leave(self, options: FitOptions, position: DataPosition) -> DataPosition:
+        """Share for the last time, so that the other clients stop waiting for this one.
+
+        A checkpoint follows, if any are written: a client or server that is killed before the
+        outcome is saved would otherwise return to the state that this share replaced.
+        """
         if self._has_left or not self._runner.terms.joins:
             return position
         number = self._runner.share(position.unshared_samples, leaves=True)
         self._has_left = True
-        return _note_round(position, number)
+        position = _note_round(position, number)
+        self._checkpoint(options, position)
+        return position
+
+    def _checkpoint(self, options: FitOptions, position: DataPosition) -> None:
+        """Make both sides write a checkpoint, if any are written."""
+        if options.checkpoint_every is not None:
+            self._runner.checkpoint(position, options.when_unsaved)
 
     def _is_complete(self, position: DataPosition) -> bool:
         """Return whether the rounds that the server asks for are over."""

@@ -27,7 +27,7 @@ import { openFolder } from "../src/node.js";
 import { LEAVES, ROUND, SAMPLES, listJoined, nameOwn } from "../src/sharing.js";
 import type { NdArray, NdArrays } from "../src/tensors.js";
 import { ORT, SESSION_OPTIONS, VECTORS, makeArray, relate } from "./fixtures.js";
-import { DATA, FILES, connectTo, reply, startLiar, welcome } from "./liars.js";
+import { DATA, FILES, HANG_UP, connectTo, reply, startLiar, welcome } from "./liars.js";
 import { Proxy, PythonPeer, ServerProcess, closeForks, openSocket } from "./peers.js";
 
 const CLIENT = join(VECTORS, "dropout/client");
@@ -171,10 +171,11 @@ describe("a client in Node and one in Python", () => {
 
   const ends: readonly [what: string, kept: number, isNow: (shares: number, steps: number) => boolean][] = [
     ["before it shares", 1, (_, steps) => steps === 2],
+    ["when the first joined weights have come", 0, (shares) => shares === 1],
     ["when the joined weights have come, and are not kept", 1, (shares) => shares === 2],
     ["after it shared", 2, (_, steps) => steps === 3],
     ["in the middle of a round", 3, (_, steps) => steps === 4],
-    ["when it has left", 5, (shares) => shares === 4],
+    ["when the weights that it leaves with have come, and are not kept", 4, (shares) => shares === 4],
   ];
   for (const [what, kept, isNow] of ends) {
     test(`do so where the page is loaded again ${what}`, async (t) => {
@@ -235,13 +236,49 @@ describe("a client alone", () => {
     assert.equal(steps.length, 6); // two steps a round
   });
 
+  test("trains no further after the last round, also when the page is loaded again", async (t) => {
+    const server = await serve(t, "--rounds", "2");
+    const storage = new MemoryStorage();
+    const fit = { epochs: 3, checkpointEvery: 100 };
+    const { steps, state } = await train(server.url, fit, { storage });
+    const again = await train(server.url, { ...fit, save: true }, { storage, resume: true });
+    assert.deepEqual([steps.length, again.steps.length], [4, 0]);
+    assert.deepEqual(again.state, state);
+  });
+
+  test("that comes when the rounds are over receives the model", async (t) => {
+    const server = await serve(t, "--rounds", "1");
+    const { state } = await train(server.url);
+    const late = await train(server.url);
+    assert.equal(late.steps.length, 0);
+    for (const name of JOINED) assert.deepEqual(late.state[name], state[name]);
+  });
+
+  test("asks for the model of the others where it continues a run that was saved", async (t) => {
+    const server = await serve(t);
+    const storage = new MemoryStorage();
+    const { state } = await train(server.url, { save: true }, { storage });
+    const other = await train(server.url, { epochs: 2 });
+    const received: Outputs[] = [];
+    const onWires = (direction: string, _: string, wires: Outputs) => {
+      if (direction === "received") received.push(wires);
+    };
+    const options = { storage, resume: true, onWires };
+    const { steps } = await train(server.url, { epochs: 2 }, options);
+    assert.equal(steps.length, PLAN_STEPS); // those of the second epoch
+    for (const name of JOINED) {
+      assert.deepEqual(received[0]![`${name}@joined`], other.state[name]);
+    }
+    assert.ok(JOINED.some((name) => relate(state[name]!.data, other.state[name]!.data) > 1e-3));
+  });
+
   test("does not wait for others where it is told to stop before it begins", async (t) => {
     const server = await serve(t, "--clients-min", "2");
     const { steps } = await train(server.url, { signal: AbortSignal.abort() });
     assert.equal(steps.length, 0);
   });
 
-  test("keeps a checkpoint at the end of each round, and where it left", async (t) => {
+  test("keeps a checkpoint before it first shares, at the end of each round, and where it left", async (t) => {
     const server = await serve(t);
     const stop = new AbortController();
     const kept: (readonly number[])[] = [];
@@ -252,16 +289,16 @@ describe("a client alone", () => {
       if (step === 5) stop.abort();
     };
     await client.fit(OURS, { ...PLAN, epochs: 2, checkpointEvery: 100, signal, onStep });
-    assert.deepEqual(kept, [[], [], [2], [2], [4, 2]]);
+    assert.deepEqual(kept, [[0], [0], [2, 0], [2, 0], [4, 2]]);
     assert.deepEqual(client.checkpoints, [5, 4]);
     await client.close();
   });
 });
 
 /** What an honest server would send. */
-function join1(value = 1): Map<string, NdArray> {
+function join1(value = 1, round = 1): Map<string, NdArray> {
   return new Map([
-    [ROUND, makeArray("I64", [], [1])],
+    [ROUND, makeArray("I64", [], [round])],
     ["W1@joined", makeArray("F32", [3, 4], Array<number>(12).fill(value))],
   ]);
 }
@@ -269,6 +306,36 @@ function join1(value = 1): Map<string, NdArray> {
 function leaveOut(name: string): NdArrays {
   return new Map([...join1()].filter(([one]) => one !== name));
 }
+
+describe("a client that keeps checkpoints", () => {
+  test("keeps none of a step before it leaves there, and one after", async (t) => {
+    const server = await serve(t);
+    const kept: (readonly number[])[] = [];
+    const onWires = (direction: string, phase: string) => {
+      if (phase === "share" && direction === "sent") kept.push(client.checkpoints);
+    };
+    const client = await connect(server.url, { onWires });
+    await client.fit(OURS, { ...PLAN, checkpointEvery: 1 });
+    assert.deepEqual(kept, [[0], [1, 0], [3, 2], [4, 3]]);
+    assert.deepEqual(client.checkpoints, [5, 4]);
+    await client.close();
+  });
+
+  test("returns as the same one where it is killed while it waits for the first round", async (t) => {
+    const liar = await startLiar(t);
+    liar.lies = {
+      welcome: (hello) => welcome(hello, { policy: "splitfed-v1", localSteps: 1 }),
+      reply: () => HANG_UP,
+    };
+    const storage = new MemoryStorage();
+    const client = await connectTo(liar, { share: true, storage, giveUpAfter: 0 });
+    await assert.rejects(client.fit(DATA, { batchSize: 6, checkpointEvery: 9 }), ConnectionLost);
+    await client.close();
+    const again = await connectTo(liar, { share: true, storage, resume: true });
+    assert.equal(again.session, client.session);
+    await again.close();
+  });
+});
 
 describe("a server that", () => {
   const wrong: [string, NdArrays, new (...facts: never[]) => Error][] = [
@@ -302,7 +369,7 @@ describe("a server that", () => {
     const liar = await startLiar(t);
     liar.lies = {
       welcome: (hello) => welcome(hello, { ...terms, rounds: 1 }),
-      reply: (asked) => (asked.phase === "share" ? reply(asked, {}, join1()) : reply(asked)),
+      reply: (asked) => (asked.phase === "share" ? reply(asked, {}, join1(1, asked.step)) : reply(asked)),
     };
     const client = await connectTo(liar, { share: true });
     await client.fit(DATA, { batchSize: 6, epochs: 5 });

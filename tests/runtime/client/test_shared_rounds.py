@@ -77,6 +77,51 @@ def test_a_client_that_keeps_checkpoints_can_return_from_its_first_share_on(
     assert loop.runner.calls[4:7] == ["checkpoint 3 stop", "share 8", "checkpoint 4 stop"]
 
 
+def test_a_checkpoint_of_the_step_at_which_a_client_leaves_is_of_the_state_after_that(
+    loop: SharingLoop,
+) -> None:
+    loop.run(checkpoint_every=1)
+    assert loop.runner.calls[-3:] == [
+        "checkpoint 4 stop",
+        "share 2 and leave",
+        "checkpoint 5 stop",
+    ]
+    position = loop.runner.position
+    assert position is not None
+    assert (position.unshared_steps, position.unshared_samples, position.round) == (0, 0, 3)
+
+
+def test_a_round_that_ends_where_a_client_leaves_has_one_checkpoint(loop: SharingLoop) -> None:
+    loop.run(rounds=1, checkpoint_every=2)
+    assert loop.runner.calls == [
+        "checkpoint 0 stop",
+        "share 0",
+        "share 8",
+        "share 0 and leave",
+        "checkpoint 2 stop",
+    ]
+
+
+def test_a_checkpoint_that_is_due_at_the_end_of_an_epoch_is_written_before_its_evaluation(
+    loop: SharingLoop,
+) -> None:
+    calls = loop.runner.calls
+    loop.run(
+        checkpoint_every=5,
+        epochs=2,
+        held_out=loop.options.training,
+        on_epoch=lambda evaluation: calls.append("evaluated"),
+    )
+    at = calls.index("evaluated")
+    assert calls[at - 2 : at + 2] == [
+        "checkpoint 4 stop",
+        "checkpoint 5 stop",
+        "evaluated",
+        "share 6",
+    ]
+    assert calls[-4:] == ["share 6", "share 0 and leave", "checkpoint 10 stop", "evaluated"]
+
+
 def test_a_client_stops_when_the_rounds_are_over(loop: SharingLoop) -> None:
     history = loop.run(rounds=1, save=True)
     assert [record.step for record in history.steps] == [1, 2]

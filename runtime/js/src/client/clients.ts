@@ -210,6 +210,7 @@ export class SplitClient {
       schedule: options.rates?.description ?? "",
       unsharedSteps: 0,
       unsharedSamples: 0,
+      round: 0,
     };
     return this.#loop.fit(options, run.takePosition(start));
   }

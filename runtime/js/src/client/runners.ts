@@ -63,6 +63,12 @@ export class TaskRunner {
     return this.#channel.terms!; // it has greeted
   }
 
+  /** Whether the session has not made a step since it began or was published. */
+  get isAtStart(): boolean {
+    const { start, step } = this.run.findResumePoint(this.executor.step);
+    return start === step;
+  }
+
   /** Bytes sent and received so far. */
   get traffic(): readonly [sent: number, received: number] {
     return this.#channel.traffic;

@@ -24,7 +24,6 @@ export const MOST_RETURNS = 100;
 export class TrainingLoop {
   readonly #runner: TaskRunner;
   #expected = 0; // the step after the last one of the fit that runs
-  #isComplete = false; // the rounds that the server asks for are over
   #hasLeft = false; // nothing more is shared in this fit
 
   constructor(runner: TaskRunner) {
@@ -45,14 +44,11 @@ export class TrainingLoop {
     let position = start;
     let [farthest, returns] = [first, 0];
     const isAbsent = options.signal?.aborted ?? false; // it does not even begin
-    this.#isComplete = false;
-    this.#hasLeft = isAbsent;
-    let startsAnew = !isAbsent && !start.epoch && !start.batch;
     for (;;) {
       this.#expected = this.#step;
+      this.#hasLeft = isAbsent;
       try {
-        if (startsAnew) await this.#share(0, { leaves: false }); // all start from one model
-        startsAnew = false;
+        if (!isAbsent) position = await this.#joinOthers(options, position);
         while (!this.#isOver(options, position)) {
           position = await this.#trainEpoch(options, position, history);
         }
@@ -69,10 +65,7 @@ export class TrainingLoop {
         if (returns === MOST_RETURNS) throw error;
         const kept = this.#runner.position;
         if (error.step < first || (error.step > first && !kept)) throw error;
-        this.#isComplete = false;
-        this.#hasLeft = isAbsent;
         position = kept ?? start;
-        startsAnew = !isAbsent && !position.epoch && !position.batch;
         history.forget(error.step, position.epoch);
       }
     }
@@ -143,69 +136,88 @@ export class TrainingLoop {
     history: History,
   ): Promise<DataPosition> {
     const dropLast = hasFixedRows(this.#dataOf(TRAIN));
-    let [number, skipped] = [0, position.batch];
+    const { checkpointEvery, signal } = options;
+    const { joins } = this.#runner.terms;
+    let [number, skipped, isDue] = [0, position.batch, false];
     for await (const batch of options.training.batches({ ...position, dropLast })) {
       if (number++ < skipped) continue;
+      if (isDue) await this.#keep(options, position);
       const rate = this.#findRate(options, position);
       position = { ...position, batch: position.batch + 1 };
       const record = await this.#recordStep(batch, position, rate);
       history.steps.push(record);
       await options.onStep?.(record);
       this.#checkCourse();
-      const shared = await this.#shareIfDue(position, record);
-      const endsRound = shared !== position && !shared.unsharedSteps;
-      position = shared;
-      if (options.checkpointEvery && (endsRound || record.step % options.checkpointEvery === 0)) {
-        await this.#keep(options, position);
-      }
-      if (this.#isComplete) break;
-      if (options.signal?.aborted) return position;
+      if (joins) position = await this.#shareIfDue(position, record);
+      const endsRound = joins && !position.unsharedSteps;
+      isDue = endsRound || record.step % (checkpointEvery ?? 1) === 0;
+      // before a leaving share, none is written of its step: it would be taken for the one after it
+      if (isDue && !joins) await this.#keep(options, position);
+      if (this.#isComplete(position) || signal?.aborted) break;
     }
-    if (this.#isComplete || position.epoch + 1 === options.epochs) {
+    if (this.#isComplete(position) || signal?.aborted || position.epoch + 1 === options.epochs) {
       position = await this.#leave(options, position);
-    }
+    } else if (isDue && joins) await this.#keep(options, position);
+    if (signal?.aborted) return position;
     if (options.heldOut) await this.#recordEvaluation(options, options.heldOut, position, history);
     return { ...position, epoch: position.epoch + 1, batch: 0 };
   }
 
   /**
-   * Share after a step if a round of steps is over; return the position, which is the same one if
-   * the server does not join what its clients learn.
+   * Before a session's first step, receive the model that all clients continue from.
+   *
+   * A checkpoint comes first, if any are written: a client that is killed while it waits would
+   * otherwise return as another one, and the others would wait for the one that is gone.
    */
-  async #shareIfDue(position: DataPosition, { samples }: StepRecord): Promise<DataPosition> {
-    const { joins, localSteps, rounds } = this.#runner.terms;
-    if (!joins) return position;
-    const unsharedSteps = position.unsharedSteps + 1;
-    const unsharedSamples = position.unsharedSamples + samples;
-    if (unsharedSteps < localSteps) return { ...position, unsharedSteps, unsharedSamples };
-    const number = await this.#share(unsharedSamples, { leaves: false });
-    this.#isComplete = rounds > 0 && rounds <= number;
-    return clearUnshared(position);
+  async #joinOthers(options: ResolvedFitOptions, position: DataPosition): Promise<DataPosition> {
+    if (!this.#runner.terms.joins || !this.#runner.isAtStart) return position;
+    await this.#keep(options, position);
+    return this.#share({ ...position, unsharedSamples: 0 }, false);
   }
 
-  /** Share for the last time, so that the other clients stop waiting for this one. */
+  /** Share after a step if a round of steps is over; return the position. */
+  async #shareIfDue(position: DataPosition, { samples }: StepRecord): Promise<DataPosition> {
+    const unsharedSteps = position.unsharedSteps + 1;
+    const trained = { ...position, unsharedSteps, unsharedSamples: position.unsharedSamples + samples };
+    return unsharedSteps < this.#runner.terms.localSteps ? trained : this.#share(trained, false);
+  }
+
+  /**
+   * Share for the last time, so that the other clients stop waiting for this one.
+   *
+   * A checkpoint follows, if any are written, since the state is another now.
+   */
   async #leave(options: ResolvedFitOptions, position: DataPosition): Promise<DataPosition> {
     if (this.#hasLeft || !this.#runner.terms.joins) return position;
-    await this.#share(position.unsharedSamples, { leaves: true });
+    const left = await this.#share(position, true);
     this.#hasLeft = true;
-    const left = clearUnshared(position);
-    if (options.checkpointEvery) await this.#keep(options, left); // the state is another now
+    await this.#keep(options, left);
     return left;
   }
 
-  /** Share, if the server joins what its clients learn; return the round. */
-  async #share(samples: number, { leaves }: { leaves: boolean }): Promise<number> {
-    if (!this.#runner.terms.joins) return 0;
-    return this.#runner.share(samples, { leaves, expected: this.#expected });
+  /** Share, and return the position with the joined parameters' round. */
+  async #share(position: DataPosition, leaves: boolean): Promise<DataPosition> {
+    const expected = this.#expected;
+    const round = await this.#runner.share(position.unsharedSamples, { leaves, expected });
+    return { ...position, unsharedSteps: 0, unsharedSamples: 0, round };
   }
 
-  async #keep({ whenUnsaved }: ResolvedFitOptions, position: DataPosition): Promise<void> {
-    await this.#runner.checkpoint(position, whenUnsaved ?? "stop");
+  /** Write a checkpoint, if any are written. */
+  async #keep(options: ResolvedFitOptions, position: DataPosition): Promise<void> {
+    this.#checkCourse();
+    if (!options.checkpointEvery) return;
+    await this.#runner.checkpoint(position, options.whenUnsaved ?? "stop");
+  }
+
+  /** Whether the rounds that the server asks for are over. */
+  #isComplete({ round }: DataPosition): boolean {
+    const { rounds } = this.#runner.terms;
+    return rounds > 0 && rounds <= round;
   }
 
   /** Whether training ends at a position. */
-  #isOver({ epochs, signal }: ResolvedFitOptions, { epoch }: DataPosition): boolean {
-    return this.#isComplete || epoch >= epochs || (signal?.aborted ?? false);
+  #isOver({ epochs, signal }: ResolvedFitOptions, position: DataPosition): boolean {
+    return this.#isComplete(position) || position.epoch >= epochs || (signal?.aborted ?? false);
   }
 
   async #recordStep(
@@ -253,8 +265,4 @@ export class TrainingLoop {
   #checkCourse(): void {
     if (this.#step !== this.#expected) throw new StepsLost(this.#step);
   }
-}
-
-function clearUnshared(position: DataPosition): DataPosition {
-  return { ...position, unsharedSteps: 0, unsharedSamples: 0 };
 }

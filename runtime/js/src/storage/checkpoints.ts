@@ -41,14 +41,16 @@ const readDataPosition = readRecord({
   schedule: readOptional(readText, ""),
   unsharedSteps: readOptional(readCount, 0),
   unsharedSamples: readOptional(readCount, 0),
+  round: readOptional(readCount, 0),
 });
 /**
  * Where the next step begins in the data.
  *
  * `epoch` is counted from 0; `batch` is the number of batches of it trained already.  The others
  * say how the data were dealt, and must be the same where training continues.  `unsharedSteps` and
- * `unsharedSamples` count what was trained since the client last shared its parameters; they stay 0
- * where the server does not join what its clients learn.
+ * `unsharedSamples` count what was trained since the client last shared its parameters, and `round`
+ * is the number of the round whose joined parameters it last received; they stay 0 where the server
+ * does not join what its clients learn.
  */
 export type DataPosition = Decoded<typeof readDataPosition>;
 
