@@ -18,65 +18,17 @@ import {
   NotFinite,
   RemoteProtocolError,
   SharingNotPermitted,
-  SplitClient,
 } from "../src/index.js";
-import type { ConnectOptions, FitOptions, Outputs, StepRecord } from "../src/index.js";
+import type { Outputs } from "../src/index.js";
 import { MAX_HEADER } from "../src/messages.js";
 import type { TensorsMessage } from "../src/messages.js";
-import { openFolder } from "../src/node.js";
-import { LEAVES, ROUND, SAMPLES, listJoined, nameOwn } from "../src/sharing.js";
+import { LEAVES, ROUND, SAMPLES, nameOwn } from "../src/sharing.js";
 import type { NdArray, NdArrays } from "../src/tensors.js";
-import { ORT, SESSION_OPTIONS, VECTORS, makeArray, relate } from "./fixtures.js";
-import { DATA, FILES, HANG_UP, connectTo, reply, startLiar, welcome } from "./liars.js";
-import { Proxy, PythonPeer, ServerProcess, closeForks, openSocket } from "./peers.js";
-
-const CLIENT = join(VECTORS, "dropout/client");
-const SEED = 9;
-const PLAN = { epochs: 1, batchSize: 8 };
-const PLAN_STEPS = 5;
-const JOINED = listJoined((await loadBundle(openFolder(CLIENT))).manifest);
-/** Two local steps a round: five steps are two rounds, and one step to share at the end. */
-const followPolicy = (name: string) => ["--policy", name, "--local-steps", "2"];
-/** A round waits for each of two clients. */
-const TWO = ["--clients-min", "2", "--round-timeout", "60"];
-
-function makeData(samples: number, seed: number) {
-  let word = seed;
-  const next = () => (word = (Math.imul(word, 1664525) + 1013904223) >>> 0) / 2 ** 32;
-  const pixels = Float32Array.from({ length: samples * 50 }, () => next() * 2 - 1);
-  const labels = BigInt64Array.from({ length: samples }, () => BigInt(Math.floor(next() * 3)));
-  return { x: { dims: [samples, 2, 5, 5], data: pixels }, labels: { dims: [samples], data: labels } };
-}
-
-/** Of different sizes, so that an average that did not weigh would differ. */
-const [OURS, OTHERS] = [makeData(40, 1), makeData(36, 2)];
-
-function connect(url: string, options: Partial<ConnectOptions> = {}): Promise<SplitClient> {
-  return SplitClient.connect(url, {
-    ort: ORT,
-    openSocket,
-    seed: SEED,
-    share: true,
-    bundle: openFolder(CLIENT),
-    storage: new MemoryStorage(),
-    sessionOptions: SESSION_OPTIONS,
-    ...options,
-  });
-}
-
-async function train(url: string, fit: FitOptions = {}, options: Partial<ConnectOptions> = {}) {
-  const client = await connect(url, options);
-  const { steps } = await client.fit(OURS, { ...PLAN, ...fit });
-  const state = client.state();
-  await client.close();
-  return { client, steps, state };
-}
-
-async function serve(t: { after(act: () => Promise<void>): void }, ...options: string[]) {
-  const server = await ServerProcess.start("dropout", ...followPolicy("splitfed-v1"), ...options);
-  t.after(() => server.remove());
-  return server;
-}
+import { makeArray, relate } from "./fixtures.js";
+import { DATA, FILES, connectTo, reply, startLiar, welcome } from "./liars.js";
+import { Proxy, PythonPeer, ServerProcess, closeForks } from "./peers.js";
+import { CLIENT, JOINED, OTHERS, OURS, PLAN, PLAN_STEPS, SEED, TWO } from "./sharers.js";
+import { followPolicy, serve, train } from "./sharers.js";
 
 after(closeForks);
 
@@ -206,95 +158,6 @@ describe("a client in Node and one in Python", () => {
   }
 });
 
-describe("a client alone", () => {
-  test("shares nothing unless it is permitted, and is told how", async (t) => {
-    const server = await serve(t);
-    await assert.rejects(connect(server.url, { share: false }), (error: Error) => {
-      assert.ok(error instanceof SharingNotPermitted, `${error}`);
-      assert.match(error.message, /policy 'splitfed-v1' joins what .* permit it with share: true/);
-      return true;
-    });
-    const client = await connect(server.url);
-    const terms = { policy: "splitfed-v1", localSteps: 2, rounds: 0, joins: true };
-    assert.deepEqual(client.terms, terms);
-    await client.close();
-  });
-
-  test("shares nothing with a server that joins nothing, though it is permitted", async (t) => {
-    const server = await ServerProcess.start("dropout");
-    t.after(() => server.remove());
-    const phases = new Set<string>();
-    const onWires = (_: string, phase: string) => void phases.add(phase);
-    const { client } = await train(server.url, {}, { onWires });
-    assert.deepEqual(client.terms, { policy: "per-client", localSteps: 0, rounds: 0, joins: false });
-    assert.deepEqual([...phases], ["train"]);
-  });
-
-  test("ends when the rounds are complete", async (t) => {
-    const server = await serve(t, "--rounds", "3");
-    const { steps } = await train(server.url, { epochs: 9 });
-    assert.equal(steps.length, 6); // two steps a round
-  });
-
-  test("trains no further after the last round, also when the page is loaded again", async (t) => {
-    const server = await serve(t, "--rounds", "2");
-    const storage = new MemoryStorage();
-    const fit = { epochs: 3, checkpointEvery: 100 };
-    const { steps, state } = await train(server.url, fit, { storage });
-    const again = await train(server.url, { ...fit, save: true }, { storage, resume: true });
-    assert.deepEqual([steps.length, again.steps.length], [4, 0]);
-    assert.deepEqual(again.state, state);
-  });
-
-  test("that comes when the rounds are over receives the model", async (t) => {
-    const server = await serve(t, "--rounds", "1");
-    const { state } = await train(server.url);
-    const late = await train(server.url);
-    assert.equal(late.steps.length, 0);
-    for (const name of JOINED) assert.deepEqual(late.state[name], state[name]);
-  });
-
-  test("asks for the model of the others where it continues a run that was saved", async (t) => {
-    const server = await serve(t);
-    const storage = new MemoryStorage();
-    const { state } = await train(server.url, { save: true }, { storage });
-    const other = await train(server.url, { epochs: 2 });
-    const received: Outputs[] = [];
-    const onWires = (direction: string, _: string, wires: Outputs) => {
-      if (direction === "received") received.push(wires);
-    };
-    const options = { storage, resume: true, onWires };
-    const { steps } = await train(server.url, { epochs: 2 }, options);
-    assert.equal(steps.length, PLAN_STEPS); // those of the second epoch
-    for (const name of JOINED) {
-      assert.deepEqual(received[0]![`${name}@joined`], other.state[name]);
-    }
-    assert.ok(JOINED.some((name) => relate(state[name]!.data, other.state[name]!.data) > 1e-3));
-  });
-
-  test("does not wait for others where it is told to stop before it begins", async (t) => {
-    const server = await serve(t, "--clients-min", "2");
-    const { steps } = await train(server.url, { signal: AbortSignal.abort() });
-    assert.equal(steps.length, 0);
-  });
-
-  test("keeps a checkpoint before it first shares, at the end of each round, and where it left", async (t) => {
-    const server = await serve(t);
-    const stop = new AbortController();
-    const kept: (readonly number[])[] = [];
-    const client = await connect(server.url);
-    const { signal } = stop;
-    const onStep = ({ step }: StepRecord) => {
-      kept.push(client.checkpoints);
-      if (step === 5) stop.abort();
-    };
-    await client.fit(OURS, { ...PLAN, epochs: 2, checkpointEvery: 100, signal, onStep });
-    assert.deepEqual(kept, [[0], [0], [2, 0], [2, 0], [4, 2]]);
-    assert.deepEqual(client.checkpoints, [5, 4]);
-    await client.close();
-  });
-});
-
 /** What an honest server would send. */
 function join1(value = 1, round = 1): Map<string, NdArray> {
   return new Map([
@@ -306,36 +169,6 @@ function join1(value = 1, round = 1): Map<string, NdArray> {
 function leaveOut(name: string): NdArrays {
   return new Map([...join1()].filter(([one]) => one !== name));
 }
-
-describe("a client that keeps checkpoints", () => {
-  test("keeps none of a step before it leaves there, and one after", async (t) => {
-    const server = await serve(t);
-    const kept: (readonly number[])[] = [];
-    const onWires = (direction: string, phase: string) => {
-      if (phase === "share" && direction === "sent") kept.push(client.checkpoints);
-    };
-    const client = await connect(server.url, { onWires });
-    await client.fit(OURS, { ...PLAN, checkpointEvery: 1 });
-    assert.deepEqual(kept, [[0], [1, 0], [3, 2], [4, 3]]);
-    assert.deepEqual(client.checkpoints, [5, 4]);
-    await client.close();
-  });
-
-  test("returns as the same one where it is killed while it waits for the first round", async (t) => {
-    const liar = await startLiar(t);
-    liar.lies = {
-      welcome: (hello) => welcome(hello, { policy: "splitfed-v1", localSteps: 1 }),
-      reply: () => HANG_UP,
-    };
-    const storage = new MemoryStorage();
-    const client = await connectTo(liar, { share: true, storage, giveUpAfter: 0 });
-    await assert.rejects(client.fit(DATA, { batchSize: 6, checkpointEvery: 9 }), ConnectionLost);
-    await client.close();
-    const again = await connectTo(liar, { share: true, storage, resume: true });
-    assert.equal(again.session, client.session);
-    await again.close();
-  });
-});
 
 describe("a server that", () => {
   const wrong: [string, NdArrays, new (...facts: never[]) => Error][] = [
