@@ -18,6 +18,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 from splitonnx.errors import (
+    BundleMismatch,
     ConnectionLost,
     LocalProtocolError,
     ProtocolError,
@@ -47,6 +48,7 @@ from splitonnx.runtime.channels.greetings import (
     ResumePoint,
     SharingTerms,
     check_welcome,
+    list_change,
     make_hello,
 )
 from splitonnx.runtime.channels.open_tasks import OpenTask
@@ -361,9 +363,7 @@ class Channel:
             welcome, self.session, point, manifest=self._manifest, can_share=self._can_share
         )
         if self.terms not in (None, terms):
-            raise RemoteProtocolError(
-                f"it joins what clients learn otherwise than before: {terms}, not {self.terms}"
-            )
+            raise BundleMismatch(*list_change(self.terms, terms))
         self.terms = terms
 
     def _hang_up(self) -> None:

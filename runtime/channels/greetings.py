@@ -38,10 +38,21 @@ class SharingTerms:
     local_steps: int = 0
     rounds: int = 0
 
+    def __str__(self) -> str:
+        if not self.joins:
+            return f"'{self.policy}'"
+        return f"'{self.policy}' with {self.local_steps} local steps and {self.rounds} rounds"
+
     @property
     def joins(self) -> bool:
         """Return whether the client has to share its parameters."""
         return self.local_steps > 0
+
+
+def list_change(before: SharingTerms | None, now: SharingTerms) -> tuple[str, str, str, str]:
+    """Return what :class:`BundleMismatch` tells of a server that came back with other terms."""
+    advice = "serve with the options of before, or resume this training with --resume"
+    return "how clients are joined", str(before), str(now), advice
 
 
 def make_hello(

@@ -134,7 +134,14 @@ class TrainingLoop:
         if not (self._runner.terms.joins and self._runner.is_at_start):
             return position
         self._checkpoint(options, position)
-        return _note_round(position, self._runner.share(0, leaves=False))
+        position = _note_round(position, self._runner.share(0, leaves=False))
+        if self._is_complete(position):
+            _logger.warning(
+                "the server's %d rounds are complete: this client receives the joint model, and "
+                "trains no step; to train on, start the server again without --resume",
+                self._runner.terms.rounds,
+            )
+        return position
 
     def _share_if_due(
         self, position: DataPosition, record: StepRecord

@@ -143,6 +143,7 @@ class Server:
             party = bundle
             if party.manifest.party != SERVER:
                 raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
+            _check_room(policy, limits or Limits())
             check_exposure(host, tokens, tls, insecure=insecure)
             pages = None if web is None else read_pages(Path(web))
             self.host = host
@@ -312,7 +313,8 @@ class Server:
         ) as port:
             self.port = port
             _logger.info("serving on %s", self.url)
-            _logger.info("%s", self._leaving)
+            for sentence in (self._leaving, *self._registry.policy.terms().describe()):
+                _logger.info("%s", sentence)
             if self._responder.has_pages:
                 _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
             if started is not None:
@@ -388,3 +390,11 @@ class Server:
 
 def _asks_for_certificates(tls: ssl.SSLContext | None) -> bool:
     return tls is not None and tls.verify_mode is ssl.CERT_REQUIRED
+
+
+def _check_room(policy: PolicyOptions | None, limits: Limits) -> None:
+    """Check that as many clients can come as the policy's first round waits for."""
+    if policy is not None and policy.clients_min > limits.sessions:
+        wanted, most = policy.clients_min, limits.sessions
+        reason = f"the first round waits for {wanted} clients, and {most} sessions are allowed"
+        raise UsageError(f"{reason}; raise --max-sessions")

@@ -52,6 +52,7 @@ def evaluate(
         threads=threads,
         credentials=security.make_credentials(server),
         give_up_after=give_up_after,
+        share=True,  # only training shares anything
         trusted=trusted,
     ) as client:
         results = client.evaluate(dataset, batch_size=samples, metrics=metric or ())

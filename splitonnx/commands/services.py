@@ -70,9 +70,9 @@ def serve(
     security: ServerSecurity,
     limits: Annotated[Limits, LIMITS],
 ) -> None:
-    """Serve a bundle's server part until Ctrl-C or SIGTERM; each client trains its own copy.
+    """Serve a bundle's server part until Ctrl-C or SIGTERM, to any number of clients.
 
-    With a --policy that joins clients, rounds average what they learn.
+    Each client trains its own copy, and a --policy may join what they learn.
 
     The server shuts down gracefully: it completes the steps in progress, saves sessions to disk,
     and asks clients to reconnect later.
@@ -145,6 +145,7 @@ def predict(
         threads=threads,
         credentials=security.make_credentials(server),
         give_up_after=give_up_after,
+        share=True,  # only training shares anything
         trusted=trusted,
     ) as client:
         if isinstance(dataset, FileDataset):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from splitonnx import PolicyOptions, Server
 from tests.support.commands import MODEL, Command
 
 
@@ -25,6 +26,17 @@ def test_evaluating_prints_the_loss_and_the_metrics(
     assert [float(line.split()[1]) for line in lines[:2]] == pytest.approx(
         [found["loss"], found["accuracy"]], abs=1e-5
     )
+
+
+def test_evaluating_and_predicting_share_nothing_with_a_server_that_joins_its_clients(
+    command: Command, bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    policy = PolicyOptions(name="splitfed-v1", clients_min=2)
+    with Server(bundle / "server", port=0, threads=1, policy=policy) as server:
+        arguments = (bundle / "client", "--server", server.url, "--data", data)
+        assert "accuracy" in command.succeed("evaluate", *arguments)
+        command.succeed("predict", *arguments, "-o", tmp_path / "outputs.npz")
+        assert "permit it with --share" in command.fail("train", *arguments)
 
 
 def test_a_metric_that_does_not_fit_is_one_line(

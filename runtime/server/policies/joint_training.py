@@ -145,10 +145,10 @@ class JointTraining:
         self._copies.save(request)
 
     def finish(self, session: str) -> None:
-        """End a session for good; the rounds stop waiting for it."""
+        """End a session for good; the rounds stop waiting for it, and forget it."""
         self._copies.finish(session)
         with self._lock:
-            self._rounds.leave(session)
+            self._rounds.forget(session)
 
     def unload(self, session: str) -> None:
         """Write the session's copy to disk, unless it is already there; see :class:`Policy`."""

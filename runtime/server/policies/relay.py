@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from splitonnx.runtime.server.policies.averages import average
-from splitonnx.runtime.server.policies.rounds import Answer, Joint, RoundRules, Rounds, Share
+from splitonnx.runtime.server.policies.rounds import Answer, Joint, RoundRules, Rounds, Share, join
 
 
 class Relay(Rounds):
@@ -107,11 +106,10 @@ class Relay(Rounds):
         self._record_turn(number, share.tensors)
 
     def _begin(self) -> None:
-        """Begin with what the clients start from, which should be the same for all."""
+        """Begin with what the clients start from."""
         shares = [self._open[session] for session in sorted(self._open)]
         self._holder = next(iter(self._members))
-        tensors = average([(share.samples, share.tensors) for share in shares])
-        self._record_turn(0, tensors)
+        self._record_turn(0, join(shares))
 
     def _record_turn(self, number: int, tensors: Mapping[str, np.ndarray]) -> None:
         """Make the newest round; the client that has the turn keeps it if the server fails."""

@@ -8,7 +8,7 @@ that all clients start from one model.  This module computes; it neither sends, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,6 +78,18 @@ class Answer:
     joint: Joint
 
 
+def join(shares: Sequence[Share]) -> dict[str, np.ndarray]:
+    """Return the average of what clients learned since they had the same model.
+
+    Before anybody has trained, clients may start from several states, such as the outcome of an
+    earlier training and an untrained bundle.  Then those that have made the most steps count.
+    """
+    if not any(share.samples for share in shares):
+        most = max(share.key.step for share in shares)
+        shares = [share for share in shares if share.key.step == most]
+    return average([(share.samples, share.tensors) for share in shares])
+
+
 class Rounds:
     """The rounds of one model; ``newest`` is the last closed round, or ``None`` before the first.
 
@@ -132,6 +144,11 @@ class Rounds:
         since it shared first.
         """
         self._open.pop(session, None)
+
+    def forget(self, session: str) -> None:
+        """Forget a session that has ended for good, and stop waiting for it."""
+        self.leave(session)
+        self._adoptions.pop(session, None)
 
     def leave(self, session: str) -> None:
         """Stop waiting for a session.  Call :meth:`close_if_due` for what this closes."""
@@ -192,7 +209,7 @@ class Rounds:
     def _close(self) -> list[Answer]:
         """Join the shares of the open round, and answer them."""
         shares = [self._open[session] for session in sorted(self._open)]
-        tensors = average([(share.samples, share.tensors) for share in shares])
+        tensors = join(shares)
         number = 0 if self.newest is None else self.newest.number + 1
         for share in shares:
             self._remember(share, number)

@@ -17,3 +17,13 @@ class Terms:
     policy: str
     local_steps: int = 0
     rounds: int = 0
+
+    def describe(self) -> tuple[str, ...]:
+        """Return a sentence about what clients share; none if they share nothing."""
+        if not self.local_steps:
+            return ()
+        end = f", for {self.rounds:,} rounds" if self.rounds else ""
+        return (
+            f"policy '{self.policy}': after every {self.local_steps:,} steps{end}, each client "
+            "also sends the trained weights and statistics of its part",
+        )

@@ -29,6 +29,20 @@ def test_the_first_round_waits_for_as_many_clients_as_asked_for() -> None:
     }
 
 
+def test_clients_that_start_from_several_states_continue_from_the_one_trained_longest() -> None:
+    rounds = Rounds(RoundRules(clients_min=3))
+    rounds.add(make_share("a", 40, value=6.0), 0.0)
+    rounds.add(make_share("b", 0, value=1.0), 0.0)
+    answers = rounds.add(make_share("c", 40, value=6.0), 0.0)
+    assert summarize(answers) == dict.fromkeys("abc", (0, 6.0))
+
+
+def test_a_session_that_ended_is_forgotten(rounds: Rounds) -> None:
+    rounds.forget("a")
+    assert rounds.report().members == 2
+    assert summarize(rounds.add(make_share("a", 0), 1.0)) == {"a": (0, 0.0)}
+
+
 def test_a_round_is_closed_when_every_member_has_shared(rounds: Rounds) -> None:
     assert rounds.add(make_share("a", 2, 1, value=1.0), 1.0) == []
     assert rounds.add(make_share("b", 2, 1, value=2.0), 2.0) == []
