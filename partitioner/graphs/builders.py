@@ -151,7 +151,8 @@ class NodeBuilder:
     def _constant(self, key: tuple[object, ...], tensor: ir.TensorProtocol) -> ir.Value:
         if key not in self._constants:
             name = f"{self._prefix}/{len(self.nodes)}"
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype))
+            shape = ir.Shape(tensor.shape.numpy())
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape)
             held = [ir.AttrTensor("value", tensor)]
             node = ir.Node("", "Constant", [], held, outputs=[value], name=f"{name}_Constant")
             self.nodes.append(node)

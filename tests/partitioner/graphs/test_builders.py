@@ -218,3 +218,10 @@ def test_a_tensor_of_a_constant_node_is_stored_as_an_initializer() -> None:
     assert [node.op_type for node in graph] == ["Add"]
     assert store_constant(graph, stored) is stored
     assert store_constant(graph, graph.inputs[0]) is graph.inputs[0]
+
+
+def test_a_constant_has_the_shape_of_its_tensor() -> None:
+    builder = NodeBuilder("part")
+    made = [builder.number(1.0, FLOAT), builder.integer(2), builder.integers([1, 2, 3])]
+    made.append(builder.array(np.zeros((2, 1, 3)), FLOAT))
+    assert [known_dims(value) for value in made] == [[], [], [3], [2, 1, 3]]

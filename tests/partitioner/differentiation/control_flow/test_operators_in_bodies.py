@@ -1,0 +1,65 @@
+"""Gradients of operators in bodies on both targets, against differences of the model in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut_prepared
+from tests.support.case_trials import TARGETS, run_step
+from tests.support.derivatives import draw_labels, hold_steps
+
+_HEAD = """
+<ir_version: 9, opset_import: ["" : 18]>
+bodies (float[N, 2, 6] x, bool c, int64 most) => (float[N, 2] y)
+{ h = MatMul (x, w) """
+_IF = """ e = If (c) <
+    then_branch = one () => (float[N, 2] e1) { STEP  e1 = Tanh (r) },
+    else_branch = two () => (float[N, 2] e2) { e2 = ReduceMean <keepdims = 0> (h, last) }
+>  y = MatMul (e, v) }"""
+_LOOP = """ a = ReduceMean <keepdims = 0> (h, last)  e = Loop <
+    body = step (int64 i, bool on, float[N, 2] d) => (bool off, float[N, 2] f) {
+        off = Identity (on)  STEP  t = Tanh (r)  f = Add (d, t) }
+> (most, c, a)  y = MatMul (e, v) }"""
+_REDUCED = "  r = ReduceMean <keepdims = 0> (g, last)"
+STEPS = {
+    "Gather": "k = Constant <value_ints = [2, 0, 2]> ()  g = Gather <axis = 2> (h, k)" + _REDUCED,
+    "Compress": "k = Constant <value_ints = [1, 0, 1]> ()  l = Cast <to = 9> (k)  "
+    "g = Compress <axis = 2> (h, l)" + _REDUCED,
+    "Resize": "k = Constant <value_floats = [1.0, 1.0, 2.0]> ()  "
+    'b = Resize <mode = "linear"> (h, , k)  g = Mul (b, b)' + _REDUCED,
+    "LpPool": "g = LpPool <kernel_shape = [2], p = 2> (h)" + _REDUCED,
+    "ConvTranspose": "b = ConvTranspose <strides = [2]> (h, z)  g = Mul (b, b)" + _REDUCED,
+}
+
+
+def write_body(around: str, step: str) -> onnx.ModelProto:
+    """Write an If or a Loop whose body has the nodes of ``step``."""
+    model = onnx.parser.parse_model(_HEAD + around.replace("STEP", step))
+    random = np.random.default_rng(0)
+    for name, shape in (("w", (6, 6)), ("v", (2, 2)), ("z", (2, 2, 3))):
+        if name != "z" or "z)" in step:
+            weights = random.standard_normal(shape, np.float32)
+            model.graph.initializer.append(numpy_helper.from_array(weights, name))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2]), "last"))
+    return model
+
+
+@pytest.mark.parametrize("around", [_IF, _LOOP], ids=["if", "loop"])
+@pytest.mark.parametrize("kind", STEPS)
+def test_gradients_of_an_operator_in_a_body(kind: str, around: str) -> None:
+    model = write_body(around, STEPS[kind])
+    random = np.random.default_rng(3)
+    data = {"x": random.standard_normal((4, 2, 6), np.float32), "c": np.array(True)}
+    data["most"] = np.array(2)
+    given = {**data, "labels": draw_labels(model, data)}
+    prepared = prepare(open_model(model))
+    steps = [
+        run_step(cut_prepared(prepared, at=None, loss="mse", client_target=target), given)
+        for target in TARGETS
+    ]
+    hold_steps(steps, model, "mse", given, prepared.trainable)
