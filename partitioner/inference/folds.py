@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.errors import SplitonnxError
 from splitonnx.expressions import UNKNOWN
 from splitonnx.partitioner.graphs.builders import NodeBuilder
-from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, prune
+from splitonnx.partitioner.graphs.traversals import list_bodies, list_inner, list_inputs, prune
 from splitonnx.partitioner.inference.control_flows import KEPT, Unresolved, resolve_control_flow
 from splitonnx.partitioner.inference.dimensions import Amount, Dim
 from splitonnx.partitioner.inference.inferences import Inference
@@ -58,6 +60,8 @@ def _fold_node(
         return written
     _name_type(node)
     known.visit(node)
+    for body in list_bodies(node):
+        note_body_shapes(body, known)
     if node.op_type == "Reshape":
         _fix_target(node, known, _fix_reshape)
     elif node.op_type == "Expand":
@@ -79,15 +83,39 @@ def note_shapes(graph: ir.Graph) -> None:
             known.note(value)
 
 
+def note_body_shapes(body: ir.Graph, known: Inference) -> None:
+    """Set the dimensions of a body's values that are not set yet, where they can be inferred.
+
+    ``known`` holds what was inferred of the values around the body.  onnx itself does not know the
+    constants among them.  Dimensions remain unset if their sizes have no name outside of the body.
+    """
+    for node in body:
+        with suppress(SplitonnxError):  # a branch may be wrong for the sizes that it never gets
+            known.visit(node)
+        for inner in list_bodies(node):
+            note_body_shapes(inner, known)
+        for value in node.outputs:
+            dims = None if _has_sizes(value) else known.shape(value)
+            if dims is not None and not any(UNKNOWN in str(dim) for dim in dims):
+                known.note(value)
+
+
+def _has_sizes(value: ir.Value) -> bool:
+    """Return whether all dimensions of a value are set, to numbers or to names."""
+    if value.shape is None:
+        return False
+    dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
+    return not any(dim is None or UNKNOWN in str(dim) for dim in dims)
+
+
 def _is_noted(value: ir.Value) -> bool:
     """Return whether a value's type and dimensions are complete, so that it can be skipped.
 
     Integers are never skipped, because they may be sizes.
     """
-    if value.shape is None or value.dtype in (None, ir.DataType.INT64, ir.DataType.INT32):
+    if value.dtype in (None, ir.DataType.INT64, ir.DataType.INT32):
         return False
-    dims = [dim if isinstance(dim, int) else dim.value for dim in value.shape]
-    return not any(dim is None or UNKNOWN in str(dim) for dim in dims)
+    return _has_sizes(value)
 
 
 def _resolve(

@@ -16,6 +16,8 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 from splitonnx.partitioner.graphs.traversals import list_bodies, list_inputs
+from splitonnx.partitioner.inference.folds import note_body_shapes
+from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.inference.shapes import infer_shapes
 
@@ -26,19 +28,21 @@ _MOST_CORRECTIONS = 32
 """Limit on how often shapes are inferred again because paddings were made explicit."""
 
 
-def make_all_paddings_explicit(model: ir.Model) -> None:
+def make_all_paddings_explicit(model: ir.Model) -> bool:
     """Set explicit ``pads`` on all convolutions and pooling nodes of a model, in place.
 
-    If this shows that onnx inferred a wrong shape, infer the shapes again and repeat.
+    If this shows that onnx inferred a wrong shape, infer the shapes again and repeat.  Return
+    whether this was the case.
 
     Raises:
         UnsupportedModel: wrong shapes are still found after ``_MOST_CORRECTIONS`` repetitions, or
             ONNX Runtime does not support the padding of a pooling node.
     """
-    for _ in range(_MOST_CORRECTIONS):
+    for index in range(_MOST_CORRECTIONS):
         if not make_paddings_explicit(model.graph):
-            return
+            return index > 0
         infer_shapes(model)
+        note_body_shapes(model.graph, Inference(model.graph.opset_imports[""]))
     raise UnsupportedModel(
         "the model",
         f"more than {_MOST_CORRECTIONS} poolings that round up follow one another, each with "

@@ -2,8 +2,7 @@
 
 The passes build a training form and an inference form.  Tensors have the same names in both forms,
 so that one cut fits both.  Weights become graph inputs, so that the graph to differentiate stays
-small however large the weights are.  The passes take into account how operators behave in training
-and in inference.  They do not depend on the cut, the loss or the gradients.
+small however large the weights are.  Passes do not depend on the cut, the loss or the gradients.
 """
 
 from __future__ import annotations
@@ -112,6 +111,11 @@ def _infer(work: Work) -> None:
 def _type(work: Work) -> None:
     drop_declared_shapes(work.model)
     _infer(work)
+
+
+def _make_paddings_explicit(work: Work) -> None:
+    if make_all_paddings_explicit(work.model):
+        _infer(work)  # also what comes out of a body whose shapes were corrected
 
 
 def _join_sizes(work: Work) -> None:
@@ -278,7 +282,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="given explicit padding",  # before a shape that it corrects becomes a constant
-        run=lambda work: make_all_paddings_explicit(work.model),
+        run=_make_paddings_explicit,
         requires=_F.TYPED,
         ensures=_F.PADDED,
     ),
@@ -309,7 +313,7 @@ PASSES: Sequence[Pass] = (
     ),
     Pass(
         work="given explicit padding where shapes were folded",
-        run=lambda work: make_all_paddings_explicit(work.model),
+        run=_make_paddings_explicit,
         requires=_F.TYPED | _F.FOLDED,
         ensures=_F.PADDED,
     ),

@@ -43,6 +43,8 @@ from splitonnx.partitioner.graphs.traversals import (
     map_values,
     trace_gradients,
 )
+from splitonnx.partitioner.inference.folds import note_body_shapes
+from splitonnx.partitioner.inference.inferences import Inference
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.normalization.batchnorms import freeze_batchnorms, list_batchnorms
 from splitonnx.partitioner.normalization.dropouts import list_dropouts, remove_dropouts
@@ -157,6 +159,7 @@ def _open(body: ir.Graph, prefix: str, opsets: Mapping[str, int], ir_version: in
         remove_dropouts(graph)
         freeze_batchnorms(graph)
         infer_shapes(model)
+    note_body_shapes(graph, Inference(opsets[""]))
     return Step(model=model, rows=inputs, held=held, shown=outputs)
 
 

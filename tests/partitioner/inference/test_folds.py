@@ -347,3 +347,23 @@ def test_the_number_of_sizes_is_known_also_where_every_size_is(dims: Sequence[in
     model = ir.from_proto(proto)
     fold(model, ())
     assert list_kinds(model) == ["Mul"]
+
+
+def test_shapes_in_a_body_follow_from_constants_around_it() -> None:
+    model = ir.from_proto(
+        onnx.parser.parse_model("""
+            <ir_version: 9, opset_import: ["" : 18]>
+            bodies (float[N, 6] x, bool c) => (float[A, B] y) <int64[3] to = {-1, 2, 3}> {
+                y = If (c) <
+                    then_branch = one () => (float[A, B] y1) {
+                        r = Reshape (x, to)  t = Transpose <perm = [2, 1, 0]> (r)
+                        k = NonZero (r)  f = Cast <to = 1> (k)  y1 = Identity (x)
+                    },
+                    else_branch = two () => (float[A, B] y2) { y2 = Identity (x) }
+                >
+            }""")
+    )
+    fold(model, [])
+    noted = {v.name: v.shape for node in model.graph.all_nodes() for v in node.outputs}
+    assert [str(noted[name]) for name in ("r", "t")] == ["[N,2,3]", "[3,2,N]"]
+    assert noted["k"] is None  # how many columns it has is known only inside

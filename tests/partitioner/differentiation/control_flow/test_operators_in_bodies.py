@@ -34,6 +34,12 @@ STEPS = {
     'b = Resize <mode = "linear"> (h, , k)  g = Mul (b, b)' + _REDUCED,
     "LpPool": "g = LpPool <kernel_shape = [2], p = 2> (h)" + _REDUCED,
     "ConvTranspose": "b = ConvTranspose <strides = [2]> (h, z)  g = Mul (b, b)" + _REDUCED,
+    "MaxPool that rounds up": "k = Constant <value_ints = [1]> ()  u = Unsqueeze (h, last)  "
+    "b = MaxPool <kernel_shape = [1, 2], strides = [1, 2], pads = [0, 0, 0, 1], ceil_mode = 1> (u)"
+    "  q = Squeeze (b, last)  g = Mul (q, q)" + _REDUCED,
+    "Col2Im": "k = Constant <value_ints = [3, 3]> ()  j = Constant <value_ints = [2, 1]> ()  "
+    "b = Col2Im (h, k, j)  q = ReduceMean <keepdims = 0> (b, last)  s = Concat <axis = 1> (q, q)  "
+    "g = Mul (s, s)" + _REDUCED,
 }
 
 
