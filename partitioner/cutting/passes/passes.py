@@ -1,8 +1,7 @@
 """The table of preparation passes, with the facts that each pass requires, ensures or invalidates.
 
 The passes build a training form and an inference form.  Tensors have the same names in both forms,
-so that one cut fits both.  Weights become graph inputs, so that the graph to differentiate stays
-small however large the weights are.  Passes do not depend on the cut, the loss or the gradients.
+so that one cut fits both.  Weights become graph inputs, so that the graph stays small.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ def _type(work: Work) -> None:
 
 def _make_paddings_explicit(work: Work) -> None:
     if make_all_paddings_explicit(work.model):
-        _infer(work)  # also what comes out of a body whose shapes were corrected
+        _infer(work)  # also what leaves a body whose shapes were corrected
 
 
 def _join_sizes(work: Work) -> None:
