@@ -11,7 +11,7 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.codecs import Chunk
 from splitonnx.messages import Hello, Message, Save, Tensors, decode_message, encode_message
-from splitonnx.names import CLIENT, OWN, SERVER, SHARE, SPLITFED_V1, TRAIN
+from splitonnx.names import CLIENT, OWN, PREDICT, SERVER, SHARE, SPLITFED_V1, TRAIN
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.dispatchers import Dispatcher
@@ -138,6 +138,11 @@ class Sharer:
             *self.say(self._make(TRAIN, step), first),
             *self.say(msgspec.structs.replace(self._make(TRAIN, step), turn=1), second),
         ]
+
+    def predict(self) -> dict[str, np.ndarray]:
+        """Return what the server's part predicts."""
+        ((_, tensors),) = self.say(self._make(PREDICT, 0), {"h": BATCH["h"]})
+        return tensors
 
     def begin(self, step: int) -> None:
         """Begin a step, and leave it there."""

@@ -18,7 +18,7 @@ import numpy as np
 from splitonnx.errors import BundleError, NotFinite, NotSaved, RemoteProtocolError
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import Hello, Save, TaskKey
-from splitonnx.names import OWN, SERVER, SHARE
+from splitonnx.names import OWN, SERVER, SHARE, TRAIN
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.policies.rounds import Answer, Joint, Rounds, Share
@@ -66,6 +66,7 @@ class JointTraining:
         self._expected = frozenset(wires)
         self._sent = [name for name in wires if name not in (SAMPLES, LEAVES)]
         self._due: dict[str, Joint] = {}  # what a session's copy adopts when it is next used
+        self._starts: dict[str, Joint] = {}  # what it adopts before it trains, if it does
 
     @property
     def models(self) -> Mapping[str, ServerModel]:
@@ -90,14 +91,16 @@ class JointTraining:
     def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
         """Load the session's copy from disk, or make a new one; see :class:`PerClient`.
 
-        A copy of the state that the session started from adopts the newest joined tensors: if the
-        server failed, the client may have received them already, and will not ask again.
+        If the server failed, a client that comes back at its start may have received joined tensors
+        already, and will not ask again.  Then its copy adopts the newest before it trains.  A
+        client that only predicts keeps the copy that fits its own state.
         """
         joined = self._copies.join(hello, owner, resume=resume)
         with self._lock:
             self._rounds.rewind(hello.session, joined.step)
-            if self._rounds.newest is not None and joined.step == hello.start:
-                self._due[hello.session] = self._rounds.newest
+            came_back = hello.generation > 1 and joined.step == hello.start
+            if self._rounds.newest is not None and came_back:
+                self._starts[hello.session] = self._rounds.newest
         return joined
 
     def submit(self, task: Task) -> Iterator[Delivery]:
@@ -110,6 +113,8 @@ class JointTraining:
             RemoteProtocolError: a share is incomplete, or its numbers are out of range.
             NotSaved: a state that the share replaces cannot be deleted from the disk.
         """
+        if task.key.phase in (TRAIN, SHARE):
+            self._begin(task.key.session)
         self._catch_up(task.key.session)
         if task.key.phase != SHARE:
             yield from self._copies.submit(task)
@@ -135,12 +140,14 @@ class JointTraining:
     def rewind(self, session: str, step: int) -> None:
         """Go back to the state of an earlier step; the rounds stay as they are."""
         self._due.pop(session, None)
+        self._starts.pop(session, None)
         self._copies.rewind(session, step)
         with self._lock:
             self._rounds.rewind(session, step)
 
     def save(self, request: Save) -> None:
         """Write a durable checkpoint of the session's copy; see :class:`Policy`."""
+        self._begin(request.session)
         self._catch_up(request.session)
         self._copies.save(request)
 
@@ -162,6 +169,7 @@ class JointTraining:
     def leave(self, session: str) -> None:
         """Release the session's copy; the rounds still wait for the session, as it may return."""
         self._due.pop(session, None)
+        self._starts.pop(session, None)
         self._copies.leave(session)
         with self._lock:
             self._rounds.withdraw(session)
@@ -222,6 +230,12 @@ class JointTraining:
             tensors = {name_joined(n.removesuffix(OWN)): joint.tensors[n] for n in self._sent}
             tensors[ROUND] = np.array(joint.number)
             yield Delivery(key=answer.key, version=model.version, tensors=tensors, is_last=True)
+
+    def _begin(self, session: str) -> None:
+        """Have a copy adopt what its client received before the server failed, unless it is old."""
+        joint = self._starts.pop(session, None)
+        if joint is not None:
+            self._due.setdefault(session, joint)
 
     def _catch_up(self, session: str) -> None:
         """Put the joined tensors into a session's copy if it has not received them yet."""

@@ -13,7 +13,7 @@ from splitonnx.messages import Bye, Fault, Saved, Welcome
 from splitonnx.names import OWN
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, name_joined
 from tests.support import tiny
-from tests.support.sharers import WEIGHT, Sharer, Table
+from tests.support.sharers import BATCH, WEIGHT, Sharer, Table
 
 ANN, BOB, EVE = "a" * 32, "b" * 32, "e" * 32
 JOINED = name_joined(WEIGHT)
@@ -179,7 +179,7 @@ def test_a_round_that_cannot_be_recorded_is_told_in_the_log_and_training_goes_on
 
 def welcome(table: Table, session: str, step: int, kept: tuple[int, ...]) -> tuple[Sharer, int]:
     """Have a client return, and tell at which step it continues."""
-    sharer = Sharer(table, session, step=step, kept=kept)
+    sharer = Sharer(table, session, step=step, kept=kept, generation=2)
     assert isinstance(sharer.greeting, Welcome), sharer.greeting
     return sharer, sharer.greeting.step
 
@@ -230,17 +230,32 @@ def test_after_a_crash_before_its_first_step_a_client_trains_with_the_joined_mod
     ann.share(0, samples=0)
     ann.train(0)
     ann.share(1, 1.0)
-    joined = table.read(ANN)["W2"]
     eve = Sharer(table, EVE)
     if is_saved:
         eve.save(0)  # before it asks for the model
     ((_, tensors),) = eve.share(0, samples=0)
     assert read(tensors) == (1, 1.0)
     table.open(resume=True)
-    _, step = welcome(table, EVE, 0, (0,) if is_saved else ())  # it has the model, and goes on
+    eve, step = welcome(table, EVE, 0, (0,) if is_saved else ())  # it has the model, and goes on
     assert step == 0
-    np.testing.assert_array_equal(table.read(EVE)["W2"], joined)
-    assert (joined != tiny.WEIGHTS["W2"]).any()
+    eve.train(0)
+    bob = Sharer(table, BOB)
+    bob.share(0, samples=0)
+    bob.train(0)
+    np.testing.assert_array_equal(table.read(EVE)["W2"], table.read(BOB)["W2"])
+
+
+def test_a_client_that_has_not_asked_for_the_joined_model_predicts_with_its_own(
+    tmp_path: Path,
+) -> None:
+    table = Table(tmp_path / "server", clients=1)
+    ann = Sharer(table, ANN)
+    ann.share(0, samples=0)
+    ann.train(0)
+    ann.share(1, 1.0)
+    eve = Sharer(table, EVE)
+    np.testing.assert_allclose(eve.predict()["y"], BATCH["h"] @ tiny.WEIGHTS["W2"], rtol=1e-6)
+    assert (ann.predict()["y"] != eve.predict()["y"]).any()
 
 
 def test_a_server_that_forgets_its_sessions_begins_with_a_first_round(tmp_path: Path) -> None:
