@@ -6,8 +6,8 @@ DATA is ``cancer``, scikit-learn's 569 breast tumours with 30 measurements each,
 1,797 handwritten digits.  Each hospital holds other classes more often than the others do: one sees
 mostly malignant tumours, or mostly the digits 0 to 3.  The network is cut in a U-shape, so that
 neither measurements nor labels leave a hospital.  Each policy of the server that joins clients is
-tried by four processes: a server and three hospitals.  Beside them stand what each hospital reaches
-alone, and what one training on all data reaches.  Accuracies are of data that no hospital trained
+tried by four processes: a server and three hospitals.  For comparison, each hospital trains alone,
+and one training has all data.  Accuracies are of data that no hospital trained
 with.  Everything is written into FOLDER, ``hospitals-output`` by default.
 """
 

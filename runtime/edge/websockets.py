@@ -73,7 +73,7 @@ class Peer:
     async def log_in(self, content: Chunk | bytearray, find: Authorize | None) -> str:
         """Admit a client by the token in its first message, and return the token's owner.
 
-        ``find`` returns the identity that a token stands for, or ``None`` if it is not known.
+        ``find`` returns the identity that belongs to a token, or ``None`` for an unknown token.
 
         Raises:
             Unauthorized: the message contains no known token; the client is told so.

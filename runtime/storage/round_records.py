@@ -43,6 +43,7 @@ _log = logging.getLogger("splitonnx.server")
 class RoundRecord:
     """A closed round: its number, its joined tensors, and the sessions that belong to it.
 
+    The first round, which is closed before anybody trains, is number 0.
     ``members`` are the sessions that the next round waits for, in their order, and ``holder`` is
     the one whose turn it is if they train one after the other.  ``adoptions`` says for each session
     at which of its steps it received the tensors of which round, newest first.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from splitonnx.errors import UsageError
@@ -13,7 +12,7 @@ from splitonnx.runtime.server.policies.per_client import ModelSource, PerClient
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.policies.relay import Relay
-from splitonnx.runtime.server.policies.rounds import Joint, RoundRules, Rounds
+from splitonnx.runtime.server.policies.rounds import RoundRules, Rounds
 from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
 
 
@@ -54,40 +53,19 @@ def make_policy(
         coordinator(rules, _open(records, resume=resume)),
         terms=options.terms,
         manifest=manifest,
-        record=_make_recorder(records),
+        record=_forget if records is None else records.write,
     )
 
 
-def _open(records: RoundRecords | None, *, resume: bool) -> Joint | None:
+def _open(records: RoundRecords | None, *, resume: bool) -> RoundRecord | None:
     """Return the newest recorded round; a training that begins deletes those of earlier ones."""
     if records is None:
         return None
     if not resume:
         records.clear()
         return None
-    record = records.read_newest()
-    if record is None:
-        return None
-    return Joint(
-        number=record.number,
-        tensors=record.tensors,
-        members=record.members,
-        holder=record.holder,
-        adoptions=dict(record.adoptions),
-    )
+    return records.read_newest()
 
 
-def _make_recorder(records: RoundRecords | None) -> Callable[[Joint], None]:
-    def record(joint: Joint) -> None:
-        if records is not None:
-            records.write(
-                RoundRecord(
-                    number=joint.number,
-                    tensors=joint.tensors,
-                    members=joint.members,
-                    holder=joint.holder,
-                    adoptions=joint.adoptions,
-                )
-            )
-
-    return record
+def _forget(record: RoundRecord) -> None:
+    """Record nothing, because there is no folder."""

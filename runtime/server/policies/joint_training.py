@@ -21,7 +21,7 @@ from splitonnx.messages import Hello, Save, TaskKey
 from splitonnx.names import OWN, SERVER, SHARE, TRAIN
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import PerClient
-from splitonnx.runtime.server.policies.rounds import Answer, Joint, Rounds, Share
+from splitonnx.runtime.server.policies.rounds import Answer, Rounds, Share
 from splitonnx.runtime.server.policies.tasks import (
     Delivery,
     Joined,
@@ -30,6 +30,7 @@ from splitonnx.runtime.server.policies.tasks import (
     Task,
 )
 from splitonnx.runtime.server.policies.terms import Terms
+from splitonnx.runtime.storage.round_records import RoundRecord
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, list_joined, name_joined
 
 MOST_SAMPLES = 2**53
@@ -52,7 +53,7 @@ class JointTraining:
         *,
         terms: Terms,
         manifest: PartyManifest,
-        record: Callable[[Joint], None],
+        record: Callable[[RoundRecord], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._copies = copies
@@ -65,8 +66,8 @@ class JointTraining:
         wires = [wire.tensor.name for wire in manifest.phase(SHARE).wires if wire.sender != SERVER]
         self._expected = frozenset(wires)
         self._sent = [name for name in wires if name not in (SAMPLES, LEAVES)]
-        self._due: dict[str, Joint] = {}  # what a session's copy adopts when it is next used
-        self._starts: dict[str, Joint] = {}  # what it adopts before it trains, if it does
+        self._due: dict[str, RoundRecord] = {}  # what a session's copy adopts when it is next used
+        self._starts: dict[str, RoundRecord] = {}  # what it adopts before it trains, if it does
 
     @property
     def models(self) -> Mapping[str, ServerModel]:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from splitonnx.runtime.server.policies.rounds import Answer, Joint, RoundRules, Rounds, Share, join
+from splitonnx.runtime.server.policies.rounds import Answer, RoundRules, Rounds, Share, join
+from splitonnx.runtime.storage.round_records import RoundRecord
 
 
 class Relay(Rounds):
@@ -21,7 +22,7 @@ class Relay(Rounds):
     recorded with the model, so that it keeps the turn if the server fails.
     """
 
-    def __init__(self, rules: RoundRules, newest: Joint | None = None) -> None:
+    def __init__(self, rules: RoundRules, newest: RoundRecord | None = None) -> None:
         super().__init__(rules, newest)
         self._holder = "" if newest is None else newest.holder
         self._begun: float | None = None  # when the turn began
@@ -73,7 +74,7 @@ class Relay(Rounds):
         if not self._members:
             self._holder = ""
 
-    def _is_due(self, share: Share, newest: Joint) -> bool:
+    def _is_due(self, share: Share, newest: RoundRecord) -> bool:
         """Return whether a share is what the client learned in its turn; count it if it is late."""
         step, number = self._find_adopted(share.key.session)
         if share.samples == 0 or step == share.key.step:

@@ -16,6 +16,7 @@ import numpy as np
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.server.policies.averages import average
 from splitonnx.runtime.server.policies.tasks import MemberReport, RoundReport
+from splitonnx.runtime.storage.round_records import RoundRecord
 
 MOST_REMEMBERED = 1024
 """Of how many sessions it is remembered which round's tensors they have."""
@@ -55,27 +56,12 @@ Adoptions = dict[str, tuple[tuple[int, int], ...]]
 """For each session, the steps at which it received joined tensors, with the rounds' numbers."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Joint:
-    """The joined tensors of a closed round, and who belongs to the training at its end.
-
-    ``number`` is the round's number; the first round, before anybody trains, is number 0.
-    ``holder`` is the session whose turn it is, if clients train one after the other.
-    """
-
-    number: int
-    tensors: Mapping[str, np.ndarray] = field(repr=False)
-    members: tuple[str, ...] = ()
-    holder: str = ""
-    adoptions: Adoptions = field(default_factory=dict)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """Joined tensors for the client that sent the share ``key``."""
 
     key: TaskKey
-    joint: Joint
+    joint: RoundRecord
 
 
 def join(shares: Sequence[Share]) -> dict[str, np.ndarray]:
@@ -96,7 +82,7 @@ class Rounds:
     Times are seconds of a monotonic clock.
     """
 
-    def __init__(self, rules: RoundRules, newest: Joint | None = None) -> None:
+    def __init__(self, rules: RoundRules, newest: RoundRecord | None = None) -> None:
         self._rules = rules
         self.newest = newest
         self._members = dict.fromkeys(() if newest is None else newest.members)  # in order
@@ -181,7 +167,7 @@ class Rounds:
             is_waiting=session in self._open,
         )
 
-    def _is_due(self, share: Share, newest: Joint) -> bool:
+    def _is_due(self, share: Share, newest: RoundRecord) -> bool:
         """Return whether a share is to be joined in the open round; count it if it is late."""
         if share.samples == 0:
             return False
@@ -194,7 +180,7 @@ class Rounds:
         """Return at which step a session last received joined tensors, and of which round."""
         return next(iter(self._adoptions.get(session, ())), (0, -1))
 
-    def _answer(self, share: Share, joint: Joint) -> Answer:
+    def _answer(self, share: Share, joint: RoundRecord) -> Answer:
         self._remember(share, joint.number)
         return Answer(key=share.key, joint=joint)
 
@@ -219,9 +205,11 @@ class Rounds:
         self._open, self._arrivals = {}, {}
         return [Answer(key=share.key, joint=joint) for share in shares]
 
-    def _record(self, number: int, tensors: Mapping[str, np.ndarray], holder: str = "") -> Joint:
+    def _record(
+        self, number: int, tensors: Mapping[str, np.ndarray], holder: str = ""
+    ) -> RoundRecord:
         """Make the newest round of tensors, with what is needed to continue after it."""
-        self.newest = Joint(
+        self.newest = RoundRecord(
             number=number,
             tensors=tensors,
             members=tuple(self._members),

@@ -221,15 +221,21 @@ def test_a_state_from_before_a_share_is_not_taken_for_the_one_after_it(tmp_path:
     assert welcome(table, ANN, 1, (0,))[1] == 0
 
 
-@pytest.mark.parametrize("is_saved", [False, True])
-def test_after_a_crash_before_its_first_step_a_client_trains_with_the_joined_model(
-    tmp_path: Path, is_saved: bool
-) -> None:
-    table = Table(tmp_path / "server", clients=1)
+def train_a_round(folder: Path) -> tuple[Table, Sharer]:
+    """Have one client train the first round, and return the server and the client."""
+    table = Table(folder, clients=1)
     ann = Sharer(table, ANN)
     ann.share(0, samples=0)
     ann.train(0)
     ann.share(1, 1.0)
+    return table, ann
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_after_a_crash_before_its_first_step_a_client_trains_with_the_joined_model(
+    tmp_path: Path, is_saved: bool
+) -> None:
+    table, _ = train_a_round(tmp_path / "server")
     eve = Sharer(table, EVE)
     if is_saved:
         eve.save(0)  # before it asks for the model
@@ -248,11 +254,7 @@ def test_after_a_crash_before_its_first_step_a_client_trains_with_the_joined_mod
 def test_a_client_that_has_not_asked_for_the_joined_model_predicts_with_its_own(
     tmp_path: Path,
 ) -> None:
-    table = Table(tmp_path / "server", clients=1)
-    ann = Sharer(table, ANN)
-    ann.share(0, samples=0)
-    ann.train(0)
-    ann.share(1, 1.0)
+    table, ann = train_a_round(tmp_path / "server")
     eve = Sharer(table, EVE)
     np.testing.assert_allclose(eve.predict()["y"], BATCH["h"] @ tiny.WEIGHTS["W2"], rtol=1e-6)
     assert (ann.predict()["y"] != eve.predict()["y"]).any()

@@ -12,9 +12,10 @@ from splitonnx.messages import TaskKey
 from splitonnx.names import SHARE
 from splitonnx.runtime.server.policies.joint_training import JointTraining
 from splitonnx.runtime.server.policies.per_client import PerClient
-from splitonnx.runtime.server.policies.rounds import Joint, RoundRules, Rounds
+from splitonnx.runtime.server.policies.rounds import RoundRules, Rounds
 from splitonnx.runtime.server.policies.tasks import Task
 from splitonnx.runtime.server.policies.terms import Terms
+from splitonnx.runtime.storage.round_records import RoundRecord
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, name_joined, name_own
 from tests.support.registries import ANN, BOB
 from tests.support.sharing import greet, share_task, sharing_bundle, source_of
@@ -27,7 +28,7 @@ class Scene:
 
     def __init__(self) -> None:
         bundle = sharing_bundle()
-        self.recorded: list[Joint] = []
+        self.recorded: list[RoundRecord] = []
         self.now = 0.0
         self.policy = JointTraining(
             PerClient(source_of(bundle)),
@@ -96,7 +97,7 @@ def test_a_round_is_recorded_before_anybody_learns_of_it(scene: Scene) -> None:
 def test_a_round_that_cannot_be_recorded_is_kept_in_memory(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(joint: Joint) -> None:
+    def refuse(joint: RoundRecord) -> None:
         raise BundleError("rounds", "the disk is full")
 
     scene.policy._record = refuse
@@ -170,7 +171,7 @@ def test_what_is_known_of_members_does_not_wait_for_a_round_that_is_written(
 ) -> None:
     seen = []
 
-    def look(joint: Joint) -> None:
+    def look(joint: RoundRecord) -> None:
         seen.append((scene.policy.report().closed, scene.policy.report_members()[BOB]))
 
     scene.open_rounds()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from splitonnx.messages import TaskKey
-from splitonnx.runtime.server.policies.rounds import Answer, Joint, RoundRules, Rounds, Share
+from splitonnx.runtime.server.policies.rounds import Answer, RoundRules, Rounds, Share
+from splitonnx.runtime.storage.round_records import RoundRecord
 
 ANN, BOB, EVE = "a" * 32, "b" * 32, "e" * 32
 TIMEOUT = 10.0
@@ -126,7 +127,7 @@ def test_sessions_that_never_share_are_not_remembered() -> None:
     for number in range(5000):
         rounds.rewind(f"{number:032x}", 0)
     rounds.add(share(ANN, 1), 0.0)
-    assert isinstance(rounds.newest, Joint)
+    assert isinstance(rounds.newest, RoundRecord)
     assert set(rounds.newest.adoptions) == {ANN}
 
 
