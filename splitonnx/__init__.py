@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from splitonnx.partitioner.reports.checks import check
     from splitonnx.partitioner.reports.inspections import inspect
     from splitonnx.partitioner.reports.u_shapes.pairs import inspect_pairs
+    from splitonnx.runtime.channels.queries.server_parts import collect
     from splitonnx.runtime.client.clients import Client
     from splitonnx.runtime.client.explanations import explain
     from splitonnx.runtime.client.histories import History
@@ -46,6 +47,7 @@ __all__ = [
     "SplitonnxError",
     "adapt",
     "check",
+    "collect",
     "cut",
     "explain",
     "export",
@@ -72,6 +74,7 @@ _HOMES = {
     "SplitonnxError": "errors",
     "adapt": "partitioner.adaptations",
     "check": "partitioner.reports.checks",
+    "collect": "runtime.channels.queries.server_parts",
     "cut": "partitioner.permissions",
     "explain": "runtime.client.explanations",
     "export": "runtime.engine.exports",

@@ -128,7 +128,17 @@ def read_state(
     found = _find_outcome(folder, session)
     if found is None:
         return None
-    path, content = found[0], hold(found[1]) if is_held else found[1]
+    return decode_outcome(found[0], hold(found[1]) if is_held else found[1], manifest)
+
+
+def decode_outcome(path: Path, content: memoryview, manifest: PartyManifest) -> State:
+    """Decode and verify the content of an outcome's file; the tensors are views of ``content``.
+
+    ``path`` is the name of the file; it is used in error messages.
+
+    Raises:
+        BundleError, FormatError: it is not an outcome, or does not match the manifest.
+    """
     tensors, metadata = decode_state(path, content, manifest.state)
     has_checksum = CHECKSUM in metadata or "format" in metadata  # earlier versions wrote none
     if has_checksum and not has_valid_checksum(content, metadata):
@@ -148,11 +158,23 @@ def read_state(
 def read_owner(folder: Path, session: str) -> str | None:
     """Return the owner recorded in a session's saved result, or ``None`` if it cannot be read."""
     try:
-        found = _find_outcome(folder, session) if is_session(session) else None
+        found = map_outcome(folder, session)
     except BundleError:
         return None
+    return None if found is None else found[1].get("owner", "")
+
+
+def map_outcome(folder: Path, session: str) -> tuple[memoryview, dict[str, str]] | None:
+    """Memory-map the file of a session's outcome, and return it with its metadata.
+
+    The tensors are not verified.  Return ``None`` if the folder has no outcome of the session.
+
+    Raises:
+        BundleError: the file cannot be read.
+    """
+    found = _find_outcome(folder, session) if is_session(session) else None
     metadata = {} if found is None else _read_metadata(found[1])
-    return metadata.get("owner", "") if metadata.get("session") == session else None
+    return None if found is None or metadata.get("session") != session else (found[1], metadata)
 
 
 def read_newest(folder: Path) -> dict[str, str]:

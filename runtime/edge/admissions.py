@@ -8,6 +8,7 @@ and calls this module when a connection opens or closes.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from functools import partial
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from websockets.http11 import Request, Response
 
 from splitonnx.runtime.edge.http import (
     Authorize,
+    HttpResponse,
+    LaterResponse,
     OnRefusal,
     Refusal,
     Respond,
@@ -156,10 +159,13 @@ class Admission:
         self._clients.discard(connection)
         self._answers.pop(connection, None)
 
-    def answer(self, connection: Connection, request: Request) -> Response | None:
+    def answer(
+        self, connection: Connection, request: Request
+    ) -> Response | Awaitable[Response] | None:
         """Return the HTTP response to a request, or ``None`` to open a websocket.
 
-        If a websocket will be opened and the request identifies the client, the client is admitted.
+        The response is awaitable if it takes time to make.  If a websocket will be opened and the
+        request identifies the client, the client is admitted.
         """
         decision = self._policy.decide(request, connection.transport)
         if decision.refusal is not None:
@@ -168,19 +174,38 @@ class Admission:
             identity = decision.identity
             refusal = None if identity is None else self.admit(connection, identity)
             return None if refusal is None else deny_busy(refusal)
-        response = make_response(*decision.answer)
-        if request.method == "HEAD":
-            response.body = b""
-        elif not self._keep(connection, len(response.body)):
-            self.on_refusal(Refusal.TOO_MANY_ANSWERS, connection.name)
-            return deny_busy(Refusal.TOO_MANY_ANSWERS)
-        return response
+        answer, has_body = decision.answer, request.method != "HEAD"
+        if isinstance(answer, LaterResponse):
+            if not self._keep(connection, answer.most, takes_time=True):
+                return self._deny_answer(connection)
+            return _make_later(answer, has_body=has_body)
+        if has_body and not self._keep(connection, len(answer.body)):
+            return self._deny_answer(connection)
+        return _make_response(answer, has_body=has_body)
 
-    def _keep(self, connection: Connection, size: int) -> bool:
-        """Allow time to read a long response; return False if too much is buffered already."""
-        if size > SHORT_ANSWER:
+    def _deny_answer(self, connection: Connection) -> Response:
+        self.on_refusal(Refusal.TOO_MANY_ANSWERS, connection.name)
+        return deny_busy(Refusal.TOO_MANY_ANSWERS)
+
+    def _keep(self, connection: Connection, size: int, *, takes_time: bool = False) -> bool:
+        """Allow time to read a long response; return False if too much is buffered already.
+
+        ``takes_time`` means that the response has to be made first, which needs time as well.
+        """
+        if takes_time or size > SHORT_ANSWER:
             if sum(self._answers.values()) + size > ANSWERS_BYTES:
                 return False
             self._answers[connection] = size
             connection.wait_for_answer(size)
         return True
+
+
+async def _make_later(answer: LaterResponse, *, has_body: bool) -> Response:
+    return _make_response(await answer.make(), has_body=has_body)
+
+
+def _make_response(answer: HttpResponse, *, has_body: bool) -> Response:
+    response = make_response(*answer)
+    if not has_body:
+        response.body = b""
+    return response

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from http import HTTPStatus
@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from splitonnx.runtime.edge.tokens import ALL_ROLES, Identity, Role
+from splitonnx.runtime.edge.tokens import DEFAULT_ROLES, Identity, Role
 
 
 class Refusal(StrEnum):
@@ -72,8 +72,10 @@ class HttpRequest:
     path: str
     token: str | None
     """The token in the request, if it is valid."""
-    roles: frozenset[Role] = ALL_ROLES
-    """The sender's roles; all of them if no tokens are used."""
+    roles: frozenset[Role] = DEFAULT_ROLES
+    """The sender's roles; the default ones if no tokens are used."""
+    owner: str = ""
+    """The owner of the sender's token or certificate, if there is one."""
     is_upgrade: bool = False
     """Whether the request asks for a websocket."""
     encodings: str = ""
@@ -94,9 +96,21 @@ class HttpResponse(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({})
 
 
+@dataclass(frozen=True, kw_only=True)
+class LaterResponse:
+    """An HTTP response that takes time to make, for example because it is read from disk.
+
+    ``make`` begins to make it, without delaying other clients.  Its body has at most ``most``
+    bytes.
+    """
+
+    make: Callable[[], Awaitable[HttpResponse]]
+    most: int
+
+
 Authorize: TypeAlias = Callable[[str], Identity | None]
 """Returns the identity that belongs to a token, or ``None`` for an unknown token."""
-Respond: TypeAlias = Callable[[HttpRequest], HttpResponse | None]
+Respond: TypeAlias = Callable[[HttpRequest], HttpResponse | LaterResponse | None]
 """Returns the response to an HTTP request; ``None`` continues with the websocket handshake."""
 OnRefusal: TypeAlias = Callable[[Refusal, str], None]
 """Called with the reason of a refusal and the address of the refused client."""
@@ -130,15 +144,17 @@ def make_response(
     return Response(int(status), HTTPStatus(status).phrase, Headers(headers), body)
 
 
-def read_request(request: Request, token: str | None, roles: frozenset[Role]) -> HttpRequest:
+def read_request(request: Request, token: str | None, identity: Identity | None) -> HttpRequest:
     """Convert a request from the websockets library to an :class:`HttpRequest`.
 
-    ``token`` is the sender's token, if it is valid, and ``roles`` are the sender's roles.
+    ``token`` is the sender's token, if it is valid, and ``identity`` is the sender's identity, or
+    ``None`` if the sender has not identified itself.
     """
     return HttpRequest(
         path=request.path,
         token=token,
-        roles=roles,
+        roles=frozenset() if identity is None else identity.roles,
+        owner="" if identity is None else identity.owner,
         is_upgrade="Upgrade" in request.headers,
         encodings=",".join(request.headers.get_all("Accept-Encoding")),
         known_tags=",".join(request.headers.get_all("If-None-Match")),

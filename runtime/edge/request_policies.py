@@ -17,12 +17,13 @@ from splitonnx.runtime.edge.http import (
     METHODS,
     Authorize,
     HttpResponse,
+    LaterResponse,
     Refusal,
     Respond,
     read_request,
 )
 from splitonnx.runtime.edge.origins import Origins
-from splitonnx.runtime.edge.tokens import Identity, Role
+from splitonnx.runtime.edge.tokens import Identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Decision:
     """
 
     identity: Identity | None = None
-    answer: HttpResponse | None = None
+    answer: HttpResponse | LaterResponse | None = None
     refusal: Refusal | None = None
 
 
@@ -90,8 +91,7 @@ class RequestPolicy:
                 return _deny(HTTPStatus.UNAUTHORIZED, reason, refusal=Refusal.WRONG_TOKEN)
         answer = None
         if self._respond is not None:
-            roles: frozenset[Role] = frozenset() if identity is None else identity.roles
-            answer = self._respond(read_request(request, token, roles))
+            answer = self._respond(read_request(request, token, identity))
         if answer is None and request.method != "GET":
             upgrade = {"Upgrade": "websocket"}
             return _deny(HTTPStatus.UPGRADE_REQUIRED, "only websockets are here", upgrade)

@@ -7,8 +7,8 @@ a hash and, optionally, roles::
 
     clinic-a sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08 train,publish
 
-A token without roles in the file has all roles.  An owner may have several tokens, each with its
-own roles, so that a token can be replaced without interruption.
+A token without roles in the file has all roles but ``fetch``, which has to be named.  An owner may
+have several tokens, each with its own roles, so that a token can be replaced without interruption.
 """
 
 from __future__ import annotations
@@ -54,9 +54,15 @@ class Role(StrEnum):
     """Replace the newest state in the server's folder, from which later sessions begin."""
     OPERATE = "operate"
     """Read the metrics, and list all sessions."""
+    FETCH = "fetch"
+    """Read the trained states of the server's part from sessions of the same owner."""
 
 
-ALL_ROLES = frozenset(Role)
+DEFAULT_ROLES = frozenset({Role.TRAIN, Role.PUBLISH, Role.OPERATE})
+"""The roles of a token whose line names none, and of clients of a server without tokens.
+
+``fetch`` is not among them, because the weights of the server's part may be its owner's secret.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,7 @@ class Identity:
     """
 
     owner: str
-    roles: frozenset[Role] = ALL_ROLES
+    roles: frozenset[Role] = DEFAULT_ROLES
 
 
 class Tokens:
@@ -113,7 +119,7 @@ def add_token(path: str | Path, name: str, roles: Iterable[Role] = ()) -> str:
     """Create a token for ``name``, append its hash to the server's file, and return the token.
 
     ``name`` is the name of the token's owner.  The token itself is not stored.  If ``roles`` is
-    empty, the token has all roles.
+    empty, the token has :data:`DEFAULT_ROLES`.
 
     Raises:
         UsageError: ``name`` is not a valid name.
@@ -185,7 +191,7 @@ def _read_entry(words: list[str], place: str) -> tuple[Identity, bytes]:
         reason = "not a name, a hash and perhaps roles; `splitonnx token NAME` writes such lines"
         raise UnusableFile(place, reason)
     try:
-        roles = frozenset(map(Role, words[2].split(","))) if len(words) == 3 else ALL_ROLES
+        roles = frozenset(map(Role, words[2].split(","))) if len(words) == 3 else DEFAULT_ROLES
     except ValueError as error:
         reason = f"a role that is none; a token's roles are some of {','.join(Role)}"
         raise UnusableFile(place, reason) from error

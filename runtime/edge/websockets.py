@@ -212,7 +212,7 @@ async def serve(
         host=host.lower(),
     )
 
-    def answer(socket: ServerConnection, request: Request) -> Response | None:
+    def answer(socket: ServerConnection, request: Request) -> Response | Awaitable[Response] | None:
         assert isinstance(socket, LimitedConnection)
         return admission.answer(socket, request)
 

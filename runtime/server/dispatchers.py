@@ -43,7 +43,7 @@ from splitonnx.messages import (
     Welcome,
 )
 from splitonnx.names import SERVER
-from splitonnx.runtime.edge.tokens import ALL_ROLES, Role
+from splitonnx.runtime.edge.tokens import DEFAULT_ROLES, Role
 from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.server.ledgers import Fingerprint, Reply
 from splitonnx.runtime.server.policies.tasks import Delivery
@@ -84,7 +84,7 @@ class Dispatcher:
         registry: Registry,
         owner: str = "",
         *,
-        roles: frozenset[Role] = ALL_ROLES,
+        roles: frozenset[Role] = DEFAULT_ROLES,
         norm: float | None = None,
         batch: int | None = None,
         estimates: Estimates | None = None,

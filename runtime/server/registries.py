@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitonnx.errors import (
@@ -115,6 +116,11 @@ class Registry:
             can_unload=self._folder is not None,
         )
         self._unattended_seconds = unattended_seconds
+
+    @property
+    def folder(self) -> Path | None:
+        """Return the folder of the server's part, or ``None`` for a bundle in memory."""
+        return self._folder
 
     @property
     def sessions(self) -> tuple[Session, ...]:

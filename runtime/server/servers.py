@@ -60,7 +60,6 @@ HALT_SECONDS = 5.0
 """Seconds in which a server must end running steps and write its sessions after a second signal."""
 HALTED = 130
 """Exit code of a server that did not finish within that time."""
-
 FILES = 256
 """File descriptors needed besides connections, mostly for worker processes and checkpoints."""
 SCARCITY = (
@@ -81,8 +80,8 @@ class Server:
             Client("bundle/client", server.url).fit(data)
 
     Each client has its own session, which starts from the folder's state and outlives the client's
-    connections.  The same port answers ``GET /health``, ``GET /metrics``, ``GET /sessions`` and
-    ``GET /client/...``.
+    connections.  The same port answers ``GET /health``, ``GET /metrics``, ``GET /sessions``,
+    ``GET /states/...`` and ``GET /client/...``.
 
     Args:
         bundle: the server's folder, or the server's part if it is already loaded.
@@ -176,15 +175,16 @@ class Server:
             )
             self._leaving = describe_step(list_sent(party.manifest, TRAIN))
             self._estimates = Estimates(party.manifest, party.graphs)
+            self._compute = Turns(name="splitonnx-compute")
+            self._storage = Turns(name="splitonnx-storage")
             self._responder = Responder(
                 self._registry,
                 self._metrics,
                 is_stopping=self._is_stopping,
+                storage=self._storage,
                 client_files=None if client is None else ClientFiles(client, party.manifest),
                 pages=pages,
             )
-            self._compute = Turns(name="splitonnx-compute")
-            self._storage = Turns(name="splitonnx-storage")
             self._connections: set[asyncio.Task[None]] = set()
             self._scarcity = Rarely(time.monotonic)
             self._loop: asyncio.AbstractEventLoop | None = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import splitonnx
 from splitonnx.commands import printing
 from splitonnx.commands.files import refuse_existing
+from splitonnx.commands.groups import spread
 from splitonnx.commands.options import (
     BundleArgument,
     ForceOption,
@@ -19,6 +20,11 @@ from splitonnx.commands.options import (
     RawStatesOption,
     refuse_both,
 )
+from splitonnx.commands.security import ClientSecurity
+from splitonnx.errors import UsageError
+
+if TYPE_CHECKING:
+    from splitonnx.bundles import Bundle
 
 
 class Purpose(StrEnum):
@@ -27,6 +33,7 @@ class Purpose(StrEnum):
     MOBILE = "mobile"
 
 
+@spread
 def merge(
     bundle: BundleArgument,
     output: Annotated[
@@ -44,8 +51,28 @@ def merge(
         typer.Option("--adapters", help="Write the adapters alone, as a safetensors file."),
     ] = False,
     raw_states: RawStatesOption = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="URL",
+            help="Fetch the server's part from this running server, such as ws://127.0.0.1:8765; "
+            "this takes a token with the role fetch.",
+        ),
+    ] = None,
+    session: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SESSION",
+            help="With --from: the session to merge, or the beginning of its name, if the client's "
+            "folder has the outcomes of several; by default the last one.",
+            show_default=False,
+        ),
+    ] = None,
     force: ForceOption = False,
     quiet: QuietOption = False,
+    *,
+    security: ClientSecurity,
 ) -> None:
     """Merge a bundle's parts into one plain ONNX model for inference, with the trained weights.
 
@@ -54,12 +81,21 @@ def merge(
     """
     refuse_both("--fold", "--adapters", fold, adapters)
     refuse_both("--raw-states", "--adapters", raw_states, adapters)
+    if server is None and session is not None:
+        raise UsageError("--session: for a server, and none is named; name it with --from")
+    credentials = security.make_credentials(server)
     refuse_existing(output, force=force)
+    source: Path | Bundle = bundle
+    if server is not None:
+        near = next(parent for parent in output.absolute().parents if parent.is_dir())
+        source = splitonnx.collect(
+            bundle, server, credentials=credentials, session=session or "", folder=near
+        )
     if adapters:
-        size = splitonnx.write_adapters(bundle, output, overwrite=force)
+        size = splitonnx.write_adapters(source, output, overwrite=force)
     else:
         size = splitonnx.write_merged(
-            bundle, output, fold=fold, raw_states=raw_states, overwrite=force
+            source, output, fold=fold, raw_states=raw_states, overwrite=force
         )
     if not quiet:
         printing.print_written(output, size)

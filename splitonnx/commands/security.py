@@ -228,7 +228,8 @@ def token(
         typer.Option(
             metavar="ROLE",
             help="What it may do: train (and predict), publish the newest state, operate (read "
-            "metrics, list sessions); repeatable. Everything by default.",
+            "metrics, list sessions), fetch (read the server's trained part); repeatable. "
+            "Everything but fetch by default.",
             show_default=False,
         ),
     ] = None,

@@ -28,7 +28,7 @@ def sessions(
     """
     import msgspec
 
-    from splitonnx.runtime.channels.server_queries import fetch_sessions
+    from splitonnx.runtime.channels.queries.server_queries import fetch_sessions
 
     credentials = security.make_credentials(server)
     assert credentials is not None  # a server is named

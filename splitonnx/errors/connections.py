@@ -235,6 +235,17 @@ class SessionsNotListed(ProtocolError):
 
 
 @dataclass(eq=False)
+class StateNotFetched(ProtocolError):
+    """The server does not hand out the trained state of its part, or one that cannot be used."""
+
+    peer: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the server's part cannot be fetched from {self.peer}: {flatten(self.reason)}"
+
+
+@dataclass(eq=False)
 class SharingNotPermitted(ProtocolError):
     """The server's policy joins what clients learn, and this client may not share its weights."""
 

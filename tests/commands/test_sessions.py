@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from splitonnx.runtime.channels import server_queries
 from splitonnx.runtime.channels.credentials import Credentials
+from splitonnx.runtime.channels.queries import server_queries
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.edge.tokens import Tokens
 from splitonnx.runtime.server.servers import Server

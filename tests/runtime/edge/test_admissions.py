@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from unittest.mock import Mock
 
 import pytest
 from websockets.datastructures import Headers
-from websockets.http11 import Request
+from websockets.http11 import Request, Response
 
 from splitonnx.errors import ConnectionLost
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.edge import admissions
 from splitonnx.runtime.edge.admissions import SHORT_ANSWER, Admission
-from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, Refusal
+from splitonnx.runtime.edge.http import HttpRequest, HttpResponse, LaterResponse, Refusal
 from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import BUSY
@@ -55,6 +56,7 @@ class Arrivals:
     def __init__(self, *, is_open: bool = False, page: bytes | None = None, **limits: int) -> None:
         self.told: list[tuple[Refusal, str]] = []
         self.page = page
+        self.most: int | None = None  # bytes of a page that takes time to make
         self.admission = Admission(
             Limits(**limits),
             authorize=None if is_open else know_sesame,
@@ -66,8 +68,17 @@ class Arrivals:
             host="127.0.0.1",
         )
 
-    def _respond(self, request: HttpRequest) -> HttpResponse | None:
-        return None if self.page is None else HttpResponse(200, "text/html", self.page)
+    def _respond(self, request: HttpRequest) -> HttpResponse | LaterResponse | None:
+        if self.page is None:
+            return None
+        made = HttpResponse(200, "text/html", self.page)
+        if self.most is None:
+            return made
+
+        async def make() -> HttpResponse:
+            return made
+
+        return LaterResponse(make=make, most=self.most)
 
     def enter(self, *names: str) -> list[Recorded]:
         connections = [Recorded(name) for name in names]
@@ -77,8 +88,25 @@ class Arrivals:
 
     def ask(self, connection: Recorded, method: str = "GET", **headers: str) -> int | None:
         request = Request("/", Headers(Host="127.0.0.1", **headers), method)
-        response = self.admission.answer(connection, request)
+        response = self._answer(connection, request)
         return None if response is None else response.status_code
+
+    def read(self, connection: Recorded, method: str = "GET") -> bytes:
+        request = Request("/", Headers(Host="127.0.0.1"), method)
+        response = self._answer(connection, request)
+        assert response is not None
+        return bytes(response.body)
+
+    def _answer(self, connection: Recorded, request: Request) -> Response | None:
+        response = self.admission.answer(connection, request)
+        if not isinstance(response, Awaitable):
+            return response
+        made = response
+
+        async def wait() -> Response:
+            return await made
+
+        return asyncio.run(wait())
 
 
 def test_with_one_too_many_the_one_that_waited_longest_is_sent_away() -> None:
@@ -169,6 +197,23 @@ def test_short_answers_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     (connection,) = arrivals.enter("first")
     assert arrivals.ask(connection) == 200
     assert connection.answers == []
+
+
+def test_an_answer_that_takes_time_to_make_has_time_and_room_in_advance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admissions, "ANSWERS_BYTES", 2000)
+    arrivals = Arrivals(page=b"late")
+    arrivals.most = 1000
+    first, second, third = arrivals.enter("first", "second", "third")
+    assert [arrivals.read(c) for c in (first, second)] == [b"late", b"late"]
+    assert [c.answers for c in (first, second)] == [[1000], [1000]]
+    assert arrivals.ask(third) == 503
+    assert arrivals.told == [(Refusal.TOO_MANY_ANSWERS, "third")]
+    arrivals.admission.leave(second)
+    assert arrivals.ask(third, "HEAD") == 200
+    arrivals.admission.leave(third)
+    assert arrivals.read(third, "HEAD") == b""
 
 
 def test_without_a_descriptor_one_that_waits_makes_room() -> None:

@@ -18,7 +18,7 @@ from splitonnx.runtime.edge.http import (
     make_response,
     read_request,
 )
-from splitonnx.runtime.edge.tokens import ALL_ROLES, Role
+from splitonnx.runtime.edge.tokens import Identity, Role
 
 TRAIN = frozenset({Role.TRAIN})
 
@@ -82,11 +82,14 @@ def test_of_a_request_is_read_what_answers_hang_on() -> None:
             ("If-None-Match", '"a"'),
         ]
     )
-    found = read_request(Request("/client/a.onnx", headers), "secret", TRAIN)
+    found = read_request(
+        Request("/client/a.onnx", headers), "secret", Identity(owner="ann", roles=TRAIN)
+    )
     assert found == HttpRequest(
         path="/client/a.onnx",
         token="secret",
         roles=TRAIN,
+        owner="ann",
         is_upgrade=True,
         encodings="gzip,br",
         known_tags='"a"',
@@ -94,5 +97,10 @@ def test_of_a_request_is_read_what_answers_hang_on() -> None:
 
 
 def test_headers_that_a_request_lacks_are_empty() -> None:
-    found = read_request(Request("/", Headers()), None, ALL_ROLES)
+    found = read_request(Request("/", Headers()), None, Identity(owner=""))
     assert found == HttpRequest(path="/", token=None)
+
+
+def test_who_has_not_said_who_it_is_has_no_role() -> None:
+    found = read_request(Request("/", Headers()), None, None)
+    assert found == HttpRequest(path="/", token=None, roles=frozenset())

@@ -12,7 +12,7 @@ import pytest
 
 from splitonnx.errors import UnusableFile, UsageError
 from splitonnx.runtime.edge.tokens import (
-    ALL_ROLES,
+    DEFAULT_ROLES,
     ENVIRONMENT,
     Identity,
     Role,
@@ -148,13 +148,13 @@ def test_a_client_s_file_that_holds_no_token_is_refused(file: Path, content: str
     assert not content or content not in str(caught.value)
 
 
-def test_a_token_has_the_roles_of_its_line_and_without_any_all(file: Path) -> None:
+def test_a_token_has_the_roles_of_its_line_and_without_any_all_but_fetch(file: Path) -> None:
     trainer = add_token(file, "ana", [Role.TRAIN])
     both = add_token(file, "ana", [Role.TRAIN, Role.PUBLISH, Role.TRAIN])
     whole = add_token(file, "ana")
     known = Tokens.read(file)
     roles = [identity.roles for t in (trainer, both, whole) if (identity := known.find(t))]
-    assert roles == [{Role.TRAIN}, {Role.TRAIN, Role.PUBLISH}, set(Role)]
+    assert roles == [{Role.TRAIN}, {Role.TRAIN, Role.PUBLISH}, DEFAULT_ROLES]
     assert file.read_text().splitlines()[1].endswith(" train,publish")
 
 
@@ -165,12 +165,12 @@ def test_a_role_that_is_none_is_refused_with_its_line(file: Path, roles: str) ->
         Tokens.read(file)
 
 
-def test_an_owner_may_do_everything_unless_its_roles_are_said() -> None:
-    assert Identity(owner="ann").roles == ALL_ROLES == frozenset(Role)
+def test_an_owner_may_do_all_but_fetch_unless_its_roles_are_said() -> None:
+    assert Identity(owner="ann").roles == DEFAULT_ROLES == frozenset(Role) - {Role.FETCH}
     assert Identity(owner="ann", roles=frozenset({Role.TRAIN})).roles == {Role.TRAIN}
 
 
-@pytest.mark.parametrize("word", ["train", "publish", "operate"])
+@pytest.mark.parametrize("word", ["train", "publish", "operate", "fetch"])
 def test_a_role_is_the_word_that_stands_in_a_file_of_tokens(word: str) -> None:
     assert Role(word) == word
 
@@ -183,4 +183,4 @@ def test_what_is_no_role_is_none() -> None:
 def test_what_an_owner_may_do_does_not_change() -> None:
     identity = Identity(owner="ann", roles=frozenset({Role.TRAIN}))
     with pytest.raises(FrozenInstanceError):
-        identity.roles = ALL_ROLES  # type: ignore[misc]
+        identity.roles = DEFAULT_ROLES  # type: ignore[misc]

@@ -18,7 +18,7 @@ from splitonnx.errors import ConnectionLost
 from splitonnx.messages import Bye, Hello, Message, Tensors
 from splitonnx.names import CLIENT
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.edge.tokens import ALL_ROLES
+from splitonnx.runtime.edge.tokens import DEFAULT_ROLES
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.scheduling.budgets import Budget
@@ -49,7 +49,7 @@ class LimitedConnection:
 
     name = "127.0.0.1"
     owner = ""
-    roles = ALL_ROLES
+    roles = DEFAULT_ROLES
 
     def __init__(self, bundle: Bundle, *, hears: int) -> None:
         manifest = bundle.client.manifest

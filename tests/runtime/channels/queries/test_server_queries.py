@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import socket
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -22,50 +19,22 @@ from splitonnx.errors import (
     UsageError,
 )
 from splitonnx.runtime.channels.credentials import Credentials
-from splitonnx.runtime.channels.server_queries import fetch_sessions
+from splitonnx.runtime.channels.queries.server_queries import fetch_sessions
 from splitonnx.runtime.edge.tokens import Role, Tokens, add_token
 from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.wire.session_lists import encode_list
 from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
 from tests.support import tiny
 from tests.support.certificates import Files
+from tests.support.plain_answers import PlainAnswer, answering
 from tests.support.session_lists import make_entry, make_list
 
 NOBODY = Credentials()
 LIST = make_list(make_entry(), make_entry(owner="\x1b[31m"))
 
 
-@contextmanager
-def answering(
-    status: int, content: bytes, headers: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
-    """Answer every request alike; give the address, and paths and tokens of the requests."""
-    asked: list[tuple[str, str | None]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append((self.path, self.headers["Authorization"]))
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"ws://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def test_a_list_is_read_and_the_token_shown() -> None:
-    with answering(200, encode_list(LIST)) as (url, asked):
+    with answering(lambda _: PlainAnswer(content=encode_list(LIST))) as (url, asked):
         assert fetch_sessions(url, NOBODY) == LIST
         assert fetch_sessions(f"{url}/lab/", Credentials(token="x" * 43)) == LIST
     assert asked == [("/sessions", None), ("/lab/sessions", f"Bearer {'x' * 43}")]
@@ -92,14 +61,15 @@ def test_what_is_not_a_list_is_said(
     error: type[ProtocolError],
     reason: str,
 ) -> None:
-    with answering(status, content, headers) as (url, _), pytest.raises(error) as raised:
+    answer = PlainAnswer(content=content, status=status, headers=headers)
+    with answering(lambda _: answer) as (url, _), pytest.raises(error) as raised:
         fetch_sessions(url, NOBODY)
     assert reason in str(raised.value)
 
 
 def test_an_answer_beyond_the_limit_is_not_read() -> None:
     content = encode_list(LIST)
-    with answering(200, content) as (url, _):
+    with answering(lambda _: PlainAnswer(content=content)) as (url, _):
         exact = Credentials(message_bytes=len(content))
         assert fetch_sessions(url, exact) == LIST
         fewer = replace(exact, message_bytes=len(content) - 1)
