@@ -96,6 +96,16 @@ def decode_tensors(
     return {name: tensors[name] for name in header}, metadata
 
 
+def decode_metadata(content: Chunk | bytearray, *, max_header: int) -> dict[str, str]:
+    """Decode the metadata of a message, of which the bytes of tensors may be missing.
+
+    Raises:
+        FormatError: ``content`` does not begin with a complete, well-formed header.
+    """
+    header, _ = _read_header(memoryview(content).toreadonly().cast("B"), max_header)
+    return _check_metadata(header.pop(_METADATA, {}))
+
+
 def _malformed(reason: str) -> FormatError:
     return FormatError("not a well-formed tensor message", reason)
 

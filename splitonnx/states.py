@@ -158,23 +158,11 @@ def decode_outcome(path: Path, content: memoryview, manifest: PartyManifest) -> 
 def read_owner(folder: Path, session: str) -> str | None:
     """Return the owner recorded in a session's saved result, or ``None`` if it cannot be read."""
     try:
-        found = map_outcome(folder, session)
+        found = _find_outcome(folder, session) if is_session(session) else None
     except BundleError:
         return None
-    return None if found is None else found[1].get("owner", "")
-
-
-def map_outcome(folder: Path, session: str) -> tuple[memoryview, dict[str, str]] | None:
-    """Memory-map the file of a session's outcome, and return it with its metadata.
-
-    The tensors are not verified.  Return ``None`` if the folder has no outcome of the session.
-
-    Raises:
-        BundleError: the file cannot be read.
-    """
-    found = _find_outcome(folder, session) if is_session(session) else None
     metadata = {} if found is None else _read_metadata(found[1])
-    return None if found is None or metadata.get("session") != session else (found[1], metadata)
+    return metadata.get("owner", "") if metadata.get("session") == session else None
 
 
 def read_newest(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from splitonnx.codecs import decode_tensors, encode_tensors
+from splitonnx.codecs import decode_metadata, decode_tensors, encode_tensors
 from splitonnx.errors import FormatError
 from splitonnx.tensors import DTYPES
 
@@ -184,3 +184,20 @@ def test_one_altered_byte_is_read_or_refused(place: int, value: int) -> None:
         decode_tensors(content, max_header=LIMIT)
     except FormatError:
         return
+
+
+def test_metadata_are_decoded_without_the_tensors() -> None:
+    content = join({"a": np.zeros(3, np.float32)}, {"step": "3"})
+    header = content[: 8 + int.from_bytes(content[:8], "little")]
+    for beginning in (content, header, header + b"\0"):
+        assert decode_metadata(beginning, max_header=LIMIT) == {"step": "3"}
+    assert decode_metadata(join({}), max_header=LIMIT) == {}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 8, forge({})[:-1], forge({"__metadata__": {"step": 3}}), forge([]), b"\xff" * 90],
+)
+def test_a_beginning_without_a_header_has_no_metadata(content: bytes) -> None:
+    with pytest.raises(FormatError):
+        decode_metadata(content, max_header=LIMIT)

@@ -13,7 +13,6 @@ from splitonnx.states import (
     State,
     decode_outcome,
     map_file,
-    map_outcome,
     read_state,
     write_state,
 )
@@ -62,22 +61,6 @@ def test_a_file_system_without_links_keeps_outcomes_as_well(
     assert read_step(tmp_path, SESSIONS[0]) == 7
     names = {path.name for path in (tmp_path / "outcomes").iterdir()}
     assert names == {f"{session}.safetensors" for session in SESSIONS[1:3]}
-
-
-def test_the_file_of_a_session_s_outcome_is_found_wherever_it_is(tmp_path: Path) -> None:
-    assert map_outcome(tmp_path, SESSIONS[0]) is None
-    for step, session in enumerate(SESSIONS[:2]):
-        write_outcome(tmp_path, session, step)
-    for step, (session, name) in enumerate(
-        [(SESSIONS[0], f"outcomes/{SESSIONS[0]}.safetensors"), (SESSIONS[1], STATE)]
-    ):
-        found = map_outcome(tmp_path, session)
-        assert found is not None
-        content, metadata = found
-        assert bytes(content) == (tmp_path / name).read_bytes()
-        assert (metadata["session"], metadata["step"]) == (session, str(step))
-    for other in (SESSIONS[2], "", "../" + SESSIONS[0]):
-        assert map_outcome(tmp_path, other) is None
 
 
 def test_the_content_of_an_outcome_is_decoded_wherever_it_comes_from(tmp_path: Path) -> None:

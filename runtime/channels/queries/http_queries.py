@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from urllib.parse import urlsplit
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from urllib.parse import SplitResult, urlsplit
 
 from splitonnx.errors import (
     ConnectionLost,
@@ -28,7 +28,7 @@ from splitonnx.runtime.channels.credentials import Credentials, check_url
 from splitonnx.runtime.channels.websockets import MESSAGE_SECONDS, OPEN_SECONDS
 from splitonnx.runtime.wire.tls import describe_failure, make_client_tls
 
-_SCHEMES = ("ws", "wss")
+_PORTS = {"ws": 80, "wss": 443}
 _PIECE = 1 << 16
 _SAID = 200
 """Bytes of a refusal that are shown."""
@@ -70,12 +70,19 @@ def ask(url: str, credentials: Credentials, question: Question) -> bytes:
         ProtocolError: what ``question.refuse`` makes; there is no answer, or a redirect.
     """
     check_url(url, credentials)
-    peer = name_peer(url)
-    connection = _prepare(url, peer, credentials)
+    peer, parts = name_peer(url), urlsplit(url)
+    if parts.scheme not in _PORTS or not parts.hostname:
+        raise UsageError(f"'{peer}' is not a websocket address such as ws://host:8765")
+    port = parts.port or _PORTS[parts.scheme]
+    path = parts.path.rstrip("/") + question.path  # a proxy may have it below another
     headers = {} if credentials.token is None else {"Authorization": f"Bearer {credentials.token}"}
+    connection = HTTPConnection(parts.hostname, port)
     try:
-        path = urlsplit(url).path.rstrip("/") + question.path  # a proxy may have it below another
-        with _limiting(connection, peer):
+        with (
+            socket.create_connection((parts.hostname, port), OPEN_SECONDS) as plain,
+            _limiting(plain, peer),
+        ):
+            connection.sock = _secure(plain, parts, credentials)
             connection.request("GET", path, headers=headers)
             with connection.getresponse() as response:
                 if response.status != HTTPStatus.OK:
@@ -87,29 +94,28 @@ def ask(url: str, credentials: Credentials, question: Question) -> bytes:
         connection.close()
 
 
-def _prepare(url: str, peer: str, credentials: Credentials) -> HTTPConnection:
-    parts = urlsplit(url)
-    if parts.scheme not in _SCHEMES or not parts.hostname:
-        raise UsageError(f"'{peer}' is not a websocket address such as ws://host:8765")
+def _secure(plain: socket.socket, parts: SplitResult, credentials: Credentials) -> socket.socket:
+    """Do the TLS handshake on a connection, if the address wants one."""
     if parts.scheme == "ws":
-        return HTTPConnection(parts.hostname, parts.port, timeout=OPEN_SECONDS)
+        return plain
     tls = make_client_tls() if credentials.tls is None else credentials.tls
-    return HTTPSConnection(parts.hostname, parts.port, timeout=OPEN_SECONDS, context=tls)
+    return tls.wrap_socket(plain, server_hostname=parts.hostname)
 
 
 @contextmanager
-def _limiting(connection: HTTPConnection, peer: str) -> Iterator[None]:
-    """End the connection if its answer takes too long, however slowly its bytes arrive.
+def _limiting(plain: socket.socket, peer: str) -> Iterator[None]:
+    """End a connection if its answer takes too long, however slowly its bytes arrive.
 
     Raises:
         ConnectionLost: it took too long.
     """
     is_over = threading.Event()
+    same = plain.dup()  # TLS takes the other one over
 
     def end() -> None:
         is_over.set()
-        with suppress(OSError, AttributeError):  # it has ended meanwhile
-            connection.sock.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):  # it has ended meanwhile
+            same.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(MESSAGE_SECONDS, end)
     timer.daemon = True
@@ -121,6 +127,7 @@ def _limiting(connection: HTTPConnection, peer: str) -> Iterator[None]:
         error = raised
     finally:
         timer.cancel()
+        same.close()
     if is_over.is_set():  # an answer without a length seems to be complete
         reason = f"its answer took longer than {MESSAGE_SECONDS:g} s"
         raise ConnectionLost(peer, reason) from error

@@ -84,8 +84,8 @@ def collect(
         raise UsageError("the bundle has no server's part; merge it without --from")
     if client.trained is None or not is_session(client.session):
         raise UsageError(
-            "the client's part has not been trained with a server, so there is nothing to fetch; "
-            "train it, or put the trained client's folder in its place"
+            "the client's folder has no finished training with a server; train to the end with a "
+            "token that may publish, or put the trained client's folder in its place"
         )
     if not client.session.startswith(session):
         raise UsageError(f"the client's part is of session {client.session}, not {session}")

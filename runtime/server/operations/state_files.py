@@ -13,6 +13,7 @@ from pathlib import Path
 from splitonnx.checksums import CHECKSUM
 from splitonnx.errors import BundleError
 from splitonnx.runtime.edge.http import HttpResponse
+from splitonnx.runtime.storage.outcome_files import OutcomeFile, opening_outcome
 from splitonnx.runtime.wire.saved_states import (
     NOT_SAVED,
     PIECE_BYTES,
@@ -21,7 +22,6 @@ from splitonnx.runtime.wire.saved_states import (
     StateQuery,
     encode_description,
 )
-from splitonnx.states import map_outcome
 
 _TEXT = "text/plain"
 
@@ -45,38 +45,37 @@ class StateFiles:
         outcome of a session without an owner is for everyone who may fetch.
         """
         try:
-            found = self._find(query.session, owner)
+            if self._folder is None:
+                return self._answer(query, None, owner)
+            with opening_outcome(self._folder, query.session) as found:
+                return self._answer(query, found, owner)
         except BundleError as error:
             _logger.error("session %s: %s", query.session, error)  # the client may not see the path
             reason = b"the state cannot be read; the server's log says why\n"
             return HttpResponse(HTTPStatus.INTERNAL_SERVER_ERROR, _TEXT, reason)
-        if found is None:
+
+    def _answer(self, query: StateQuery, found: OutcomeFile | None, owner: str) -> HttpResponse:
+        if found is None or found.metadata.get("owner", "") not in ("", owner):
             return HttpResponse(HTTPStatus.NOT_FOUND, _TEXT, f"{NOT_SAVED}\n".encode())
-        state, content = found
+        state = self._read_facts(query.session, found)
         if not query.checksum:
             _logger.info("session %s: step %d is fetched by '%s'", state.session, state.step, owner)
             return HttpResponse(HTTPStatus.OK, "application/json", encode_description(state))
         if query.checksum != state.checksum or query.offset >= state.nbytes:
             return HttpResponse(HTTPStatus.GONE, _TEXT, f"{SAVED_ANEW}\n".encode())
-        piece = bytes(content[query.offset : query.offset + PIECE_BYTES])
+        piece = found.read(query.offset, PIECE_BYTES)
         return HttpResponse(HTTPStatus.OK, "application/octet-stream", piece)
 
-    def _find(self, session: str, owner: str) -> tuple[SavedState, memoryview] | None:
-        found = None if self._folder is None else map_outcome(self._folder, session)
-        if found is None:
-            return None
-        content, metadata = found
-        step, digest = metadata.get("step", ""), metadata.get("digest", "")
-        if metadata.get("owner", "") not in ("", owner):
-            return None
-        if CHECKSUM not in metadata or digest != self._digest or not step.isdecimal():
+    def _read_facts(self, session: str, found: OutcomeFile) -> SavedState:
+        facts = found.metadata
+        step, digest = facts.get("step", ""), facts.get("digest", "")
+        if CHECKSUM not in facts or digest != self._digest or not step.isdecimal():
             reason = f"the outcome of session {session} is of another bundle or version"
             raise BundleError(str(self._folder), reason)
-        state = SavedState(
+        return SavedState(
             digest=digest,
             session=session,
             step=int(step),
-            nbytes=len(content),
-            checksum=metadata[CHECKSUM],
+            nbytes=found.nbytes,
+            checksum=facts[CHECKSUM],
         )
-        return state, content

@@ -116,6 +116,15 @@ def test_an_answer_that_does_not_end_is_ended(
         ask(url, NOBODY, QUESTION)
 
 
+def test_a_tls_handshake_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_queries, "MESSAGE_SECONDS", 0.1)
+    with (
+        stopping_after(b"\x16\x03\x03\x00\x7a\x02") as url,
+        pytest.raises(ConnectionLost, match=r"longer than 0\.1 s"),
+    ):
+        ask(url.replace("ws:", "wss:"), NOBODY, QUESTION)
+
+
 def test_a_peer_is_named_without_what_may_be_secret() -> None:
     assert name_peer("ws://lab:8765/path?token=1") == "ws://lab:8765/path"
     with pytest.raises(UsageError, match="is not a websocket address"):

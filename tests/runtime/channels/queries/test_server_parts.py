@@ -14,6 +14,7 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import (
     BundleMismatch,
     NotPermitted,
+    NotSaved,
     StateNotFetched,
     Unauthorized,
     UnwritableFile,
@@ -200,7 +201,16 @@ def test_of_joint_training_the_joined_model_is_fetched_by_each_client(
 
 
 def test_a_client_that_was_not_trained_is_told(parted: Parted, server: Server) -> None:
-    with pytest.raises(UsageError, match="not been trained with a server"):
+    with pytest.raises(UsageError, match="no finished training with a server"):
+        collect(parted.bundle, server.url, credentials=parted.credentials())
+
+
+def test_a_client_whose_token_may_not_publish_has_nothing_to_merge(
+    parted: Parted, server: Server
+) -> None:
+    with pytest.raises(NotSaved, match="publish"):
+        parted.train(server.url, token="train")
+    with pytest.raises(UsageError, match="train to the end with a token that may publish"):
         collect(parted.bundle, server.url, credentials=parted.credentials())
 
 

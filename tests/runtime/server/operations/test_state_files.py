@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from splitonnx.bundles import PartyBundle
+from splitonnx.errors import BundleError
 from splitonnx.runtime.edge.http import HttpResponse
 from splitonnx.runtime.server.operations import state_files
 from splitonnx.runtime.server.operations.state_files import StateFiles
+from splitonnx.runtime.storage.outcome_files import OutcomeFile
 from splitonnx.runtime.wire.saved_states import (
     NOT_SAVED,
     SAVED_ANEW,
@@ -136,3 +138,15 @@ def test_a_state_of_another_bundle_is_not_handed_out_and_the_log_says_why(
     assert answer.status == 500
     assert str(folder).encode() not in answer.body
     assert "of another bundle or version" in caplog.text
+
+
+def test_a_state_that_is_cut_short_is_an_error_of_the_server(
+    files: StateFiles, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(file: OutcomeFile, offset: int, most: int) -> bytes:
+        raise BundleError(str(folder), "it was cut short while it was read")
+
+    monkeypatch.setattr(OutcomeFile, "read", cut)
+    query = StateQuery(session=ANN, checksum=describe(files).checksum)
+    answer = files.answer(query, "ann")
+    assert (answer.status, b"the server's log says why" in answer.body) == (500, True)
