@@ -22,7 +22,6 @@ from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.servers import Server
 from tests.support.zoo import ZOO
 
-MODEL = "chain"
 SAMPLES = 8
 SIZE = 4
 """Samples of a step."""
@@ -35,6 +34,8 @@ class Parted:
     bundle: Path
     host: Path
     tokens: Mapping[str, str] = field(repr=False)
+    model: str = "chain"
+    """The name of the model in the zoo."""
 
     @property
     def client(self) -> Path:
@@ -49,7 +50,7 @@ class Parted:
         """Train the client's part from where it is, and give the name of the session."""
         credentials = None if token is None else self.credentials(token)
         with Client(self.client, url, threads=1, credentials=credentials, share=True) as client:
-            client.fit(ZOO[MODEL].data(SAMPLES, seed), epochs=epochs, batch_size=SIZE)
+            client.fit(ZOO[self.model].data(SAMPLES, seed), epochs=epochs, batch_size=SIZE)
             client.save()
             return client.session
 
@@ -77,9 +78,9 @@ class Parted:
         return merge(place)
 
 
-def make_parted(folder: Path, bundle: Bundle | None = None) -> Parted:
-    """Cut a model, and part its folders."""
-    made = bundle or cut(ZOO[MODEL].build(), at="act1", loss=ZOO[MODEL].loss)
+def make_parted(folder: Path, bundle: Bundle | None = None, *, model: str = "chain") -> Parted:
+    """Part the folders of a model of the zoo, which is cut first unless that is done."""
+    made = bundle or cut(ZOO[model].build(), at="act1", loss=ZOO[model].loss)
     made.save(folder / "bundle")
     shutil.copytree(folder / "bundle" / "server", folder / "host")
     file = folder / "tokens"
@@ -87,4 +88,4 @@ def make_parted(folder: Path, bundle: Bundle | None = None) -> Parted:
     tokens["trains"] = add_token(file, "ana", [Role.TRAIN, Role.PUBLISH])
     tokens["whole"] = add_token(file, "ana")
     tokens["ben"] = add_token(file, "ben", [Role.FETCH])
-    return Parted(bundle=folder / "bundle", host=folder / "host", tokens=tokens)
+    return Parted(bundle=folder / "bundle", host=folder / "host", tokens=tokens, model=model)

@@ -91,7 +91,7 @@ def collect(
         raise UsageError(f"the client's part is of session {client.session}, not {session}")
     credentials = credentials or Credentials()
     found = describe_state(url, credentials, client.session)
-    _check_belonging(found, client)
+    _check_belonging(found, bundle, server)
     most = _measure(server.manifest.state)
     try:
         content = _download(url, credentials, found, most, folder)
@@ -99,7 +99,7 @@ def collect(
         place = tempfile.gettempdir() if folder is None else folder
         raise UnwritableFile(str(place), error.strerror or str(error)) from error
     state = _decode(content, server, found, name_peer(url))
-    return replace(bundle, parties={**bundle.parties, SERVER: server.with_state(state)})
+    return _replace_server(bundle, server.with_state(state))
 
 
 def _open(path: Path, session: str) -> Bundle:
@@ -135,27 +135,32 @@ def _open(path: Path, session: str) -> Bundle:
     return replace(bundle, parties={**bundle.parties, CLIENT: client})
 
 
-def _check_belonging(found: SavedState, client: PartyBundle) -> None:
-    """Check that a state is of the same bundle and step as the client's part.
+def _check_belonging(found: SavedState, bundle: Bundle, server: PartyBundle) -> None:
+    """Check that a state is of the bundle, and of the same session and step as the client's part.
 
     Raises:
         BundleMismatch: it is not.
     """
-    if found.digest != client.manifest.digest:
+    if found.digest != bundle.manifest.digest:
         raise BundleMismatch(
             "the bundle's digest",
-            client.manifest.digest[:16],
+            bundle.manifest.digest[:16],
             found.digest[:16],
             "name the server that serves the server's part of this bundle",
         )
-    if found.step != client.step:
-        raise BundleMismatch(
-            "the number of steps trained",
-            f"{client.step} (client)",
-            f"{found.step} (server)",
-            f"merge with the client's folder as session {client.session[:8]} left it at step "
-            f"{found.step}, or train on to the end, so that both sides save the same step",
+    announced = State(tensors={}, step=found.step, session=found.session)
+    try:
+        _replace_server(bundle, server.with_state(announced)).check_steps()
+    except BundleMismatch as error:
+        error.advice = (
+            f"merge with the client's folder as session {found.session[:8]} left it at step "
+            f"{found.step}, or train on to the end, so that both sides save the same step"
         )
+        raise
+
+
+def _replace_server(bundle: Bundle, server: PartyBundle) -> Bundle:
+    return replace(bundle, parties={**bundle.parties, SERVER: server})
 
 
 def _measure(declared: Iterable[StateSpec]) -> int:

@@ -20,6 +20,7 @@ from splitonnx.errors import (
     UnwritableFile,
     UsageError,
 )
+from splitonnx.optimizers import AdamW
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.channels.queries.server_parts import collect
@@ -43,12 +44,21 @@ def server(parted: Parted) -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "tail_at"),
+    [("chain", "act1", ()), ("batchnorm_trained", "r1", ("c2",)), ("embedding", "bent", ())],
+)
 def test_the_merged_model_is_to_the_bit_that_of_both_folders_on_one_machine(
-    parted: Parted, server: Server, tmp_path: Path
+    tmp_path: Path, name: str, at: str, tail_at: tuple[str, ...]
 ) -> None:
-    parted.train(server.url)
-    found = collect(parted.bundle, server.url, credentials=parted.credentials())
-    assert merge(found) == parted.merge_side_by_side(tmp_path / "whole")
+    entry = ZOO[name]
+    made = cut(entry.build(), at=at, tail_at=tail_at, loss=entry.loss, optimizer=AdamW(lr=1e-2))
+    parted = make_parted(tmp_path, made, model=name)
+    untrained = merge(made)
+    with parted.serve() as server:
+        parted.train(server.url)
+        found = collect(parted.bundle, server.url, credentials=parted.credentials())
+    assert merge(found) == parted.merge_side_by_side(tmp_path / "whole") != untrained
 
 
 def test_every_tensor_of_the_server_comes_as_it_was_saved(parted: Parted, server: Server) -> None:
