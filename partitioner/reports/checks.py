@@ -42,6 +42,7 @@ from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.graphs.traversals import find_moving
+from splitonnx.partitioner.legal_cuts import ReadOutputs
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.weights import list_returned
 from splitonnx.partitioner.reports.batches import remark_on_batches
@@ -205,7 +206,7 @@ def check(
     trials = Trials(source=model, has_loss=any(one.kind == FROM_MODEL for one in tried.trained))
     doubts, noticed = _list_remarks(prepared, tried, producer, trials)
     mixed, unmixed = _compare_samples(trials, prepared)
-    cuts, unlisted = _list_cuts(prepared, tried.outputs)
+    cuts, unlisted = _list_cuts(prepared, tried)
     roles = find_roles(prepared, tried.outputs)
     carried = sum(prepared.weights[name].size for name in prepared.carried)
     untrained = [name for name, role in roles.items() if role is not prepared.roles[name]]
@@ -318,14 +319,15 @@ def _note_stored(prepared: PreparedModel) -> Iterator[Remark]:
 
 @attribute_errors_to_pass("searched for cuts")
 def _list_cuts(
-    prepared: PreparedModel, outputs: Sequence[str]
+    prepared: PreparedModel, tried: TriedLosses
 ) -> tuple[tuple[CutCandidate, ...], tuple[Remark, ...]]:
     """List the cuts, or return no cuts and a remark if finding them would take too long.
 
     A model that cannot be trained has no cuts; :func:`check` reports the reason as an obstacle.
     """
+    own = tuple(loss for loss in tried.trained if loss.kind == FROM_MODEL)
     try:
-        return tuple(list_cuts(prepared, None, outputs=outputs)), ()
+        return tuple(list_cuts(prepared, None, (), ReadOutputs(names=tried.outputs, own=own))), ()
     except (NotDifferentiable, UsageError):
         return (), ()
     except TooManyTries as error:

@@ -9,21 +9,19 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from splitonnx.errors import CutError, SplitonnxError, TooManyTries, UsageError, quote
+from splitonnx.errors import SplitonnxError, TooManyTries, UsageError, quote
 from splitonnx.expressions import describe_size
+from splitonnx.losses import LossSource
 from splitonnx.names import DropoutMode
-from splitonnx.partitioner.cutting.candidates.bisections import Bisection, find_bisections
+from splitonnx.partitioner.cutting.candidates.bisections import Bisection
 from splitonnx.partitioner.cutting.carried_states.declarations import Pairs, list_pairs
 from splitonnx.partitioner.cutting.carried_states.placements import (
     leave_out_states,
-    place_states,
 )
 from splitonnx.partitioner.cutting.carried_states.raw_inputs import (
     trace_held_inputs,
     trace_raw_inputs,
 )
-from splitonnx.partitioner.cutting.divisions import divide_training
-from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
@@ -35,7 +33,6 @@ from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.pauses import pause_collection
-from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import (
     find_moving,
     map_values,
@@ -43,6 +40,7 @@ from splitonnx.partitioner.graphs.traversals import (
 )
 from splitonnx.partitioner.inference.folds import note_shapes
 from splitonnx.partitioner.inference.shapes import infer_shapes
+from splitonnx.partitioner.legal_cuts import ReadOutputs, find_legal_cuts, find_read_outputs
 from splitonnx.partitioner.partitions import refuse_untrainable
 from splitonnx.tensors import DTYPES
 
@@ -86,6 +84,7 @@ def inspect(
     states: Pairs = (),
     dequantize: bool = False,
     output: str | None = None,
+    loss: LossSource | None = None,
     dropout: DropoutMode | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
@@ -100,6 +99,8 @@ def inspect(
         dims, bind, states: sizes, values and states of inputs, as for ``cut``.
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
+        loss: the loss, or several, as for ``cut``.  By default, an output that is a single number
+            is itself the loss, and all other outputs have one that compares them with labels.
         dropout: whether Dropout nodes are on, as for ``cut``.
         train, freeze: regular expressions for what is trained and what is not, as for ``cut``.
 
@@ -112,7 +113,7 @@ def inspect(
     prepared = open_prepared(
         model, adjustments, dropout=dropout, train=train, freeze=freeze, states=states
     )
-    return list_cuts(prepared, batch, sent, _list_outputs(output))
+    return list_cuts(prepared, batch, sent, find_read_outputs(prepared, loss, output))
 
 
 def open_prepared(
@@ -145,58 +146,31 @@ def list_cuts(
     prepared: PreparedModel,
     batch: int | None,
     sent: Sequence[str] = (),
-    outputs: Sequence[str] = (),
+    reads: ReadOutputs | None = None,
 ) -> list[CutCandidate]:
     """List the single tensors at which a prepared model can be cut.
 
     If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
-    size.  The raw inputs in ``sent`` may be sent together with each tensor.  The losses are
-    computed from ``outputs``, by default from the first float output.
+    size.  The raw inputs in ``sent`` may be sent together with each tensor.  ``reads`` holds the
+    outputs from which the losses are computed, by default the first float output.
 
     Raises:
         NotDifferentiable: a node without a gradient is between a trained parameter and the loss.
         UsageError: nothing can be trained, or a name in ``sent`` is not an input.
     """
-    outputs = [choose_output(prepared, output) for output in outputs or (None,)]
+    outputs = reads.names if reads else (choose_output(prepared, None),)
     prepared = leave_out_states(prepared, outputs)
     form = prepared.inference
     for output in outputs:
         refuse_untrainable(prepared, output)
     if batch is not None:
         _fix_batch(form, prepared, batch)
-    open_inputs = resolve_sent(form.graph, sent, prepared)
     elements = count_trained(prepared, outputs)
-    found = find_bisections(form.graph, state=prepared.state, trainable=elements, sent=open_inputs)
-    trained = _list_trained(prepared, elements, sent, outputs)
+    found = find_legal_cuts(prepared, elements, sent, reads or ReadOutputs(names=outputs))
     passed = _list_passed(prepared, elements, outputs)
     makers = map_values(prepared.skeleton.graph)
     raw = _trace_raw(prepared)
-    return [
-        _describe(each, makers, passed, raw)
-        for each in found
-        if each.at[0].name in trained
-        and not _loses_gradient(each)
-        and all(can_travel(value) for value in each.at)
-        and keeps_states(prepared, each.at, (), outputs)
-    ]
-
-
-def keeps_states(
-    prepared: PreparedModel,
-    at: Sequence[ir.Value],
-    tail_at: Sequence[ir.Value],
-    outputs: Sequence[str],
-) -> bool:
-    """Return whether a cut leaves each state of the model to one party."""
-    if not prepared.states:
-        return True
-    graph = copy_model(prepared.training).graph
-    names, tail = ([value.name or "" for value in end] for end in (at, tail_at))
-    try:
-        place_states(prepared, graph, divide_training(prepared, graph, names, tail, outputs))
-    except CutError:
-        return False
-    return True
+    return [_describe(each, makers, passed, raw) for each in found]
 
 
 def _trace_raw(prepared: PreparedModel) -> dict[str, frozenset[str]]:
@@ -222,6 +196,7 @@ def advise_sent(
     states: Pairs = (),
     dequantize: bool = False,
     output: str | None = None,
+    loss: LossSource | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
 ) -> list[tuple[str, ...]]:
@@ -242,58 +217,13 @@ def advise_sent(
     )
     inputs = [v.name or "" for v in prepared.inference.graph.inputs]
     raw = [name for name in inputs if name not in prepared.state]
-    outputs = _list_outputs(output)
+    reads = find_read_outputs(prepared, loss, output)
     with suppress(TooManyTries):
         found: list[tuple[str, ...]] = [
-            (name,) for name in raw if list_cuts(prepared, None, [name], outputs)
+            (name,) for name in raw if list_cuts(prepared, None, [name], reads)
         ]
-        return found or ([tuple(raw)] if list_cuts(prepared, None, raw, outputs) else [])
+        return found or ([tuple(raw)] if list_cuts(prepared, None, raw, reads) else [])
     return []
-
-
-def _list_outputs(output: str | None) -> tuple[str, ...]:
-    return () if output is None else (output,)
-
-
-def resolve_sent(
-    graph: ir.Graph, sent: Sequence[str], prepared: PreparedModel
-) -> tuple[ir.Value, ...]:
-    """Return the graph's values for the raw inputs that ``sent`` names.
-
-    Raises:
-        UnknownTensor, UsageError: a name is not an input of the model.
-    """
-    found = resolve_names(graph, sent, prepared.given)
-    for value in found:
-        if value not in graph.inputs or value.name in prepared.state:
-            raise UsageError(f"'{value.name}' is not an input of the model that could be sent")
-    return found
-
-
-def _list_trained(
-    prepared: PreparedModel,
-    elements: Mapping[str, int],
-    sent: Sequence[str],
-    outputs: Sequence[str],
-) -> set[str]:
-    """Return the names of the tensors that are valid cuts of the training form.
-
-    Only the outputs with a loss are considered.  The training form differs from the inference form
-    where operators were rewritten: two results of one node may become two paths.
-    """
-    graph = prepared.training.graph
-    kept, values = list(graph.outputs), map_values(graph)
-    graph.outputs[:] = [values[output] for output in outputs]
-    try:
-        found = find_bisections(
-            graph,
-            state=prepared.state,
-            trainable=elements,
-            sent=resolve_names(graph, sent, prepared.given),
-        )
-    finally:
-        graph.outputs[:] = kept
-    return {each.at[0].name or "" for each in found if all(can_travel(value) for value in each.at)}
 
 
 def _list_passed(
@@ -305,20 +235,6 @@ def _list_passed(
     moving = find_moving(graph, [value for value in graph.inputs if elements.get(value.name or "")])
     traced = trace_gradients(values[output] for output in outputs)
     return {value.name or "" for value in moving & traced}
-
-
-def can_travel(value: ir.Value) -> bool:
-    """Return whether a tensor can be sent: its element type and its rank must be known."""
-    return declare_shape(value)[1] > 0
-
-
-def _loses_gradient(bisection: Bisection) -> bool:
-    """Return whether a cut would block gradients.
-
-    This is so if the tensor depends on trained parameters but is not a float.
-    """
-    dtype = bisection.at[0].dtype
-    return bisection.trained and not (dtype is not None and dtype.is_floating_point())
 
 
 def _fix_batch(model: ir.Model, prepared: PreparedModel, batch: int) -> None:

@@ -101,6 +101,7 @@ def check(
         raise typer.Exit(1)
 
 
+@spread
 def inspect(
     model: ModelArgument,
     batch: Annotated[
@@ -134,6 +135,8 @@ def inspect(
             help="List every pair whose second end is this, as for cut; repeatable.",
         ),
     ] = None,
+    *,
+    losses: LossOptions,
     dim: DimOption = None,
     bind: BindOption = None,
     state: StateOption = None,
@@ -147,8 +150,10 @@ def inspect(
     """List the tensors at which a model can be cut, and how much data each cut sends per step.
 
     With --u-shape, --at or --tail-at, list pairs of tensors for a U-shaped cut instead, with the
-    bytes that each sends per sample.
+    bytes that each sends per sample.  Say --loss as for cut where it matters: a model predicts
+    without a loss that is its own.
     """
+    loss = losses.read_chosen()
     is_end_named = bool(at or tail_at)
     if u_shape or is_end_named:
         if batch is not None:
@@ -164,6 +169,7 @@ def inspect(
             states=read_states(state),
             dequantize=dequantize,
             output=output,
+            loss=loss,
             dropout=None if dropout is None else dropout.value,
             train=train or (),
             freeze=freeze or (),
@@ -183,6 +189,7 @@ def inspect(
         states=read_states(state),
         dequantize=dequantize,
         output=output,
+        loss=loss,
         dropout=None if dropout is None else dropout.value,
         train=train or (),
         freeze=freeze or (),
@@ -204,6 +211,7 @@ def inspect(
             states=read_states(state),
             dequantize=dequantize,
             output=output,
+            loss=loss,
             train=train or (),
             freeze=freeze or (),
         )

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from splitonnx.disclosures import count_bytes_per_sample
 from splitonnx.expressions import describe_size, is_name
+from splitonnx.losses import Loss, LossSource
 from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Tensors
 from splitonnx.partitioner.cutting.carried_states.declarations import Pairs
@@ -21,7 +22,6 @@ from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
-    choose_output,
     count_trained,
 )
 from splitonnx.partitioner.differentiation.label_traces import find_bare_ends
@@ -38,14 +38,16 @@ from splitonnx.partitioner.graphs.traversals import (
     trace_gradients,
     walk_back,
 )
-from splitonnx.partitioner.partitions import refuse_untrainable
-from splitonnx.partitioner.reports.inspections import (
+from splitonnx.partitioner.legal_cuts import (
     can_travel,
-    describe_dims,
+    find_read_outputs,
     keeps_states,
-    open_prepared,
+    list_forms,
     resolve_sent,
 )
+from splitonnx.partitioner.model_losses import list_predicted
+from splitonnx.partitioner.partitions import refuse_untrainable
+from splitonnx.partitioner.reports.inspections import describe_dims, open_prepared
 from splitonnx.partitioner.reports.u_shapes.recommendations import find_recommended
 from splitonnx.tensors import DTYPES, TensorSpec
 
@@ -93,6 +95,7 @@ def inspect_pairs(
     states: Pairs = (),
     dequantize: bool = False,
     output: str | None = None,
+    loss: LossSource | None = None,
     dropout: DropoutMode | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
@@ -108,6 +111,8 @@ def inspect_pairs(
         dims, bind, states: sizes, values and states of inputs, as for ``cut``.
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         output: the output from which the loss is computed; by default the first float output.
+        loss: the loss, or several, as for ``cut``.  By default, an output that is a single number
+            is itself the loss, and all other outputs have one that compares them with labels.
         dropout: whether Dropout nodes are on, as for ``cut``.
         train, freeze: regular expressions for what is trained and what is not, as for ``cut``.
 
@@ -124,7 +129,7 @@ def inspect_pairs(
     prepared = open_prepared(
         model, adjustments, dropout=dropout, train=train, freeze=freeze, states=states
     )
-    return list_pairs(prepared, at=at, tail_at=tail_at, sent=sent, output=output)
+    return list_pairs(prepared, at=at, tail_at=tail_at, sent=sent, output=output, loss=loss)
 
 
 @attribute_errors_to_pass("searched for U-shaped cuts")
@@ -135,28 +140,24 @@ def list_pairs(
     tail_at: str | Sequence[str] = (),
     sent: Sequence[str] = (),
     output: str | None = None,
+    loss: LossSource | None = None,
 ) -> list[PairCandidate]:
     """List the pairs of a prepared model as :func:`inspect_pairs` does."""
-    output = choose_output(prepared, output)
-    prepared = leave_out_states(prepared, [output])
-    refuse_untrainable(prepared, output)
-    graph = prepared.inference.graph
-    search = PairSearch(
-        graph,
-        state=prepared.state,
-        trainable=prepared.trainable,
-        sent=resolve_sent(graph, sent, prepared),
-    )
-    first, last = (_resolve(prepared, names) for names in (at, tail_at))
+    reads = find_read_outputs(prepared, loss, output)
+    prepared = leave_out_states(prepared, reads.names)
+    for name in reads.names:
+        refuse_untrainable(prepared, name)
+    first, last = ((names,) if isinstance(names, str) else names for names in (at, tail_at))
+    found = list(_find_pairs(prepared, reads.own, first, last, sent))
     rows = _find_rows(prepared)
-    with _limit_outputs(prepared, output):
+    with _limit_outputs(prepared, reads.names):
         form = _TrainingForm(prepared)
         pairs = [
             form.describe(pair, trained, rows)
-            for pair in search.find(first, last)
-            if _can_be_sent(pair, graph, prepared.trainable)
+            for pair in found
+            if _can_be_sent(pair, prepared.inference.graph, prepared.trainable)
             and (trained := form.divide(pair)) is not None
-            and keeps_states(prepared, pair.at, pair.tail_at, [output])
+            and keeps_states(prepared, pair.at, pair.tail_at, reads.names)
         ]
     return [
         replace(pair, recommended=recommended)
@@ -164,17 +165,42 @@ def list_pairs(
     ]
 
 
-def _resolve(prepared: PreparedModel, names: str | Sequence[str]) -> Tensors | None:
-    names = (names,) if isinstance(names, str) else names
-    return resolve_names(prepared.inference.graph, names, prepared.given) or None
+def _find_pairs(
+    prepared: PreparedModel,
+    own: Sequence[Loss],
+    at: Sequence[str],
+    tail_at: Sequence[str],
+    sent: Sequence[str],
+) -> Iterator[Pair]:
+    """Yield the pairs that are legal for prediction, which may do without the losses in ``own``.
+
+    Pairs with an end within such a loss come last.
+    """
+    for form, left in list_forms(prepared, own):
+        graph = form.inference.graph
+        search = PairSearch(
+            graph,
+            state=form.state,
+            trainable=form.trainable,
+            sent=resolve_sent(graph, list_predicted(form, sent, prepared), form),
+        )
+        ends = [list_predicted(form, names, prepared) for names in (at, tail_at)]
+        if any(given and not named for given, named in zip((at, tail_at), ends, strict=True)):
+            continue  # an end is within a loss
+        resolved = [resolve_names(graph, names, form.given) or None for names in ends]
+        for pair in search.find(*resolved):
+            made = {value for value in (*pair.at, *pair.tail_at) if value.producer() is not None}
+            if not left or any(value.name not in left for value in made):
+                yield pair
 
 
 @contextmanager
-def _limit_outputs(prepared: PreparedModel, output: str) -> Iterator[None]:
-    """Remove all outputs of the training form except the one with the loss, and restore them."""
+def _limit_outputs(prepared: PreparedModel, names: Sequence[str]) -> Iterator[None]:
+    """Remove all outputs of the training form except those with a loss, and restore them."""
     graph = prepared.training.graph
     outputs = list(graph.outputs)
-    graph.outputs[:] = [map_values(graph)[output]]
+    values = map_values(graph)
+    graph.outputs[:] = [values[name] for name in names]
     try:
         yield
     finally:
@@ -189,12 +215,14 @@ def _can_be_sent(pair: Pair, graph: ir.Graph, trainable: Collection[str]) -> boo
 
 
 class _TrainingForm:
-    """The training form of a model; only the output from which the loss is computed counts."""
+    """The training form of a model; only the outputs from which losses are computed count."""
 
     def __init__(self, prepared: PreparedModel) -> None:
         self._graph = prepared.training.graph
         self._trainable = prepared.trainable
-        self._elements = count_trained(prepared, [self._graph.outputs[0].name or ""])
+        self._elements = count_trained(
+            prepared, [value.name or "" for value in self._graph.outputs]
+        )
         self._search = PairSearch(self._graph, state=prepared.state, trainable=self._trainable)
         readers = {node for node in self._graph if reads_size(node)}
         self._total = self._count(walk_back(self._graph.outputs, ends=readers)[0])
