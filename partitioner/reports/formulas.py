@@ -9,7 +9,7 @@ consider where a tensor is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +28,10 @@ _FINER_BITS = 0x1FFF
 """The bits of a float32 that neither float16 nor bfloat16 has."""
 _LEAST_EVIDENCE = 6
 """The number of equations, beyond those that define a formula, that its numbers must satisfy."""
+_LEAST_PAIRED = 16
+"""The number of sines and cosines that a single table has at least."""
+_LEAST_TURNED = 3
+"""The number of angles, beyond those of 0 and 90 degrees, that two tables of rotations show."""
 _LARGEST_FACTOR = 64
 """The largest ratio between two numbers of a fixed filter."""
 
@@ -48,6 +52,40 @@ def describe_formula(tensor: ir.TensorProtocol) -> str | None:
         if test(array, tolerance):
             return words
     return None
+
+
+def find_rotations(tensors: Mapping[str, ir.TensorProtocol]) -> set[str]:
+    """Find pairs of tensors of one shape that hold the cosines and the sines of the same angles.
+
+    Such tables rotate queries and keys by their positions.  They may be too short to reveal
+    themselves one by one.
+    """
+    found: set[str] = set()
+    energies: dict[tuple[int, ...], list[tuple[str, Array, float]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.size < _LEAST_TURNED or not tensor.dtype.is_floating_point():
+            continue
+        array = _read(tensor)
+        if not np.isfinite(array).all() or np.abs(array).max() > 1 + _COARSE:
+            continue
+        energy = float((array**2).mean())
+        others = energies.setdefault(tuple(tensor.shape.numpy()), [])
+        for other, table, own in others:
+            if abs(own + energy - 1) <= _COARSE and _turn(array, table):
+                found |= {name, other}
+        others.append((name, array, energy))
+    return found
+
+
+def _turn(one: Array, other: Array) -> bool:
+    """Return whether two tables are cosines and sines, of angles that are not all multiples of 90.
+
+    Ones and zeros, as the first scale and shift of a normalization have, do not count.
+    """
+    tolerance = _COARSE if _is_coarse(one) or _is_coarse(other) else _TOLERANCE
+    turned = (np.abs(one) > 1e-3) & (np.abs(other) > 1e-3)
+    is_circle = np.abs(one**2 + other**2 - 1).max() <= tolerance
+    return bool(is_circle and turned.sum() >= _LEAST_TURNED and np.ptp(one[turned]) > 1e-2)
 
 
 def is_fixed_filter(tensor: ir.TensorProtocol) -> bool:
@@ -140,7 +178,7 @@ def _are_pairs(array: Array, tolerance: float) -> bool:
     if width % 4 == 0:
         quarters = rows.reshape(len(rows), 4, width // 4)
         orders.append((quarters[:, 0::2], quarters[:, 1::2]))
-    for first, second in orders if width % 2 == 0 and rows.size >= 32 else []:
+    for first, second in orders if width % 2 == 0 and rows.size >= _LEAST_PAIRED else []:
         squares = first**2 + second**2
         if np.ptp(np.abs(first)) < 0.1 * np.sqrt(squares.max()):
             continue

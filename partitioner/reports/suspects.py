@@ -20,9 +20,14 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.traversals import map_values, trace_gradients
 from splitonnx.partitioner.lowerings.centred_normalizations import describe_narrow
 from splitonnx.partitioner.normalization.constants.kept import describe_kept, describe_numbers
+from splitonnx.partitioner.normalization.constants.structures import (
+    find_power_vectors,
+    is_time_step,
+)
 from splitonnx.partitioner.normalization.weights import INNER, list_returned, make_pattern
 from splitonnx.partitioner.reports.formulas import (
     describe_formula,
+    find_rotations,
     has_whole_numbers,
     is_fixed_filter,
 )
@@ -37,10 +42,10 @@ _FOLDED = re.compile(r"val_\d+")
 _NORMS = frozenset(
     (kind, index) for kind in ("BatchNormalization", "InstanceNormalization") for index in (1, 2)
 )
-_POWER = re.compile(r".+\.parametrizations\.\w+\.\d+\._[uv]|(.+)_[uv]")
-"""Names of the vectors of a spectral norm; the last form needs a parameter ``..._orig``."""
 _WRITTEN = "equal and were written by the exporter as constants, which the network does not train"
 _VECTORS = "singular vectors that a spectral norm keeps, which the network does not train"
+_STEPS = "read one at a time as factors, like the step sizes of a solver"
+_ROTATIONS = "cosines and sines of the same angles"
 _WHOLE = "whole numbers, like a table of codes"
 _FILTER = "small whole numbers but for a factor, like a fixed filter"
 
@@ -53,11 +58,19 @@ def find_computed(prepared: PreparedModel) -> dict[str, str]:
     """
     inputs = {value.name: value for value in prepared.training.graph.inputs}
     given = {value.name: value for value in prepared.skeleton.graph.inputs}
+    powers = find_power_vectors(prepared.skeleton.graph, prepared.weights)
+    paired = find_rotations({name: prepared.weights[name] for name in prepared.trainable})
     reasons: dict[str, str] = {}
     for name in prepared.trainable:
         tensor = prepared.weights[name]
         places = _list_places(inputs.get(name))
         reason = _find_buffer(given.get(name), prepared.weights) or describe_formula(tensor)
+        if reason is None and name in paired:
+            reason = _ROTATIONS
+        if name in powers:
+            reason = _VECTORS
+        if reason is None and name in given and is_time_step(given[name], tensor.numpy()):
+            reason = _STEPS
         if reason is None and places & _KERNELS and is_fixed_filter(tensor):
             reason = _FILTER
         if reason is None and places & _MATRICES and has_whole_numbers(tensor):
@@ -76,9 +89,7 @@ def _find_buffer(value: ir.Value | None, weights: Mapping[str, ir.TensorProtocol
     if _CONSTANT.fullmatch(name) or (_FOLDED.fullmatch(name) and places and places <= _NORMS):
         array = tensor.numpy()
         return _WRITTEN if array.size > 0 and array.min() == array.max() else None
-    found = _POWER.fullmatch(name) if len(tensor.shape) == 1 else None
-    is_power = found is not None and (found[1] is None or f"{found[1]}_orig" in weights)
-    return _VECTORS if is_power else None
+    return None
 
 
 def _list_places(value: ir.Value | None) -> set[tuple[str, int]]:

@@ -11,6 +11,7 @@ import pytest
 
 from splitonnx.partitioner.reports.formulas import (
     describe_formula,
+    find_rotations,
     has_whole_numbers,
     is_fixed_filter,
 )
@@ -151,6 +152,27 @@ def test_first_values_and_matrices_of_algebra_are_not_computed() -> None:
     orthogonal = np.linalg.qr(random.standard_normal((16, 16)))[0]
     for array in (np.zeros(8), np.ones((4, 4)), np.eye(16), orthogonal, np.array(3.0)):
         assert describe_formula(ir.tensor(array.astype(np.float32))) is None
+
+
+def find_turned(**arrays: Array) -> set[str]:
+    return find_rotations({name: ir.tensor(a.astype(np.float32)) for name, a in arrays.items()})
+
+
+@pytest.mark.parametrize("length", range(2, 8))
+def test_two_short_tables_of_the_same_angles_are_found_among_others(length: int) -> None:
+    angles, random = ANGLES[:length], np.random.default_rng(length)
+    drawn = random.uniform(-1, 1, angles.shape)
+    others = {"drawn": drawn, "cosines of others": np.cos(drawn), "column": np.sin(ANGLES[:9, :1])}
+    found = find_turned(a=np.cos(angles), b=np.sin(angles), **others)
+    assert found == {"a", "b"}
+
+
+def test_scales_and_shifts_of_normalizations_and_rotated_halves_are_no_rotations() -> None:
+    assert find_turned(scale=np.ones(8), shift=np.zeros(8)) == set()
+    eye = np.eye(4)
+    assert find_turned(one=eye, other=1 - eye) == set()
+    half = np.full((4, 4), np.sqrt(0.5))
+    assert find_turned(one=half, other=-half) == set()
 
 
 BLUR = np.outer([1, 2, 1], [1, 2, 1]) / 16

@@ -81,6 +81,61 @@ def test_a_table_of_codes_is_told_and_weights_of_whole_numbers_elsewhere_are_not
     assert "whole numbers" in reasons["codes"]
 
 
+def build_rotated(length: int, width: int) -> onnx.ModelProto:
+    """Rotate queries by their positions, as one half of the features with the other."""
+    net = Net()
+    angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, width, 2) / width)
+    angles = np.concatenate([angles, angles], 1)
+    net.constant("table1", np.cos(angles).astype(np.float32))
+    net.constant("table2", np.sin(angles).astype(np.float32))
+    query = net.op("MatMul", "x", net.weight("w", 3, width), out="q")
+    half = net.constant("half", np.array([width // 2]))
+    zero, end = net.constant("zero", np.array([0])), net.constant("end", np.array([width]))
+    axis = net.constant("axis", np.array([2]))
+    first = net.op("Slice", query, zero, half, axis, out="q1")
+    second = net.op("Neg", net.op("Slice", query, half, end, axis, out="q2"), out="n2")
+    turned = net.op("Concat", second, first, out="turned", axis=2)
+    own = net.op("Mul", query, "table1", out="own")
+    made = net.op("Add", own, net.op("Mul", turned, "table2", out="other"), out="z")
+    output = net.op("MatMul", made, net.weight("last", width, 3), out="y")
+    return net.finish({"x": (FLOAT, ["N", length, 3])}, output, length, 3)
+
+
+@pytest.mark.parametrize(("length", "width"), [(2, 4), (2, 8), (3, 4), (4, 4), (7, 2), (12, 8)])
+def test_short_tables_of_rotations_are_told_and_frozen_by_the_option(
+    length: int, width: int
+) -> None:
+    model = build_rotated(length, width)
+    reasons = find_computed(prepare_with(model))
+    assert reasons.keys() == {"table1", "table2"}
+    assert all("sines" in reason for reason in reasons.values())
+    (remark,) = remark_on_computed(reasons)
+    roles = list_roles(model, remark)
+    assert {name for name, role in roles.items() if role is Role.FROZEN} == reasons.keys()
+
+
+def test_what_the_nodes_give_away_is_told_with_its_reason() -> None:
+    net = Net()
+    norm = net.op("MatMul", net.weight("w", 4, 4), net.weight("b", 4), out="wb")
+    norm = net.op("MatMul", net.weight("a", 4), norm, out="norm")
+    value = net.op("MatMul", "x", net.op("Div", "w", norm, out="scaled"), out="h")
+    net.constant("sizes", np.array([0.1, 0.3], np.float32))
+    for step in range(2):
+        place = net.constant(f"place{step}", np.array(step))
+        size = net.op("Gather", "sizes", place, out=f"size{step}")
+        slope = net.op("Tanh", value, out=f"slope{step}")
+        change = net.op("Mul", slope, size, out=f"change{step}")
+        value = net.op("Add", value, change, out=f"next{step}")
+    model = net.finish({"x": (FLOAT, ["N", 4])}, value, 4)
+    reasons = find_computed(prepare_with(model))
+    assert reasons.keys() == {"a", "b", "sizes"}
+    for remark in remark_on_computed(reasons):
+        word = "step sizes of a solver" if "sizes" in remark.names else "singular vectors"
+        assert word in remark.sentence
+        assert list_roles(model, remark)[remark.names[0]] is Role.FROZEN
+    assert list_roles(model)["w"] is Role.PARAMETER
+
+
 def build_normalized(
     mean: np.ndarray, deviation: np.ndarray, kinds: tuple[str, str] = ("Sub", "Div")
 ) -> onnx.ModelProto:
@@ -222,18 +277,19 @@ def build_spectral(*names: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        ("a.weight_orig", "a.weight_u", "a.weight_v"),
-        ("a.parametrizations.weight.original", "a.parametrizations.weight.0._u",
-         "a.parametrizations.weight.0._v"),
-    ],
-)  # fmt: skip
-def test_the_vectors_of_a_spectral_norm_are_told(names: tuple[str, str, str]) -> None:
+    "names", [("a.weight_orig", "a.weight_u", "a.weight_v"), ("k", "p1", "p2")]
+)
+def test_the_vectors_of_a_spectral_norm_are_told_whatever_they_are_called(
+    names: tuple[str, str, str],
+) -> None:
     reasons = find_computed(prepare_with(build_spectral(*names)))
     assert set(reasons) == set(names[1:])
     assert "spectral norm" in reasons[names[1]]
 
 
 def test_vectors_that_are_only_called_u_and_v_may_be_trained() -> None:
-    assert find_computed(prepare_with(build_spectral("a.weight", "a.weight_u", "a.bias_v"))) == {}
+    net = Net()
+    net.op("MatMul", "x", net.weight("a.weight_orig", 4, 6), out="h")
+    net.op("Mul", net.op("Add", "h", net.weight("a.weight_u", 6), out="s"),
+           net.weight("a.weight_v", 6), out="y")  # fmt: skip
+    assert find_computed(prepare_with(net.finish({"x": (FLOAT, ["N", 4])}, "y", 6))) == {}
