@@ -366,6 +366,7 @@ def _find_missing(graph: ir.Graph, sides: Sides, data: Collection[ir.Value]) -> 
             for v in list_inputs(n)
             if v in overlap and v in beyond and v not in at
         ]
+        leaving += [v.name or "" for v in graph.outputs if v in overlap & beyond and v not in at]
         if leaving:
             return sorted(set(leaving))
     head, _ = walk_back(at)

@@ -40,6 +40,7 @@ def divide_training(
     values = map_values(graph)
     graph.outputs[:] = [values[name] for name in dict.fromkeys(outputs)]
     first, last = (_keep_needed(graph, values) for values in cut)
+    last = keep_returned(graph, last)
     return _divide(prepared, graph, keep_reached(graph, first, last), last, is_training=True)
 
 
@@ -105,6 +106,16 @@ def keep_reached(
     """
     _, reached = walk_back(last or graph.outputs, set(first))
     return [value for value in first if value in reached] or first
+
+
+def keep_returned(graph: ir.Graph, last: Sequence[ir.Value]) -> Sequence[ir.Value]:
+    """Return the tensors in ``last`` that the client reads for the loss, or all if it reads none.
+
+    ``last`` holds the tensors that the server sends back.  Tensors that are left out, such as an
+    output of the model that only the server reads on, are sent only in prediction.
+    """
+    _, reached = walk_back(graph.outputs, set(last))
+    return [value for value in last if value in reached] or last
 
 
 def find_needed(graph: ir.Graph) -> set[ir.Value]:

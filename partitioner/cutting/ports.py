@@ -86,7 +86,7 @@ def insert_ports(
     for value in partition.tail_at:
         name = value.name or ""
         if value.is_graph_output():
-            value = _split_output(graph, value)
+            value = _split_output(graph, value, server)
         ports.append(_insert(graph, value, name, SERVER, WireKind.ACTIVATION, server))
     for value in [v for v in graph.inputs if v.name in arrays]:
         if any(use.node in server for use in value.uses()):
@@ -108,7 +108,7 @@ def _insert(
     port = ir.node("Identity", [value], name=f"{name}/port")
     wire = port.outputs[0]
     wire.name, wire.type, wire.shape = name, value.type, value.shape
-    holders = {inner: node for node in graph for inner in list_inner(node)}
+    holders = _map_holders(graph)
     for use in list(value.uses()):
         reader = holders.get(use.node, use.node)
         if reader is not port and (reader in server) is (receiver == SERVER):
@@ -122,21 +122,29 @@ def _insert(
     return Port(value=wire, sender=sender, receiver=receiver, kind=kind)
 
 
-def _split_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
+def _split_output(graph: ir.Graph, value: ir.Value, server: Collection[ir.Node]) -> ir.Value:
     """Add an Identity for the client's copy of a cut tensor that is also a model output.
 
     The Identity's output takes the name of ``value``; ``value`` itself is renamed and returned.
+    The server's nodes continue to read ``value``.
     """
     name = value.name
     value.name = f"{name}.body"
     identity = ir.node("Identity", [value], name=f"{name}/tail")
     output = identity.outputs[0]
     output.name, output.type, output.shape = name, value.type, value.shape
+    holders = _map_holders(graph)
     for use in list(value.uses()):
-        if use.node is not identity:
+        reader = holders.get(use.node, use.node)
+        if use.node is not identity and reader not in server:
             use.node.replace_input_with(use.idx, output)
     graph.outputs[list(graph.outputs).index(value)] = output
     producer = value.producer()
     assert producer is not None
     graph.insert_after(producer, identity)
     return value
+
+
+def _map_holders(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
+    """Map each node in a body to the graph's node that holds it."""
+    return {inner: node for node in graph for inner in list_inner(node)}

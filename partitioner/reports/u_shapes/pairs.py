@@ -17,7 +17,7 @@ from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Ten
 from splitonnx.partitioner.cutting.carried_states.declarations import Pairs
 from splitonnx.partitioner.cutting.carried_states.placements import leave_out_states
 from splitonnx.partitioner.cutting.cuts import find_lost
-from splitonnx.partitioner.cutting.divisions import find_needed, keep_reached
+from splitonnx.partitioner.cutting.divisions import find_needed, keep_reached, keep_returned
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import declare
 from splitonnx.partitioner.cutting.preparations import (
@@ -250,6 +250,7 @@ class _TrainingForm:
         at, tail_at = (tuple(v for v in end if v in self._needed) for end in (at, tail_at))
         if not (at and tail_at):
             return None
+        tail_at = tuple(keep_returned(self._graph, tail_at))
         found = self._search.try_pair(tuple(keep_reached(self._graph, at, tail_at)), tail_at)
         if found is None or not _can_be_sent(found, self._graph, self._trainable):
             return None
