@@ -40,8 +40,9 @@ def divide_training(
     values = map_values(graph)
     graph.outputs[:] = [values[name] for name in dict.fromkeys(outputs)]
     first, last = (_keep_needed(graph, values) for values in cut)
-    last = keep_returned(graph, last)
-    return _divide(prepared, graph, keep_reached(graph, first, last), last, is_training=True)
+    returned = keep_returned(graph, last)
+    sent = keep_reached(graph, first, returned)
+    return _divide(prepared, graph, sent, returned, is_training=True)
 
 
 def divide_inference(

@@ -17,10 +17,11 @@ from functools import reduce
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
+from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims
 from splitonnx.partitioner.graphs.tables import limit
 from splitonnx.partitioner.rewrites.shape_rules import (
     Extent,
+    advise_fixing,
     count_up,
     multiply,
     read_extents,
@@ -293,7 +294,8 @@ def rewrite_affine_grid(builder: NodeBuilder, node: ir.Node) -> Values:
     assert theta.dtype is not None
     image = _read_image(node)
     if image is None:
-        raise refuse(node, "its size is computed in the graph", "export it with a fixed size")
+        advice = f"{advise_fixing(node, 1)}export it with fixed sizes"
+        raise refuse(node, "its sizes are computed in the graph", advice)
     rank, corners = _count_axes(node, image), node.attributes.get_int("align_corners", 0)
     limit(node, math.prod(image) * (rank + 1))
     lines = []
@@ -317,6 +319,11 @@ def _read_image(node: ir.Node) -> list[int] | None:
     if sizes is not None:
         return [int(size) for size in sizes[2:]]
     joined = node.inputs[1].producer() if node.inputs[1] is not None else None
+    shaped = joined.inputs[0] if joined is not None and joined.op_type == "Shape" else None
+    if joined is not None and shaped is not None and not joined.attributes:
+        dims = known_dims(shaped) or []
+        image = [size for size in dims[2:] if size is not None]
+        return image if image and len(image) == len(dims) - 2 else None
     if joined is None or joined.op_type != "Concat" or len(joined.inputs) != 2:
         return None
     first, rest = joined.inputs[0], known_array(joined.inputs[1])

@@ -14,7 +14,13 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array, known_dims, known_rank
-from splitonnx.partitioner.inference.undecided_sizes import list_settings, name_settings
+from splitonnx.partitioner.inference.inferences import Inference
+from splitonnx.partitioner.inference.undecided_sizes import (
+    list_open_sizes,
+    list_settings,
+    name_settings,
+    name_sizes,
+)
 
 Extent = int | ir.Value
 """A number, or an int64 vector of one element that the graph computes."""
@@ -62,17 +68,24 @@ def require_array(node: ir.Node, index: int, what: str) -> np.ndarray:
         raise refuse(
             node,
             f"its {what} are computed in the graph",
-            f"{_advise_binding(node, index)}export it with fixed {what}",
+            f"{advise_fixing(node, index)}export it with fixed {what}",
         )
     return array
 
 
-def _advise_binding(node: ir.Node, index: int) -> str:
-    """Return advice to bind the inputs that decide a node's input, if they may be settings."""
-    value = node.inputs[index]
-    inputs = node.graph.inputs if node.graph is not None else ()
-    settings = [] if value is None else list_settings(value, inputs)
-    return f"they depend on {name_settings(settings)}; otherwise " if settings else ""
+def advise_fixing(node: ir.Node, index: int) -> str:
+    """Return advice to fix what decides a node's input, if it is sizes or settings of the model.
+
+    The advice is the beginning of a sentence with other advice, or an empty string.
+    """
+    value, graph = node.inputs[index], node.graph
+    if value is None or not isinstance(graph, ir.Graph):
+        return ""
+    settings = list_settings(value, graph.inputs)
+    if settings:
+        return f"they depend on {name_settings(settings)}; otherwise "
+    sizes = list_open_sizes(value, graph, Inference(graph.opset_imports[""]))
+    return f"they depend on {name_sizes(sizes)}; otherwise " if sizes else ""
 
 
 def refuse(node: ir.Node, reason: str, advice: str) -> UnsupportedModel:

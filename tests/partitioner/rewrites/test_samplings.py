@@ -6,8 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from onnx import ModelProto
 
+from splitonnx.errors import UnsupportedModel
+from splitonnx.partitioner.partitions import cut
 from tests.support.images import Case, hold, whole
+from tests.support.nets import FLOAT, Net
+from tests.support.small_models import hold_predictions
 
 
 def draw_grid(image: Sequence[int], places: Sequence[int], *, corners: bool) -> np.ndarray:
@@ -54,3 +59,31 @@ def test_affine_grid(sizes: tuple[int, ...], corners: int) -> None:
         attributes={"align_corners": corners},
     )  # fmt: skip
     hold(case, oracle="kernel")
+
+
+def build_transformer(height: int | str) -> ModelProto:
+    """A spatial transformer: each image of a batch is turned as a layer says."""
+    net = Net(opset=20)
+    places = net.constant("places", np.array([2, 3]))
+    pooled = net.op("ReduceMean", "x", places, out="pooled", keepdims=0)
+    lines = net.op("MatMul", pooled, net.weight("w", 3, 6), out="lines")
+    theta = net.op("Reshape", lines, net.constant("form", np.array([-1, 2, 3])), out="theta")
+    grid = net.op("AffineGrid", theta, net.op("Shape", "x", out="sizes"), out="grid")
+    seen = net.op("GridSample", "x", grid, out="seen")
+    scaled = net.op("Mul", seen, net.weight("gain", 1, 3, 1, 1), out="scaled")
+    net.op("ReduceMean", scaled, places, out="y", keepdims=0)
+    return net.finish({"x": (FLOAT, ["N", 3, height, 4])}, "y", 3)
+
+
+def test_an_affine_grid_reads_the_size_of_its_images_and_not_that_of_the_batch() -> None:
+    model = build_transformer(5)
+    images = np.random.default_rng(3).standard_normal((4, 3, 5, 4), np.float32)
+    hold_predictions(cut(model, at="seen", loss="mse"), model, {"x": images})
+
+
+def test_an_affine_grid_of_unknown_size_names_the_option_that_fixes_it() -> None:
+    model = build_transformer("H")
+    with pytest.raises(UnsupportedModel, match=r"AffineGrid.* --dim H=SIZE"):
+        cut(model, at="seen", loss="mse")
+    images = np.random.default_rng(3).standard_normal((4, 3, 5, 4), np.float32)
+    hold_predictions(cut(model, at="seen", loss="mse", dims={"H": 5}), model, {"x": images})
