@@ -228,9 +228,8 @@ def prepare(
     it, integer arithmetic is replaced.  ``ties`` are pairs of parameters to merge (:mod:`ties`).
     ``stop_gradients`` names tensors through which no gradient passes (:mod:`gradient_stops`).
     ``states`` are pairs of an output and the input that it replaces after each step
-    (:mod:`carried_states`).
-    Options that the model's file holds are applied as well, where ``train``, ``freeze`` and
-    adapters do not decide otherwise (:mod:`stored_options`).
+    (:mod:`carried_states`).  Options that the model's file holds are applied as well, where the
+    user and adapters do not decide otherwise (:mod:`stored_options`).
 
     Raises:
         UnknownTensor: a name in ``ties`` or ``stop_gradients`` matches nothing.
@@ -252,6 +251,7 @@ def prepare(
         train=(*train, *pin_names(stored.train), *_match_adapters(adapters, freeze)),
         freeze=(*freeze, EVERYTHING) if adapters else freeze,
         bound=adjustments.bindings,
+        chosen_sizes=adjustments.chosen_sizes,
         ties=ties,
         stop_gradients=stop_gradients,
         states=states,

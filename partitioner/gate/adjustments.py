@@ -32,6 +32,11 @@ class Adjustments:
     bindings: Mapping[str, Binding] = field(default_factory=dict)
     dequantize: bool = False
 
+    @property
+    def chosen_sizes(self) -> frozenset[int]:
+        """The sizes above 1 that the user gave axes of the inputs."""
+        return frozenset(size for size in self.dims.values() if isinstance(size, int) and size > 1)
+
     def __bool__(self) -> bool:
         return bool(self.dims or self.bindings or self.dequantize)
 

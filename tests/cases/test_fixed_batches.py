@@ -42,6 +42,24 @@ def test_a_batch_of_1_in_shapes_is_that_of_the_data(target: Target) -> None:
     hold_step(whole, meant, load_data(BAKED, 4), TRAINED)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("option", ["N", "x:0"])
+def test_a_batch_of_1_in_shapes_becomes_the_one_that_the_user_asks_for(
+    option: str, target: Target, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, data, meant = load_model(BAKED), load_data(BAKED), _write_freely(load_model(BAKED))
+    if option == "x:0":
+        model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    dims = {option: 4}
+    assert check(model, dims=dims).trainable
+    bundle = cut(model, at="a", dims=dims, client_target=target, server_target=target, check=True)
+    assert f"--dim {option}=4: since the model's file takes a batch of 1 only" in caplog.text
+    hold_predictions(bundle, meant, load_data(BAKED, 4))
+    assert verify(bundle, data, batch_size=4).ok
+    whole = cut(model, at=None, dims=dims, client_target=target, server_target=target)
+    hold_step(whole, meant, load_data(BAKED, 4), TRAINED)
+
+
 def test_it_is_said_which_shapes_they_are() -> None:
     (remark,) = check(load_model(BAKED)).remarks
     assert remark.kind is Kind.BATCH

@@ -43,7 +43,7 @@ from splitonnx.partitioner.cutting.conformance.expectations import (
     expect_smaller,
     find_overflow,
 )
-from splitonnx.partitioner.cutting.conformance.freed_batches import list_freed
+from splitonnx.partitioner.cutting.conformance.freed_batches import FreedBatch, list_freed
 from splitonnx.partitioner.cutting.conformance.measures import (
     TOLERATED,
     Difference,
@@ -158,12 +158,25 @@ def compare_with_original(
     remarks = compare_dequantized(source, prepared.adjustments, subject)
     if prepared.adjustments.dequantize or has_packed_weights(inlined):
         remarks += compare_kernels(source, prepared.adjustments, subject)
+    fixed = [batch for batch in freed if changed and len(batch.counts) == 1]
+    if fixed:
+        return list(dict.fromkeys([*remarks, *mixed, *map(_describe_untrained, fixed)]))
     sizes = _list_sizes(prepared.skeleton.graph)
     is_doubled = not freed and not prepared.states  # of those, others say which batches they take
     remarks += [
         remark for form in forms for remark in _hold(form, sizes, subject, is_doubled=is_doubled)
     ]
     return list(dict.fromkeys([*remarks, *mixed]))
+
+
+def _describe_untrained(batch: FreedBatch) -> str:
+    """Return a remark on a batch of one size that the model in its file does not take."""
+    free = " ".join(f"--dim {name}:{axis}=N" for name, axis in batch.places)
+    return (
+        f"{batch.options}: since the model's file takes a batch of {batch.rows} only, what the "
+        f"parts predict was compared sample by sample, and what they train was not; {free} frees "
+        "the batch instead, and compares both"
+    )
 
 
 def _list_forms(

@@ -121,12 +121,20 @@ def _make_asked(
 def _list_unasked(prepared: PreparedModel, dims: Mapping[Place, int | str]) -> Iterator[FreedBatch]:
     if not prepared.freed:
         return
-    firsts = [dim for (_, axis), dim in dims.items() if axis == 0 and isinstance(dim, str)]
-    sizes = {place: 1 for place, dim in dims.items() if dim in firsts}
-    for symbol in dict.fromkeys(firsts):
-        places = tuple(place for place, dim in dims.items() if dim == symbol)
-        counts = _COUNTS if _is_plain(places, dims) else ()
-        yield FreedBatch(places=places, sizes=sizes, rows=1, counts=counts)
+    chosen = prepared.adjustments.chosen_sizes
+    firsts = [
+        dim
+        for (_, axis), dim in dims.items()
+        if axis == 0 and (isinstance(dim, str) or dim in chosen)
+    ]
+    open_sizes = {(n, a): d for (n, a), d in dims.items() if isinstance(d, str) or a == 0}
+    sizes = {place: 1 for place, dim in open_sizes.items() if dim in firsts}
+    for size in dict.fromkeys(firsts):
+        places = tuple(place for place, dim in open_sizes.items() if dim == size)
+        counts = (_COUNTS if isinstance(size, str) else (size,)) if _is_plain(places, dims) else ()
+        given = {n: own for n, own in prepared.adjustments.dims.items() if own == size}
+        options = " ".join(f"--dim {n}={own}" for n, own in given.items() if own in chosen)
+        yield FreedBatch(places=places, sizes=sizes, rows=1, counts=counts, options=options)
 
 
 def _is_plain(places: Sequence[Place], dims: Mapping[Place, int | str]) -> bool:

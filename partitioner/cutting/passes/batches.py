@@ -37,14 +37,17 @@ _FIXING = frozenset(
 """Operators that can fix a batch size; a reduction of the batch to one loss is not among them."""
 
 
-def free_batches(graph: ir.Graph, weights: Collection[str]) -> list[str]:
+def free_batches(
+    graph: ir.Graph, weights: Collection[str], chosen: Collection[int] = ()
+) -> list[str]:
     """Replace each fixed 1 that can only be the batch size by that of the data, in place.
 
-    ``weights`` names the graph inputs that are not data.  Return the names of the changed nodes.
+    ``weights`` names the graph inputs that are not data.  A batch has any size, or one of the sizes
+    in ``chosen``, which the user gave the inputs.  Return the names of the changed nodes.
     The shapes of their outputs, and of all tensors that depend on these, are cleared and have to be
     inferred again.  A further call may then find more nodes.
     """
-    symbols = _list_symbols(graph, weights)
+    symbols = _list_sizes(graph, weights, chosen)
     if not symbols:
         return []
     changed = [node for node in list(graph) if _free(graph, node, symbols)]
@@ -72,7 +75,7 @@ def find_fixing_node(graph: ir.Graph, weights: Collection[str], output: str) -> 
     size = _read_first(ends[0]) if ends else None
     if not isinstance(size, int):
         return ""
-    symbols, reached = _list_symbols(graph, weights), walk_back(ends)[0]
+    symbols, reached = _list_sizes(graph, weights), walk_back(ends)[0]
     for node in graph:
         is_after_batch = any(_is_batch(value, symbols) for value in node.inputs)
         is_fixing = node.op_type in _FIXING and _read_first(node.outputs[0]) == size
@@ -81,10 +84,12 @@ def find_fixing_node(graph: ir.Graph, weights: Collection[str], output: str) -> 
     return ""
 
 
-def _list_symbols(graph: ir.Graph, weights: Collection[str]) -> set[str]:
-    """List the names of the first dimensions of the inputs that are not weights."""
+def _list_sizes(
+    graph: ir.Graph, weights: Collection[str], chosen: Collection[int] = ()
+) -> set[int | str]:
+    """List the first dimensions of the inputs that are data, if they are open or in ``chosen``."""
     firsts = [_read_first(value) for value in graph.inputs if value.name not in weights]
-    return {first for first in firsts if isinstance(first, str)}
+    return {f for f in firsts if isinstance(f, str) or (f is not None and f in chosen)}
 
 
 def _read_first(value: ir.Value | None, axis: int = 0) -> int | str | None:
@@ -94,12 +99,11 @@ def _read_first(value: ir.Value | None, axis: int = 0) -> int | str | None:
     return dim if isinstance(dim, int) else dim.value
 
 
-def _is_batch(value: ir.Value | None, symbols: Collection[str], axis: int = 0) -> bool:
-    first = _read_first(value, axis)
-    return isinstance(first, str) and first in symbols
+def _is_batch(value: ir.Value | None, sizes: Collection[int | str], axis: int = 0) -> bool:
+    return _read_first(value, axis) in sizes
 
 
-def _free(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
+def _free(graph: ir.Graph, node: ir.Node, symbols: Collection[int | str]) -> bool:
     if node.domain:
         return False
     if node.op_type == "Reshape":
@@ -120,7 +124,7 @@ def _free(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
     return _repeat(graph, node, states, sequence, 1, 1)
 
 
-def _free_reshape(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
+def _free_reshape(graph: ir.Graph, node: ir.Node, symbols: Collection[int | str]) -> bool:
     """Make a Reshape to ``[1, ...]`` keep the batch if no sample loses or gains elements.
 
     Return whether the node was changed.  Without a -1 in its shape, it could run for no other batch
@@ -152,7 +156,7 @@ def _free_reshape(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> b
     return True
 
 
-def _free_resize(graph: ir.Graph, node: ir.Node, symbols: Collection[str]) -> bool:
+def _free_resize(graph: ir.Graph, node: ir.Node, symbols: Collection[int | str]) -> bool:
     """Make a Resize to one sample resize the other axes only, and return whether it was changed.
 
     With a larger batch, it would replace all samples by one or compute a mean of them.

@@ -124,7 +124,7 @@ def _join_sizes(work: Work) -> None:
 
 def _free_batches(work: Work) -> None:
     for _ in range(MOST_ROUNDS):
-        freed = free_batches(work.model.graph, work.weights)
+        freed = free_batches(work.model.graph, work.weights, work.chosen_sizes)
         if not freed:
             return
         work.freed += freed

@@ -55,6 +55,7 @@ class Work:
     """The state that the passes share.
 
     It holds the model, which the passes change in place, the user's options, and the results.
+    ``chosen_sizes`` are sizes above 1 that the user gave axes of inputs.
     ``stored`` are the options from the model's file that the user does not overrule, and
     ``ignored`` are names in them that have no effect.  ``constants`` are not trained, but may have
     been learned.
@@ -66,6 +67,7 @@ class Work:
     train: Sequence[str] = ()
     freeze: Sequence[str] = ()
     bound: Collection[str] = ()
+    chosen_sizes: Collection[int] = ()
     ties: Sequence[tuple[str, str]] = ()
     stop_gradients: Sequence[str] = ()
     stored: StoredOptions = NONE_STORED
