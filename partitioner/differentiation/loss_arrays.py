@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.losses import CROSS_ENTROPY, FROM_FILE, FROM_MODEL, LABELS, Loss
-from splitonnx.names import LOSS
+from splitonnx.names import COUNTED, LOSS, WEIGHT
 from splitonnx.partitioner.differentiation.class_axes import (
     choose_class_axis,
     count_classes,
@@ -182,7 +182,7 @@ def _write_type(value: ir.Value) -> str:
 
 
 def list_new_names(losses: Sequence[Loss], output: ir.Value, graphs: LossGraphs) -> Sequence[str]:
-    """List the names that adding losses gives to values in the graph.
+    """List the names that adding losses gives to values in the graph, or in an evaluation's.
 
     ``output`` is what the first loss is computed from.
     """
@@ -199,7 +199,9 @@ def list_new_names(losses: Sequence[Loss], output: ir.Value, graphs: LossGraphs)
     arrays += [
         spec.name for loss in losses if loss.graph is not None for spec in graphs[loss.graph].arrays
     ]
-    return tuple(dict.fromkeys([*arrays, LOSS, ACCURACY, *own]))
+    results = [LOSS, ACCURACY, *own]
+    combined = [f"{result}{end}" for result in results for end in (COUNTED, WEIGHT)]
+    return tuple(dict.fromkeys([*arrays, *results, *combined]))
 
 
 def _check_array(option: str, name: str, graph: ir.Graph) -> None:
@@ -232,13 +234,28 @@ def find_hidden(graph: ir.Graph, names: Sequence[str]) -> list[ir.Value]:
     found = [(name, values[name]) for name in names if name in values]
     for name, value in found:
         if value in graph.inputs or value.is_graph_output():
-            raise UnsupportedModel(
-                f"'{name}'",
-                "the model's own input or output bears the name of what the loss adds",
-                "rename it, or use --loss from-model if the model ends in its loss; --labels gives "
-                "the labels another name",
-            )
+            raise _refuse_name(name, is_input=value in graph.inputs)
     return [value for _, value in found]
+
+
+def _refuse_name(name: str, *, is_input: bool) -> UnsupportedModel:
+    """Return the error for an input or output of the model with a name that a loss needs."""
+    end, option = ("input", "input_names") if is_input else ("output", "output_names")
+    rename = f"export the model with another name, such as with {option} in torch.onnx.export"
+    kind, _, suffix = name.partition("@")[0].partition(".")
+    if kind not in (LOSS, ACCURACY):
+        reason = "the loss reads its labels or weights from the data under this name"
+        others = "name the labels otherwise with --labels, or "
+    else:
+        reason = f"training returns a result of the loss as '{name}'"
+        others = ""
+        if suffix:
+            others = (
+                f"report the loss as another with name=, such as --loss mse,name={suffix}2, or "
+            )
+        elif kind == LOSS:
+            others = f"use --loss from-model if the {end} is itself the loss, or "
+    return UnsupportedModel(f"the model's {end} '{name}'", reason, f"{others}{rename}")
 
 
 def find_class_axis(graph: ir.Graph, loss: Loss, graphs: LossGraphs = NO_GRAPHS) -> int:

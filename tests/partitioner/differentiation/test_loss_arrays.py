@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 
 from splitonnx.errors import UnsupportedModel, UsageError
@@ -61,3 +62,41 @@ def test_several_losses_may_share_their_labels_but_not_in_two_meanings() -> None
     )
     with pytest.raises(UsageError, match="read 'labels' as I64"):
         cut(build_network(), at=None, loss=["cross-entropy", "mse"])
+
+
+def build_named(output: str, source: str = "x") -> onnx.ModelProto:
+    """A model whose second output has a name, and its input another."""
+    net = Net()
+    net.op("MatMul", source, net.weight("w", 4, 5), out="h")
+    net.op("MatMul", "h", net.weight("v", 5, 3), out="y")
+    net.op("MatMul", "h", net.weight("u", 5, 2), out=output)
+    model = net.finish({source: (FLOAT, ["N", 4])}, "y", 3)
+    model.graph.output.append(onnx.helper.make_tensor_value_info(output, FLOAT, ["N", 2]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("accuracy", "output 'accuracy': training returns a result of the loss .* output_names"),
+        ("loss", "output 'loss': .* --loss from-model if the output is itself the loss"),
+        ("labels", "output 'labels': the loss reads its labels .* with --labels, or export"),
+        ("accuracy@counted", "output 'accuracy@counted': training returns a result"),
+        ("loss@counted", "output 'loss@counted': training returns a result"),
+    ],
+)
+def test_a_name_that_a_loss_needs_is_refused_with_what_to_rename(output: str, told: str) -> None:
+    with pytest.raises(UnsupportedModel, match=told):
+        cut(build_named(output), at=None)
+    with pytest.raises(UnsupportedModel, match=told.replace("output", "input")):
+        cut(build_named("z", output), at=None)
+
+
+def test_what_a_refused_name_advises_is_accepted() -> None:
+    assert cut(build_named("labels"), at=None, labels="classes").manifest.recipe.labels == "classes"
+    first, second = Loss(kind="mse", output="y"), Loss(kind="mse", output="loss.y", labels="z")
+    with pytest.raises(UnsupportedModel, match=r"'loss.y'.*--loss mse,name=y2"):
+        cut(build_named("loss.y"), at=None, loss=[first, second])
+    named = Loss(kind="mse", output="y", name="y2")
+    bundle = cut(build_named("loss.y"), at=None, loss=[named, second], check=False)
+    assert len(bundle.manifest.recipe.list_losses()) == 2
