@@ -37,7 +37,7 @@ from splitonnx.manifests import (
 from splitonnx.names import ADAPTERS, CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
 from splitonnx.optimizers import Optimizer
 from splitonnx.partitioner.cutting.joints import JointGraph
-from splitonnx.partitioner.cutting.ports import declare
+from splitonnx.partitioner.cutting.ports import declare, declare_end
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
@@ -150,6 +150,7 @@ def _build_party(
         )
         for name, array in weights.items()
     )
+    outputs = prepared.inference.graph.outputs if party == CLIENT else ()
     manifest = PartyManifest(
         format=FORMAT,
         party=party,
@@ -159,7 +160,7 @@ def _build_party(
         state=(*declared, *(spec for share in shares for spec in share.state)),
         files={file: hashlib.sha256(graph).hexdigest() for file, graph in graphs.items()},
         learning_rate=optimizer.lr,
-        outputs=tuple(declare(v) for v in prepared.inference.graph.outputs if party == CLIENT),
+        outputs=tuple(declare_end(v, "output") for v in outputs),
         scored=tuple(output for share in shares for output in share.scored),
         tells_labels=tuple(wire.tensor.name for wire in training.wires if wire.tells_labels),
         raw_states={n: tuple(sorted(r)) for n, r in training.held.items() if r and n in weights},

@@ -20,7 +20,7 @@ from splitonnx.names import CLIENT, LOSS, SERVER
 from splitonnx.partitioner.cutting.carried_states.placements import place_states
 from splitonnx.partitioner.cutting.carried_states.raw_inputs import trace_held_inputs
 from splitonnx.partitioner.cutting.divisions import divide_inference, divide_training
-from splitonnx.partitioner.cutting.ports import Port, declare, insert_ports
+from splitonnx.partitioner.cutting.ports import Port, declare, declare_end, insert_ports
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.stages import Crossing
@@ -212,7 +212,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
     wires += [
         WireSpec(
             crossing=Crossing(value=value, sender=SERVER, receiver=CLIENT),
-            tensor=declare(value),
+            tensor=declare_end(value, "output"),
             kind=WireKind.OUTPUT,
         )
         for value in away
@@ -262,7 +262,7 @@ def _declare_data(
     prepared: PreparedModel, graph: ir.Graph, arrays: Mapping[str, TensorSpec]
 ) -> dict[str, TensorSpec]:
     raw = [v for v in graph.inputs if v.name not in prepared.state]
-    return {v.name or "": arrays.get(v.name or "") or declare(v) for v in raw}
+    return {v.name or "": arrays.get(v.name or "") or declare_end(v, "input") for v in raw}
 
 
 def _list_port_wires(

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from splitonnx.element_types import ELEMENT_TYPES
-from splitonnx.errors import UsageError
+from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.cutting.cuts import Partition
 from splitonnx.partitioner.graphs.traversals import list_inner
 from splitonnx.partitioner.inference.dimensions import name_unknown
+from splitonnx.partitioner.inference.undecided_sizes import explain_unknown_rank
 from splitonnx.tensors import DTYPES, TensorSpec
 
 _DTYPE_NAMES = {ir.DataType(kind.code): kind.name for kind in ELEMENT_TYPES}
@@ -59,6 +60,26 @@ def declare(value: ir.Value, name: str | None = None) -> TensorSpec:
         for axis, d in enumerate(value.shape)
     )
     return TensorSpec(name=name or value.name or "", dtype=_DTYPE_NAMES[value.dtype], shape=dims)
+
+
+def declare_end(value: ir.Value, end: str) -> TensorSpec:
+    """Return the manifest entry of an ``input`` or ``output`` of the model.
+
+    Raises:
+        UnsupportedModel: its shape is not known, or its element type is not one that data can have.
+    """
+    try:
+        return declare(value)
+    except UsageError as error:
+        advice = f"export the model without this {end} if it is not needed"
+        if value.shape is None:
+            reason = "the number of its dimensions is not known"
+            explained = explain_unknown_rank(value)
+            advice = f"{explained}; or {advice}" if explained else advice
+        else:
+            reason = f"its elements are {value.dtype}, and data are {', '.join(DTYPES)}"
+        name = _name_sent(value)
+        raise UnsupportedModel(f"the model's {end} '{name}'", reason, advice) from error
 
 
 def _name_sent(value: ir.Value) -> str:

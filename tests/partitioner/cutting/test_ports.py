@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx_ir as ir
 import pytest
 
-from splitonnx.errors import UsageError
+from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.cutting.cuts import divide
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
 from splitonnx.partitioner.cutting.ports import Port, declare, insert_ports
 from splitonnx.partitioner.graphs.traversals import list_inner, map_values, walk_back
+from splitonnx.partitioner.partitions import cut
 from splitonnx.tensors import TensorSpec
-from tests.support.zoo import ZOO
+from tests.support.zoo import FLOAT, ZOO, Net
 
 
 def cut_graph(
@@ -170,3 +172,25 @@ def test_a_sequence_cannot_travel_and_is_named_as_in_the_model() -> None:
     value = ir.Value(name="listed@server", type=kind, shape=ir.Shape([3]))
     with pytest.raises(UsageError, match="'listed' cannot travel: it is a sequence"):
         declare(value)
+
+
+def test_an_output_of_unknown_rank_is_no_fault_of_a_cut_and_named_with_what_fixes_it() -> None:
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 4, 5), out="h")
+    net.op("MatMul", "h", net.weight("v", 5, 3), out="y")
+    net.op("Squeeze", "h", out="s")
+    model = net.finish({"x": (FLOAT, ["N", 4])}, "y", 3)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("s", FLOAT, [5]))
+    told = r"output 's': the number of its dimensions is not known; .* --dim N=SIZE fixes"
+    for at in (None, "h"):
+        with pytest.raises(UnsupportedModel, match=told):
+            cut(model, at=at)
+    assert cut(model, at=None, dims={"N": 2}).client.manifest.outputs[1].shape == (2, 5)
+
+
+def test_an_input_of_a_type_that_data_cannot_have_is_refused_as_such() -> None:
+    net = Net()
+    net.op("MatMul", "x", net.weight("w", 4, 3), out="y")
+    model = net.finish({"x": (FLOAT, ["N", 4]), "q": (onnx.TensorProto.COMPLEX64, ["N"])}, "y", 3)
+    with pytest.raises(UnsupportedModel, match="input 'q': its elements are COMPLEX64, and data"):
+        cut(model, at=None)
