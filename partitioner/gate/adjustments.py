@@ -13,7 +13,10 @@ import numpy as np
 import onnx
 
 from splitonnx.errors import UsageError, quote
+from splitonnx.partitioner.gate.walks import label_node, list_nodes
 
+_PASSING = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operators that pass the number of a Loop's iterations on."""
 Number = bool | float | int
 Binding = Number | Sequence[Number] | np.ndarray
 
@@ -106,11 +109,32 @@ def _bind(graph: onnx.GraphProto, name: str, value: Binding) -> None:
             f"{quote([known.name for known in graph.input])}"
         )
     array = _read(found, value)
+    _refuse_idle_loops(graph, name, array)
     graph.input.remove(found)
     for stored in [stored for stored in graph.initializer if stored.name == name]:
         graph.initializer.remove(stored)
     tensor = onnx.numpy_helper.from_array(array, name)
     graph.node.insert(0, onnx.helper.make_node("Constant", [], [name], value=tensor))
+
+
+def _refuse_idle_loops(graph: onnx.GraphProto, name: str, array: np.ndarray) -> None:
+    """Refuse a value with which a Loop makes no iteration, so that its weights have no part.
+
+    Raises:
+        UsageError: a Loop reads the input as its number of iterations, or as its condition.
+    """
+    if array.size != 1 or array.reshape(()) > 0:
+        return
+    names = {name}
+    for node in list_nodes(graph.node):
+        if node.op_type in _PASSING and node.input and node.input[0] in names:
+            names.update(node.output)
+        if node.op_type == "Loop" and names.intersection(node.input[:2]):
+            advice = "true" if array.dtype.kind == "b" else "1 or more"
+            raise UsageError(
+                f"--bind {name}={array.reshape(())}: {label_node(node)} would make no iteration, "
+                f"and its weights would have no part in the model; bind {advice}"
+            )
 
 
 def _read(source: onnx.ValueInfoProto, value: Binding) -> np.ndarray:

@@ -160,6 +160,52 @@ def test_what_does_not_fit_the_inputs_is_refused(adjustments: Adjustments, told:
         open_model(build("N", "T"), adjustments)
 
 
+def build_counted(kind: int, *, is_cast: bool = False) -> onnx.ModelProto:
+    """A Loop over one layer that reads its number of iterations, or its condition, as an input."""
+    net, flag = Net(), kind == TensorProto.BOOL
+    net.weight("w", 3, 3)
+    nodes = [
+        helper.make_node("Identity", ["go"], ["going"]),
+        helper.make_node("MatMul", ["s", "w"], ["m"]),
+        helper.make_node("Tanh", ["m"], ["next"]),
+    ]
+    told = helper.make_tensor_value_info
+    body = helper.make_graph(
+        nodes,
+        "body",
+        [told("i", TensorProto.INT64, []), told("go", TensorProto.BOOL, []),
+         told("s", FLOAT, ["N", 3])],
+        [told("going", TensorProto.BOOL, []), told("next", FLOAT, ["N", 3])],
+    )  # fmt: skip
+    count, yes = net.constant("three", np.array(3)), net.constant("yes", np.array(True))
+    given = (
+        "setting" if not is_cast else net.op("Cast", "setting", out="cast", to=TensorProto.INT64)
+    )
+    reads = (count, given) if flag else (given, yes)
+    net.op("MatMul", "x", net.weight("first", 4, 3), out="h")
+    net.op("Loop", *reads, "h", out="y", body=body)
+    return net.finish({"x": (FLOAT, ["N", 4]), "setting": (kind, [])}, "y", 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "is_cast"),
+    [
+        (TensorProto.INT64, 0, False),
+        (TensorProto.INT64, -1, False),
+        (TensorProto.INT32, 0, True),
+        (TensorProto.BOOL, False, False),
+    ],
+)
+def test_a_value_with_which_a_loop_does_nothing_is_refused(
+    kind: int, value: int | bool, is_cast: bool
+) -> None:
+    model = build_counted(kind, is_cast=is_cast)
+    with pytest.raises(UsageError, match=r"--bind setting=.* 'y_node' \(Loop\) would make no iter"):
+        open_model(model, Adjustments(bindings={"setting": value}))
+    bundle = cut(model, at=None, loss="mse", bind={"setting": 1})
+    assert bundle.client.weights.keys() == {"w", "first"}
+
+
 def test_a_number_that_the_type_cannot_hold_is_refused() -> None:
     model = build("N")
     model.graph.input.append(helper.make_tensor_value_info("rate", TensorProto.INT64, [1]))
