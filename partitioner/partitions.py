@@ -57,6 +57,7 @@ from splitonnx.partitioner.cutting.passes.batches import describe_freed
 from splitonnx.partitioner.cutting.passes.given_names import naming_as_given
 from splitonnx.partitioner.cutting.passes.joined_statistics import describe_separations
 from splitonnx.partitioner.cutting.passes.stored_options import describe_stored
+from splitonnx.partitioner.cutting.passes.ties import describe_symmetric
 from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
     choose_output,
@@ -318,6 +319,7 @@ def _warn(prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs) -
         describe_decided(prepared.decided),
         "" if prepared.dequantized is None else prepared.dequantized.describe(),
         describe_separations(prepared.separations),
+        describe_symmetric(prepared.ties, prepared.weights),
         describe_narrow(prepared.skeleton.graph),
     )
     for sentence in filter(None, sentences):

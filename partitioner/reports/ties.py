@@ -18,7 +18,7 @@ from itertools import permutations
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.cutting.passes.ties import find_difference
+from splitonnx.partitioner.cutting.passes.ties import find_difference, is_symmetric
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.reports.layers import name_layer
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
@@ -26,6 +26,12 @@ from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 _FEWEST = 4
 """In tensors with fewer elements than this, equal numbers may be a coincidence."""
 _HIGHEST_RANK = 4
+_WAYS = {
+    "equal": "",
+    "transposed": " (transposed)",
+    "symmetric": " (as it is and transposed; --tie takes it as it is)",
+}
+"""How two tensors can hold the same numbers, in words."""
 _NUMBERED = re.compile(r"((layers?|blocks?|cells?|h)_)?\d+")
 """A part of a name that numbers a layer."""
 
@@ -43,10 +49,7 @@ def remark_on_ties(prepared: PreparedModel, computed: Collection[str]) -> Iterat
     for group in _group(prepared, computed):
         first, *others = group
         ways = [_compare(prepared.weights[first], prepared.weights[other]) for other in others]
-        again = [
-            f"'{other}'{' (transposed)' if way == 'transposed' else ''}"
-            for other, way in zip(others, ways, strict=True)
-        ]
+        again = [f"'{other}'{_WAYS[way]}" for other, way in zip(others, ways, strict=True)]
         pairs, difference = _pair(prepared, group)
         yield Remark(
             kind=Kind.LOST_TIE,
@@ -127,10 +130,10 @@ def _sum_bits(array: np.ndarray) -> int:
 
 
 def _compare(one: ir.TensorProtocol, other: ir.TensorProtocol) -> str:
-    """Return ``equal`` or ``transposed`` if two tensors agree, or an empty string otherwise."""
+    """Return how two tensors agree, as a key of :data:`_WAYS`, or an empty string otherwise."""
     first, second = one.numpy(), other.numpy()
     if np.array_equal(first.reshape(-1), second.reshape(-1)):
-        return "equal"
+        return "symmetric" if is_symmetric(first) else "equal"
     first, second = first.squeeze(), second.squeeze()
     if first.ndim != second.ndim or first.ndim > _HIGHEST_RANK:
         return ""

@@ -51,6 +51,29 @@ def tie_weights(
         del weights[second]
 
 
+def describe_symmetric(
+    ties: Sequence[tuple[str, str]], weights: Mapping[str, ir.TensorProtocol]
+) -> str:
+    """Return a sentence about tied matrices that equal their transposes, or an empty string."""
+    found = [
+        f"{first}={second}"
+        for first, second in ties
+        if first in weights and is_symmetric(weights[first].numpy())
+    ]
+    if not found:
+        return ""
+    return (
+        f"--tie {', '.join(found)}: the numbers are those of a symmetric matrix and fit transposed, "
+        "too; they are tied as they are, not transposed; if the model used one of them transposed, "
+        "export it so that the file stores the matrix once"
+    )
+
+
+def is_symmetric(array: np.ndarray) -> bool:
+    """Return whether an array is a matrix of several rows that equals its transpose."""
+    return array.ndim == 2 and len(array) > 1 and _is_equal(array, array.T)
+
+
 def _read(
     weights: Mapping[str, ir.TensorProtocol], name: str, first: str, second: str
 ) -> np.ndarray:

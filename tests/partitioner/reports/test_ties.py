@@ -47,6 +47,22 @@ def test_equal_and_transposed_matrices_are_named_with_the_option_that_joins_them
     ]
 
 
+def test_a_symmetric_matrix_is_said_to_fit_both_ways_and_which_way_is_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    even, other = draw(1) + draw(1).T, draw(2)
+    model = build(("one", even), ("two", even.copy()))
+    (remark,) = list_ties(model)
+    assert "'two' (as it is and transposed; --tie takes it as it is) hold" in remark.sentence
+    cut(model, at=None, loss="mse", ties=[("one", "two")])
+    (said,) = (r.getMessage() for r in caplog.records if "--tie" in r.getMessage())
+    assert said.startswith("--tie one=two: the numbers are those of a symmetric matrix")
+    caplog.clear()
+    plain = build(("one", other), ("two", other.T.copy()))
+    cut(plain, at=None, loss="mse", ties=[("one", "two")])
+    assert "--tie" not in caplog.text
+
+
 def test_the_same_numbers_in_another_order_are_no_tie() -> None:
     same = draw(1)
     assert list_ties(build(("a.w", same), ("b.w", np.roll(same, 1, axis=1)))) == []
