@@ -63,7 +63,7 @@ def describe_symmetric(
     if not found:
         return ""
     return (
-        f"--tie {', '.join(found)}: the numbers are those of a symmetric matrix and fit transposed, "
+        f"--tie {', '.join(found)}: the numbers are those of a symmetric matrix and fit transposed "
         "too; they are tied as they are, not transposed; if the model used one of them transposed, "
         "export it so that the file stores the matrix once"
     )
