@@ -9,7 +9,13 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.expressions import UNKNOWN, describe_size, solve_for
 from splitonnx.partitioner.graphs.builders import take_input
-from splitonnx.partitioner.graphs.traversals import walk_back
+from splitonnx.partitioner.graphs.traversals import (
+    list_bodies,
+    list_inner,
+    list_inputs,
+    list_nodes,
+    walk_back,
+)
 from splitonnx.partitioner.inference.dimensions import Dim
 from splitonnx.partitioner.inference.inferences import Inference
 
@@ -25,19 +31,32 @@ def refuse_resized_batches(graph: ir.Graph) -> None:
     and which has no gradient here.
 
     Raises:
-        UnsupportedModel: the graph has such a node.
+        UnsupportedModel: the graph, or a body in it, has such a node.
     """
-    asked = [node for node in graph if _has_sizes(node)]
+    asked = [node for node in list_nodes(graph) if _has_sizes(node)]
     if not asked:
         return
-    needed, _ = walk_back([value for node in asked for value in node.inputs if value is not None])
+    holders = {inner: node for node in graph for inner in list_inner(node)}
+    outer = list(dict.fromkeys(holders[node] for node in asked if node in holders))
+    read = [value for node in (*asked, *outer) for value in list_inputs(node)]
+    needed, _ = walk_back(read)
     known = Inference(graph.opset_imports[""])
     for node in graph:
         if node in needed:
             known.visit(node)
+        if node in outer:
+            _visit_bodies(node, known)
     places = _name_places(graph)
     for node in asked:
         _check(node, known, places)
+
+
+def _visit_bodies(node: ir.Node, known: Inference) -> None:
+    """Infer the shapes in the bodies of a node."""
+    for body in list_bodies(node):
+        for inner in body:
+            _visit_bodies(inner, known)
+            known.visit(inner)
 
 
 def _name_places(graph: ir.Graph) -> dict[str, str]:

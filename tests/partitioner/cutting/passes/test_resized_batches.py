@@ -14,6 +14,7 @@ from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.cutting.passes.resized_batches import refuse_resized_batches
 from splitonnx.partitioner.normalization.opsets import inline_functions
 from splitonnx.partitioner.partitions import cut
+from tests.support.small_models import hold_predictions
 
 
 def build(
@@ -125,3 +126,52 @@ doubled (float[N, 3, 8, 8] x) => (float[M, 3, 1, 1] y)
     resized = Resize <mode = "nearest"> (twice, , , sizes)
     y = GlobalAveragePool (resized)
 }}"""
+
+
+def build_branched(rows: int) -> onnx.ModelProto:
+    """Build a model that resizes its images to a number of samples in one branch of an If."""
+    told, random = helper.make_tensor_value_info, np.random.default_rng(0)
+    node = helper.make_node
+    branches = {
+        "then_branch": node("Resize", ["h", "", "", "sizes"], ["a"], name="inner"),
+        "else_branch": node("Tanh", ["h"], ["a"], name="other"),
+    }
+    bodies = {
+        name: helper.make_graph([made], name, [], [told("a", TensorProto.FLOAT, [None] * 4)])
+        for name, made in branches.items()
+    }
+    weights = {"k": random.standard_normal((3, 2, 1, 1)), "zero": np.array(0)}
+    graph = helper.make_graph(
+        [
+            node("Conv", ["x", "k"], ["h"], name="conv"),
+            node("ReduceMean", ["h"], ["mean"], name="mean", keepdims=0),
+            node("Greater", ["mean", "zero"], ["asks"], name="asks"),
+            node("If", ["asks"], ["r"], name="if", **bodies),
+            node("GlobalAveragePool", ["r"], ["p"], name="pool"),
+            node("Flatten", ["p"], ["y"], name="flatten"),
+        ],
+        "g",
+        [told("x", TensorProto.FLOAT, ["N", 2, 4, 4])],
+        [told("y", TensorProto.FLOAT, ["N", 3])],
+        [
+            *(numpy_helper.from_array(a.astype(np.float32), n) for n, a in weights.items()),
+            numpy_helper.from_array(np.array([rows, 3, 6, 6]), "sizes"),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 18)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("check", [True, False])
+def test_one_in_a_branch_is_refused_with_the_option_that_helps(rows: int, *, check: bool) -> None:
+    model = build_branched(rows)
+    with pytest.raises(UnsupportedModel) as caught:
+        cut(model, at="h", check=check)
+    told = f"node 'inner' (Resize): its sizes have a batch of {rows}"
+    assert str(caught.value).startswith(told)
+    assert f"--dim N={rows}" in str(caught.value)
+    x = np.random.default_rng(1).standard_normal((rows, 2, 4, 4)).astype(np.float32)
+    bundle = cut(model, at="h", dims={"N": rows}, check=check)
+    for data in (x, -x):  # one branch each
+        hold_predictions(bundle, model, {"x": data})
