@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 
+UNLOADABLE = "a node cannot be loaded"
+"""The beginning of the sentence for a node whose attributes a kernel refuses."""
 _CODE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _FAILED = re.compile(
     r"Non-zero status code returned while running (\w+) node\. Name:'([^']*)' Status Message: "
 )
+_LOADING = "Exception during initialization: "
 _LINE = re.compile(r"(\S+\.(?:cc|cpp|cu|h|hpp):\d+) ")
 _CONDITION = re.compile(r".*? was false\. (?=\S)")
 _SIGNATURE = re.compile(
@@ -32,6 +35,9 @@ def describe_kernel_error(text: str) -> str:
         kind, name = failed.groups()
         node = f"node '{name}' ({kind})" if name else f"a node ({kind})"
         return f"{node} fails: {describe_kernel_error(line[failed.end() :]) or 'no reason given'}"
+    if line.startswith(_LOADING):
+        reason = _leave_out_source(line.removeprefix(_LOADING))
+        return f"{UNLOADABLE}: {reason or 'no reason given'}"
     sizes = _SIZES.search(line)
     if sizes is not None:
         found = (f"axis {axis} is {got}, not {due}" for axis, got, due in _SIZE.findall(sizes[2]))

@@ -72,6 +72,12 @@ def test_a_graph_s_input_of_another_size_is_named_with_its_axes() -> None:
             "a node (Loop) fails: it does not end",
         ),
         ("/src/a.h:5 void f(int) size == 1 was false. ", "size == 1 was false."),
+        (
+            "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: "
+            "/src/core/nn/lrn.h:22 onnxruntime::LRN<T>::LRN(const onnxruntime::OpKernelInfo&) "
+            "[with T = float] size_ % 2 == 1 was false. \n",
+            "a node cannot be loaded: size_ % 2 == 1 was false.",
+        ),
         ("the session is closed", "the session is closed"),
         ("it reads model.onnx:3 lines", "it reads model.onnx:3 lines"),
         ("", ""),

@@ -229,7 +229,7 @@ def _list_forms(
 
 
 def _refuse_breakdowns(form: _Form, subject: str) -> _Form:
-    """Refuse whatever ends its process, but for what only leads to remarks with advice."""
+    """Refuse whatever ends its process or cannot be loaded, unless it only leads to advice."""
     made = [
         each if each.advice else replace(each, run=refuse_breakdowns(each.run, each.label, subject))
         for each in form.made
@@ -258,6 +258,9 @@ def _hold(
     except NotRun as error:
         if isinstance(error, BrokeDown):  # perhaps its parts do so too
             _try_first_draw(form)
+        for made in form.made:
+            with suppress(NotRun):
+                made.run([])  # refuses what no party can load
         return [f"{subject} was not compared with its parts, since it does not run: {error}"]
     check_sizes(expectation, sizes, subject)
     remarks = []

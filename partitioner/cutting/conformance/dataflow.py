@@ -15,13 +15,15 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.errors import NativeCrash, flatten
-from splitonnx.kernel_errors import describe_kernel_error
+from splitonnx.errors import NativeCrash, UnsupportedModel, flatten
+from splitonnx.kernel_errors import UNLOADABLE, describe_kernel_error
 from splitonnx.manifests import Source, Stage
 from splitonnx.names import PREDICT
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
+from splitonnx.partitioner.gate.walks import label_node
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.native import natives, workers
+from splitonnx.partitioner.native.loadings import find_unloadable, is_unloadable
 from splitonnx.partitioner.normalization.weights import read_array
 
 Level: TypeAlias = Literal["none", "basic", "all", "usual"]
@@ -67,6 +69,10 @@ class BrokeDown(NotRun):
     """Raised if native code ends its process while it runs a model."""
 
 
+class NotLoaded(NotRun):
+    """Raised if ONNX Runtime cannot load a model; the message names the node and the reason."""
+
+
 class CorrectionFailed(NotRun):
     """Raised if an operator of :mod:`native.corrections` fails on a model or on its inputs."""
 
@@ -107,9 +113,18 @@ def run_session(
 
     Raises:
         NotRun: ONNX Runtime refuses the model or the inputs.
+        NotLoaded: it refuses a node whatever the inputs are.
     """
     given = [natives.encode_arrays(batch) for batch in batches]
-    return _decode(lambda: workers.call(natives.run_session, subject, content, given, level))
+    try:
+        return _decode(lambda: workers.call(natives.run_session, subject, content, given, level))
+    except NotRun as error:
+        node = find_unloadable(content, subject) if is_unloadable(error) else None
+        if node is None:
+            raise
+        raise NotLoaded(
+            str(error).replace(UNLOADABLE, f"{label_node(node)} cannot be loaded", 1)
+        ) from error
 
 
 def run_prepared(
@@ -198,17 +213,26 @@ def _decode(run: Callable[[], Sequence[Mapping[str, bytes]]]) -> list[Arrays]:
 
 
 def refuse_breakdowns(run: Run, label: str, subject: str) -> Run:
-    """Return a function like ``run`` that refuses the model if native code ends its process.
+    """Return a function like ``run`` that refuses a model which no party could run.
 
     ``label`` names what ``run`` runs, and ``subject`` names the model from which it was made.
 
     Raises:
-        NativeCrash: raised by the function returned, since a party would be ended in the same way.
+        NativeCrash: raised by the function returned if native code ends its process, since a party
+            would be ended in the same way.
+        UnsupportedModel: raised by the function returned if a node cannot be loaded.
     """
 
     def run_all(batches: Sequence[Arrays]) -> list[Arrays]:
         try:
             return run(batches)
+        except NotLoaded as error:
+            reason = str(error).rstrip(".")
+            raise UnsupportedModel(
+                subject,
+                f"ONNX Runtime, with which the parties train, cannot run it ({reason})",
+                "export the model with other attributes of this node, or with another operator",
+            ) from error
         except BrokeDown as error:
             crash = error.__cause__
             reason = crash.reason if isinstance(crash, NativeCrash) else str(error)
