@@ -14,11 +14,12 @@ OWN, JOINED = "@own", "@joined"
 """Suffixes of the value of a state tensor that a client shares, and of the joined value."""
 LOSS = "loss"
 """The name of the loss among the results of a phase."""
-COUNTED, WEIGHT = "@counted", "@weight"
+COUNTED, TOTAL, WEIGHT = "@counted", "@total", "@weight"
 """Suffixes of results of an evaluation that say how to combine the means of several batches.
 
-``accuracy@counted`` is the sum of the weights of what ``accuracy`` is the mean of.  If there are
-several losses, ``loss.a@weight`` is the factor of ``loss.a`` in ``loss``.
+``accuracy@counted`` is the sum of the weights of what ``accuracy`` is the mean of, and
+``accuracy@total`` the sum of the weighted terms.  If there are several losses, ``loss.a@weight`` is
+the factor of ``loss.a`` in ``loss``.
 """
 
 Target: TypeAlias = Literal["portable", "training"]

@@ -23,13 +23,16 @@ _FLOAT = ir.DataType.FLOAT
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """A mean, and the sum of the weights of what it is the mean of.
+    """A mean, the sum of the weights of what it is the mean of, and the sum of the weighted terms.
 
-    ``counted`` is ``None`` if it was not asked for.
+    ``counted`` is ``None`` if it was not asked for.  ``total`` is ``None`` unless the terms have
+    weights, too: then it may differ from ``value * counted``, since the smoothing of labels of a
+    class of weight 0 has terms although nothing counts, and the value is 0.
     """
 
     value: ir.Value
     counted: ir.Value | None
+    total: ir.Value | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +92,10 @@ class _Means:
         share = builder.op("Div", one, builder.op("Where", is_empty, one, counted))
         scale = builder.op("Where", is_empty, zero, share)
         total = builder.op("ReduceSum", terms, keepdims=0)
-        return Mean(
-            value=builder.op("Mul", total, scale), counted=counted if self._counting else None
-        )
+        value = builder.op("Mul", total, scale)
+        if not self._counting:
+            return Mean(value=value, counted=None)
+        return Mean(value=value, counted=counted, total=total)
 
     def match(self, left: ir.Value, right: ir.Value, factor: ir.Value | None) -> Mean:
         """Return the share of equal elements."""

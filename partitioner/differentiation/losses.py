@@ -14,7 +14,7 @@ import onnx_ir as ir
 from splitonnx.errors import UsageError
 from splitonnx.losses import CROSS_ENTROPY, FROM_FILE, FROM_MODEL, Loss
 from splitonnx.manifests import ScoredOutput, ScoreKind
-from splitonnx.names import COUNTED, LOSS, WEIGHT
+from splitonnx.names import COUNTED, LOSS, TOTAL, WEIGHT
 from splitonnx.partitioner.differentiation.activations.final_activations import (
     find_activation,
     invert_activation,
@@ -225,6 +225,8 @@ def _list_results(
         yield f"{name}{suffix}", mean.value
         if counting and mean.counted is not None:
             yield f"{name}{suffix}{COUNTED}", mean.counted
+        if counting and mean.total is not None:
+            yield f"{name}{suffix}{TOTAL}", mean.total
 
 
 def _sum_up(

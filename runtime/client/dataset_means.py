@@ -2,9 +2,10 @@
 
 A result ``r`` of a batch is a mean.  The result ``r@counted`` says how much it weighs: what
 counted, such as the labels that are not ignored, multiplied by their weights.  Without it, the mean
-weighs as much as the batch has labels.  If several losses are added up, ``loss.a@weight`` is the
-factor of ``loss.a``, and the loss of the dataset is the sum of the losses' means.  This module does
-not know how batches are evaluated.
+weighs as much as the batch has labels.  The result ``r@total`` is the sum that the batch adds;
+without it, the sum is the mean multiplied by what counted.  If several losses are added up,
+``loss.a@weight`` is the factor of ``loss.a``, and the loss of the dataset is the sum of the losses'
+means.  This module does not know how batches are evaluated.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from splitonnx.names import COUNTED, LOSS, WEIGHT
+from splitonnx.names import COUNTED, LOSS, TOTAL, WEIGHT
 
 
 class DatasetMeans:
@@ -28,9 +29,9 @@ class DatasetMeans:
         for name, value in results.items():
             if name.endswith(WEIGHT):
                 self._weights[name.removesuffix(WEIGHT)] = value
-            elif not name.endswith(COUNTED):
+            elif not name.endswith((COUNTED, TOTAL)):
                 counted = results.get(f"{name}{COUNTED}", size)
-                self._totals[name] += value * counted
+                self._totals[name] += results.get(f"{name}{TOTAL}", value * counted)
                 self._counted[name] += counted
 
     def compute(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from splitonnx.errors import UnusableData, UsageError
 from splitonnx.manifests import PartyManifest, Phase
-from splitonnx.names import COUNTED, EVALUATE, PREDICT, WEIGHT
+from splitonnx.names import COUNTED, EVALUATE, PREDICT, TOTAL, WEIGHT
 from splitonnx.runtime.client.datasets import Dataset, DataSource, open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric, choose_metrics
@@ -163,7 +163,8 @@ def choose_measures(
     if metrics and not has_data:
         raise UsageError("metrics need data to evaluate on: pass eval_data (--eval-data)")
     results = [*manifest.phase(EVALUATE).results, *(metric.name for metric in metrics)]
-    told = [name for name in dict.fromkeys(results) if not name.endswith((COUNTED, WEIGHT))]
+    hidden = (COUNTED, TOTAL, WEIGHT)
+    told = [name for name in dict.fromkeys(results) if not name.endswith(hidden)]
     check_stopping(stopping, told if has_data else (), can_return=can_return)
     return metrics
 

@@ -139,6 +139,13 @@ test("batches weigh by their size or by what counted, and a mean of nothing is 0
   assert.deepEqual(none.compute(), { loss: 0 });
 });
 
+test("a batch adds its total also where nothing counts", () => {
+  const means = new DatasetMeans();
+  means.add(new Map(Object.entries({ loss: 0, "loss@counted": 0, "loss@total": 3 })), 1);
+  means.add(new Map(Object.entries({ loss: 2, "loss@counted": 2, "loss@total": 4 })), 4);
+  assert.deepEqual(means.compute(), { loss: 3.5 });
+});
+
 test("a sum of losses is the sum of their means", () => {
   const means = new DatasetMeans();
   const weights = { "loss.a@weight": 0.5, "loss.b@weight": 2 };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -39,6 +40,7 @@ CLASSES = [
     Loss(label_smoothing=1.0),
     Loss(label_smoothing=0.3, class_weights=WEIGHTS, ignore_index=-100, sample_weights="trust"),
 ]
+SMOOTHED = Loss(label_smoothing=0.4, class_weights=(0.0, 0.0, 0.0, 1.0))
 NUMBERS = [Loss(kind=kind, sample_weights="trust") for kind in ("mse", "l1", "bce-with-logits")]
 CUTS: list[dict[str, object]] = [
     {"at": None},
@@ -239,6 +241,45 @@ def test_evaluation_of_batches_is_that_of_the_whole_data(where: Mapping[str, obj
         },
         abs=1e-6,
     )
+
+
+@pytest.mark.parametrize("loss", [*CLASSES, *NUMBERS, SMOOTHED], ids=repr)
+def test_evaluation_does_not_depend_on_the_size_of_batches(loss: Loss) -> None:
+    """Alone, a label of a class of weight 0 does not count, but its smoothing has a term."""
+    data = draw_data(loss, rows=10)
+    if loss.sample_weights is not None:
+        data["trust"] = np.array([2, -2, 0, 0, 1, 1, 2, 2, 3, 3], np.float32)
+    with Client(cut(build_network(), at=None, loss=loss, check=False).client) as client:
+        found = [client.evaluate(data, batch_size=size) for size in (1, 2, 4, 10)]
+        scores = client.predict({"x": data["x"]})["scores"].astype(np.float64)
+        perplexity = client.evaluate(data, batch_size=1, metrics=["perplexity"]) if (
+            loss.kind == "cross-entropy"
+        ) else {}  # fmt: skip
+    wanted = measure(loss, scores, data)[0]
+    assert [each["loss"] for each in found] == pytest.approx([wanted] * 4, rel=1e-5)
+    for each in found[:-1]:
+        assert each == pytest.approx(found[-1], rel=1e-5)
+    if perplexity:
+        bare = msgspec.structs.replace(loss, label_smoothing=0.0, class_weights=())
+        assert math.log(perplexity["perplexity"]) == pytest.approx(
+            measure(bare, scores, data)[0], rel=1e-5
+        )
+
+
+def test_several_losses_are_evaluated_alike_in_batches_of_any_size() -> None:
+    data = {**draw_both(rows=10), "labels": np.array([2, 2, 2, 2, 0, 1, 2, 3, 2, 2])}
+    first, second = BOTH
+    losses = [msgspec.structs.replace(first, class_weights=WEIGHTS), second]
+    bundle = cut(build_network(outputs=2), loss=losses, at=None, check=False)
+    with Client(bundle.client) as client:
+        found = [client.evaluate(data, batch_size=size) for size in (1, 2, 10)]
+        scores = client.predict({"x": data["x"]})
+    wanted = [
+        measure(loss, scores[loss.output or ""].astype(np.float64), data)[0] for loss in losses
+    ]
+    for each in found:
+        assert each["loss.scores"] == pytest.approx(wanted[0], rel=1e-5)
+        assert each["loss"] == pytest.approx(0.5 * wanted[0] + 2 * wanted[1], rel=1e-5)
 
 
 def test_evaluation_of_data_of_which_nothing_counts_is_0() -> None:

@@ -20,6 +20,13 @@ def test_a_sum_of_losses_is_the_sum_of_their_means() -> None:
     assert means.compute() == {"loss": 0.5 * 1.75 + 2 * 1.5, "loss.a": 1.75, "loss.b": 1.5}
 
 
+def test_a_batch_adds_its_total_also_where_nothing_counts() -> None:
+    means = DatasetMeans()
+    means.add({"loss": 0.0, "loss@counted": 0.0, "loss@total": 3.0}, 1)
+    means.add({"loss": 2.0, "loss@counted": 2.0, "loss@total": 4.0}, 4)
+    assert means.compute() == {"loss": 3.5}
+
+
 def test_a_mean_of_nothing_is_0() -> None:
     means = DatasetMeans()
     means.add({"loss": 0.0, "loss@counted": 0.0}, 4)

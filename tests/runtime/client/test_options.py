@@ -165,7 +165,7 @@ def test_early_stopping_needs_an_evaluation_with_its_metric_and_a_way_back() -> 
 
 def test_the_metrics_of_a_run_are_fitted_to_its_bundle() -> None:
     scored = ScoredOutput(output="y", labels="labels", kind=ScoreKind.CLASSES, class_axis=1)
-    results = ("loss", "loss@counted", "accuracy", "accuracy@counted")
+    results = ("loss", "loss@counted", "loss@total", "accuracy", "accuracy@counted")
     manifest = msgspec.structs.replace(
         make_manifest(scored, y=("N", 3)), phases=(Phase(name="evaluate", results=results),)
     )

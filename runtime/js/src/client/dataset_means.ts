@@ -3,10 +3,11 @@
  *
  * A result `r` of a batch is a mean, and `r@counted` says how much it weighs: what counted, such as
  * the labels that are not ignored.  Without it, the mean weighs as much as the batch has labels.
- * If several losses are added up, `loss.a@weight` is the factor of `loss.a`.
+ * The result `r@total` is the sum that the batch adds; without it, the sum is the mean multiplied by
+ * what counted.  If several losses are added up, `loss.a@weight` is the factor of `loss.a`.
  */
 
-import { COUNTED, LOSS, WEIGHT } from "../engine/executors.js";
+import { COUNTED, LOSS, TOTAL, WEIGHT } from "../engine/executors.js";
 
 /** The means of all results over the batches that were added so far. */
 export class DatasetMeans {
@@ -19,9 +20,10 @@ export class DatasetMeans {
     for (const [name, value] of results) {
       if (name.endsWith(WEIGHT)) {
         this.#weights.set(name.slice(0, -WEIGHT.length), value);
-      } else if (!name.endsWith(COUNTED)) {
+      } else if (!name.endsWith(COUNTED) && !name.endsWith(TOTAL)) {
         const counted = results.get(name + COUNTED) ?? size;
-        this.#totals.set(name, (this.#totals.get(name) ?? 0) + value * counted);
+        const added = results.get(name + TOTAL) ?? value * counted;
+        this.#totals.set(name, (this.#totals.get(name) ?? 0) + added);
         this.#counted.set(name, (this.#counted.get(name) ?? 0) + counted);
       }
     }

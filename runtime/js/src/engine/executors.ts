@@ -30,8 +30,11 @@ import type { Progress } from "./dataflows.js";
 import type { Engine, LoadedStage } from "./engines.js";
 
 export const LOSS = "loss";
-/** Suffixes of results of an evaluation: what counted in a mean, and a loss's factor in the sum. */
-export const [COUNTED, WEIGHT] = ["@counted", "@weight"];
+/**
+ * Suffixes of results of an evaluation: what counted in a mean, the sum of the weighted terms, and a
+ * loss's factor in the sum.
+ */
+export const [COUNTED, TOTAL, WEIGHT] = ["@counted", "@total", "@weight"];
 
 const LARGEST_F32 = 3.4028234663852886e38;
 
