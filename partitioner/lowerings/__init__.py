@@ -57,6 +57,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "LeakyReluGrad": activations.lower_leaky_relu_grad,
     "LogSoftmaxGrad_13": activations.lower_log_softmax_grad,
     "MaxPoolGrad": pools.lower_max_pool_grad,
+    "NegativeLogLikelihoodLoss": losses.lower_nll_loss,
     "QuickGelu": activations.lower_quick_gelu,
     "QuickGeluGrad": activations.lower_quick_gelu_grad,
     "ReluGrad": activations.lower_relu_grad,
@@ -77,7 +78,7 @@ LOWERINGS: Mapping[str, Lowering] = {
 
 _MOST_READ = 32
 
-_WITHOUT_KERNEL = frozenset({"SoftmaxCrossEntropyLoss"})
+_WITHOUT_KERNEL = frozenset({"NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"})
 """Standard operators for which mobile builds of ONNX Runtime have no kernel."""
 
 

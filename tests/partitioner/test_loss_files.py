@@ -22,6 +22,7 @@ from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import verify
 from tests.support.carried import BATCH, RECURRENT, build_recurrent
 from tests.support.loss_references import build_network, differentiate, draw_weights, predict
+from tests.support.loss_references import measure as measure_named
 
 CUTS: list[dict[str, object]] = [
     {"at": None},
@@ -145,6 +146,64 @@ def test_labels_that_are_no_classes_reach_no_kernel() -> None:
     data["goal"][:] = 3
     with Client(bundle.client, threads=1) as client:
         assert client.evaluate(data)["loss"] == pytest.approx(float(client.step(data)["loss"]))
+
+
+PADDING = -100
+
+
+def build_class_loss(kind: str, weights: Sequence[float]) -> bytes:
+    """Build a cross-entropy as PyTorch exports it, in one node or two."""
+    names = ["labels", *(["shares"] if weights else [])]
+    settings = {"ignore_index": PADDING, "reduction": "mean"}
+    nodes = [helper.make_node(kind, ["scores", *names], ["value"], **settings)]
+    if kind == "NegativeLogLikelihoodLoss":
+        nodes = [helper.make_node("LogSoftmax", ["scores"], ["logs"], axis=1),
+                 helper.make_node(kind, ["logs", *names], ["value"], **settings)]  # fmt: skip
+    graph = helper.make_graph(
+        nodes,
+        "own loss",
+        [
+            helper.make_tensor_value_info("scores", FLOAT, ["N", 4]),
+            helper.make_tensor_value_info("labels", INT64, ["N"]),
+        ],
+        [helper.make_tensor_value_info("value", FLOAT, [])],
+        [numpy_helper.from_array(np.array(weights, np.float32), "shares")] if weights else [],
+    )
+    content: bytes = helper.make_model(
+        graph, ir_version=8, opset_imports=[helper.make_opsetid("", 18)]
+    ).SerializeToString()
+    return content
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+@pytest.mark.parametrize("kind", ["SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss"])
+@pytest.mark.parametrize("weights", [(), (0.5, 2.0, 0.0, 1.0)], ids=["", "weighted"])
+def test_a_batch_of_which_nothing_counts_is_0_in_a_loss_of_ones_own(
+    target: Target, kind: str, weights: Sequence[float]
+) -> None:
+    """As for the losses that have names: 0, not NaN, on both targets."""
+    bundle = cut(
+        build_network(),
+        at=None,
+        loss=Loss(kind="from-file", graph=build_class_loss(kind, weights)),
+        optimizer=SGD(lr=1.0),
+        client_target=target,
+        check=False,
+    )
+    x = draw_data()["x"]
+    nothing = [np.full(8, PADDING), *([np.full(8, 2)] if weights else [])]
+    with Client(bundle.client, threads=1) as client:
+        before = dict(client.state())
+        for labels in nothing:
+            assert client.evaluate({"x": x, "labels": labels}) == {"loss": 0}
+            assert float(client.step({"x": x, "labels": labels})["loss"]) == 0
+        for name, weight in client.state().items():
+            np.testing.assert_array_equal(weight, before[name])
+        some = np.array([0, PADDING, 2, 3, PADDING, 1, 0, 0])
+        found = client.evaluate({"x": x, "labels": some})["loss"]
+    scores = predict({name: w.astype(np.float64) for name, w in draw_weights().items()}, x)
+    loss = Loss(ignore_index=PADDING, class_weights=tuple(weights))
+    assert found == pytest.approx(measure_named(loss, scores, {"labels": some})[0], abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from onnx import helper
 
 from tests.partitioner.lowerings.fused_kernels import compare
-from tests.support.zoo import FLOAT, Net
+from tests.support.zoo import FLOAT, INT64, Net
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -32,3 +33,27 @@ def test_cross_entropy(
     )
     found = compare(net, "y", shape)
     assert found >= {"SoftmaxCrossEntropyLoss", "SoftmaxCrossEntropyLossGrad"}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_labels_do_not_count_where_a_score_is_infinite(reduction: str) -> None:
+    """Class 0 stands in for an ignored label; a product of its -inf and 0 would be NaN."""
+    net = Net()
+    for name, value in (("ignored", 2), ("one", [1])):
+        dims = [] if name == "ignored" else [1]
+        tensor = helper.make_tensor("v", INT64, dims, [value] if name == "ignored" else value)
+        net.nodes.append(helper.make_node("Constant", [], [name], value=tensor))
+    mask = helper.make_tensor("v", FLOAT, [1, 4], [-math.inf, 0.0, 0.0, 0.0])
+    net.nodes.append(helper.make_node("Constant", [], ["mask"], value=mask))
+    net.op("Unsqueeze", net.op("Equal", "labels", "ignored", out="is"), "one", out="rows")
+    masked = net.op("Where", "rows", net.op("Add", "x", "mask", out="hidden"), "x", out="scores")
+    net.nodes.append(
+        helper.make_node(
+            "SoftmaxCrossEntropyLoss",
+            [masked, "labels"],
+            ["y", "log_prob"],
+            reduction=reduction,
+            ignore_index=2,
+        )
+    )
+    compare(net, "y", (12, 4))
