@@ -35,6 +35,8 @@ from splitonnx.runtime.client.array_files import (
 )
 from splitonnx.tensors import DTYPES, TensorSpec, check_array, describe
 
+_EMPTY = """nothing is computed from an array without elements, such as the labels of a Loop \
+without an iteration; leave this batch out of the data"""
 Batch: TypeAlias = Mapping[str, np.ndarray]
 DataSource: TypeAlias = "str | Path | Batch | Iterable[Batch] | Dataset"
 
@@ -319,6 +321,8 @@ def check_batch(batch: Batch, specs: Sequence[TensorSpec], kept: Collection[str]
 def _explain_rows(error: ArrayMismatch, array: np.ndarray, spec: TensorSpec) -> ArrayMismatch:
     """Advise where to look, if the number of rows is one that the model does not take."""
     declared = spec.shape[0] if spec.shape else None
+    if array.shape and not array.size and 0 not in spec.shape:
+        return ArrayMismatch(error.name, error.expected, f"{error.actual}; {_EMPTY}")
     if not array.ndim or declared is None:
         return error
     if isinstance(declared, str):

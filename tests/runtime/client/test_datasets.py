@@ -201,6 +201,19 @@ def test_a_number_of_rows_that_a_model_never_takes_is_told_with_advice(
     assert (advice in str(other.value)) is isinstance(dim, str)
 
 
+@pytest.mark.parametrize("dim", ["unk__loop", "N", "N + 1", 2])
+def test_a_batch_of_an_empty_array_is_to_be_left_out(dim: int | str, tmp_path: Path) -> None:
+    specs = [TensorSpec(name="labels", dtype="F32", shape=(dim, 3))]
+    told = r"is F32\[0, 3\]; .* Loop without an iteration; leave this batch out of the data"
+    batch = {"labels": np.zeros((0, 3), np.float32)}
+    with pytest.raises(ArrayMismatch, match=told) as refused:
+        check_batch(batch, specs)
+    assert "splitonnx check" not in str(refused.value)
+    np.savez(tmp_path / "0.npz", **batch)  # type: ignore[arg-type]
+    with pytest.raises(UnusableData, match=rf"0\.npz.*{told}"):
+        open_dataset(tmp_path).check(specs)
+
+
 def save_batches(folder: Path, *sizes: int) -> Path:
     for number, size in enumerate(sizes):
         batch: dict[str, np.ndarray] = arrays(size) | {"labels": np.full(size, number)}
