@@ -1,4 +1,8 @@
-"""Copy the body of a control-flow node, such as a Loop, into a graph, and build Scan nodes."""
+"""Copy the body of a control-flow node, such as a Loop, into a graph, and build Scan nodes.
+
+:func:`list_entries` and :func:`list_exits` tell which values inside and outside of bodies hold the
+same.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import Attribute, NodeBuilder
+from splitonnx.partitioner.graphs.traversals import list_bodies
+
+Sources = Sequence[ir.Value]
+"""Values that another one may be, or of which it holds rows."""
 
 
 def copy_body(
@@ -38,6 +46,47 @@ def copy_body(
             value.name = f"{prefix}/{value.name}" if value.name else value.name
             value.shape = None  # a body's shapes may differ from those of this run
     return [*constants.nodes, *nodes], [bindings.get(value, value) for value in outputs]
+
+
+def list_entries(node: ir.Node) -> list[tuple[ir.Value, Sources]]:
+    """Pair each input of a Loop's or Scan's body with the values that it holds in turn.
+
+    These are the node's input and, of what is carried, the body's output of the step before.  An If
+    has no entries, and the number of the iteration holds no value of the graph.
+    """
+    if node.op_type == "If":
+        return []
+    (body,) = list_bodies(node)
+    shift = int(node.op_type == "Loop")
+    carried = _count_carried(node) + shift
+    entries: list[tuple[ir.Value, Sources]] = []
+    for i, value in enumerate(body.inputs):
+        held = [node.inputs[i], *([body.outputs[i - shift]] if i < carried else [])]
+        entries.append((value, [] if i < shift else [v for v in held if v is not None]))
+    return entries
+
+
+def list_exits(node: ir.Node) -> list[tuple[ir.Value, Sources]]:
+    """Pair each output of an If, Loop or Scan with the values that it may be or consist of.
+
+    These are outputs of the bodies and, of what is carried, the node's input if no step runs.
+    """
+    bodies, count = list_bodies(node), _count_carried(node)
+    shift = int(node.op_type == "Loop")
+    exits: list[tuple[ir.Value, Sources]] = []
+    for i, value in enumerate(node.outputs):
+        inner = [body.outputs[i + shift] for body in bodies]
+        outer = [node.inputs[i + 2 * shift]] if i + shift < count else []
+        exits.append((value, [v for v in (*inner, *outer) if v is not None]))
+    return exits
+
+
+def _count_carried(node: ir.Node) -> int:
+    """Count the first inputs of a body that its outputs replace, with a Loop's condition."""
+    if node.op_type == "If":
+        return 0
+    scanned = node.attributes.get_int("num_scan_inputs", 0)
+    return len(node.inputs) - scanned - int(node.op_type == "Loop")
 
 
 def build_scan(

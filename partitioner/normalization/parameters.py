@@ -27,7 +27,8 @@ from enum import Enum, auto
 import numpy as np
 import onnx_ir as ir
 
-from splitonnx.partitioner.graphs.traversals import list_inputs
+from splitonnx.partitioner.graphs.bodies import list_entries, list_exits
+from splitonnx.partitioner.graphs.traversals import list_bodies, list_inputs, list_nodes
 
 _ALL = frozenset(range(64))
 
@@ -294,46 +295,74 @@ def _follow_inputs(
     """Follow raw inputs up to the first weight that does more than scale or shift them.
 
     Return the weights that scale or shift them, except those in ``refused``, each with its nodes.
-    Inputs in ``refused`` are not followed either.
+    Inputs in ``refused`` are not followed either.  Raw inputs are followed into bodies, also by
+    rows that a Scan hands out or that a Loop gathers by the number of the iteration.
     """
     raw = {v for v in graph.inputs if v.name not in weights and v.name not in refused}
     holders = {v: v.name or "" for v in graph.inputs if v.name in weights and v.name not in refused}
+    counters: set[ir.Value] = set()
     found: dict[str, list[ir.Node]] = {}
-    for node in graph:
+
+    def follow(node: ir.Node) -> None:
         sources = [value for value in node.inputs if value is not None]
-        if node.domain or not sources or len(node.outputs) != 1:
-            continue
         if node.op_type in _PASSING:
-            if sources[0] in raw:
-                raw.add(node.outputs[0])
-            elif sources[0] in holders:
+            for known in (raw, counters):
+                if sources[0] in known:
+                    known.add(node.outputs[0])
+            if sources[0] in holders:
                 holders[node.outputs[0]] = holders[sources[0]]
         elif node.op_type in _PICKING and sources[0] in raw:
-            if all(ir.convenience.get_const_tensor(value) is not None for value in sources[1:]):
+            own = [value for value in sources[1:] if value not in counters]
+            if all(ir.convenience.get_const_tensor(value) is not None for value in own):
                 raw.add(node.outputs[0])
         elif node.op_type in _SCALINGS and len(sources) == 2:
             others = [value for value in sources if value not in raw]
-            if len(others) != 1:
-                continue
-            name = holders.get(others[0])
+            name = holders.get(others[0]) if len(others) == 1 else None
             if name is not None:
                 found.setdefault(name, []).append(node)
                 raw.add(node.outputs[0])
-            elif ir.convenience.get_const_tensor(others[0]) is not None:
+            elif len(others) == 1 and ir.convenience.get_const_tensor(others[0]) is not None:
                 raw.add(node.outputs[0])
+
+    def follow_all(nodes: ir.Graph) -> None:
+        for node in nodes:
+            for value, held in list_entries(node) if list_bodies(node) else ():
+                if not held:
+                    counters.add(value)
+                elif {find_stored(one) for one in held[1:]} <= {value} and held[0] in raw:
+                    raw.add(value)
+            for body in list_bodies(node):
+                follow_all(body)
+            for value, held in list_exits(node) if list_bodies(node) else ():
+                if raw.issuperset(held):
+                    raw.add(value)
+            if not node.domain and node.inputs and len(node.outputs) == 1 and not list_bodies(node):
+                follow(node)
+
+    follow_all(graph)
     return found
 
 
 def _find_leading(graph: ir.Graph, others: Collection[str]) -> set[ir.Node]:
-    """Find the nodes that have a later node that uses a weight in ``others``."""
-    used: set[ir.Node] = set()
+    """Find the nodes on which a node depends that uses a weight in ``others``."""
+    weights = {value for value in graph.inputs if value.name in others}
+    nodes = list_nodes(graph)
+    holders = [node for node in nodes if list_bodies(node)]
+    held = dict(pair for node in holders for pair in (*list_entries(node), *list_exits(node)))
+    users = [node for node in nodes if not weights.isdisjoint(list_inputs(node))]
+    pending = [value for node in users for value in list_inputs(node)]
     leading: set[ir.Node] = set()
-    for node in reversed(graph):
-        after = [use.node for output in node.outputs for use in output.uses()]
-        if any(follower in used or follower in leading for follower in after):
+    seen: set[ir.Value] = set()
+    while pending:
+        value = pending.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        pending.extend(held.get(value, ()))
+        node = value.producer()
+        if node is not None and node not in leading:
             leading.add(node)
-        if any(value.name in others for value in list_inputs(node)):
-            used.add(node)
+            pending.extend(list_inputs(node))
     return leading
 
 

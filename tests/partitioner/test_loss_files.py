@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -154,7 +155,7 @@ PADDING = -100
 def build_class_loss(kind: str, weights: Sequence[float]) -> bytes:
     """Build a cross-entropy as PyTorch exports it, in one node or two."""
     names = ["labels", *(["shares"] if weights else [])]
-    settings = {"ignore_index": PADDING, "reduction": "mean"}
+    settings: dict[str, Any] = {"ignore_index": PADDING, "reduction": "mean"}
     nodes = [helper.make_node(kind, ["scores", *names], ["value"], **settings)]
     if kind == "NegativeLogLikelihoodLoss":
         nodes = [helper.make_node("LogSoftmax", ["scores"], ["logs"], axis=1),

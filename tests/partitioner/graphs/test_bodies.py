@@ -12,7 +12,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from splitonnx.partitioner.graphs.bodies import build_scan, copy_body, runs_backwards
+from splitonnx.partitioner.graphs.bodies import (
+    build_scan,
+    copy_body,
+    list_entries,
+    list_exits,
+    runs_backwards,
+)
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 
 FLOAT = TensorProto.FLOAT
@@ -159,3 +165,44 @@ def test_a_scan_sums_up_from_either_end(backwards: bool) -> None:
     expected = np.cumsum(x[::-1], 0)[::-1] if backwards else np.cumsum(x, 0)
     np.testing.assert_array_equal(sums, expected + 1)
     np.testing.assert_array_equal(last, x.sum(0) + 1)
+
+
+def name_pairs(pairs: Sequence[tuple[ir.Value, Sequence[ir.Value]]]) -> dict[str, list[str]]:
+    return {v.name or "": [one.name or "" for one in held] for v, held in pairs}
+
+
+def test_what_a_loop_carries_is_its_input_or_what_the_last_step_made() -> None:
+    (loop,) = make_model().graph
+    entries = {"turn": [], "go": ["go_on", "go"], "state": ["x", "next"]}
+    assert name_pairs(list_entries(loop)) == entries
+    assert name_pairs(list_exits(loop)) == {"y": ["next", "x"]}
+
+
+def test_a_scan_hands_rows_to_its_body_and_stacks_what_it_makes() -> None:
+    info = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Add", ["h", "row"], ["sum"])],
+        "body",
+        [info("h", FLOAT, [2]), info("row", FLOAT, [2])],
+        [info("sum", FLOAT, [2]), info("row", FLOAT, [2])],
+    )
+    scan = helper.make_node("Scan", ["h0", "rows"], ["end", "all"], body=body, num_scan_inputs=1)
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node("Neg", ["end"], [name])], name, [], [info(name, FLOAT, [2])]
+        )
+        for name in ("then", "else")
+    }
+    choice = helper.make_node("If", ["flag"], ["chosen"], **branches)
+    graph = helper.make_graph(
+        [scan, choice],
+        "outer",
+        [info("h0", FLOAT, [2]), info("rows", FLOAT, [3, 2]), info("flag", TensorProto.BOOL, [])],
+        [info("chosen", FLOAT, [2]), info("all", FLOAT, [3, 2])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    steps, branch = ir.from_proto(model).graph
+    assert name_pairs(list_entries(steps)) == {"h": ["h0", "sum"], "row": ["rows"]}
+    assert name_pairs(list_exits(steps)) == {"end": ["sum", "h0"], "all": ["row"]}
+    assert name_pairs(list_entries(branch)) == {}
+    assert sorted(name_pairs(list_exits(branch))["chosen"]) == ["else", "then"]

@@ -39,9 +39,8 @@ def test_cross_entropy(
 def test_ignored_labels_do_not_count_where_a_score_is_infinite(reduction: str) -> None:
     """Class 0 stands in for an ignored label; a product of its -inf and 0 would be NaN."""
     net = Net()
-    for name, value in (("ignored", 2), ("one", [1])):
-        dims = [] if name == "ignored" else [1]
-        tensor = helper.make_tensor("v", INT64, dims, [value] if name == "ignored" else value)
+    for name, value, dims in (("ignored", 2, []), ("one", 1, [1])):
+        tensor = helper.make_tensor("v", INT64, dims, [value])
         net.nodes.append(helper.make_node("Constant", [], [name], value=tensor))
     mask = helper.make_tensor("v", FLOAT, [1, 4], [-math.inf, 0.0, 0.0, 0.0])
     net.nodes.append(helper.make_node("Constant", [], ["mask"], value=mask))

@@ -224,3 +224,64 @@ def test_a_formula_of_the_input_is_not_its_normalization() -> None:
         do("Mul", "c", "gain", out="g"), do("MatMul", "g", "w", out="y"),
     ]  # fmt: skip
     assert scale(*chain, gain=ROW, w=LAYER) == []
+
+
+NORMALIZED = [do("Sub", "xt", "mean", out="c"), do("Div", "c", "std", out="d")]
+WEIGHTS = {"mean": ROW, "std": ROW, "w": LAYER}
+
+
+def declare(name: str, kind: int = onnx.TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, None)
+
+
+def repeat(kind: str, *nodes: onnx.NodeProto) -> onnx.NodeProto:
+    """Run nodes in each step of a Loop or Scan: they read ``xt`` and ``h``, and make ``next``."""
+    carried, results = [declare("h")], [declare("next"), declare("out")]
+    whole = [*nodes, do("Identity", "next", out="out")]
+    if kind == "Scan":
+        body = helper.make_graph(whole, "body", [*carried, declare("xt")], results)
+        inputs = ["first", "x"]
+        return helper.make_node(kind, inputs, ["last", "y"], body=body, num_scan_inputs=1)
+    number, going = declare("i", onnx.TensorProto.INT64), declare("go", onnx.TensorProto.BOOL)
+    going_on = declare("on", onnx.TensorProto.BOOL)
+    whole = [do("Cast", "i", out="at"), do("Gather", "x", "at", out="xt"),
+             do("Identity", "go", out="on"), *whole]  # fmt: skip
+    whole[0].attribute.append(helper.make_attribute("to", onnx.TensorProto.INT32))
+    body = helper.make_graph(whole, "body", [number, going, *carried], [going_on, *results])
+    return helper.make_node(kind, ["count", "", "first"], ["last", "y"], body=body)
+
+
+@pytest.mark.parametrize("kind", ["Loop", "Scan"])
+def test_what_normalizes_a_raw_input_in_each_step_is_found_as_before_all_steps(kind: str) -> None:
+    layer = [do("MatMul", "d", "w", out="m"), do("Add", "m", "h", out="next")]
+    assert scale(repeat(kind, *NORMALIZED, *layer), **WEIGHTS) == ["mean", "std"]
+    before = [do("Identity", "x", out="xt"), *NORMALIZED, do("MatMul", "d", "w", out="y")]
+    assert scale(*before, **WEIGHTS) == ["mean", "std"]
+
+
+@pytest.mark.parametrize("kind", ["Loop", "Scan"])
+def test_what_normalizes_in_steps_counts_where_a_weight_comes_after_them(kind: str) -> None:
+    steps = repeat(kind, *NORMALIZED, do("Add", "d", "h", out="next"))
+    assert scale(steps, do("MatMul", "y", "w", out="z"), **WEIGHTS) == ["mean", "std"]
+    assert scale(steps, mean=ROW, std=ROW) == []
+
+
+@pytest.mark.parametrize("kind", ["Loop", "Scan"])
+def test_what_scales_hidden_numbers_in_steps_is_not_found(kind: str) -> None:
+    hidden = [do("MatMul", "xt", "w", out="m"), do("Sub", "m", "mean", out="c"),
+              do("MatMul", "c", "w", out="k"), do("Add", "k", "h", out="next")]  # fmt: skip
+    assert scale(repeat(kind, *hidden), mean=ROW[:2], w=LAYER) == []
+    carried = [do("Sub", "h", "mean", out="c"), do("MatMul", "c", "w", out="m"),
+               do("Add", "m", "xt", out="next")]  # fmt: skip
+    start = do("Identity", "x", out="first")
+    assert scale(start, repeat(kind, *carried), mean=ROW, w=LAYER) == []
+
+
+def test_what_normalizes_a_raw_input_in_a_branch_is_found() -> None:
+    then = helper.make_graph(
+        [do("Identity", "x", out="xt"), *NORMALIZED], "then", [], [declare("d")]
+    )
+    other = helper.make_graph([do("Identity", "x", out="e")], "else", [], [declare("e")])
+    choice = helper.make_node("If", ["flag"], ["z"], then_branch=then, else_branch=other)
+    assert scale(choice, do("MatMul", "z", "w", out="y"), **WEIGHTS) == ["mean", "std"]
+    assert scale(choice, mean=ROW, std=ROW) == []
