@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.bodies import copy_body
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
-from splitonnx.partitioner.graphs.traversals import list_nodes
+from splitonnx.partitioner.graphs.traversals import list_bodies, list_nodes
 from splitonnx.partitioner.inference.control_flows import KEPT, MOST_NODES
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 
@@ -35,13 +35,24 @@ class _Unknown(Exception):
 
 
 def flatten_sequences(graph: ir.Graph) -> bool:
-    """Make nodes read tensors directly instead of through sequences, in place.
+    """Make nodes read tensors directly instead of through sequences, in place, also in bodies.
 
     Outputs keep their names.  Return ``True`` if any node was replaced.
     """
-    rows = _Rows()
+    replaced = _flatten(graph, _Rows())
+    for node in reversed(replaced):
+        unused = not any(value.uses() or value.is_graph_output() for value in node.outputs)
+        if node.graph is not None and unused:
+            node.graph.remove(node, safe=True)
+    return bool(replaced)
+
+
+def _flatten(graph: ir.Graph, rows: _Rows) -> list[ir.Node]:
     replaced = []
     for node in list(graph):
+        if node.op_type in ("If", "Loop", "Scan") and not node.domain:
+            for body in list_bodies(node):
+                replaced += _flatten(body, rows)
         rule = _RULES.get(node.op_type)
         if rule is None or node.domain:
             continue
@@ -51,11 +62,7 @@ def flatten_sequences(graph: ir.Graph) -> bool:
             except _Unknown:
                 continue
         replaced.append(node)
-    for node in reversed(replaced):
-        unused = not any(value.uses() or value.is_graph_output() for value in node.outputs)
-        if node.graph is not None and unused:
-            graph.remove(node, safe=True)
-    return bool(replaced)
+    return replaced
 
 
 class _Rows:

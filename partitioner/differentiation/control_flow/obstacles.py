@@ -150,6 +150,10 @@ def _judge(node: ir.Node, moving: Collection[ir.Value]) -> str | None:
         return "is in training mode"
     if node.op_type in _QUANTIZED:
         return "rounds to integers"
+    if any(value.type is not None and not _is_tensor(value) for value in node.outputs):
+        is_passed = any(value in moving for value in list_inputs(node))
+        made = "makes a sequence or an optional value, whose length or places are not constants"
+        return made if is_passed else None
     without = node.op_type in WITHOUT_GRADIENT and node.op_type not in REWRITES
     if without and any(value in moving for value in list_inputs(node)):
         return "has no gradient"

@@ -51,6 +51,8 @@ def find_node(model: onnx.ModelProto) -> ir.Node:
 OBSTACLES = {
     "n = Concat <axis = 0> (k, a)": "the shape of 'a'",
     f"{_NUMBERS}{_YES}n = Dropout (k, half, yes)": "'n' (Dropout) in its body draws",
+    "q = SequenceConstruct (k, a)  n = SequenceAt (q, i)":
+        "'q' (SequenceConstruct) in its body makes a sequence",
     "r = RandomNormalLike (k)  n = Add (k, r)": "'r' (RandomNormalLike) in its body draws",
     "n, m2, v2 = BatchNormalization <training_mode = 1> (k, scale, bias, mean, var)":
         "'n' (BatchNormalization) in its body is in training mode",

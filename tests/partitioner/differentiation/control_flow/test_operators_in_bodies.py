@@ -37,6 +37,13 @@ STEPS = {
     "MaxPool that rounds up": "k = Constant <value_ints = [1]> ()  u = Unsqueeze (h, last)  "
     "b = MaxPool <kernel_shape = [1, 2], strides = [1, 2], pads = [0, 0, 0, 1], ceil_mode = 1> (u)"
     "  q = Squeeze (b, last)  g = Mul (q, q)" + _REDUCED,
+    "SequenceConstruct": "u = Mul (h, h)  q = SequenceConstruct (h, u)  "
+    "b = ConcatFromSequence <axis = 2> (q)  g = Mul (b, b)" + _REDUCED,
+    "SplitToSequence": "k = Constant <value_ints = [2, 4]> ()  "
+    "q = SplitToSequence <axis = 2> (h, k)  o = Constant <value_int = 1> ()  p = SequenceAt (q, o)  g = Mul (p, p)" + _REDUCED,
+    "SequenceInsert": "p = Identity (h)  q = SequenceEmpty ()  "
+    "m = SequenceInsert (q, p)  j = SequenceInsert (m, h)  "
+    "g = ConcatFromSequence <axis = 2> (j)" + _REDUCED,
     "Col2Im": "k = Constant <value_ints = [3, 3]> ()  j = Constant <value_ints = [2, 1]> ()  "
     "b = Col2Im (h, k, j)  q = ReduceMean <keepdims = 0> (b, last)  s = Concat <axis = 1> (q, q)  "
     "g = Mul (s, s)" + _REDUCED,
