@@ -60,6 +60,7 @@ def _fold_node(
         return written
     _name_type(node)
     known.visit(node)
+    _note_carried(node, known.opset)
     for body in list_bodies(node):
         note_body_shapes(body, known)
     if node.op_type == "Reshape":
@@ -87,17 +88,54 @@ def note_body_shapes(body: ir.Graph, known: Inference) -> None:
     """Set the dimensions of a body's values that are not set yet, where they can be inferred.
 
     ``known`` holds what was inferred of the values around the body.  onnx itself does not know the
-    constants among them.  Dimensions remain unset if their sizes have no name outside of the body.
+    constants among them, and forgets a size that is divided by a factor of it.  Dimensions remain
+    unset if their sizes are neither named by the model nor sizes of what the body reads.
     """
+    made = {value for node in body for value in node.outputs}
+    given = {value for node in body for value in node.inputs if value is not None} - made
+    named = {str(dim) for value in given for dim in known.shape(value) or ()}
     for node in body:
         with suppress(SplitonnxError):  # a branch may be wrong for the sizes that it never gets
             known.visit(node)
+        _note_carried(node, known.opset)
         for inner in list_bodies(node):
             note_body_shapes(inner, known)
         for value in node.outputs:
             dims = None if _has_sizes(value) else known.shape(value)
-            if dims is not None and not any(UNKNOWN in str(dim) for dim in dims):
+            if dims is not None and named.issuperset(d for d in map(str, dims) if UNKNOWN in d):
                 known.note(value)
+
+
+def _note_carried(node: ir.Node, opset: int) -> None:
+    """Give what a Loop carries the shape that it has at first, if each iteration keeps this shape.
+
+    What is carried is assumed to have its first shape.  Assumptions that the body does not preserve
+    are dropped, and the others are tried again; those that remain are true.
+    """
+    if node.op_type != "Loop" or node.domain:
+        return
+    (body,) = list_bodies(node)
+    carried = list(zip(body.inputs[2:], node.inputs[2:], body.outputs[1:], strict=False))
+    if all(_has_sizes(before) for before, _, _ in carried):
+        return
+    given = {before: before.shape for before, _, _ in carried}
+    assumed = {before: first.shape for before, first, _ in carried if first and first.shape}
+    while True:
+        for before, shape in given.items():
+            before.shape = assumed.get(before, shape)
+        trial = Inference(opset)
+        for inner in body:
+            with suppress(SplitonnxError):
+                trial.visit(inner)
+        changed = [
+            before
+            for before, _, after in carried
+            if before in assumed and trial.shape(before) != trial.shape(after)
+        ]
+        if not changed:
+            return
+        for before in changed:
+            del assumed[before]
 
 
 def _has_sizes(value: ir.Value) -> bool:

@@ -100,7 +100,7 @@ class Inference:
     """
 
     def __init__(self, opset: int) -> None:
-        self._opset = opset
+        self.opset = opset
         self._shapes: dict[ir.Value, Dims] = {}
         self._contents: dict[ir.Value, np.ndarray | None] = {}
         self._written: dict[str, Amount] = {}
@@ -209,7 +209,7 @@ class Inference:
         held = node.attributes.get("value")
         if held is not None and held.as_tensor().size > MOST_ELEMENTS:
             return None
-        return evaluate(node, [], self._opset)[0]
+        return evaluate(node, [], self.opset)[0]
 
     def _infer(self, node: ir.Node) -> _Shapes:
         rule = RULES.get(node.op_type)
@@ -279,7 +279,7 @@ class Inference:
             return ()
         if not any(content is not None and content.dtype == object for content in contents):
             plain = node.op_type == "Identity"
-            return contents if plain else evaluate(node, contents, self._opset)
+            return contents if plain else evaluate(node, contents, self.opset)
         self._computed += sum(content.size for content in contents if content is not None)
         if not self._is_small(node, _MOST_SYMBOLS) or self._computed > _MOST_COMPUTED:
             return ()
@@ -366,7 +366,7 @@ class Inference:
             places = np.arange(len(table), len(table) + content.size).reshape(content.shape)
             table.extend(content.reshape(-1))
             stand_ins.append(places)
-        moved = evaluate(node, stand_ins, self._opset)
+        moved = evaluate(node, stand_ins, self.opset)
         symbols = _hold(table)
         return [None if m is None else _as_array(_take(symbols, m), node.inputs[0]) for m in moved]
 

@@ -367,3 +367,28 @@ def test_shapes_in_a_body_follow_from_constants_around_it() -> None:
     noted = {v.name: v.shape for node in model.graph.all_nodes() for v in node.outputs}
     assert [str(noted[name]) for name in ("r", "t")] == ["[N,2,3]", "[3,2,N]"]
     assert noted["k"] is None  # how many columns it has is known only inside
+
+
+@pytest.mark.parametrize(
+    ("step", "shape"),
+    [
+        ("e = Reshape (d, rows)", "[N,3]"),
+        ("k = Concat <axis = 1> (d, d)  e = Reshape (k, rows)", "None"),
+    ],
+)
+def test_what_a_loop_carries_has_its_first_shape_if_each_iteration_keeps_it(
+    step: str, shape: str
+) -> None:
+    model = ir.from_proto(
+        onnx.parser.parse_model(f"""
+            <ir_version: 9, opset_import: ["" : 18]>
+            loops (float[N, 3] x, int64 most) => (float[A, B] y) <int64[2] rows = {{-1, 3}}> {{
+                y = Loop <body = one (int64 i, bool go, float d) => (bool on, float e) {{
+                    on = Identity (go)  {step}
+                }}> (most, , x)
+            }}""")
+    )
+    body = model.graph.node(0).attributes["body"].as_graph()
+    body.inputs[2].shape = body.outputs[1].shape = None
+    fold(model, [])
+    assert str(body.inputs[2].shape) == shape

@@ -36,6 +36,7 @@ _LOOP = """
     > (most, , s)
 """
 _NUMBERS = "half = Constant <value = float {0.5}> ()  zero = Constant <value = uint8 {0}> ()  "
+_VIEW = "open = Constant <value_ints = [-1]> ()  rows = Constant <value_ints = [-1, 3]> ()  "
 _YES = "yes = Constant <value = bool {1}> ()  "
 
 
@@ -50,6 +51,7 @@ def find_node(model: onnx.ModelProto) -> ir.Node:
 
 OBSTACLES = {
     "n = Concat <axis = 0> (k, a)": "the shape of 'a'",
+    f"{_VIEW}d = Concat <axis = 0> (k, a)  n = Reshape (d, rows)": "the shape of 'a'",
     f"{_NUMBERS}{_YES}n = Dropout (k, half, yes)": "'n' (Dropout) in its body draws",
     "q = SequenceConstruct (k, a)  n = SequenceAt (q, i)":
         "'q' (SequenceConstruct) in its body makes a sequence",
@@ -65,6 +67,13 @@ OBSTACLES = {
         >""": "in 'n' (If) inside",
 }  # fmt: skip
 FINE = {
+    "a view as it was": f"{_VIEW}n = Reshape (k, rows)",
+    "a view as one row, and back": f"{_VIEW}f = Reshape (k, open)  t = Tanh (f)  "
+    "n = Reshape (t, rows)",
+    "a view to sizes that are joined": f"{_VIEW}three = Constant <value_ints = [3]> ()  "
+    "joined = Concat <axis = 0> (open, three)  n = Reshape (k, joined)",
+    "a view to sizes that are read": f"{_VIEW}d = Shape <start = 1> (k)  "
+    "joined = Concat <axis = 0> (open, d)  t = Transpose (k)  n = Reshape (t, joined)",
     "products": "n = Tanh (k)",
     "a Dropout in inference mode": "n = Dropout (k)",
     "a BatchNormalization in inference mode": "n = BatchNormalization (k, scale, bias, mean, var)",

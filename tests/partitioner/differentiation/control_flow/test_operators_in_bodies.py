@@ -40,10 +40,14 @@ STEPS = {
     "SequenceConstruct": "u = Mul (h, h)  q = SequenceConstruct (h, u)  "
     "b = ConcatFromSequence <axis = 2> (q)  g = Mul (b, b)" + _REDUCED,
     "SplitToSequence": "k = Constant <value_ints = [2, 4]> ()  "
-    "q = SplitToSequence <axis = 2> (h, k)  o = Constant <value_int = 1> ()  p = SequenceAt (q, o)  g = Mul (p, p)" + _REDUCED,
+    "q = SplitToSequence <axis = 2> (h, k)  o = Constant <value_int = 1> ()  "
+    "p = SequenceAt (q, o)  g = Mul (p, p)" + _REDUCED,
     "SequenceInsert": "p = Identity (h)  q = SequenceEmpty ()  "
     "m = SequenceInsert (q, p)  j = SequenceInsert (m, h)  "
     "g = ConcatFromSequence <axis = 2> (j)" + _REDUCED,
+    "Reshape": "g = Mul (h, h)  m = ReduceMean <keepdims = 0> (g, last)  "
+    "k = Constant <value_ints = [-1]> ()  b = Reshape (m, k)  q = Shape <start = 1> (m)  "
+    "j = Concat <axis = 0> (k, q)  r = Reshape (b, j)",
     "Col2Im": "k = Constant <value_ints = [3, 3]> ()  j = Constant <value_ints = [2, 1]> ()  "
     "b = Col2Im (h, k, j)  q = ReduceMean <keepdims = 0> (b, last)  s = Concat <axis = 1> (q, q)  "
     "g = Mul (s, s)" + _REDUCED,
