@@ -63,6 +63,7 @@ def _fold_node(
     _note_carried(node, known.opset)
     for body in list_bodies(node):
         note_body_shapes(body, known)
+    _note_ends(node)
     if node.op_type == "Reshape":
         _fix_target(node, known, _fix_reshape)
     elif node.op_type == "Expand":
@@ -100,6 +101,7 @@ def note_body_shapes(body: ir.Graph, known: Inference) -> None:
         _note_carried(node, known.opset)
         for inner in list_bodies(node):
             note_body_shapes(inner, known)
+        _note_ends(node)
         for value in node.outputs:
             dims = None if _has_sizes(value) else known.shape(value)
             if dims is not None and named.issuperset(d for d in map(str, dims) if UNKNOWN in d):
@@ -136,6 +138,21 @@ def _note_carried(node: ir.Node, opset: int) -> None:
             return
         for before in changed:
             del assumed[before]
+
+
+def _note_ends(node: ir.Node) -> None:
+    """Set the shapes of what a Loop carries to its end or stacks, if it keeps them in each step."""
+    if node.op_type != "Loop" or node.domain:
+        return
+    (body,) = list_bodies(node)
+    carried = len(body.inputs) - 2
+    for index, (value, made) in enumerate(zip(node.outputs, body.outputs[1:], strict=False)):
+        if value.shape is not None or not _has_sizes(made):
+            continue
+        if index >= carried:
+            value.shape = ir.Shape([None, *(made.shape or ())])
+        elif body.inputs[index + 2].shape == made.shape:
+            value.shape = made.shape
 
 
 def _has_sizes(value: ir.Value) -> bool:

@@ -20,6 +20,7 @@ from splitonnx.partitioner.graphs.traversals import (
 )
 from splitonnx.partitioner.inference.control_flows import KEPT
 from splitonnx.partitioner.normalization.batchnorms import is_training
+from splitonnx.partitioner.normalization.parameters import find_stored
 from splitonnx.partitioner.rewrites import REWRITES
 
 CONTROL_FLOW = ("If", "Loop", "Scan")
@@ -79,6 +80,8 @@ def find_obstacle(node: ir.Node) -> str | None:
     for value in values:
         if value is not None and value.type is not None and not _is_tensor(value):
             return f"'{value.name}' is not a tensor, but a sequence or an optional value"
+    if _is_endless(node):
+        return "no iteration changes its condition, and it has no trip count"
     if changing := _find_changing(node):
         return f"the shape of '{changing}', which it carries, may differ from step to step"
     return next(filter(None, map(_find_obstacle_inside, list_bodies(node))), None)
@@ -108,6 +111,14 @@ def _list_carried(node: ir.Node) -> list[tuple[ir.Value, ir.Value, ir.Value]]:
         return []
     (body,) = list_bodies(node)
     return list(zip(body.inputs[_CARRIED:], body.outputs[1:], node.outputs, strict=False))
+
+
+def _is_endless(node: ir.Node) -> bool:
+    """Return whether a Loop without a trip count has a condition that no iteration changes."""
+    if node.op_type != "Loop" or node.domain or node.inputs[0] is not None:
+        return False
+    (body,) = list_bodies(node)
+    return find_stored(body.outputs[0]) is body.inputs[1]
 
 
 def _find_changing(node: ir.Node) -> str | None:

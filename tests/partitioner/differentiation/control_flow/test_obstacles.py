@@ -97,6 +97,15 @@ def test_a_loop_that_can_be_differentiated_is_cut(step: str) -> None:
     cut(write(step), at=None, loss="mse")
 
 
+@pytest.mark.parametrize("step", ["n = Identity (a)", "n = Tanh (k)"])
+def test_a_loop_that_never_ends_is_refused(step: str) -> None:
+    text = _MODEL.replace("BODY", _LOOP).replace("STEP", step)
+    model = onnx.parser.parse_model(text.replace("last = Loop", f"{_YES}last = Loop").replace(
+        "(most, , s)", "(, yes, s)"))  # fmt: skip
+    with pytest.raises(NotDifferentiable, match=r"no iteration changes its condition"):
+        cut(model, at=None, loss="mse")
+
+
 SEQUENCES = """
     empty = SequenceEmpty <dtype = 1> ()
     all = Loop <
