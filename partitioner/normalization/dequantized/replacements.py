@@ -104,6 +104,10 @@ def dequantize(model: ir.Model, *, is_rounding: bool = False) -> Dequantization:
         with attribute_errors_to(node, "turned into arithmetic with floats"):
             if _replace(node, weights):
                 kinds[node.op_type] += 1
+    for node in list_nodes(model.graph):
+        with attribute_errors_to(node, "turned into a float weight"):
+            if stored.replace_unscaled(node, weights):
+                kinds[node.op_type] += 1
     if not kinds:
         raise UsageError(
             "--dequantize is for models that compute with integers or scale stored ones, and this "

@@ -1,4 +1,4 @@
-"""Weights that a model stores as integers, casts to floats and multiplies by a scale.
+"""Weights that a model stores as integers, casts to floats and usually multiplies by a scale.
 
 Models that are quantized by hand, to make the file smaller, have their weights in this form.  The
 activations are floats throughout.
@@ -23,6 +23,7 @@ from splitonnx.partitioner.normalization.dequantized.weights import (
     Settings,
     is_channelwise,
 )
+from splitonnx.partitioner.normalization.parameters import is_weight_input, list_uses
 from splitonnx.partitioner.normalization.quantizations import NARROW
 
 _OPERANDS: Mapping[str, tuple[int, ...]] = {
@@ -103,6 +104,31 @@ def _replace_rows(node: ir.Node, weights: FloatWeights) -> bool:
         builder.replace(node, [builder.op("Gather", value, take_input(gather, 1))])
         return True
     return False
+
+
+def replace_unscaled(node: ir.Node, weights: FloatWeights) -> bool:
+    """Replace a Cast of stored integers by a float weight of the same numbers, in place.
+
+    A zero point may be subtracted from them.  Only floats that an operator reads as weights are
+    replaced, though no Mul scales them.  Call this after :func:`replace_scaled`.  Return whether
+    the node was replaced.
+    """
+    cast: ir.Node | None = node
+    zero = None
+    if node.op_type == "Sub" and not node.domain:
+        cast, zero = take_input(node).producer(), take_input(node, 1)
+        known = known_array(zero)
+        if known is None or known.size != 1:
+            return False
+    if cast is None or _find_integers(cast) is None:
+        return False
+    if not any(is_weight_input(*use) for use in list_uses(node.outputs[0])):
+        return False
+    builder = NodeBuilder(f"{node.outputs[0].name or node.name}/float")
+    one = builder.number(1.0, ir.DataType(cast.attributes["to"].as_int()))
+    settings = Settings(scale=one, zero=zero)
+    builder.replace(node, [find_floats(builder, node, weights, take_input(cast), settings)])
+    return True
 
 
 def _find_gather(value: ir.Value) -> ir.Node | None:
@@ -220,7 +246,7 @@ def describe_stored_integers(found: Mapping[str, int]) -> str:
     """Return a sentence about weights stored as integers, which are not trained."""
     return (
         f"{count_stored_integers(found)}; --dequantize makes float weights of those whose "
-        "scale is stored"
+        "scale is stored, and of those that are weights without a scale"
     )
 
 

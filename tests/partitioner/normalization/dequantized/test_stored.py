@@ -16,6 +16,7 @@ from splitonnx.errors import UsageError
 from splitonnx.partitioner.normalization.dequantized.replacements import dequantize
 from splitonnx.partitioner.normalization.dequantized.stored import find_stored_integers
 from splitonnx.partitioner.reports.checks import check
+from splitonnx.runtime.client.clients import Client
 
 X = np.random.default_rng(1).standard_normal((6, 4)).astype(np.float32)
 
@@ -215,3 +216,64 @@ def test_integers_that_a_part_of_the_model_computes_with_are_told_of() -> None:
     assert "'W_quantized': 20 quantized numbers are not trained" in remark.sentence
     told = [one.sentence for one in check(model, dequantize=True).remarks]
     assert not [one for one in told if "not trained" in one]
+
+
+def build_unscaled(*weights: onnx.NodeProto) -> onnx.ModelProto:
+    """Build a layer whose weight ``f`` some nodes make of the 8-bit matrix ``q``."""
+    arrays = {
+        "q": np.random.default_rng(0).integers(-100, 100, (4, 3), np.int8),
+        "rows": np.array([3, 1, 0, 2]),
+        "zero": np.array(7, np.float32),
+        "scale": np.array(0.01, np.float32),
+    }
+    nodes = [
+        *weights,
+        helper.make_node("MatMul", ["x", "f"], ["h"]),
+        helper.make_node("Mul", ["h", "scale"], ["y"]),
+    ]
+    used = {name for node in nodes for name in node.input}
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in used],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def cast(source: str, result: str) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [result], to=TensorProto.FLOAT)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [cast("q", "f")],
+        [cast("q", "c"), helper.make_node("Sub", ["c", "zero"], ["f"])],
+        [helper.make_node("Gather", ["q", "rows"], ["g"]), cast("g", "f")],
+        [cast("q", "c"), helper.make_node("Gather", ["c", "rows"], ["f"])],
+    ],
+    ids=["alone", "less a zero point", "rows first", "rows later"],
+)
+def test_integers_that_are_weights_without_a_scale_are_floats_with_the_option(
+    nodes: list[onnx.NodeProto],
+) -> None:
+    given = build_unscaled(*nodes)
+    (remark,) = [one for one in check(given).remarks if one.options == ("--dequantize",)]
+    assert "of those that are weights without a scale" in remark.sentence
+    bundle = splitonnx.cut(given, at=None, loss="mse", dequantize=True)
+    assert set(bundle.client.weights) == {"q#float"}
+    labels = np.zeros((6, 3), np.float32)
+    with Client(bundle.client, threads=1) as client:
+        before = client.state()["q#float"].copy()
+        np.testing.assert_allclose(client.predict({"x": X})["y"], run(given), rtol=1e-5)
+        client.step({"x": X, "labels": labels}, learning_rate=0.1)
+        assert (client.state()["q#float"] != before).all()
+
+
+def test_integers_that_are_no_weights_are_left() -> None:
+    """A mask that is stored in few bytes."""
+    mask = [cast("q", "m"), helper.make_node("Add", ["m", "m"], ["n"]),
+            helper.make_node("Relu", ["n"], ["f"])]  # fmt: skip
+    with pytest.raises(UsageError, match="leave it out"):
+        dequantize(ir.from_proto(build_unscaled(*mask)))
