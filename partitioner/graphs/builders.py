@@ -25,6 +25,10 @@ class MissingOutput(Exception):
     """Raised if the replacement of a node has no value for an output that is used."""
 
 
+class UnknownType(UnsupportedModel):
+    """Raised if what is written for a node needs a type that is not known."""
+
+
 class NodeBuilder:
     """A builder for a sequence of nodes; every node and value is named ``<prefix>/<number>``.
 
@@ -58,7 +62,7 @@ class NodeBuilder:
         """Return a scalar constant of the type ``dtype``.
 
         Raises:
-            UnsupportedModel: ``dtype`` is ``None``, because the type of an input is not known.
+            UnknownType: ``dtype`` is ``None``, because the type of an input is not known.
         """
         known = self._require(dtype)
         return self._constant((value, known), _make_tensor(value, known))
@@ -141,7 +145,7 @@ class NodeBuilder:
 
     def _require(self, dtype: ir.DataType | None) -> ir.DataType:
         if dtype is None:
-            raise UnsupportedModel(
+            raise UnknownType(
                 f"what is written for '{self._prefix}'",
                 "the element type of its input is not known",
                 "export the model with types and shapes",

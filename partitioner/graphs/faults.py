@@ -8,6 +8,7 @@ an exception is the model's fault if a library raised it, and a bug if this pack
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ _UNREADABLE = (*FAULTS, AssertionError, AttributeError, RuntimeError, TypeError)
 """Exceptions that onnx-ir raises when it reads bytes that are not a valid model."""
 
 _MOST_CHARACTERS = 160
+_GRADIENT = re.compile(r"(.+)_Grad/\w+", re.DOTALL)
+"""The names that onnxruntime-training gives to the nodes of a node's gradient."""
 
 
 @contextmanager
@@ -94,8 +97,13 @@ def _find_node(error: BaseException) -> ir.Node | None:
 
 
 def describe_node(node: ir.Node) -> str:
-    """Return a text for error messages with a node's name and operator."""
-    return f"node '{node.name}' ({node.op_type})"
+    """Return a text for error messages with a node's name and operator.
+
+    A node of a gradient is named by the node whose gradient it computes.
+    """
+    whole = _GRADIENT.fullmatch(node.name or "")
+    subject = f"node '{node.name}'" if whole is None else f"the gradient of node '{whole[1]}'"
+    return f"{subject} ({node.op_type})"
 
 
 def report_mistake(subject: str, work: str, error: Exception) -> InternalModelError:

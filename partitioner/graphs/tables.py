@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import known_dims
+from splitonnx.partitioner.graphs.faults import describe_node
 
 MOST_CONSTANTS = 2**26
 """Limit of elements in all constants that are created while a model is rewritten.
@@ -46,7 +47,7 @@ def limit(node: ir.Node, count: float) -> None:
     if spent[0] + count > MOST_CONSTANTS:
         before = f", behind {spent[0]:.0f} that were asked for before" if spent[0] else ""
         raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
+            describe_node(node),
             f"its attributes ask for tables of {count:.0f} elements{before}; at most "
             f"{MOST_CONSTANTS} are written for a model",
             "check its sizes",

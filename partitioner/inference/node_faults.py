@@ -20,7 +20,7 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from splitonnx.errors import NativeCrash, SplitonnxError, UnsupportedModel
-from splitonnx.partitioner.graphs.builders import MissingOutput, known_array
+from splitonnx.partitioner.graphs.builders import MissingOutput, UnknownType, known_array
 from splitonnx.partitioner.graphs.faults import (
     FAULTS,
     describe_node,
@@ -73,6 +73,8 @@ def attribute_errors_to(
     subject, graph = describe_node(node), node.graph
     try:
         yield
+    except UnknownType as error:
+        raise UnsupportedModel(subject, error.reason, error.advice) from error
     except SplitonnxError:
         raise
     except MissingOutput as error:

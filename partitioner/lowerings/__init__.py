@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_rank
+from splitonnx.partitioner.graphs.faults import describe_node
 from splitonnx.partitioner.graphs.tables import count_constants
 from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
@@ -123,7 +124,7 @@ def _find_lowering(node: ir.Node) -> Lowering:
     lowering = LOWERINGS.get(node.op_type)
     if lowering is None:
         raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
+            describe_node(node),
             "it has no counterpart in standard operators",
             "choose the target training for the party that runs it",
         )

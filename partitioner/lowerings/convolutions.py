@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
+from splitonnx.partitioner.graphs.faults import describe_node
 
 _END = 2**31 - 1
 
@@ -77,7 +78,7 @@ def _read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> _Window:
     shape, size = known_dims(w), known_dims(x)
     if shape is None or None in shape or size is None:
         raise UnsupportedModel(
-            f"node '{node.name}' (ConvGrad)", "the shape of its weights or input is not known"
+            describe_node(node), "the shape of its weights or input is not known"
         )
     kernel = tuple(dim for dim in shape[2:] if dim is not None)
     rank = len(kernel)

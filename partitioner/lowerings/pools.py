@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from splitonnx.errors import UnsupportedModel
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
+from splitonnx.partitioner.graphs.faults import describe_node
 from splitonnx.partitioner.graphs.tables import limit
 
 Values = Sequence[ir.Value | None]
@@ -24,7 +25,7 @@ def _read_extent(node: ir.Node) -> list[int]:
     dims = known_dims(node.outputs[0])
     if dims is None or None in dims[2:]:
         raise UnsupportedModel(
-            f"node '{node.name}' ({node.op_type})",
+            describe_node(node),
             "the image size of the pooled input is not known",
             "fix it with --dim NAME=SIZE, or export the model with a fixed image size",
         )
@@ -112,9 +113,7 @@ def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     strides = list(node.attributes.get_ints("strides", [1] * rank))
     pads = list(node.attributes.get_ints("pads", [0] * (2 * rank)))
     if any(step != 1 for step in node.attributes.get_ints("dilations", [])):
-        raise UnsupportedModel(
-            f"node '{node.name}' (AveragePoolGrad)", "a dilated AveragePool has no gradient here"
-        )
+        raise UnsupportedModel(describe_node(node), "a dilated AveragePool has no gradient here")
     steps = [
         -(-(n + pads[i] + pads[i + rank] - k) // s) + 1
         if node.attributes.get_int("ceil_mode", 0)
@@ -127,7 +126,7 @@ def lower_average_pool_grad(builder: NodeBuilder, node: ir.Node) -> Values:
         for i, (n, k, s, m) in enumerate(zip(extent, kernel, strides, steps, strict=True))
     ):
         raise UnsupportedModel(
-            f"node '{node.name}' (AveragePoolGrad)",
+            describe_node(node),
             "with ceil_mode and count_include_pad a window reaches beyond the padding, which "
             "runtimes count differently",
             "export the model without ceil_mode",

@@ -13,7 +13,7 @@ from google.protobuf.message import EncodeError
 
 from splitonnx.errors import InternalModelError, NotAModel, UnsupportedModel
 from splitonnx.faults import LOGGER
-from splitonnx.partitioner.graphs.builders import MissingOutput
+from splitonnx.partitioner.graphs.builders import MissingOutput, NodeBuilder
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 
 MISTAKES = [ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, TypeError,
@@ -188,6 +188,24 @@ def test_an_output_that_nothing_makes_is_told_as_the_caller_says() -> None:
         raise MissingOutput("mask")
     assert "its output 'mask' cannot be differentiated" in str(caught.value)
     assert str(caught.value).endswith("cut before it")
+
+
+@pytest.mark.parametrize(
+    ("name", "subject"),
+    [
+        ("layer", "node 'layer' (Gemm)"),
+        ("layer_Grad/Gemm_3", "the gradient of node 'layer' (Gemm)"),
+    ],
+)
+def test_a_type_that_is_not_known_is_told_of_the_node_not_of_what_is_written(
+    name: str, subject: str
+) -> None:
+    node = make_layer()
+    node.name = name
+    told = f"{subject}: the element type of its input is not known; export the model with types"
+    with pytest.raises(UnsupportedModel) as caught, attribute_errors_to(node, "lowered"):
+        NodeBuilder("y/lowered").number(1.0, None)
+    assert str(caught.value).startswith(told)
 
 
 @pytest.mark.parametrize("error", [UnsupportedModel("it", "is odd"), NotAModel("it", "is odd")])
