@@ -178,7 +178,9 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     losses compare with labels; only the client's manifest has it.  ``tells_labels`` names the
     gradients that the client sends and that reveal the labels to the server; bundles of earlier
     versions name none.  ``raw_states`` maps states that the model hands itself to the raw inputs of
-    the step before that they hold; bundles of earlier versions name none.  ``weights`` is the
+    the step before that they hold; bundles of earlier versions name none.  ``remote_states`` names
+    the states that the server keeps, which are inputs of the model and no arrays of the data; only
+    the client's manifest has it, and bundles of earlier versions name none.  ``weights`` is the
     SHA-256 of ``weights.safetensors`` in hex.  It is set when the folder is written, and is empty
     in bundles of earlier versions.  ``sha256`` is the checksum of the manifest file itself (see
     :func:`has_valid_checksum`).  It is set only in the file; after decoding, it is empty.
@@ -196,6 +198,7 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     scored: tuple[ScoredOutput, ...] = ()
     tells_labels: tuple[str, ...] = ()
     raw_states: dict[str, tuple[str, ...]] = {}
+    remote_states: tuple[str, ...] = ()
     weights: str = ""
     sha256: str = ""
 

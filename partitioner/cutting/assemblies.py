@@ -164,6 +164,7 @@ def _build_party(
         scored=tuple(output for share in shares for output in share.scored),
         tells_labels=tuple(wire.tensor.name for wire in training.wires if wire.tells_labels),
         raw_states={n: tuple(sorted(r)) for n, r in training.held.items() if r and n in weights},
+        remote_states=tuple(n for n in prepared.carried if party == CLIENT and n not in weights),
     )
     return PartyBundle(manifest=manifest, graphs=graphs, weights=weights)
 

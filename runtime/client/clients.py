@@ -117,6 +117,7 @@ class Client:
             )
         self._executor = Executor(party, Engine(threads, trusted=trusted))
         self._kept = {spec.tensor.name for spec in party.manifest.state}
+        self._kept.update(party.manifest.remote_states)
         self._run = TrainingRun.open(self._executor, resume=resume)
         with ExitStack() as undo:  # release the folder if no client is made
             undo.callback(self._run.release)

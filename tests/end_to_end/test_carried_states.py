@@ -319,11 +319,18 @@ def test_a_run_that_resumes_has_the_states_of_its_checkpoint(at: str, tmp_path: 
         np.testing.assert_array_equal(outcomes[1][name], array)
 
 
-def test_data_that_hold_a_state_are_refused_wherever_they_are_read() -> None:
+@pytest.mark.parametrize("at", [None, "a"], ids=["client", "server"])
+def test_data_that_hold_a_state_are_refused_whoever_keeps_it(at: str | None) -> None:
     """The state would not begin with them, and a prediction would not read them."""
-    bundle, (name,) = cut_recurrent(None), RECURRENT.values()
-    batch = {**draw_data(BATCH), name: np.ones_like(bundle.client.weights[name])}
-    with Client(bundle.client, None, threads=1) as client:
+    bundle, (name,) = cut_recurrent(at), RECURRENT.values()
+    keeper = bundle.client if bundle.server is None else bundle.server
+    batch = {**draw_data(BATCH), name: np.ones_like(keeper.weights[name])}
+    link = None
+    if bundle.server is not None:
+        assert bundle.client.manifest.remote_states == (name,)
+        assert bundle.server.manifest.remote_states == ()
+        link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
+    with Client(bundle.client, link, threads=1) as client:
         calls: list[Callable[[], object]] = [
             lambda: client.fit([batch]),
             lambda: client.step(batch),
@@ -334,4 +341,4 @@ def test_data_that_hold_a_state_are_refused_wherever_they_are_read() -> None:
             with pytest.raises(KeptArray, match=f"'{name}'.*leave it out of the data"):
                 call()
     with pytest.raises(KeptArray):
-        verify(cut_recurrent("a"), [batch], steps=1)  # here the server keeps it
+        verify(bundle, [batch], steps=1)

@@ -94,6 +94,7 @@ const readManifest = readRecord({
   files: readMap(readText),
   learningRate: readNumber,
   outputs: readOptional(readList(readTensorSpec), []),
+  remoteStates: readOptional(readList(readText), []),
   weights: readOptional(readText, ""),
 });
 

@@ -20,6 +20,7 @@ import {
   ValueOutOfRange,
 } from "../src/index.js";
 import type { TensorSpec } from "../src/tensors.js";
+import { DATA, FILES, connectTo, startLiar } from "./liars.js";
 
 const spec = (name: string, dtype: string, shape: TensorSpec["shape"], bounds = null as never) => ({
   name, dtype, shape, bounds,
@@ -82,6 +83,16 @@ describe("data are refused", () => {
       assert.throws(() => openFitting(source, SPECS, 4, { kept }), KeptArray);
       openFitting(source, SPECS, 4, { kept: ["other"] });
     }
+  });
+  test("that have an array for a state that the server keeps", async (t) => {
+    const manifest = JSON.parse(new TextDecoder().decode(FILES["manifest.json"]!)) as object;
+    const changed = JSON.stringify({ ...manifest, remote_states: ["h"], sha256: undefined });
+    const bundle = { ...FILES, "manifest.json": new TextEncoder().encode(changed) };
+    const client = await connectTo(await startLiar(t), { bundle });
+    await assert.rejects(client.step({ ...DATA, h: DATA.x }), KeptArray);
+    await assert.rejects(client.fit([{ ...DATA, h: DATA.x }]), KeptArray);
+    await client.step(DATA);
+    await client.close();
   });
   test("of another element type or shape", () => {
     const wide = { dims: [4, 2], data: new Float64Array(8) };

@@ -325,7 +325,8 @@ export class SplitClient {
 
   /** Names of the tensors that the model keeps itself. */
   get #kept(): string[] {
-    return this.manifest.state.map((spec) => spec.tensor.name);
+    const { state, remoteStates } = this.manifest;
+    return [...state.map((spec) => spec.tensor.name), ...remoteStates];
   }
 
   #phase(name: string): Phase {
