@@ -38,6 +38,8 @@ from splitonnx.partitioner.differentiation.loss_formulas import LossInputs, Mean
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import list_bodies, list_nodes, map_values
+from splitonnx.partitioner.lowerings.losses import count_labels
+from splitonnx.partitioner.normalization.parameters import find_stored
 from splitonnx.partitioner.normalization.weights import read_array
 from splitonnx.tensors import TensorSpec
 
@@ -115,8 +117,8 @@ def attach_losses(
         model = file.inference if evaluating else file.training
         made = _graft(builder, model, file, known, f"splitonnx.loss.{number}/")
         own += made
-        rows = _count_rows(builder, list(reads[number].values())) if counting else None
-        means.append({LOSS: Mean(value=made[-1].outputs[0], counted=rows)})
+        counted = _count(builder, made[-1], list(reads[number].values())) if counting else None
+        means.append({LOSS: Mean(value=made[-1].outputs[0], counted=counted)})
     if len(losses) == 1:
         results = dict(_list_results(means[0], "", counting=counting))
     else:
@@ -166,8 +168,17 @@ def _store(builder: NodeBuilder, tensor: ir.TensorProtocol, value: ir.Value) -> 
     return stored
 
 
-def _count_rows(builder: NodeBuilder, outputs: Sequence[ir.Value]) -> ir.Value | None:
-    """Return the number of samples, if an output of the model has one row for each."""
+def _count(builder: NodeBuilder, result: ir.Node, outputs: Sequence[ir.Value]) -> ir.Value | None:
+    """Return what counted in a loss of the user's own, whose result is an Identity.
+
+    Unless its last operator tells what it is the mean of, this is the number of samples, if an
+    output of the model has one row for each.
+    """
+    source = result.inputs[0]
+    maker = None if source is None else find_stored(source).producer()
+    counted = None if maker is None else count_labels(builder, maker)
+    if counted is not None:
+        return builder.cast(counted, ir.DataType.FLOAT)
     for output in outputs:
         if output.shape is not None and len(output.shape):
             rows = builder.op("Squeeze", builder.op("Shape", output, start=0, end=1))

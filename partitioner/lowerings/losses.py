@@ -14,6 +14,7 @@ import onnx_ir as ir
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 Values = Sequence[ir.Value | None]
+_MEANS = ("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,19 @@ def lower_cross_entropy_grad(builder: NodeBuilder, node: ir.Node) -> Values:
     if factor is not None or reduction == "none":
         scale = builder.op("Unsqueeze", scale, axis)
     return [builder.op("Mul", difference, scale)]
+
+
+def count_labels(builder: NodeBuilder, node: ir.Node) -> ir.Value | None:
+    """Return the sum of the weights of what a node's loss is the mean of.
+
+    Return ``None`` unless the node is a SoftmaxCrossEntropyLoss or NegativeLogLikelihoodLoss that
+    is a mean of labels which may count unequally, or not at all.
+    """
+    is_mean = node.attributes.get_string("reduction", "mean") == "mean"
+    if node.op_type not in _MEANS or node.domain or not is_mean or node.inputs[0] is None:
+        return None
+    factor = _read_labels(builder, node, node.inputs[1:], node.inputs[0].dtype).factor
+    return None if factor is None else builder.op("ReduceSum", factor, keepdims=0)
 
 
 def _count(builder: NodeBuilder, factor: ir.Value, dtype: ir.DataType | None) -> ir.Value:

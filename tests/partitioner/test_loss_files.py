@@ -201,10 +201,12 @@ def test_a_batch_of_which_nothing_counts_is_0_in_a_loss_of_ones_own(
         for name, weight in client.state().items():
             np.testing.assert_array_equal(weight, before[name])
         some = np.array([0, PADDING, 2, 3, PADDING, 1, 0, 0])
-        found = client.evaluate({"x": x, "labels": some})["loss"]
+        data = {"x": x, "labels": some}
+        found = [client.evaluate(data, batch_size=size)["loss"] for size in (1, 3, 8)]
     scores = predict({name: w.astype(np.float64) for name, w in draw_weights().items()}, x)
     loss = Loss(ignore_index=PADDING, class_weights=tuple(weights))
-    assert found == pytest.approx(measure_named(loss, scores, {"labels": some})[0], abs=1e-6)
+    wanted = measure_named(loss, scores, {"labels": some})[0]
+    assert found == pytest.approx([wanted] * 3, abs=1e-6)
 
 
 @pytest.mark.parametrize(
