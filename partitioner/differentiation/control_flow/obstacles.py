@@ -9,6 +9,7 @@ import onnx_ir as ir
 from splitonnx.errors import NotDifferentiable
 from splitonnx.partitioner.differentiation.derived.derivations import ADVICE
 from splitonnx.partitioner.differentiation.derived.missing_gradients import WITHOUT_GRADIENT
+from splitonnx.partitioner.graphs.builders import known_array
 from splitonnx.partitioner.graphs.traversals import (
     RANDOM,
     find_moving,
@@ -28,6 +29,9 @@ CONTROL_FLOW = ("If", "Loop", "Scan")
 
 _QUANTIZED = ("DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear")
 """Operators that the gradient builder's optimizer fuses to operators of its own in any body."""
+
+_MOST_ITERATIONS = 1 << 31
+"""The largest trip count that is taken for one; above it are limits of loops that end before."""
 
 _CARRIED = 2
 """The number of inputs of a Loop, and of its body, before the values that it carries."""
@@ -81,7 +85,7 @@ def find_obstacle(node: ir.Node) -> str | None:
         if value is not None and value.type is not None and not _is_tensor(value):
             return f"'{value.name}' is not a tensor, but a sequence or an optional value"
     if _is_endless(node):
-        return "no iteration changes its condition, and it has no trip count"
+        return "no iteration changes its condition, and its trip count would never be reached"
     if changing := _find_changing(node):
         return f"the shape of '{changing}', which it carries, may differ from step to step"
     return next(filter(None, map(_find_obstacle_inside, list_bodies(node))), None)
@@ -114,8 +118,11 @@ def _list_carried(node: ir.Node) -> list[tuple[ir.Value, ir.Value, ir.Value]]:
 
 
 def _is_endless(node: ir.Node) -> bool:
-    """Return whether a Loop without a trip count has a condition that no iteration changes."""
-    if node.op_type != "Loop" or node.domain or node.inputs[0] is not None:
+    """Return whether a Loop without a limit has a condition that no iteration changes."""
+    if node.op_type != "Loop" or node.domain:
+        return False
+    limit = known_array(node.inputs[0])
+    if node.inputs[0] is not None and (limit is None or limit.max(initial=0) <= _MOST_ITERATIONS):
         return False
     (body,) = list_bodies(node)
     return find_stored(body.outputs[0]) is body.inputs[1]
