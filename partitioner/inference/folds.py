@@ -121,7 +121,8 @@ def _note_carried(node: ir.Node, opset: int) -> None:
     if all(_has_sizes(before) for before, _, _ in carried):
         return
     given = {before: before.shape for before, _, _ in carried}
-    assumed = {before: first.shape for before, first, _ in carried if first and first.shape}
+    firsts = {before: first.shape for before, first, _ in carried if first is not None}
+    assumed = {before: shape for before, shape in firsts.items() if shape is not None}
     while True:
         for before, shape in given.items():
             before.shape = assumed.get(before, shape)

@@ -370,19 +370,21 @@ def test_shapes_in_a_body_follow_from_constants_around_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "shape"),
+    ("first", "step", "shape"),
     [
-        ("e = Reshape (d, rows)", "[N,3]"),
-        ("k = Concat <axis = 1> (d, d)  e = Reshape (k, rows)", "None"),
+        ("float[N, 3] x", "e = Reshape (d, rows)", "[N,3]"),
+        ("float[N, 3] x", "k = Concat <axis = 1> (d, d)  e = Reshape (k, rows)", "None"),
+        ("float x", "e = Mul (d, d)", "[]"),
+        ("float x", "e = Reshape (d, rows)", "None"),
     ],
 )
 def test_what_a_loop_carries_has_its_first_shape_if_each_iteration_keeps_it(
-    step: str, shape: str
+    first: str, step: str, shape: str
 ) -> None:
     model = ir.from_proto(
         onnx.parser.parse_model(f"""
             <ir_version: 9, opset_import: ["" : 18]>
-            loops (float[N, 3] x, int64 most) => (float[A, B] y) <int64[2] rows = {{-1, 3}}> {{
+            loops ({first}, int64 most) => (float[A, B] y) <int64[2] rows = {{-1, 3}}> {{
                 y = Loop <body = one (int64 i, bool go, float d) => (bool on, float e) {{
                     on = Identity (go)  {step}
                 }}> (most, , x)
