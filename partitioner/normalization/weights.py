@@ -34,6 +34,8 @@ _FLOATS = {
     ir.DataType.FLOAT16,
 }
 
+_PARAMETER = TensorKind.PARAMETER
+
 _log = logging.getLogger(__name__)
 
 EVERYTHING = "."
@@ -61,7 +63,7 @@ def lift_weights(graph: ir.Graph, train: Sequence[str] = ()) -> dict[str, ir.Ten
         UnsupportedModel: a pattern matches no tensor, or only tensors that cannot be trained.
         UsageError: a pattern is not a regular expression.
     """
-    _hoist(graph)
+    _hoist(graph, train)
     stored = dict(list_stored(graph))
     classified = {name: _classify(value, tensor) for name, (value, tensor) in stored.items()}
     lifted = {
@@ -282,22 +284,13 @@ def _find_trained(
     for name in classified:
         if name in found:
             raise UnsupportedModel(f"--train {pattern}", f"'{name}': {classified[name].reason}")
-    for holder, name in _list_inner(graph):
-        if re.search(pattern, name):
-            raise UnsupportedModel(
-                f"--train {pattern}",
-                f"'{name}' is in a body of node '{holder.name}' ({holder.op_type}), whose "
-                "weights are not trained",
-                "export the model without control flow",
-            )
-    raise refuse_unknown("--train", pattern, classified)
-
-
-def _list_inner(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
-    """Yield the name of each stored tensor inside a body, with the node that has the body."""
     for holder, body in _list_bodies(graph):
-        for name, _ in list_stored(body):
-            yield holder, name
+        for name, (value, tensor) in list_stored(body):
+            if re.search(pattern, name):
+                reason = _classify(value, tensor).reason or "the body returns it as it is"
+                where = f"'{name}' in a body of node '{holder.name}' ({holder.op_type})"
+                raise UnsupportedModel(f"--train {pattern}", f"{where}: {reason}")
+    raise refuse_unknown("--train", pattern, classified)
 
 
 def _list_bodies(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
@@ -308,14 +301,26 @@ def _list_bodies(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Graph]]:
             yield from ((holder, inner) for _, inner in _list_bodies(body))
 
 
-def _hoist(graph: ir.Graph) -> None:
-    """Move parameters from bodies to the main graph; the bodies then capture them."""
+def _hoist(graph: ir.Graph, train: Sequence[str]) -> None:
+    """Move parameters from bodies to the main graph; the bodies then capture them.
+
+    Constants are moved as well if a pattern in ``train`` matches them and no parameter.
+    """
     bodies = list(_list_bodies(graph))
+    everywhere = [stored for each in (graph, *(body for _, body in bodies))
+                  for stored in list_stored(each)]  # fmt: skip
+    learned = {name for name, stored in everywhere if _classify(*stored).kind is _PARAMETER}
+    patterns = [each for each in train if not find_matches(each, learned, "--train")]
     made = Counter(value.name for node in list_nodes(graph) for value in node.outputs)
     taken = {*made, *(value.name for value in graph.inputs), *graph.initializers}
     for holder, body in bodies:
         for name, (value, tensor) in list(list_stored(body)):
-            if value.is_graph_output() or _classify(value, tensor).kind is not TensorKind.PARAMETER:
+            kind = _classify(value, tensor).kind
+            if kind is TensorKind.CONSTANT and any(
+                find_matches(pattern, [name], "--train") for pattern in patterns
+            ):
+                kind = _PARAMETER
+            if value.is_graph_output() or kind is not _PARAMETER:
                 continue
             is_own = value.producer() is not None and made[name] == 1  # of a Constant node
             own = name if is_own or name not in taken else f"{holder.name}/{name}"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
+from splitonnx.errors import UnsupportedModel
+from splitonnx.optimizers import SGD
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
-from splitonnx.partitioner.partitions import cut_prepared
+from splitonnx.partitioner.partitions import cut, cut_prepared
+from splitonnx.runtime.client.clients import Client
 from tests.support.case_trials import TARGETS, run_step
 from tests.support.derivatives import draw_labels, hold_steps
 
@@ -80,3 +84,43 @@ def test_gradients_of_an_operator_in_a_body(kind: str, around: str) -> None:
         for target in TARGETS
     ]
     hold_steps(steps, model, "mse", given, prepared.trainable)
+
+
+@pytest.mark.parametrize("around", [_IF, _LOOP], ids=["if", "loop"])
+def test_a_number_in_a_body_is_trained_if_it_is_named(around: str) -> None:
+    """As it is outside of bodies, where it is a constant, too, unless the user names it."""
+
+    def write(half: float) -> onnx.ModelProto:
+        step = f"half = Constant <value = float {{{half}}}> ()  g = Mul (h, half)" + _REDUCED
+        return write_body(around, step)
+
+    random = np.random.default_rng(3)
+    data = {"x": random.standard_normal((4, 2, 6), np.float32), "c": np.array(True)}
+    data["most"] = np.array(2)
+    labels = draw_labels(write(0.5), data)
+
+    def measure(half: float) -> float:
+        session = onnxruntime.InferenceSession(write(half).SerializeToString())
+        feeds = {value.name: data[value.name] for value in session.get_inputs()}
+        return float(((session.run(None, feeds)[0].astype(np.float64) - labels) ** 2).mean())
+
+    slope = (measure(0.51) - measure(0.49)) / 0.02
+    assert "half" not in prepare(open_model(write(0.5))).trainable
+    for target in TARGETS:
+        bundle = cut(
+            write(0.5),
+            at=None,
+            loss="mse",
+            train=["^half$"],
+            optimizer=SGD(lr=1.0),
+            client_target=target,
+        )
+        with Client(bundle.client, threads=1) as client:
+            client.step({**data, "labels": labels})
+            found = 0.5 - float(client.state()["half"])
+        assert found == pytest.approx(slope, rel=1e-3)
+
+
+def test_what_cannot_be_trained_in_a_body_is_refused_for_what_it_is() -> None:
+    with pytest.raises(UnsupportedModel, match=r"'k' in a body of node 'e' .*: it is INT64, which"):
+        cut(write_body(_LOOP, STEPS["Gather"]), at=None, loss="mse", train=["^k$"])
