@@ -26,6 +26,8 @@ from splitonnx.partitioner.graphs.assertions import (
     check_lengths,
     known_sizes,
     note,
+    pass_if,
+    refuse_where,
     require_rank,
     reshape,
 )
@@ -33,6 +35,7 @@ from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.dimensions import Amount, list_terms, parse_dim
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
+from splitonnx.partitioner.normalization.explicit_padding import read_kernel
 
 _SMALLEST = {ir.DataType.INT64: -(1 << 63), ir.DataType.INT32: -(1 << 31)}
 """Map the integer types that processors divide directly to their smallest integer.
@@ -49,6 +52,9 @@ _INTEGERS = {
     ir.DataType.UINT64,
 }
 
+WINDOW = "image_must_be_as_large_as_the_window"
+"""End of the name of the node that fails over an image that is too small to be pooled."""
+
 Check = Callable[[NodeBuilder, ir.Node], Mapping[int, ir.Value]]
 
 
@@ -56,9 +62,9 @@ def add_safeguards(graph: ir.Graph, nodes: Collection[ir.Node], *, is_training: 
     """Insert checks before each node in ``nodes`` that needs them.
 
     ``is_training`` means that the graph will be differentiated; checks are then also inserted for
-    the gradient kernels.
+    the gradient kernels, and none for the kernels of optimized graphs, which only predict.
     """
-    tables = [_CHECKS, ADDRESS_CHECKS, *([_TRAINING_CHECKS] if is_training else [])]
+    tables = [_CHECKS, ADDRESS_CHECKS, _TRAINING_CHECKS if is_training else _PREDICTION_CHECKS]
     for node in [node for node in graph if node in nodes]:
         for body in list_bodies(node):
             add_safeguards(body, set(body), is_training=is_training)
@@ -185,6 +191,53 @@ def _check_diagonal(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
     return {1: note(bounded, ir.DataType.INT64, diagonal.shape)}
 
 
+def _check_windows(builder: NodeBuilder, node: ir.Node) -> dict[int, ir.Value]:
+    """Check that an image is at least as large as one window of a pooling node.
+
+    Of a smaller image, the result has no rows.  Beside a convolution, ONNX Runtime runs poolings of
+    two axes by a kernel of its own (NCHWc), which then divides by their number.
+    """
+    image, kernel = node.inputs[0], read_kernel(node)
+    if image is None or kernel is None or len(kernel) != 2:
+        return {}
+    least = _list_least(node, kernel)
+    dims = _list_dims(image, None)[2:] or [None] * len(least)
+    if max(least) <= 1:  # no convolution gives an image without rows
+        return {}
+    if all(dim is not None and _reaches(dim, size) for dim, size in zip(dims, least, strict=True)):
+        return {}
+    shape = note(builder.op("Shape", image), ir.DataType.INT64)
+    zero = refuse_where(builder, builder.op("Less", shape, builder.integers([0, 0, *least])))
+    refusing = zero.producer()
+    assert refusing is not None
+    refusing.name = f"{node.name or node.outputs[0].name}/{WINDOW}"
+    return {0: pass_if(builder, image, zero)}
+
+
+def _list_least(node: ir.Node, kernel: Sequence[int]) -> list[int]:
+    """List the smallest size of an image, on each axis, of which a pooling node has a result."""
+    rank = len(kernel)
+    if node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME"):
+        return [1] * rank
+    pads = node.attributes.get_ints("pads", [0] * (2 * rank))
+    strides = node.attributes.get_ints("strides", [1] * rank)
+    dilations = node.attributes.get_ints("dilations", [1] * rank)
+    rounds_up = node.attributes.get_int("ceil_mode", 0)
+    return [
+        dilations[axis] * (size - 1)
+        + 1
+        - pads[axis]
+        - pads[rank + axis]
+        - (strides[axis] - 1 if rounds_up else 0)
+        for axis, size in enumerate(kernel)
+    ]
+
+
+def _reaches(amount: Amount, least: int) -> bool:
+    """Return whether a dimension is certain to be at least ``least`` whenever the graph runs."""
+    return is_bound(amount) and sum(factor for _, factor in list_terms(amount)) >= least
+
+
 def _check_filled(
     builder: NodeBuilder, node: ir.Node, operands: Sequence[int], count: int | None
 ) -> dict[int, ir.Value]:
@@ -276,3 +329,4 @@ _CHECKS: Mapping[str, Check] = {
     "Trilu": _check_diagonal,
 }
 _TRAINING_CHECKS: Mapping[str, Check] = {"Conv": _check_rows, "ReduceMean": _check_source}
+_PREDICTION_CHECKS: Mapping[str, Check] = {"AveragePool": _check_windows, "MaxPool": _check_windows}

@@ -120,6 +120,19 @@ def build_frames(operator: str = "Conv") -> onnx.ModelProto:
     return net.finish({"x": (FLOAT, ["N", "T", 2, 5, 5])}, output, 4)
 
 
+def build_windows(operator: str, kernel: tuple[int, int], rounds_up: int) -> onnx.ModelProto:
+    """A pooling behind a convolution, for whose optimized kernel an image may be too small."""
+    net, pads = Net(), [1, 1, 1, 1]
+    value = net.op("Conv", "x", net.weight("w1", 16, 16, 3, 3), out="h", pads=pads)
+    value = net.op("Conv", value, net.weight("w2", 16, 16, 3, 3), out="filtered", pads=pads)
+    value = net.op(operator, value, out="pooled", kernel_shape=kernel, strides=[2, 2],
+                   ceil_mode=rounds_up)  # fmt: skip
+    space = net.constant("space", np.array([2, 3]))
+    value = net.op("ReduceSum", value, space, out="total", keepdims=0)
+    output = net.op("MatMul", value, net.weight("w3", 16, 4), out="scores")
+    return net.finish({"x": (FLOAT, ["N", 16, "H", "W"])}, output, 4)
+
+
 def build_loop_of_frames() -> onnx.ModelProto:
     """A Loop that filters as many of the frames as data say, which may be none."""
     model = onnx.parser.parse_model("""
@@ -233,7 +246,25 @@ def _frames(operator: str) -> Case:
     return Case(build=lambda: build_frames(operator), at=("h",), good=_SEQUENCE, bad=_ONE_FRAME)
 
 
+def _window(operator: str, height: int, rounds_up: int = 0, end: str = "StageFailed") -> Case:
+    """``height`` is the largest one of images for which the result has no rows."""
+    return Case(
+        build=lambda: build_windows(operator, (2 * height, 2), rounds_up),
+        at=("h",),
+        good={"h": floats(1, 16, 2 * height, 4)},
+        bad={"h": floats(1, 16, height, 4)},
+        end=end,
+    )
+
+
+TOO_SMALL: Mapping[str, Case] = {
+    "an image smaller than a window": _window("MaxPool", 1, end="done"),
+    "an image smaller than a window to average": _window("AveragePool", 1),
+    "an image too small to round up": _window("MaxPool", 2, rounds_up=1, end="done"),
+}
+"""Images for which a pooling's result has no rows; what predicts of them would end the process."""
 CASES: Mapping[str, Case] = {
+    **TOO_SMALL,
     "rows that differ": _gather(places=np.ones((2, 1), np.int64)),
     "rows that are a multiple": _gather(h=floats(2, 6), places=np.ones((4, 1), np.int64)),
     "selected rows that differ": _select(3, 4, 2),

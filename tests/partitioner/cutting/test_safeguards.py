@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,13 +19,22 @@ from numpy.testing import assert_allclose
 from onnx.reference import ReferenceEvaluator
 
 from splitonnx.names import Target
+from splitonnx.partitioner.cutting.conformance.dataflow import NotRun, run_session
 from splitonnx.partitioner.cutting.safeguards import is_bound
 from splitonnx.partitioner.inference.dimensions import make_atom, parse_dim
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.executors import Executor
 from tests.conftest import build_once
-from tests.support.crash_cases import CASES, ENGINE, LIAR, build_language_model, floats, perform
+from tests.support.crash_cases import (
+    CASES,
+    ENGINE,
+    LIAR,
+    TOO_SMALL,
+    build_language_model,
+    floats,
+    perform,
+)
 from tests.support.zoo import FLOAT, INT64, ZOO, Net
 
 Run = tuple[int, dict[str, str]]
@@ -59,6 +70,84 @@ def test_data_that_would_crash_a_kernel_fail_the_stage(name: str, ran: Run) -> N
     assert ends[f"{name}, train bad"] == CASES[name].end
     assert ends[f"{name}, predict bad"] in (CASES[name].end, "StageFailed", "done")
     assert status == 0
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+@pytest.mark.parametrize("name", TOO_SMALL)
+def test_an_image_of_which_a_pooling_has_no_rows_is_refused(name: str, ran: Run) -> None:
+    status, ends = ran
+    assert ends[f"{name}, predict bad"] == "StageFailed"
+    assert status == 0
+
+
+def build_pooling(operator: str, *dims: int | str, **attributes: Any) -> onnx.ModelProto:
+    net = Net(opset=19)  # in which an AveragePool has dilations
+    value = net.op(operator, "x", out="pooled", **attributes)
+    value = net.op("Conv", value, net.weight("w1", 2, 1, 1, 1), out="filtered")
+    value = net.op("ReduceMax", value, net.constant("space", np.array([2, 3])), out="m", keepdims=0)
+    output = net.op("MatMul", value, net.weight("w2", 2, 2), out="scores")
+    return net.finish({"x": (FLOAT, ["N", 1, *dims])}, output, 2)
+
+
+def load_prediction(model: onnx.ModelProto) -> bytes:
+    """Return the graph by which a client predicts that has all of a model."""
+    client = cut(model, at=None, loss="mse").client
+    (stage,) = client.manifest.phase("predict").stages
+    return client.graphs[stage.graph]
+
+
+@pytest.mark.parametrize("operator", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"kernel_shape": [3, 2], "strides": [2, 2]},
+        {"kernel_shape": [5, 5], "pads": [1, 1, 1, 1]},
+        {"kernel_shape": [3, 3], "pads": [0, 1, 1, 0], "auto_pad": "NOTSET"},
+        {"kernel_shape": [5, 4], "strides": [2, 3], "ceil_mode": 1},
+        {"kernel_shape": [4, 4], "strides": [2, 2], "auto_pad": "VALID"},
+        {"kernel_shape": [3, 2], "dilations": [2, 3]},
+    ],
+)
+def test_the_images_refused_are_those_of_which_no_window_is_pooled(
+    operator: str, attributes: dict[str, Any]
+) -> None:
+    net = Net(opset=19)
+    net.op(operator, "x", out="y", **attributes)
+    alone = net.finish({"x": (FLOAT, ["N", 1, "H", "W"])}, "y", 1, "R", "C").SerializeToString()
+    guarded = onnx.load_from_string(
+        load_prediction(build_pooling(operator, "H", "W", **attributes))
+    )
+    end = [node.op_type for node in guarded.graph.node].index(operator)
+    del guarded.graph.node[end + 1 :]  # the rest needs weights, which the party adds
+    evaluator = ReferenceEvaluator(guarded)
+    for height, width in product(range(1, 8), repeat=2):
+        x = floats(1, 1, height, width)
+        try:
+            (pooled,) = run_session(alone, [{"x": x}], "it", level="none")
+            has_windows = pooled["y"].size > 0
+        except NotRun:  # a negative size
+            has_windows = False
+        try:
+            evaluator.run(["pooled"], {"x": x})
+            is_refused = False
+        except IndexError:
+            is_refused = True
+        assert is_refused != has_windows, (height, width)
+
+
+@pytest.mark.parametrize(
+    ("dims", "attributes"),
+    [
+        ((4, 4), {"kernel_shape": [2, 2]}),
+        (("2*H", "H + 1"), {"kernel_shape": [2, 2]}),
+        (("H", "W"), {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "strides": [2, 2]}),
+        (("H", "W"), {"kernel_shape": [3, 3], "auto_pad": "SAME_UPPER"}),
+    ],
+)
+def test_a_pooling_for_which_no_image_is_too_small_gets_no_check(
+    dims: tuple[int | str, ...], attributes: dict[str, Any]
+) -> None:
+    assert b"/checked" not in load_prediction(build_pooling("MaxPool", *dims, **attributes))
 
 
 @pytest.mark.parametrize("target", ["training", "portable"])
