@@ -20,7 +20,7 @@ from splitonnx.kernel_errors import UNLOADABLE, describe_kernel_error
 from splitonnx.manifests import Source, Stage
 from splitonnx.names import PREDICT
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
-from splitonnx.partitioner.gate.walks import label_node
+from splitonnx.partitioner.gate.walks import label_node, list_nodes
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.native import natives, workers
 from splitonnx.partitioner.native.loadings import find_unloadable, is_unloadable
@@ -34,6 +34,7 @@ Sessions of level ``usual`` are those that users make: without splitonnx's own s
 Run: TypeAlias = Callable[[Sequence[Arrays]], list[Arrays]]
 """A function that runs a model on batches of inputs, and returns the outputs of each batch."""
 _FAILED = re.compile(r"(?:a node|node '[^']*') \(\w+\) fails")
+_POOLINGS = frozenset({"AveragePool", "MaxPool"})
 SECONDS = 1.0
 """The processor time allowed to the reference evaluator, whose Python loops can be very slow."""
 
@@ -125,6 +126,34 @@ def run_session(
         raise NotLoaded(
             str(error).replace(UNLOADABLE, f"{label_node(node)} cannot be loaded", 1)
         ) from error
+
+
+def run_original(
+    content: bytes, batches: Sequence[Arrays], subject: str, *, is_pooled: bool
+) -> list[Arrays]:
+    """Run a serialized model without optimizations, and return each batch's outputs.
+
+    If ``is_pooled`` is true (:func:`has_poolings`), it also runs with optimizations, so that inputs
+    over which those end the process are refused: nobody can use the model for them.
+
+    Raises:
+        NotRun: ONNX Runtime refuses the model or the inputs.
+        BrokeDown: ONNX Runtime ends its process.
+    """
+    made = run_session(content, batches, subject, level="none")
+    if is_pooled:
+        try:
+            run_session(content, batches, subject, level="all")
+        except BrokeDown:
+            raise
+        except NotRun:
+            pass  # it runs as it is written
+    return made
+
+
+def has_poolings(model: onnx.ModelProto) -> bool:
+    """Return whether a model has poolings: optimized ones may break down over small images."""
+    return any(node.op_type in _POOLINGS for node in list_nodes(model.graph.node))
 
 
 def run_prepared(

@@ -22,12 +22,15 @@ from splitonnx.partitioner.cutting.conformance.dataflow import (
     Run,
     describe_failure,
     expose,
+    has_poolings,
+    run_original,
     run_reference,
     run_session,
 )
 from splitonnx.partitioner.cutting.conformance.measures import (
     Difference,
     find_largest,
+    is_coarse,
     is_finite,
     list_differences,
 )
@@ -35,10 +38,10 @@ from splitonnx.partitioner.cutting.conformance.samples import (
     Arrays,
     find_masks,
     find_open_batch,
+    has_integers,
     iter_draws,
     repeat_sample,
 )
-from splitonnx.partitioner.gate.walks import list_nodes
 from splitonnx.partitioner.graphs.faults import report_mistake
 
 EXACT = 1e-5
@@ -56,13 +59,9 @@ _SCALES = (10.0, 0.1, 100.0)
 _SMALLER = (0.1, 0.01, 0.001)
 """Standard deviations of inputs to try after 1, if some output is not finite."""
 _MOST_PARTIAL = 6
-"""The search for integers ends after this many draws that only one evaluator accepts."""
+"""The search for inputs ends after this many draws that only one evaluator accepts."""
 Draw = Callable[[onnx.ModelProto, int, float], Iterator[list[Arrays]]]
 """A function like ``iter_draws``, which draws random batches for a model."""
-_COARSE_TYPES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
-_COARSE_OPERATORS = frozenset(
-    {"ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
-)
 _MOST_REFERENCE = 64 << 20
 """The size in bytes of the largest model that the reference evaluator, which is slow, runs."""
 
@@ -145,7 +144,7 @@ class Expectation:
 
         It is larger for models that compute with 16-bit floats or with quantized numbers.
         """
-        return COARSE if _is_coarse(self.model) else EXACT
+        return COARSE if is_coarse(self.model) else EXACT
 
     def allow(self, tensor: str, batch: int) -> float:
         """Return the relative difference that is allowed for a tensor in the batch with this index.
@@ -235,12 +234,13 @@ def _expect(
 ) -> Expectation:
     content = model.SerializeToString()
     runs: dict[str, Callable[[Sequence[Arrays]], list[Arrays]]] = {
-        "session": partial(run_session, content, subject=subject, level="none")
+        "session": partial(run_original, content, subject=subject, is_pooled=has_poolings(model))
     }
     if len(content) <= _MOST_REFERENCE:
         runs["reference"] = partial(run_reference, content, subject=subject)
     refusal = NotRun("no input could be drawn for its inputs' types")
     has_masks = bool(find_masks(model))
+    has_indices = has_masks or has_integers(model)
     halves: list[Expectation] = []
     for batches in draw(model, seed, scale):
         made: dict[str, list[Arrays]] = {}
@@ -262,14 +262,15 @@ def _expect(
             reference=made.get("reference"),
             session=made.get("session"),
         )
-        if len(made) == len(runs) or not (has_masks or _has_integers(batches)):
+        if len(made) == len(runs) or ("session" in made and not has_indices):
             return found
-        halves.append(found)  # an index out of range, which one of them takes, perhaps
+        halves.append(found)  # an index or a length out of range, which one of them takes, perhaps
         if len(halves) == _MOST_PARTIAL * (1 + has_masks):  # each limit is drawn twice then
             break
     if not halves:
         raise refusal
-    return halves[max(0, len(halves) - 2)]  # of 0 and 1: ONNX Runtime reads beyond some tables
+    # Of 0 and 1, if there are indices: ONNX Runtime reads beyond some tables.
+    return halves[max(0, len(halves) - 2) if has_indices else 0]
 
 
 def describe_single(
@@ -377,24 +378,5 @@ def _is_varied(arrays: Sequence[np.ndarray]) -> bool:
     )
 
 
-def _has_integers(batches: Sequence[Arrays]) -> bool:
-    return any(array.dtype.kind in "iu" for batch in batches for array in batch.values())
-
-
 def _is_contradiction(noise: Difference) -> bool:
     return noise.size > _CONTRADICTION and noise.gap > _ROUNDING
-
-
-def _is_coarse(model: onnx.ModelProto) -> bool:
-    tensors = [tensor.data_type for tensor in model.graph.initializer]
-    inputs = [value.type.tensor_type.elem_type for value in model.graph.input]
-    casts = [
-        attribute.i
-        for node in list_nodes(model.graph.node)
-        if node.op_type == "Cast"
-        for attribute in node.attribute
-        if attribute.name == "to"
-    ]
-    if _COARSE_TYPES.intersection([*tensors, *inputs, *casts]):
-        return True
-    return any(node.op_type in _COARSE_OPERATORS for node in list_nodes(model.graph.node))

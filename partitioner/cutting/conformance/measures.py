@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 
 from splitonnx.partitioner.cutting.conformance.samples import Arrays
+from splitonnx.partitioner.gate.walks import list_nodes
 
 TOLERATED = 1e-3
 """The relative difference above which a cut fails; a smaller one only causes a remark."""
+_COARSE_TYPES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+_COARSE_OPERATORS = frozenset(
+    {"ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +80,22 @@ def has_finite(arrays: Sequence[np.ndarray]) -> bool:
     """Return whether some element of several arrays is finite, or they have no elements."""
     filled = [array for array in arrays if array.size and array.dtype.kind not in "OSU"]
     return not filled or any(bool(np.isfinite(_widen(array)).any()) for array in filled)
+
+
+def is_coarse(model: onnx.ModelProto) -> bool:
+    """Return whether a model computes with 16-bit floats or quantized numbers, which round more."""
+    tensors = [tensor.data_type for tensor in model.graph.initializer]
+    inputs = [value.type.tensor_type.elem_type for value in model.graph.input]
+    casts = [
+        attribute.i
+        for node in list_nodes(model.graph.node)
+        if node.op_type == "Cast"
+        for attribute in node.attribute
+        if attribute.name == "to"
+    ]
+    if _COARSE_TYPES.intersection([*tensors, *inputs, *casts]):
+        return True
+    return any(node.op_type in _COARSE_OPERATORS for node in list_nodes(model.graph.node))
 
 
 def _find_gap(found: np.ndarray, expected: np.ndarray) -> float:

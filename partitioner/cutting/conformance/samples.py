@@ -69,9 +69,8 @@ def iter_draws(model: onnx.ModelProto, seed: int, scale: float = 1.0) -> Iterato
         for value in inputs
         for axis in range(1, len(_dims(value)))
     )
-    has_integers = any(_dtype(value).kind in "iu" for value in inputs)
     lengths = _LENGTHS if has_length else _LENGTHS[:1]
-    limits = _INTEGERS if has_integers else _INTEGERS[:1]
+    limits = _INTEGERS if has_integers(model) else _INTEGERS[:1]
     ends, counted = find_upper_ends(model), _find_lengths(model)
     batches = _BATCHES if has_batch else _BATCHES[-1:]
     masks = find_masks(model)
@@ -119,6 +118,11 @@ def list_inputs(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
     given = {tensor.name for tensor in model.graph.initializer}
     given |= {tensor.values.name for tensor in model.graph.sparse_initializer}
     return [value for value in model.graph.input if value.name not in given]
+
+
+def has_integers(model: onnx.ModelProto) -> bool:
+    """Return whether an input that a caller must supply holds integers, which may be indices."""
+    return any(_dtype(value).kind in "iu" for value in list_inputs(model))
 
 
 def find_masks(model: onnx.ModelProto) -> set[str]:

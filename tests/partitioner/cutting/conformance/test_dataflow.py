@@ -12,10 +12,13 @@ from splitonnx.errors import NativeCrash
 from splitonnx.partitioner.cutting.conformance.dataflow import (
     BrokeDown,
     EvaluatorFailed,
+    Level,
     NotRun,
     expose,
+    has_poolings,
     inline_weights,
     refuse_breakdowns,
+    run_original,
     run_reference,
     run_session,
     run_split,
@@ -128,3 +131,37 @@ def test_a_mistake_of_the_reference_evaluator_is_told_as_its_own() -> None:
         run_reference(content, [batch], "it")
     (made,) = run_session(content, [batch], "it", level="none")
     np.testing.assert_array_equal(made["y"], np.ones((1, 3, 8, 8)))
+
+
+@pytest.mark.parametrize("error", [BrokeDown, NotRun])
+def test_inputs_over_which_only_optimized_poolings_break_down_are_refused(
+    error: type[NotRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: bytes, batches: Sequence[Arrays], subject: str, *, level: Level) -> list[Arrays]:
+        if level == "all":
+            raise error(f"over {subject}")
+        return list(batches)
+
+    monkeypatch.setattr(f"{run_original.__module__}.run_session", run)
+    assert run_original(b"", BATCHES, "it", is_pooled=False) == BATCHES
+    if error is NotRun:
+        assert run_original(b"", BATCHES, "it", is_pooled=True) == BATCHES
+    else:
+        with pytest.raises(BrokeDown, match="over it"):
+            run_original(b"", BATCHES, "it", is_pooled=True)
+
+
+@pytest.mark.parametrize(("operator", "expected"), [("MaxPool", True), ("LpPool", False)])
+def test_poolings_are_found_in_bodies_too(operator: str, expected: bool) -> None:
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 18]>
+        g (float[N, 2, H, W] x, bool c) => (float[N, 2, R, C] y) {{
+            y = If (c) <
+                then_branch = t () => (float[N, 2, R, C] a) {{
+                    a = {operator} <kernel_shape = [2, 2]> (x)
+                }},
+                else_branch = e () => (float[N, 2, R, C] b) {{ b = Identity (x) }}
+            >
+        }}
+    """)
+    assert has_poolings(model) == expected

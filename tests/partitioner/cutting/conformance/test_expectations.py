@@ -52,6 +52,45 @@ def test_a_model_that_onnx_runtime_cannot_run_is_left_to_the_reference() -> None
     assert expectation.reference is not None
 
 
+def build_poolings(times: int) -> onnx.ModelProto:
+    """Halve images of any size so many times, behind a convolution each."""
+    net, value = Net(), "x"
+    for n in range(times):
+        value = net.op("Conv", value, net.weight(f"w{n}", 16, 16, 3, 3), out=f"c{n}", pads=[1] * 4)
+        value = net.op("MaxPool", value, out=f"p{n}", kernel_shape=[2, 2], strides=[2, 2])
+    space = net.constant("space", np.array([2, 3]))
+    net.op("ReduceMean", value, space, out="y", keepdims=0)
+    return net.finish({"x": (FLOAT, ["N", 16, "H", "W"])}, "y", 16)
+
+
+@pytest.mark.parametrize(("times", "size"), [(2, 8), (5, 32)])
+def test_images_are_drawn_so_large_that_a_row_is_left_of_them(times: int, size: int) -> None:
+    expectation = expect(build_poolings(times), "it", 0)
+    assert [batch["x"].shape for batch in expectation.batches] == [
+        (rows, 16, size, size) for rows in (2, 3, 5)
+    ]
+    assert expectation.reference is not None
+    assert expectation.session is not None
+    assert not expectation.contradicted
+
+
+@pytest.mark.parametrize("times", [4, 5])  # of 8 x 8, the last pooling or convolution has no row
+def test_poolings_of_images_of_any_size_are_cut_without_a_remark(
+    times: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut(build_poolings(times), at="c1", loss="mse", check=True)
+    assert not [each for each in caplog.records if each.name.startswith("splitonnx")]
+
+
+def test_a_model_that_onnx_runtime_never_runs_is_run_at_the_usual_length() -> None:
+    net = Net()
+    weights = net.weight("w", 1, 12, 4), net.weight("r", 1, 12, 3)
+    net.op("LSTM", "x", *weights, out="y", hidden_size=3, layout=1)
+    expectation = expect(net.finish({"x": (FLOAT, ["N", "T", 4])}, "y", "T", 1, 3), "it", 0)
+    assert expectation.session is None
+    assert [batch["x"].shape[:2] for batch in expectation.batches] == [(2, 8), (3, 8), (5, 8)]
+
+
 def test_a_model_that_works_with_one_sample_alone_is_run_with_it() -> None:
     net = Net()
     one = net.constant("one", np.array([1, 6]))
@@ -309,7 +348,7 @@ def test_that_onnx_runtime_broke_down_is_said_before_what_the_reference_refuses(
         return run
 
     module = "splitonnx.partitioner.cutting.conformance.expectations"
-    monkeypatch.setattr(f"{module}.run_session", refuse(BrokeDown))
+    monkeypatch.setattr(f"{module}.run_original", refuse(BrokeDown))
     monkeypatch.setattr(f"{module}.run_reference", refuse(NotRun))
     with pytest.raises(BrokeDown):
         expect(build_chain(), "it", 0)
