@@ -51,7 +51,8 @@ class Plan:
     """How long everybody trains on some data, and which classes each hospital has.
 
     Each hospital makes ``steps`` steps.  ``local_steps`` are those between two averages, and
-    ``turn_steps`` those of a turn.  ``favourites`` are each hospital's own classes, and ``strays``
+    ``turn_steps`` those of a turn; joint steps are averaged one by one.
+    ``favourites`` are each hospital's own classes, and ``strays``
     says how much rarer the others are there.
     """
 
@@ -63,8 +64,8 @@ class Plan:
 
     def list_options(self, policy: str) -> list[object]:
         """Return the server's options for a policy, with which all hospitals make their steps."""
-        steps = self.turn_steps if policy == "sequential" else self.local_steps
-        turns = HOSPITALS if policy == "sequential" else 1
+        steps = {"sequential": self.turn_steps, "synchronous": 1}.get(policy, self.local_steps)
+        turns = HOSPITALS if policy in ("sequential", "asynchronous") else 1
         return [
             "--policy", policy, "--clients-min", HOSPITALS, "--local-steps", steps,
             "--rounds", turns * self.steps // steps,
@@ -245,7 +246,7 @@ def main() -> int:
         shares = np.bincount(example.labels[part], minlength=example.labels.max() + 1)
         console.print(f"hospital {number} has {len(part)} samples; by class: {shares.tolist()}")
         table.add_row(f"hospital {number} alone", f"{example.train_whole(f'hospital{number}'):.1%}")
-    for policy in ("sequential", "splitfed-v1"):
+    for policy in ("sequential", "splitfed-v1", "splitfed-v2", "synchronous", "asynchronous"):
         table.add_row(f"all three, {policy}", f"{example.train_together(policy):.1%}")
     table.add_row("one training on all data", f"{example.train_whole('pooled'):.1%}")
     console.print(table)

@@ -9,7 +9,13 @@ TRAIN, PREDICT, EVALUATE, SHARE = "train", "predict", "evaluate", "share"
 CLIENT, SERVER = "client", "server"
 """Names of parties."""
 PER_CLIENT, SEQUENTIAL, SPLITFED_V1 = "per-client", "sequential", "splitfed-v1"
+SPLITFED_V2, SYNCHRONOUS, ASYNCHRONOUS = "splitfed-v2", "synchronous", "asynchronous"
 """Names of a server's policies."""
+ONE_MODEL = frozenset({SPLITFED_V2, SYNCHRONOUS, ASYNCHRONOUS})
+"""The policies under which all clients train one model on the server.
+
+Only the end of a round can be restored on both sides.
+"""
 OWN, JOINED = "@own", "@joined"
 """Suffixes of the value of a state tensor that a client shares, and of the joined value."""
 LOSS = "loss"

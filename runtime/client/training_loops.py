@@ -16,7 +16,7 @@ import numpy as np
 
 from splitonnx.disclosures import list_labels
 from splitonnx.errors import StepsLost, UnusableData
-from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN
+from splitonnx.names import EVALUATE, LOSS, ONE_MODEL, PREDICT, TRAIN
 from splitonnx.runtime.client.dataset_means import DatasetMeans
 from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
@@ -107,7 +107,7 @@ class TrainingLoop:
             if options.on_step is not None:
                 options.on_step(record)
             position, ends_round = self._share_if_due(position, record)
-            is_due = ends_round or record.step % (options.checkpoint_every or 1) == 0
+            is_due = ends_round or self._ends_interval(options, record)
             # a checkpoint before a leaving share would be mistaken for one of the state after it
             if is_due and not joins:
                 self._checkpoint(options, position)
@@ -176,6 +176,12 @@ class TrainingLoop:
         position = _note_round(position, number)
         self._checkpoint(options, position)
         return position
+
+    def _ends_interval(self, options: FitOptions, record: StepRecord) -> bool:
+        """Return whether a checkpoint is due after a step within a round or without rounds."""
+        if self._runner.terms.policy in ONE_MODEL:
+            return False  # only the end of a round can be restored
+        return record.step % (options.checkpoint_every or 1) == 0
 
     def _checkpoint(self, options: FitOptions, position: DataPosition) -> None:
         """Make both sides write a checkpoint, if any are written."""

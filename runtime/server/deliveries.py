@@ -1,7 +1,8 @@
 """Pass deliveries to the connections of the clients that wait for them.
 
 A policy may have something for a session while another session's message is handled, or when a
-time is over.  If the client has no connection, nothing is kept: it asks again when it returns.
+time is over.  If the client has no connection, its session holds the result of a step until it
+returns.  Other things are not kept, because the client asks for them again.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ _logger = logging.getLogger("splitonnx.server")
 
 def pass_on(context: ServerContext, delivery: Delivery) -> None:
     """Pass a delivery to the newest connection of its session; call it on the event loop."""
-    holder = context.holders.get(delivery.key.session)
+    name = delivery.key.session
+    holder = context.holders.get(name)
     if holder is not None:
         holder.deliver(delivery)
+        return
+    for session in context.registry.sessions:
+        if session.id == name:
+            session.hold(delivery)
 
 
 async def keep_ticking(context: ServerContext) -> None:

@@ -26,6 +26,7 @@ from splitonnx.errors import (
     SplitonnxError,
     StageStopped,
     StaleConnection,
+    StepEnded,
     TaskTooLarge,
     WorkerLost,
 )
@@ -114,7 +115,7 @@ class Dispatcher:
     def is_interrupted(self) -> bool:
         """Return whether an error ended the connection but the session can be resumed."""
         match self.refused:
-            case StageStopped() | WorkerLost(is_repeated=False):
+            case StageStopped() | StepEnded() | WorkerLost(is_repeated=False):
                 return True
             case ServerBusy():  # there may be memory when the task is repeated
                 return self._generation > 0
@@ -123,7 +124,8 @@ class Dispatcher:
     @property
     def is_mid_step(self) -> bool:
         """Return whether an unfinished training step of the session is waiting for the client."""
-        return self._held is not None and self._held.ledger.is_open
+        session = self._held
+        return session is not None and session.ledger.is_open and not session.awaits_others
 
     def handle(self, content: Chunk | bytearray) -> Iterator[Reply]:
         """Decode one message, act on it, and yield the replies, each to be sent as one message.
@@ -205,8 +207,14 @@ class Dispatcher:
     def take(self, delivery: Delivery) -> Iterator[Reply]:
         """Yield the reply to this connection's client that another session's task caused."""
         session = self._held
-        if session is not None and not self.is_closed:
-            yield from session.take(delivery, self._protocol.send)
+        if session is None or self.is_closed:
+            if self.session is not None:
+                self.session.hold(delivery)
+            return
+        try:
+            yield from self._pass_deliveries(session.take(delivery, self._protocol.send))
+        except SplitonnxError as error:
+            yield from self.refuse(error)
 
     def _pass_deliveries(self, replies: Iterator[Reply | Delivery]) -> Iterator[Reply]:
         """Yield the replies to this client, and pass on what is for others."""

@@ -130,7 +130,11 @@ class ConnectionHandler:
         with suppress(ConnectionLost):  # the client asks again on its next connection
             async with self._context.lock(delivery.key.session):
                 await self._reply(dispatcher, dispatcher.take(delivery), self._context.storage)
-                self._metrics.count_step(delivery.key.phase)
+                self._note_refusal(dispatcher)
+                if delivery.is_last:
+                    self._metrics.count_step(delivery.key.phase)
+            if dispatcher.is_interrupted:
+                await self._peer.close(RESTART, str(dispatcher.refused))
 
     def _release(self, dispatcher: Dispatcher) -> None:
         dispatcher.end()

@@ -16,6 +16,7 @@ from enum import Enum, auto
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import RemoteProtocolError, StepConflict
+from splitonnx.messages import TaskKey, Tensors
 
 Reply = list[Chunk]
 
@@ -45,6 +46,20 @@ class Fingerprint:
             self._digest = hashlib.sha256(self._content).digest()
             self._content = None
         return self._digest
+
+
+@dataclass(kw_only=True)
+class Query:
+    """A task that changes no step: its first message, and how many were handled and answered."""
+
+    message: Tensors
+    turns: int = 0
+    replies: int = 0
+
+    @property
+    def key(self) -> TaskKey:
+        """Return the key of the task."""
+        return self.message.key
 
 
 @dataclass(kw_only=True)

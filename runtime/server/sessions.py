@@ -10,7 +10,9 @@ sessions there are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import msgspec
@@ -26,26 +28,13 @@ from splitonnx.errors import (
 )
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
 from splitonnx.names import SHARE, TRAIN
-from splitonnx.runtime.server.ledgers import Fingerprint, Ledger, Reply, Verdict
+from splitonnx.runtime.server.ledgers import Fingerprint, Ledger, Query, Reply, Verdict
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
 
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
 
 _logger = logging.getLogger("splitonnx.server")
-
-
-@dataclass(kw_only=True)
-class _Query:
-    """A task that changes no step: its first message, and how many were handled and answered."""
-
-    message: Tensors
-    turns: int = 0
-    replies: int = 0
-
-    @property
-    def key(self) -> TaskKey:
-        return self.message.key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +71,14 @@ class Session:
         self.tasks_done = 0
         self._policy = policy
         self._saved = joined.step
+        self._joined = joined
+        self._held: deque[Delivery] = deque()
+        self._parked: tuple[Tensors, Mapping[str, np.ndarray], Fingerprint] | None = None
+        self._awaits_others = False
         self._is_closed = False
         self._running: TaskKey | None = None
-        self._query: _Query | None = None
+        self._message: Tensors | None = None  # that began the running step
+        self._query: Query | None = None
         self._bytes_up = self._bytes_down = 0
         self._received_at: float | None = None
 
@@ -99,6 +93,11 @@ class Session:
         running, query = self._running, self._query  # another thread may end them meanwhile
         keys = (running, None if query is None else query.key)
         return frozenset(key.phase for key in keys if key is not None)
+
+    @property
+    def awaits_others(self) -> bool:
+        """Return whether the running step waits for other sessions, and not for its client."""
+        return self._joined.is_shared and self._awaits_others and self._running is not None
 
     @property
     def status(self) -> SessionStatus:
@@ -136,7 +135,8 @@ class Session:
         """Accept a new connection, and return the step at which both sides continue.
 
         If possible, that is the client's current step (see :meth:`Ledger.suits`).  Otherwise, both
-        sides go back to the newest step whose state both have.
+        sides go back to the newest step whose state both have.  A step that was joint with others'
+        is not taken back: a client that lost it receives its replies again.
 
         Raises:
             StaleConnection: the session has already had a connection of this or a newer generation.
@@ -144,8 +144,10 @@ class Session:
         """
         if hello.generation <= self.generation:
             raise StaleConnection(hello.generation, self.generation)
+        self._parked = None
         self.give_up(SHARE)  # the client shares again, on the new connection
-        if self.ledger.suits(hello.step, is_open=hello.is_open, can_repeat=hello.can_repeat):
+        is_open = hello.is_open or self._joined.is_joint
+        if self.ledger.suits(hello.step, is_open=is_open, can_repeat=hello.can_repeat):
             step = hello.step
         else:
             step = self._find_common(hello)
@@ -182,6 +184,13 @@ class Session:
             RemoteProtocolError, StepConflict: the message is not allowed now.
             DataError, StageFailed: the task cannot be carried out.
         """
+        if self.awaits_others and message.key != self._running:
+            if self._parked is not None:
+                raise RemoteProtocolError("it goes on before its step has ended")
+            self._parked = (message, tensors, fingerprint)  # others are not done
+            return
+        while self._held:  # what came while the client was away
+            list(self.take(self._held.popleft(), encode))
         if message.phase != TRAIN:
             yield from self._handle_query(message, tensors, encode)
             return
@@ -191,33 +200,47 @@ class Session:
                 return
             case Verdict.BEGIN:
                 self.abandon()
-                self._running = message.key
+                self._running, self._message = message.key, message
                 self.ledger.begin(fingerprint)
             case Verdict.CONTINUE:
                 if message.key != self._running:
                     raise RemoteProtocolError(f"it continues {message.key}, which is not open")
                 self.ledger.continue_step(fingerprint)
-        for delivery in self._submit(message, tensors):
-            if delivery.key != message.key:
-                yield delivery
-                continue
-            if delivery.tensors:
-                reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
-                yield self.ledger.answer(encode(reply, delivery.tensors))
-            if delivery.is_last:
-                self.tasks_done += 1
-                self._running = None
-                self.ledger.commit()
+        self._awaits_others = True
+        with closing(self._submit(message, tensors)) as deliveries:
+            for delivery in deliveries:
+                if delivery.key != message.key:
+                    yield delivery
+                else:
+                    yield from self._answer_step(message, delivery, encode)
         fingerprint.take()  # after the replies, so that they need not wait for the hash
 
-    def take(self, delivery: Delivery, encode: Encoder) -> Iterator[Reply]:
+    def hold(self, delivery: Delivery) -> None:
+        """Keep the result of a step, which another session's task caused, until the client asks.
+
+        May be called in any thread.
+        """
+        if delivery.key.phase == TRAIN:
+            self._held.append(delivery)
+
+    def take(self, delivery: Delivery, encode: Encoder) -> Iterator[Reply | Delivery]:
         """Yield the reply that a delivery, which another session yielded, has for this client.
 
-        Nothing is yielded if the client no longer waits for it.
+        Nothing is yielded if the client no longer waits for it.  If the client did not wait for the
+        end of its step, its next message is handled, too.
+
+        Raises:
+            SplitonnxError: the error that ended the client's task.
         """
-        query = self._query
+        query, running = self._query, self._running
         if query is not None and delivery.key == query.key:
             yield from self._answer_query(query, delivery, encode)
+        elif running is not None and delivery.key == running:
+            assert self._message is not None  # it began the running step
+            yield from self._answer_step(self._message, delivery, encode)
+        parked, self._parked = self._parked, None
+        if parked is not None:
+            yield from self.handle_training(*parked, encode)
 
     def save(self, message: Save) -> Saved | Unsaved:
         """Write a durable checkpoint and, if requested, the outcome of the training.
@@ -228,7 +251,7 @@ class Session:
         Raises:
             RemoteProtocolError: the client is at another step, or a step is unfinished.
         """
-        if message.step != self.ledger.step or self.ledger.is_open:
+        if not self._is_at(message.step):
             raise RemoteProtocolError(
                 f"it would save step {message.step}, the server is at {self.ledger.step}"
             )
@@ -270,6 +293,8 @@ class Session:
 
     def abandon(self) -> None:
         """Abort every unfinished task and discard its changes to the state."""
+        self._held.clear()
+        self._parked = None
         for phase in self.open_phases:
             self.give_up(phase)
         self.ledger.abandon()
@@ -284,7 +309,9 @@ class Session:
             self._policy.withdraw(self._query.key)
             self._query = None
 
-    def _submit(self, message: Tensors, tensors: Mapping[str, np.ndarray]) -> Iterator[Delivery]:
+    def _submit(
+        self, message: Tensors, tensors: Mapping[str, np.ndarray]
+    ) -> Generator[Delivery, None, None]:
         return self._policy.submit(
             Task(
                 key=message.key,
@@ -299,7 +326,7 @@ class Session:
         self, message: Tensors, tensors: Mapping[str, np.ndarray], encode: Encoder
     ) -> Iterator[Reply | Delivery]:
         """Handle a task that changes no step, so that it can be performed again if repeated."""
-        if message.phase == SHARE and (message.step != self.ledger.step or self.ledger.is_open):
+        if message.phase == SHARE and not self._is_at(message.step):
             raise RemoteProtocolError(
                 f"it shares at step {message.step}, the server is at {self.ledger.step}"
             )
@@ -307,17 +334,35 @@ class Session:
         if message.turn == 0:
             if query is not None:
                 self._policy.withdraw(query.key)
-            query = self._query = _Query(message=message)
+            query = self._query = Query(message=message)
         elif query is None or message.key != query.key or message.turn != query.turns:
             raise RemoteProtocolError(f"message {message.turn} of {message.key} is not due now")
         query.turns += 1
-        for delivery in self._submit(message, tensors):
-            if delivery.key == query.key:
-                yield from self._answer_query(query, delivery, encode)
-            else:
-                yield delivery
+        with closing(self._submit(message, tensors)) as deliveries:
+            for delivery in deliveries:
+                if delivery.key == query.key:
+                    yield from self._answer_query(query, delivery, encode)
+                else:
+                    yield delivery
 
-    def _answer_query(self, query: _Query, delivery: Delivery, encode: Encoder) -> Iterator[Reply]:
+    def _answer_step(
+        self, message: Tensors, delivery: Delivery, encode: Encoder
+    ) -> Iterator[Reply]:
+        """Record a delivery of the running step, and yield the reply to the client."""
+        if delivery.error is not None:
+            raise delivery.error
+        self._awaits_others = False
+        if delivery.tensors:
+            reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
+            yield self.ledger.answer(encode(reply, delivery.tensors))
+        if delivery.is_last:
+            self.tasks_done += 1
+            self._running = None
+            self.ledger.commit()
+
+    def _answer_query(self, query: Query, delivery: Delivery, encode: Encoder) -> Iterator[Reply]:
+        if delivery.error is not None:
+            raise delivery.error
         if delivery.tensors:
             reply = msgspec.structs.replace(query.message, turn=query.replies)
             yield encode(reply, delivery.tensors)
@@ -325,6 +370,16 @@ class Session:
         if delivery.is_last:
             self.tasks_done += 1
             self._query = None
+
+    def _is_at(self, step: int) -> bool:
+        """Return whether the client is between two steps, and ``step`` comes next.
+
+        That may be a joint step whose replies the client has lost.
+        """
+        if self.ledger.is_open:
+            return False
+        is_behind = self._joined.is_joint and self.ledger.suits(step, is_open=True)
+        return step == self.ledger.step or is_behind
 
     def _find_common(self, hello: Hello) -> int:
         """Return the newest step that both sides can go back to."""

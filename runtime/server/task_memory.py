@@ -86,6 +86,8 @@ class TaskMemory:
             return
         open_phases = session.open_phases
         for phase in (TRAIN, PREDICT):
+            if phase in open_phases and session.awaits_others:
+                continue  # its client is not silent
             if phase in open_phases:
                 budget.pause((session.id, phase))
             else:

@@ -46,7 +46,9 @@ class RoundRecord:
     The first round, which is closed before anybody trains, is number 0.
     ``members`` are the sessions that the next round waits for, in their order, and ``holder`` is
     the one whose turn it is if they train one after the other.  ``adoptions`` says for each session
-    at which of its steps it received the tensors of which round, newest first.
+    at which of its steps it received the tensors of which round, newest first.  If all sessions
+    train one model, its state is among the tensors, ``version`` is the number of its updates, and
+    ``owners`` are the sessions' owners.
     """
 
     number: int
@@ -54,6 +56,8 @@ class RoundRecord:
     members: tuple[str, ...] = ()
     holder: str = ""
     adoptions: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    version: int = 0
+    owners: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,6 +67,8 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     members: tuple[str, ...]
     holder: str
     adoptions: dict[str, tuple[tuple[_Count, _Count], ...]]
+    version: _Count = 0
+    owners: dict[str, str] = {}
 
 
 # msgspec ends the process if two threads use a type for the first time at the same time
@@ -93,6 +99,8 @@ class RoundRecords:
             members=record.members,
             holder=record.holder,
             adoptions=dict(record.adoptions),
+            version=record.version,
+            owners=dict(record.owners),
         )
         metadata = {_FACTS: msgspec.json.encode(facts).decode()}
         check_home(self._home, self._digest)
@@ -149,6 +157,8 @@ class RoundRecords:
             members=facts.members,
             holder=facts.holder,
             adoptions=facts.adoptions,
+            version=facts.version,
+            owners=facts.owners,
         )
 
     def _list(self) -> list[int]:

@@ -10,8 +10,15 @@ import typer
 
 from splitonnx.commands.groups import list_given
 from splitonnx.errors import UsageError
-from splitonnx.names import PER_CLIENT, SEQUENTIAL, SPLITFED_V1
-from splitonnx.runtime.server.policies.policy_options import ROUND_TIMEOUT, PolicyOptions
+from splitonnx.names import (
+    ASYNCHRONOUS,
+    PER_CLIENT,
+    SEQUENTIAL,
+    SPLITFED_V1,
+    SPLITFED_V2,
+    SYNCHRONOUS,
+)
+from splitonnx.runtime.server.policies.policy_options import ROUND_TIMEOUT, STALENESS, PolicyOptions
 
 _PANEL = "How what clients learn is joined"
 
@@ -22,6 +29,9 @@ class PolicyName(StrEnum):
     PER_CLIENT = PER_CLIENT
     SEQUENTIAL = SEQUENTIAL
     SPLITFED_V1 = SPLITFED_V1
+    SPLITFED_V2 = SPLITFED_V2
+    SYNCHRONOUS = SYNCHRONOUS
+    ASYNCHRONOUS = ASYNCHRONOUS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +43,9 @@ class JoiningOptions:
         typer.Option(
             help="per-client: each client trains a copy of the server's part.  sequential: clients "
             "train one after the other, and hand on what they learned.  splitfed-v1: the copies "
-            "of both parts are averaged in each round.",
+            "of both parts are averaged in each round.  splitfed-v2: the server trains one model, "
+            "and the clients' parts are averaged.  synchronous: the batches of all clients make "
+            "one step.  asynchronous: like splitfed-v2, but nobody waits for a whole round.",
             rich_help_panel=_PANEL,
         ),
     ] = PolicyName.PER_CLIENT
@@ -69,6 +81,14 @@ class JoiningOptions:
             rich_help_panel=_PANEL,
         ),
     ] = ROUND_TIMEOUT
+    staleness: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="With asynchronous: rounds that a client may be ahead of the slowest.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = STALENESS
 
     def read(self) -> PolicyOptions:
         """Return the policy that the options describe.
@@ -82,6 +102,8 @@ class JoiningOptions:
                 f"{', '.join(given)}: with a policy that joins clients only, such as --policy "
                 f"{SPLITFED_V1}; per-client joins nothing"
             )
+        if "--staleness" in given and self.policy is not PolicyName.ASYNCHRONOUS:
+            raise UsageError(f"--staleness: with --policy {ASYNCHRONOUS} only")
         return PolicyOptions(
             name=self.policy.value,
             clients_min=self.clients_min,
@@ -89,4 +111,5 @@ class JoiningOptions:
             round_timeout=self.round_timeout,
             local_steps=self.local_steps,
             rounds=self.rounds,
+            staleness=self.staleness,
         )

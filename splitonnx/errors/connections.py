@@ -153,6 +153,18 @@ class StepConflict(ProtocolError):
 
 
 @dataclass(eq=False)
+class StepEnded(ProtocolError):
+    """A step that several clients share a model for was ended, and is repeated."""
+
+    step: int
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step} was ended, because a client did not continue in time; it is repeated"
+        )
+
+
+@dataclass(eq=False)
 class StepsLost(ProtocolError):
     """The server lost its newest steps, and both sides went back to ``step``."""
 

@@ -82,12 +82,12 @@ def run_trial(
         show(str(rough))
     except Collapse as error:
         return Outcome(training=rough, findings=[str(error)])
+    losses = _list_contradictions(calm, rough) if scenario.is_deterministic else []
     return Outcome(
         training=rough,
         findings=[
             *quota.compare(rough),
-            *[c for trainee in rough.trainees for c in trainee.contradictions][:SHOWN],
-            *_compare_losses(calm, rough)[:SHOWN],
+            *losses,
             *scenarios.compare(scenario, folder / "calm", folder / "rough", steps)[:SHOWN],
         ],
     )
@@ -98,6 +98,12 @@ def _measure_reach(calm: Trainee) -> dict[Direction, int]:
         Direction.UP: REACH * calm.last.bytes_up,
         Direction.DOWN: REACH * calm.last.bytes_down,
     }
+
+
+def _list_contradictions(calm: Training, rough: Training) -> list[str]:
+    """Say where a step came to another loss than it did before, or without faults."""
+    told = [c for trainee in rough.trainees for c in trainee.contradictions]
+    return [*told[:SHOWN], *_compare_losses(calm, rough)[:SHOWN]]
 
 
 def _compare_losses(calm: Training, rough: Training) -> list[str]:

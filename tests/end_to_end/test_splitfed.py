@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.bundles import PartyBundle
 from splitonnx.errors import SharingNotPermitted
 from splitonnx.names import CLIENT, SERVER
 from splitonnx.optimizers import SGD
@@ -20,66 +19,11 @@ from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.servers import Server
 from splitonnx.sharing import list_joined
 from tests.support.commands import start
+from tests.support.joint_trainings import SIZES, average, split, step_alone, train_together
 from tests.support.zoo import ZOO
 
-SIZES = (4, 8, 6)
-"""Samples of each client; all in one batch."""
 STEPS = 3
 RATE = 0.1
-
-
-def split(data: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    ends = np.cumsum(SIZES)
-    return [
-        {name: array[end - size : end] for name, array in data.items()}
-        for size, end in zip(SIZES, ends, strict=True)
-    ]
-
-
-def train_together(
-    bundle: Bundle, parts: Sequence[Mapping[str, np.ndarray]], options: PolicyOptions, epochs: int
-) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
-    """Train one client per part of the data; return the states of the clients and the copies."""
-    states: dict[int, dict[str, np.ndarray]] = {}
-    copies: dict[int, dict[str, np.ndarray]] = {}
-    assert bundle.server is not None
-    with Server(bundle.server, port=0, threads=1, policy=options) as server:
-
-        def train(number: int) -> None:
-            data = parts[number]
-            size = len(next(iter(data.values())))
-            with Client(bundle.client, server.url, threads=1, share=True) as client:
-                client.fit(data, epochs=epochs, batch_size=size, shuffle=False)
-                model = server._registry.policy.models[client.session]  # type: ignore[attr-defined]
-                states[number] = client.state()
-                copies[number] = model.executor.state()
-
-        threads = [threading.Thread(target=train, args=(n,)) for n in range(len(parts))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert server._registry.policy.report().late == 0
-    return [states[n] for n in range(len(parts))], [copies[n] for n in range(len(parts))]
-
-
-def step_alone(
-    bundle: Bundle, state: Mapping[str, np.ndarray], data: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Return the weights after one step of the unsplit model from ``state``."""
-    weights = {n: state[n] for n in bundle.client.weights}
-    whole = PartyBundle(
-        manifest=bundle.client.manifest, graphs=bundle.client.graphs, weights=weights
-    )
-    with Client(whole, threads=1) as client:
-        client.step(data)
-        return client.state()
-
-
-def average(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the mean of arrays, weighted by the clients' numbers of samples."""
-    weights = np.array(SIZES) / sum(SIZES)
-    return np.tensordot(weights, np.stack(arrays).astype(np.float64), 1).astype(np.float32)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 
 from splitonnx.messages import TaskKey
 from splitonnx.names import SHARE
-from splitonnx.runtime.server.policies.rounds import Answer, Share
+from splitonnx.runtime.server.policies.joining.rounds import Answer, Share
 
 
 def make_share(

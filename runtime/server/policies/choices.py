@@ -6,19 +6,23 @@ from pathlib import Path
 
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest
-from splitonnx.names import PER_CLIENT, SEQUENTIAL, SHARE
+from splitonnx.names import ASYNCHRONOUS, ONE_MODEL, PER_CLIENT, SEQUENTIAL, SHARE, SYNCHRONOUS
+from splitonnx.runtime.server.policies.joining.asynchronous import Asynchronous
+from splitonnx.runtime.server.policies.joining.relay import Relay
+from splitonnx.runtime.server.policies.joining.rounds import RoundRules, Rounds
+from splitonnx.runtime.server.policies.joint_batches import BatchLayout
 from splitonnx.runtime.server.policies.joint_training import JointTraining
-from splitonnx.runtime.server.policies.per_client import ModelSource, PerClient
+from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
-from splitonnx.runtime.server.policies.relay import Relay
-from splitonnx.runtime.server.policies.rounds import RoundRules, Rounds
+from splitonnx.runtime.server.policies.shared_steps import SharedSteps
+from splitonnx.runtime.server.policies.shared_training import SharedSource, SharedTraining
 from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
 
 
 def make_policy(
     options: PolicyOptions,
-    source: ModelSource,
+    source: SharedSource,
     manifest: PartyManifest,
     folder: Path | None,
     *,
@@ -30,7 +34,8 @@ def make_policy(
     one; with ``resume``, training continues after the newest of them, otherwise they are deleted.
 
     Raises:
-        UsageError: the bundle does not declare how parameters are shared.
+        UsageError: the bundle does not declare how parameters are shared, or its tensors cannot be
+            joined to one batch.
         BundleError: the records of an earlier training cannot be deleted.
     """
     copies = PerClient(source)
@@ -42,19 +47,27 @@ def make_policy(
             f"'{options.name}' needs; cut the model again with this version"
         )
     records = None if folder is None else RoundRecords(folder, manifest.digest)
+    layout = BatchLayout(manifest) if options.name == SYNCHRONOUS else None
+    rounds = _make_rounds(options, _open(records, resume=resume))
+    record = _forget if records is None else records.write
+    if options.name not in ONE_MODEL:
+        return JointTraining(copies, rounds, terms=options.terms, manifest=manifest, record=record)
+    steps = SharedSteps(layout=layout, quorum=options.quorum, timeout=options.round_timeout)
+    return SharedTraining(
+        source, rounds, steps, terms=options.terms, manifest=manifest, record=record
+    )
+
+
+def _make_rounds(options: PolicyOptions, newest: RoundRecord | None) -> Rounds:
+    """Create the rounds that the options name, which continue after the round ``newest``."""
     rules = RoundRules(
         clients_min=options.clients_min,
         quorum=options.quorum,
         timeout=options.round_timeout,
     )
-    coordinator = Relay if options.name == SEQUENTIAL else Rounds
-    return JointTraining(
-        copies,
-        coordinator(rules, _open(records, resume=resume)),
-        terms=options.terms,
-        manifest=manifest,
-        record=_forget if records is None else records.write,
-    )
+    if options.name == ASYNCHRONOUS:
+        return Asynchronous(rules, newest, staleness=options.staleness)
+    return Relay(rules, newest) if options.name == SEQUENTIAL else Rounds(rules, newest)
 
 
 def _open(records: RoundRecords | None, *, resume: bool) -> RoundRecord | None:

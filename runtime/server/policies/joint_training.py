@@ -2,26 +2,25 @@
 
 Between two shares, a client trains a copy of the server's model of its own, as with the policy
 ``per-client``.  The rounds decide which shares are joined and when.  The optimizer's state of each
-copy stays as it is.  A closed round is on disk before anybody learns of it, so that clients that
-return after a failure receive the same tensors again.
+copy stays as it is.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from splitonnx.errors import BundleError, NotFinite, NotSaved, RemoteProtocolError
+from splitonnx.errors import NotFinite
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import Hello, Save, TaskKey
-from splitonnx.names import OWN, SERVER, SHARE, TRAIN
+from splitonnx.names import SHARE, TRAIN
+from splitonnx.runtime.server.policies.joining.coordinators import Coordinator
+from splitonnx.runtime.server.policies.joining.rounds import Answer, Rounds, Share
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import PerClient
-from splitonnx.runtime.server.policies.rounds import Answer, Rounds, Share
 from splitonnx.runtime.server.policies.tasks import (
     Delivery,
     Joined,
@@ -31,12 +30,7 @@ from splitonnx.runtime.server.policies.tasks import (
 )
 from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.runtime.storage.round_records import RoundRecord
-from splitonnx.sharing import LEAVES, ROUND, SAMPLES, list_joined, name_joined
-
-MOST_SAMPLES = 2**53
-"""The largest number of samples that a client may claim, so that it is exact in float64."""
-
-_logger = logging.getLogger("splitonnx.server")
+from splitonnx.sharing import list_joined
 
 
 class JointTraining:
@@ -57,15 +51,11 @@ class JointTraining:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._copies = copies
-        self._rounds = rounds
+        self._coordinator = Coordinator(
+            rounds, manifest=manifest, record=record, answered=self._note_due, clock=clock
+        )
         self._terms = terms
-        self._record = record
-        self._clock = clock
-        self._lock = threading.Lock()  # of the rounds; copies belong to their sessions
         self._own = list_joined(manifest)
-        wires = [wire.tensor.name for wire in manifest.phase(SHARE).wires if wire.sender != SERVER]
-        self._expected = frozenset(wires)
-        self._sent = [name for name in wires if name not in (SAMPLES, LEAVES)]
         self._due: dict[str, RoundRecord] = {}  # what a session's copy adopts when it is next used
         self._starts: dict[str, RoundRecord] = {}  # what it adopts before it trains, if it does
 
@@ -80,12 +70,12 @@ class JointTraining:
 
     def report(self) -> RoundReport:
         """Return the numbers that describe the rounds, without waiting for one that is closed."""
-        return self._rounds.report()
+        return self._coordinator.report()
 
     def report_members(self) -> Mapping[str, MemberReport]:
         """Return what is known of each session, without waiting for a round that is closed."""
         return {
-            name: self._rounds.report_member(name, report.version)
+            name: self._coordinator.report_member(name, report.version)
             for name, report in self._copies.report_members().items()
         }
 
@@ -97,14 +87,13 @@ class JointTraining:
         client that only predicts keeps the copy that fits its own state.
         """
         joined = self._copies.join(hello, owner, resume=resume)
-        with self._lock:
-            self._rounds.rewind(hello.session, joined.step)
-            came_back = hello.generation > 1 and joined.step == hello.start
-            if self._rounds.newest is not None and came_back:
-                self._starts[hello.session] = self._rounds.newest
+        self._coordinator.rewind(hello.session, joined.step)
+        newest = self._coordinator.newest
+        if newest is not None and hello.generation > 1 and joined.step == hello.start:
+            self._starts[hello.session] = newest
         return joined
 
-    def submit(self, task: Task) -> Iterator[Delivery]:
+    def submit(self, task: Task) -> Generator[Delivery, None, None]:
         """Run a task on the session's copy, or take its share; see :class:`Policy`.
 
         The deliveries of a closed round are for all sessions that shared.
@@ -120,19 +109,16 @@ class JointTraining:
         if task.key.phase != SHARE:
             yield from self._copies.submit(task)
             return
-        share = self._read(task)
+        share = self._add_own(self._coordinator.read(task))
         self.models[task.key.session].forget_stopped()
-        with self._lock:
-            answers = self._close(lambda: self._rounds.add(share, self._clock()))
-        yield from self._deliver(answers)
+        yield from self._deliver(self._coordinator.add(share))
 
     def withdraw(self, key: TaskKey) -> None:
         """Abort a task that is not finished, and discard its changes or its share."""
         if key.phase != SHARE:
             self._copies.withdraw(key)
             return
-        with self._lock:
-            self._rounds.withdraw(key.session)
+        self._coordinator.withdraw(key.session)
 
     def list_steps(self, session: str) -> tuple[int, ...]:
         """Return the steps whose state can be restored for a session; see :class:`Policy`."""
@@ -143,8 +129,7 @@ class JointTraining:
         self._due.pop(session, None)
         self._starts.pop(session, None)
         self._copies.rewind(session, step)
-        with self._lock:
-            self._rounds.rewind(session, step)
+        self._coordinator.rewind(session, step)
 
     def save(self, request: Save) -> None:
         """Write a durable checkpoint of the session's copy; see :class:`Policy`."""
@@ -155,8 +140,7 @@ class JointTraining:
     def finish(self, session: str) -> None:
         """End a session for good; the rounds stop waiting for it, and forget it."""
         self._copies.finish(session)
-        with self._lock:
-            self._rounds.forget(session)
+        self._coordinator.forget(session)
 
     def unload(self, session: str) -> None:
         """Write the session's copy to disk, unless it is already there; see :class:`Policy`."""
@@ -172,65 +156,32 @@ class JointTraining:
         self._due.pop(session, None)
         self._starts.pop(session, None)
         self._copies.leave(session)
-        with self._lock:
-            self._rounds.withdraw(session)
+        self._coordinator.withdraw(session)
 
     def tick(self, now: float) -> Iterator[Delivery]:
         """Yield the deliveries of a round that need not wait any longer."""
-        with self._lock:
-            answers = self._close(lambda: self._rounds.close_if_due(now))
-        yield from self._deliver(answers)
+        yield from self._deliver(self._coordinator.close_if_due(now))
 
-    def _read(self, task: Task) -> Share:
-        """Check a client's share, and add the tensors of the server's copy.
+    def _add_own(self, share: Share) -> Share:
+        """Add to a client's share the tensors of the server's copy.
 
         Raises:
-            RemoteProtocolError: it is incomplete, or its numbers are out of range.
             NotFinite: the server's copy contains NaN or infinity.
         """
-        key, tensors = task.key, task.tensors
-        if task.turn or tensors.keys() != self._expected:
-            raise RemoteProtocolError("it shares other tensors than the manifest declares")
-        samples, leaves = int(tensors[SAMPLES]), int(tensors[LEAVES])
-        if not 0 <= samples <= MOST_SAMPLES or leaves not in (0, 1):
-            raise RemoteProtocolError(f"it shares {samples} samples, and {leaves} as a yes or no")
-        own = self._copies.models[key.session].read(self._own)
+        own = self._copies.models[share.key.session].read(self._own)
         for name, array in own.items():
             if not np.isfinite(array).all():
-                raise NotFinite(name, f"the server's copy at step {key.step}")
-        shared = {name: tensors[name] for name in self._sent}
-        return Share(
-            key=key,
-            samples=samples,
-            leaves=bool(leaves),
-            tensors={**own, **shared},  # the names of wires have a suffix
-        )
+                raise NotFinite(name, f"the server's copy at step {share.key.step}")
+        return replace(share, tensors={**own, **share.tensors})
 
-    def _close(self, step: Callable[[], list[Answer]]) -> list[Answer]:
-        """Perform a step of the rounds, and write the round to disk if that closed one."""
-        before = self._rounds.newest
-        answers = step()
-        joint = self._rounds.newest
-        if joint is not None and joint is not before:
-            report = self._rounds.report()
-            _logger.info("round %d: %d shares joined", joint.number, len(answers))
-            _logger.debug("round %d: %s", joint.number, report)
-            try:
-                self._record(joint)
-            except (BundleError, NotSaved) as error:
-                _logger.error("round %d is kept in memory alone: %s", joint.number, error)
-        for answer in answers:
-            self._due[answer.key.session] = answer.joint
-        return answers
+    def _note_due(self, answer: Answer) -> None:
+        self._due[answer.key.session] = answer.joint
 
     def _deliver(self, answers: Iterable[Answer]) -> Iterator[Delivery]:
         for answer in answers:
-            joint, model = answer.joint, self.models.get(answer.key.session)
-            if model is None:
-                continue  # it has left meanwhile
-            tensors = {name_joined(n.removesuffix(OWN)): joint.tensors[n] for n in self._sent}
-            tensors[ROUND] = np.array(joint.number)
-            yield Delivery(key=answer.key, version=model.version, tensors=tensors, is_last=True)
+            model = self.models.get(answer.key.session)
+            if model is not None:  # otherwise it has left meanwhile
+                yield self._coordinator.deliver(answer, model.version)
 
     def _begin(self, session: str) -> None:
         """Have a copy adopt what its client received before the server failed, unless it is old."""

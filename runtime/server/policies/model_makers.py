@@ -5,13 +5,16 @@ A model may start only from a state that belongs to the session's owner or to no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import BundleMismatch, ForeignSession, SessionLost
+from splitonnx.errors import BundleError, BundleMismatch, ForeignSession, SessionLost
 from splitonnx.messages import Hello
 from splitonnx.names import PREDICT, TRAIN
-from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.engine.executors import Executor, SessionExecutor, publish_state
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import is_session
@@ -80,6 +83,32 @@ class ModelMaker:
             store=None if self._archive is None else self._archive.open_store(hello.session),
             archive=self._archive,
         )
+
+    def restore(self, tensors: Mapping[str, np.ndarray], version: int) -> ServerModel:
+        """Create a model of no session, with a recorded state after ``version`` updates.
+
+        Raises:
+            ServerBusy: no worker is available.
+        """
+        executor = self._fork(self._base, "", "")
+        executor.restore(tensors, version)
+        return ServerModel("", owner="", executor=executor, start=None, store=None)
+
+    def publish(
+        self, tensors: Mapping[str, np.ndarray], *, step: int, session: str, owner: str
+    ) -> None:
+        """Write a state to the server's folder as the outcome of a session's training.
+
+        Raises:
+            BundleError, NotSaved: it cannot be written.
+        """
+        if self._archive is None:
+            raise BundleError("bundle in memory", "it has no folder to save the state in")
+        store = self._archive.open_store(session)
+        with self._archive.saving(store, owner, publish=True):
+            publish_state(
+                self._base.party, tensors, step=step, session=session, position="", owner=owner
+            )
 
     def _fork(self, start: Executor, owner: str, session: str) -> SessionExecutor:
         """Create a model's executor, in a worker process if the server uses workers."""

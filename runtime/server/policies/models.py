@@ -164,6 +164,11 @@ class ServerModel:
         if self._store is not None and self._published == self.version:
             self._store.remove()
 
+    def remove_saved(self) -> None:
+        """Delete the checkpoints, because the session goes on with another model."""
+        if self._store is not None:
+            self._store.remove()
+
     def unload(self) -> None:
         """Write the state to disk, unless it is already there.
 

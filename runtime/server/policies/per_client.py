@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -65,7 +65,7 @@ class PerClient:
         self._models[hello.session] = model
         return Joined(owner=model.owner, step=model.version)
 
-    def submit(self, task: Task) -> Iterator[Delivery]:
+    def submit(self, task: Task) -> Generator[Delivery, None, None]:
         """Run a task on the session's model at once; every delivery is for the same session.
 
         Raises:
@@ -124,6 +124,10 @@ class PerClient:
         """Release the session's model."""
         if (model := self._models.pop(session, None)) is not None:
             model.close()
+
+    def release(self, session: str) -> ServerModel | None:
+        """Hand over a session's model without closing it, or return ``None`` if it has none."""
+        return self._models.pop(session, None)
 
     def tick(self, now: float) -> Iterator[Delivery]:
         """Yield nothing, because no client waits for another one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Protocol
 
 from splitonnx.messages import Hello, Save, TaskKey
@@ -42,7 +42,7 @@ class Policy(Protocol):
             SplitonnxError: there is no model for this session.
         """
 
-    def submit(self, task: Task) -> Iterator[Delivery]:
+    def submit(self, task: Task) -> Generator[Delivery, None, None]:
         """Accept a task's tensors, and yield each delivery as soon as it is ready.
 
         The caller must exhaust the iterator.  After an error, call :meth:`withdraw`.

@@ -5,13 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splitonnx.errors import UsageError
-from splitonnx.names import PER_CLIENT, SEQUENTIAL, SPLITFED_V1
+from splitonnx.names import (
+    ASYNCHRONOUS,
+    PER_CLIENT,
+    SEQUENTIAL,
+    SPLITFED_V1,
+    SPLITFED_V2,
+    SYNCHRONOUS,
+)
 from splitonnx.runtime.server.policies.terms import Terms
 
-POLICIES = (PER_CLIENT, SEQUENTIAL, SPLITFED_V1)
+POLICIES = (PER_CLIENT, SEQUENTIAL, SPLITFED_V1, SPLITFED_V2, SYNCHRONOUS, ASYNCHRONOUS)
 """The names of the policies that a server can have."""
 ROUND_TIMEOUT = 300.0
 """The default number of seconds that a round waits for its clients."""
+
+STALENESS = 4
+"""The default number of rounds that a client may be ahead of the slowest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +31,18 @@ class PolicyOptions:
     Args:
         name: ``per-client``, where each client trains a copy of the server's part and nothing is
             joined; ``sequential``, where clients train one after the other, and a round is the turn
-            of one; or ``splitfed-v1``, where the copies of both parts are averaged in each round.
+            of one; ``splitfed-v1``, where the copies of both parts are averaged in each round;
+            ``splitfed-v2``, where the server trains one model on the clients' steps one by one, and
+            the clients' parts are averaged in each round; ``synchronous``, where the batches of all
+            clients make one step of the server; or ``asynchronous``, where nobody waits for a
+            round.
         clients_min: the number of clients that the first round waits for.
         quorum: the number of clients with which a round may be closed when its time is over.
         round_timeout: seconds after which a round stops waiting for clients, counted from the first
             share, or in which a client must finish its turn; ``None`` to wait forever.
         local_steps: the number of steps that a client trains in each round.
+        staleness: how many rounds more than the slowest a client may have made, with
+            ``asynchronous``.
         rounds: the number of rounds after which clients stop; 0 if each trains all its epochs.
 
     Raises:
@@ -39,6 +55,7 @@ class PolicyOptions:
     round_timeout: float | None = ROUND_TIMEOUT
     local_steps: int = 1
     rounds: int = 0
+    staleness: int = STALENESS
 
     def __post_init__(self) -> None:
         if self.name not in POLICIES:
@@ -48,6 +65,7 @@ class PolicyOptions:
             ("quorum", self.quorum, 1),
             ("local_steps", self.local_steps, 1),
             ("rounds", self.rounds, 0),
+            ("staleness", self.staleness, 0),
         ):
             if number < least:
                 raise UsageError(f"{subject} must be at least {least}, not {number}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from splitonnx.errors import SplitonnxError
 from splitonnx.messages import TaskKey
 
 
@@ -34,21 +35,29 @@ class Delivery:
 
     ``key`` is the task's key as it was submitted.  ``version`` is the number of updates that led to
     the model with which the tensors were computed.  ``is_last`` means that the task is finished and
-    its changes to the model are committed.
+    its changes to the model are committed.  ``error`` is why the task ended without that.
     """
 
     key: TaskKey
     version: int
     tensors: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     is_last: bool = False
+    error: SplitonnxError | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Joined:
-    """The answer to a session that joins: its owner, and the client's step that it continues at."""
+    """The answer to a session that joins: its owner, and the client's step that it continues at.
+
+    ``is_shared`` means that others train the session's model, too, so that a step may wait for
+    theirs.  ``is_joint`` means that a step is one with theirs, so that it cannot be taken back once
+    it has finished.
+    """
 
     owner: str
     step: int
+    is_shared: bool = False
+    is_joint: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

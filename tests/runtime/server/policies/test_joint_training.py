@@ -10,9 +10,9 @@ import pytest
 from splitonnx.errors import BundleError, NotFinite, RemoteProtocolError
 from splitonnx.messages import TaskKey
 from splitonnx.names import SHARE
+from splitonnx.runtime.server.policies.joining.rounds import RoundRules, Rounds
 from splitonnx.runtime.server.policies.joint_training import JointTraining
 from splitonnx.runtime.server.policies.per_client import PerClient
-from splitonnx.runtime.server.policies.rounds import RoundRules, Rounds
 from splitonnx.runtime.server.policies.tasks import Task
 from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.runtime.storage.round_records import RoundRecord
@@ -100,7 +100,7 @@ def test_a_round_that_cannot_be_recorded_is_kept_in_memory(
     def refuse(joint: RoundRecord) -> None:
         raise BundleError("rounds", "the disk is full")
 
-    scene.policy._record = refuse
+    scene.policy._coordinator._record = refuse
     scene.open_rounds()
     assert "round 0 is kept in memory alone" in caplog.text
 
@@ -176,7 +176,7 @@ def test_what_is_known_of_members_does_not_wait_for_a_round_that_is_written(
 
     scene.open_rounds()
     scene.train(BOB, 0)
-    scene.policy._record = look
+    scene.policy._coordinator._record = look
     list(scene.policy.submit(share_task(ANN, 0, 1.0, samples=1)))
     list(scene.policy.submit(share_task(ANN, 1, 1.0, samples=1)))
     list(scene.policy.submit(share_task(BOB, 1, 1.0, samples=1)))

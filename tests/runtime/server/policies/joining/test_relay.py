@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from splitonnx.runtime.server.policies.relay import Relay
-from splitonnx.runtime.server.policies.rounds import RoundRules
+from splitonnx.runtime.server.policies.joining.relay import Relay
+from splitonnx.runtime.server.policies.joining.rounds import RoundRules
 from splitonnx.runtime.server.policies.tasks import RoundReport
 from tests.support.shares import make_share, summarize
 

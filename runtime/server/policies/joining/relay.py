@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from splitonnx.runtime.server.policies.rounds import Answer, RoundRules, Rounds, Share, join
+from splitonnx.runtime.server.policies.joining.rounds import Answer, RoundRules, Rounds, Share, join
 from splitonnx.runtime.storage.round_records import RoundRecord
 
 

@@ -33,6 +33,22 @@ def average(contributions: Sequence[Contribution]) -> dict[str, np.ndarray]:
     }
 
 
+def mix(
+    base: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], weight: float
+) -> dict[str, np.ndarray]:
+    """Move each tensor of ``base`` towards that of ``other`` by a part ``weight`` of the way.
+
+    ``weight`` is at least 0 and below 1.  It is computed in float64.  Tensors that ``other`` does
+    not have are left out.
+    """
+    mixed = {}
+    for name, array in other.items():
+        start, end = base[name].astype(np.float64), array.astype(np.float64)
+        value = (1 - weight) * start + weight * end
+        mixed[name] = np.asarray(np.where(start == end, start, value), dtype=array.dtype)
+    return mixed
+
+
 def _rank(contribution: Contribution) -> tuple[int, bytes]:
     """Return a key that differs for contributions that do, however they are named."""
     samples, tensors = contribution

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from splitonnx.runtime.server.policies.averages import average
+from splitonnx.runtime.server.policies.joining.averages import average
 
 
 def test_tensors_weigh_by_the_samples_that_they_were_trained_with() -> None:

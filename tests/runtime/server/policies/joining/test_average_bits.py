@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from splitonnx.runtime.server.policies.averages import average
+from splitonnx.runtime.server.policies.joining.averages import average
 
 COUNTS = (3, 1, 4, 2)
 

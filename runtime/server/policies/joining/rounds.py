@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from splitonnx.messages import TaskKey
-from splitonnx.runtime.server.policies.averages import average
+from splitonnx.runtime.server.policies.joining.averages import average
 from splitonnx.runtime.server.policies.tasks import MemberReport, RoundReport
 from splitonnx.runtime.storage.round_records import RoundRecord
 
@@ -147,6 +147,14 @@ class Rounds:
         if session in self._adoptions:
             received = self._adoptions[session]
             self._adoptions[session] = tuple(entry for entry in received if entry[0] <= step)
+
+    def list_adopted(self, session: str) -> tuple[int, ...]:
+        """Return the steps at which a session received joined tensors, newest first."""
+        return tuple(step for step, _ in self._adoptions.get(session, ()))
+
+    def list_awaited(self) -> frozenset[str]:
+        """Return the members that have not shared in the open round."""
+        return frozenset(self._members.keys() - self._open.keys())
 
     def report(self) -> RoundReport:
         """Return the numbers that describe the rounds."""

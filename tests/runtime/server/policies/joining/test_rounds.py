@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from splitonnx.runtime.server.policies.rounds import RoundRules, Rounds
+from splitonnx.runtime.server.policies.joining.rounds import RoundRules, Rounds
 from splitonnx.runtime.server.policies.tasks import MemberReport, RoundReport
 from tests.support.shares import make_share, summarize
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from splitonnx.messages import TaskKey
-from splitonnx.runtime.server.policies.rounds import Answer, RoundRules, Rounds, Share
+from splitonnx.runtime.server.policies.joining.rounds import Answer, RoundRules, Rounds, Share
 from splitonnx.runtime.storage.round_records import RoundRecord
 
 ANN, BOB, EVE = "a" * 32, "b" * 32, "e" * 32

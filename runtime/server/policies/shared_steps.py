@@ -1,0 +1,246 @@
+"""The training steps of many clients on one model, which runs one step at a time.
+
+A step is either that of one client, or a joint one: the batches of several clients form one batch.
+A step that waits for a message of its clients holds no thread.  This module does not know the
+rounds, and is not thread-safe.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from splitonnx.errors import RemoteProtocolError, SplitonnxError, StepEnded
+from splitonnx.messages import TaskKey
+from splitonnx.runtime.server.policies.joint_batches import BatchLayout, Tensors
+from splitonnx.runtime.server.policies.models import ServerModel
+from splitonnx.runtime.server.policies.tasks import Delivery, Task
+
+
+@dataclass(kw_only=True, eq=False)
+class _Step:
+    """A step that has begun: its clients in order, and how many messages of each were handled."""
+
+    keys: tuple[TaskKey, ...]
+    rows: tuple[int, ...]
+    since: float  # when the last message arrived
+    turn: int = 0
+
+    @property
+    def lead(self) -> TaskKey:
+        return self.keys[0]
+
+
+class SharedSteps:
+    """The steps that wait, and the one that has begun.
+
+    With a ``layout``, all clients that a step waits for make one batch; without, each step is of
+    one client, in the order in which they came.  ``quorum`` is how many clients are enough for a
+    joint step after ``timeout`` seconds.  After this time, a step whose client does not continue is
+    ended; ``None`` is to wait forever.  Times are of a monotonic clock.
+    """
+
+    def __init__(
+        self, *, layout: BatchLayout | None = None, quorum: int = 1, timeout: float | None = None
+    ) -> None:
+        self._layout = layout
+        self._quorum = quorum
+        self._timeout = timeout
+        self._arrived: dict[TaskKey, deque[Task]] = {}  # messages that were not handled yet
+        self._begun = 0.0  # when the first of those that wait came
+        self._step: _Step | None = None
+        self._errors: list[Delivery] = []
+        self._left_out: frozenset[str] = frozenset()
+
+    @property
+    def are_joint(self) -> bool:
+        """Return whether a step is made of the batches of several clients."""
+        return self._layout is not None
+
+    def take_left_out(self) -> frozenset[str]:
+        """Return, once, the sessions that joint steps did not wait for any longer."""
+        left_out, self._left_out = self._left_out, frozenset()
+        return left_out
+
+    def add(self, task: Task, now: float) -> None:
+        """Accept a message of a client's step.
+
+        Raises:
+            RemoteProtocolError: a joint step would have two learning rates.
+            StepEnded: the step that the message continues was ended.
+        """
+        step = self._step
+        if task.turn > 0 and task.key not in self._arrived:
+            if step is None or task.key not in step.keys:
+                raise StepEnded(task.key.step)
+        elif task.turn == 0:
+            self._check_rate(task)
+            if not self._list_waiting():
+                self._begun = now
+        self._arrived.setdefault(task.key, deque()).append(task)
+        if step is not None and task.key in step.keys:
+            step.since = now
+
+    def run(self, model: ServerModel, awaited: Collection[str], now: float) -> Iterator[Delivery]:
+        """Run what is ready, and yield each delivery as soon as it is.
+
+        A joint step waits for the sessions ``awaited``.  If a step fails, its clients receive the
+        error.
+        """
+        while (step := self._find_ready(awaited, now)) is not None:
+            yield from self._perform(model, step)
+        errors, self._errors = self._errors, []
+        yield from errors
+
+    def withdraw(self, model: ServerModel | None, key: TaskKey) -> None:
+        """Abort a client's step; the other clients of a joint step have to repeat it."""
+        self._arrived.pop(key, None)
+        step = self._step
+        if step is not None and key in step.keys and model is not None:
+            self._end(model, step, StepEnded(step.lead.step), apart=(key,))
+
+    def end_if_silent(self, model: ServerModel, now: float) -> tuple[str, ...]:
+        """End the step if a client has not continued it in time; return the silent sessions."""
+        step = self._step
+        if step is None or self._timeout is None or now - step.since < self._timeout:
+            return ()
+        silent = tuple(key.session for key in step.keys if not self._arrived.get(key))
+        self._end(model, step, StepEnded(step.lead.step))
+        return silent
+
+    def _check_rate(self, task: Task) -> None:
+        waiting = self._list_waiting() if self._layout is not None else ()
+        for other in (self._arrived[key][0] for key in waiting):
+            if other.learning_rate != task.learning_rate:
+                raise RemoteProtocolError(
+                    f"its learning rate {task.learning_rate:g} differs from another client's, "
+                    f"{other.learning_rate:g}, and a joint step has one"
+                )
+
+    def _find_ready(self, awaited: Collection[str], now: float) -> _Step | None:
+        """Return the step whose messages are all there, beginning one if none has begun."""
+        if self._step is None:
+            keys = self._choose(awaited, now)
+            if not keys:
+                return None
+            self._begun = now
+            rows: tuple[int, ...] = ()
+            if self._layout is not None:
+                first = [self._arrived[key][0].tensors for key in keys]
+                rows = tuple(map(self._layout.count_rows, first))
+            self._step = _Step(keys=keys, rows=rows, since=now)
+        step = self._step
+        return step if all(self._arrived.get(key) for key in step.keys) else None
+
+    def _list_waiting(self) -> tuple[TaskKey, ...]:
+        """Return the keys of the steps that have not begun, in the order in which they came."""
+        begun = () if self._step is None else self._step.keys
+        return tuple(key for key in self._arrived if key not in begun)
+
+    def _choose(self, awaited: Collection[str], now: float) -> tuple[TaskKey, ...]:
+        waiting = self._list_waiting()
+        if self._layout is None or not waiting:
+            return waiting[:1]
+        missing = frozenset(awaited) - {key.session for key in waiting}
+        if missing:
+            is_over = self._timeout is not None and now - self._begun >= self._timeout
+            if not is_over or len(waiting) < min(self._quorum, len(awaited)):
+                return ()
+            self._left_out |= missing
+        return tuple(sorted(waiting, key=lambda key: _rank(self._arrived[key][0])))
+
+    def _perform(self, model: ServerModel, step: _Step) -> Iterator[Delivery]:
+        """Run the stages for which the clients' messages have arrived."""
+        tasks = [self._arrived[key].popleft() for key in step.keys]
+        is_whole = False
+        try:
+            if step.turn == 0:
+                first = tasks[0]
+                model.begin(step.lead, seed=first.seed, learning_rate=first.learning_rate)
+            step.turn += 1
+            outputs = model.run(step.lead, self._join(step, tasks))
+            if len(step.keys) == 1:
+                yield from self._answer_one(model, step, outputs)
+            else:
+                yield from self._answer_all(model, step, list(outputs))
+            is_whole = True
+        except SplitonnxError as error:
+            is_whole = True
+            self._end(model, step, error)
+        finally:
+            if not is_whole and self._step is step:  # a delivery could not be taken
+                self._end(model, step, StepEnded(step.lead.step))
+
+    def _answer_one(
+        self, model: ServerModel, step: _Step, outputs: Iterator[Tensors]
+    ) -> Iterator[Delivery]:
+        """Yield what the client waits for as soon as it is there."""
+        for tensors in outputs:
+            yield Delivery(key=step.lead, version=model.version, tensors=tensors)
+        if model.finish(step.lead):
+            self._close(step)
+            yield Delivery(key=step.lead, version=model.version, is_last=True)
+
+    def _answer_all(
+        self, model: ServerModel, step: _Step, outputs: list[Tensors]
+    ) -> Iterator[Delivery]:
+        """Yield what the clients wait for once all stages have run.
+
+        A client whose session is not told of the end with the last tensors would go on before that.
+        """
+        parts = [self._divide(step, tensors) for tensors in outputs]
+        is_done = model.finish(step.lead)
+        if is_done:
+            self._close(step)
+        for place, key in enumerate(step.keys):
+            own = [part[place] for part in parts]
+            for tensors in own[:-1]:
+                yield Delivery(key=key, version=model.version, tensors=tensors)
+            last = own[-1] if own else {}
+            yield Delivery(key=key, version=model.version, tensors=last, is_last=is_done)
+
+    def _join(self, step: _Step, tasks: list[Task]) -> Tensors:
+        if self._layout is None or len(tasks) == 1:
+            return tasks[0].tensors
+        return self._layout.join([task.tensors for task in tasks], step.rows)
+
+    def _divide(self, step: _Step, tensors: Tensors) -> list[dict[str, np.ndarray]]:
+        assert self._layout is not None  # otherwise a step has one client
+        return self._layout.split(tensors, step.rows)
+
+    def _close(self, step: _Step) -> None:
+        self._step = None
+        for key in step.keys:
+            self._arrived.pop(key, None)
+
+    def _end(
+        self,
+        model: ServerModel,
+        step: _Step,
+        error: SplitonnxError,
+        apart: Collection[TaskKey] = (),
+    ) -> None:
+        """Discard a step's changes, and remember the error for its clients."""
+        model.abandon(step.lead)
+        self._close(step)
+        self._errors += [
+            Delivery(key=key, version=model.version, error=error)
+            for key in step.keys
+            if key not in apart
+        ]
+
+
+def _rank(task: Task) -> tuple[int, str]:
+    """Return a key that orders clients by what they send, whatever their sessions are called.
+
+    So a training that is repeated adds the same numbers in the same order.
+    """
+    checksum = 0
+    for name in sorted(task.tensors):
+        content = np.ascontiguousarray(task.tensors[name]).view(np.uint8)
+        checksum = zlib.crc32(content.data, checksum)
+    return checksum, task.key.session

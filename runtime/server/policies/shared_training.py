@@ -1,0 +1,327 @@
+"""Policies under which all clients train one model on the server, and rounds join their parts.
+
+The server's model is one for all sessions, and its version counts the steps of all of them.  A
+closed round is recorded with the model's whole state.  After a failure, the model goes back to the
+newest record, and each client to the step at which it received that round's tensors.  If a client
+alone goes back, the model keeps what it learned from the steps that the client repeats.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from splitonnx.errors import ForeignSession, NotSaved, RemoteProtocolError
+from splitonnx.manifests import PartyManifest
+from splitonnx.messages import Hello, Save, TaskKey
+from splitonnx.names import SHARE, TRAIN
+from splitonnx.runtime.server.policies.joining.coordinators import Coordinator
+from splitonnx.runtime.server.policies.joining.rounds import Answer, Rounds
+from splitonnx.runtime.server.policies.models import ServerModel
+from splitonnx.runtime.server.policies.per_client import ModelSource, PerClient
+from splitonnx.runtime.server.policies.shared_steps import SharedSteps
+from splitonnx.runtime.server.policies.tasks import (
+    Delivery,
+    Joined,
+    MemberReport,
+    RoundReport,
+    Task,
+)
+from splitonnx.runtime.server.policies.terms import Terms
+from splitonnx.runtime.storage.round_records import RoundRecord
+
+
+class SharedSource(ModelSource, Protocol):
+    """What makes and publishes the one model, such as :class:`~model_makers.ModelMaker`."""
+
+    def restore(self, tensors: Mapping[str, np.ndarray], version: int) -> ServerModel:
+        """Create a model with a recorded state."""
+
+    def publish(
+        self, tensors: Mapping[str, np.ndarray], *, step: int, session: str, owner: str
+    ) -> None:
+        """Write a state to the server's folder as the outcome of a session's training."""
+
+
+class SharedTraining:
+    """A policy under which clients train one model; ``steps`` decides whose step runs when.
+
+    Until a session has received the tensors of a round, it has a model of its own, which it can
+    only predict with.  ``rounds``, ``terms``, ``record`` and ``clock`` are as for
+    :class:`JointTraining`.
+    """
+
+    def __init__(
+        self,
+        source: SharedSource,
+        rounds: Rounds,
+        steps: SharedSteps,
+        *,
+        terms: Terms,
+        manifest: PartyManifest,
+        record: Callable[[RoundRecord], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._source = source
+        self._copies = PerClient(source)
+        self._steps = steps
+        self._terms = terms
+        self._clock = clock
+        self._coordinator = Coordinator(
+            rounds,
+            manifest=manifest,
+            record=self._note_record,
+            complete=self._complete,
+            clock=clock,
+        )
+        self._write = record
+        self._recorded = rounds.newest
+        self._owners: dict[str, str] = {}
+        self._lost: set[str] = set()  # sessions whose steps were lost with the model
+        self._withdrawn: deque[TaskKey] = deque()
+        self._lock = threading.Lock()  # of the model and its steps
+        self._model: ServerModel | None = None
+        if rounds.newest is not None:
+            self._owners.update(rounds.newest.owners)
+            self._model = source.restore(rounds.newest.tensors, rounds.newest.version)
+
+    @property
+    def models(self) -> Mapping[str, ServerModel]:
+        """Return the models in memory, by the sessions that use them."""
+        model = self._model
+        shared = {} if model is None else dict.fromkeys(tuple(self._owners), model)
+        return {**shared, **self._copies.models}
+
+    def terms(self) -> Terms:
+        """Return what the policy asks of clients."""
+        return self._terms
+
+    def report(self) -> RoundReport:
+        """Return the numbers that describe the rounds, without waiting for one that is closed."""
+        return self._coordinator.report()
+
+    def report_members(self) -> Mapping[str, MemberReport]:
+        """Return what is known of each session, without waiting for a round that is closed."""
+        version = 0 if self._model is None else self._model.version
+        return {
+            name: self._coordinator.report_member(name, version) for name in tuple(self._owners)
+        }
+
+    def join(self, hello: Hello, owner: str, *, resume: bool) -> Joined:
+        """Admit a session, which continues where it last received the tensors of a round.
+
+        Raises:
+            ForeignSession: the session belongs to another owner.
+            SessionLost, BundleMismatch, ServerBusy: see :class:`ModelMaker`.
+        """
+        session = hello.session
+        if self._owners.get(session, owner) != owner:
+            raise ForeignSession(session)
+        self._lost.discard(session)
+        with self._working():
+            self._restore_if_lost()
+        adopted = self._coordinator.list_adopted(session)
+        if adopted:
+            joined = Joined(owner=owner, step=adopted[0])
+        else:
+            joined = self._copies.join(hello, owner, resume=resume)
+        self._owners[session] = joined.owner
+        return replace(joined, is_shared=True, is_joint=self._steps.are_joint)
+
+    def submit(self, task: Task) -> Generator[Delivery, None, None]:
+        """Take a session's share, or run a task on the one model; see :class:`Policy`.
+
+        Deliveries are for all sessions that wait for the same round or joint step.
+
+        Raises:
+            DataError, StageFailed, WorkerLost: the task cannot be carried out.
+            RemoteProtocolError, StepEnded: the message is not allowed now.
+        """
+        session, phase = task.key.session, task.key.phase
+        if phase not in (TRAIN, SHARE) and session in self._copies.models:
+            yield from self._copies.submit(task)
+            return
+        with self._working():
+            if phase == SHARE:
+                answers = self._coordinator.add(self._coordinator.read(task))
+                yield from self._answer(answers)
+            elif phase == TRAIN:
+                self._require_model()
+                self._steps.add(task, self._clock())
+            else:
+                yield from self._query(task)
+            if phase in (TRAIN, SHARE) and self._model is not None:
+                yield from self._run_steps(self._model)
+
+    def withdraw(self, key: TaskKey) -> None:
+        """Abort a task that is not finished, without waiting for one that runs."""
+        if key.phase == SHARE:
+            self._coordinator.withdraw(key.session)
+        elif key.session in self._copies.models:
+            self._copies.withdraw(key)
+        else:
+            self._withdrawn.append(key)
+            self._settle()
+
+    def list_steps(self, session: str) -> tuple[int, ...]:
+        """Return the steps at which a session received the tensors of a round."""
+        adopted = self._coordinator.list_adopted(session)
+        return adopted or self._copies.list_steps(session)
+
+    def rewind(self, session: str, step: int) -> None:
+        """Let a session repeat its steps; the model keeps what it learned from them."""
+        self._coordinator.rewind(session, step)
+        if session in self._copies.models:
+            self._copies.rewind(session, step)
+
+    def save(self, request: Save) -> None:
+        """Write the outcome of the training, if requested; the rounds' records are durable.
+
+        Raises:
+            BundleError, NotSaved: the state cannot be written, or only a round's end can be
+                restored.
+        """
+        session, step = request.session, request.step
+        if session in self._copies.models:
+            self._copies.save(request)
+            return
+        if request.publish:
+            with self._working():
+                state = self._require_model().executor.state()
+            self._source.publish(state, step=step, session=session, owner=self._owners[session])
+        elif step not in self._coordinator.list_adopted(session):
+            raise NotSaved(
+                f"step {step}",
+                f"with the policy '{self._terms.policy}', only the end of a round can be restored",
+            )
+
+    def finish(self, session: str) -> None:
+        """End a session for good; the rounds stop waiting for it, and forget it."""
+        if session in self._copies.models:
+            self._copies.finish(session)
+        self._coordinator.forget(session)
+
+    def unload(self, session: str) -> None:
+        """Do nothing for a session that trains the one model, whose rounds are on disk."""
+        if session in self._copies.models:
+            self._copies.unload(session)
+
+    def is_lost(self, session: str) -> bool:
+        """Return whether the session's steps were lost, because a worker process has ended."""
+        if session in self._copies.models:
+            return self._copies.is_lost(session)
+        if self._model is not None and self._model.is_lost:
+            return True
+        return session in self._lost
+
+    def leave(self, session: str) -> None:
+        """Release what a session has; the rounds still wait for it, as it may return."""
+        self._copies.leave(session)
+        self._coordinator.withdraw(session)
+        self._lost.discard(session)
+        if not self._coordinator.list_adopted(session):
+            self._owners.pop(session, None)
+
+    def tick(self, now: float) -> Iterator[Delivery]:
+        """Yield the deliveries of a round or a joint step that need not wait any longer."""
+        with self._working():
+            yield from self._answer(self._coordinator.close_if_due(now))
+            if self._model is not None:
+                for silent in self._steps.end_if_silent(self._model, now):
+                    self._coordinator.stop_waiting(silent)
+                yield from self._run_steps(self._model)
+
+    def _run_steps(self, model: ServerModel) -> Iterator[Delivery]:
+        """Run the steps that are ready; whoever a joint step did not wait for is no longer due."""
+        yield from self._steps.run(model, self._coordinator.list_awaited(), self._clock())
+        for session in self._steps.take_left_out():
+            self._coordinator.stop_waiting(session)
+
+    def _query(self, task: Task) -> Iterator[Delivery]:
+        """Predict or evaluate with the one model."""
+        model, key = self._require_model(), task.key
+        if task.turn == 0:
+            model.begin(key, seed=task.seed, learning_rate=task.learning_rate)
+        for tensors in model.run(key, task.tensors):
+            yield Delivery(key=key, version=model.version, tensors=tensors)
+        if model.finish(key):
+            yield Delivery(key=key, version=model.version, is_last=True)
+
+    def _answer(self, answers: Iterable[Answer]) -> Iterator[Delivery]:
+        """Yield the joined tensors for clients, which train the one model from now on."""
+        model = self._model
+        for answer in answers:
+            copy = self._copies.release(answer.key.session)
+            if copy is not None:
+                copy.remove_saved()
+            if copy is not None and copy is not model:
+                copy.close()
+            if model is not None:
+                yield self._coordinator.deliver(answer, model.version)
+
+    def _complete(self, joint: RoundRecord, answers: Sequence[Answer]) -> RoundRecord:
+        """Add the model to a round's record; the first round chooses what it starts from."""
+        if self._model is None:
+            first = max(sorted(answers, key=_name), key=lambda answer: answer.key.step)
+            self._model = self._copies.models[first.key.session]
+        owners = dict(self._owners)  # a copy, since sessions may come meanwhile
+        return replace(
+            joint,
+            tensors={**joint.tensors, **self._model.executor.state()},
+            version=self._model.version,
+            owners={name: owners[name] for name in joint.adoptions if name in owners},
+        )
+
+    def _note_record(self, joint: RoundRecord) -> None:
+        self._recorded = joint
+        self._write(joint)
+
+    def _require_model(self) -> ServerModel:
+        if self._model is None:
+            raise RemoteProtocolError("it trains before it has received the first round's tensors")
+        return self._model
+
+    def _restore_if_lost(self) -> None:
+        """Go back to the newest round if the model was lost with its worker process."""
+        if self._model is None or not self._model.is_lost or self._recorded is None:
+            return
+        self._lost.update(self._owners)
+        self._model.close()
+        self._model = self._source.restore(self._recorded.tensors, self._recorded.version)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Hold the lock of the model, and do what was asked for meanwhile."""
+        try:
+            with self._lock:
+                self._handle_withdrawn()
+                yield
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Abort the withdrawn tasks, unless a thread works with the model and will do so."""
+        while self._withdrawn and self._lock.acquire(blocking=False):
+            try:
+                self._handle_withdrawn()
+            finally:
+                self._lock.release()
+
+    def _handle_withdrawn(self) -> None:
+        while self._withdrawn:
+            key = self._withdrawn.popleft()
+            if key.phase == TRAIN:
+                self._steps.withdraw(self._model, key)
+            elif self._model is not None:
+                self._model.abandon(key)
+
+
+def _name(answer: Answer) -> str:
+    return answer.key.session
