@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ HELD_OUT = 0.25
 HIDDEN = (64, 32)
 """Widths of the layers that the client's head and the server end with."""
 
-RATE, MOMENTUM = 0.03, 0.9
+CHANNELS = (1, 16, 32)
+"""Channels of the digits' images, and of what the two convolutions make of them."""
+MOMENTUM = 0.9
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -51,9 +54,9 @@ class Plan:
     """How long everybody trains on some data, and which classes each hospital has.
 
     Each hospital makes ``steps`` steps.  ``local_steps`` are those between two averages, and
-    ``turn_steps`` those of a turn; joint steps are averaged one by one.
-    ``favourites`` are each hospital's own classes, and ``strays``
-    says how much rarer the others are there.
+    ``turn_steps`` those of a turn; joint steps are averaged one by one.  ``favourites`` are each
+    hospital's own classes, and ``strays`` says how much rarer the others are there.  The model is
+    cut at the tensors ``at``.
     """
 
     steps: int
@@ -61,6 +64,8 @@ class Plan:
     turn_steps: int
     favourites: Sequence[Sequence[int]]
     strays: float
+    rate: float
+    at: tuple[str, str] = ("active0", "active2")
 
     def list_options(self, policy: str) -> list[object]:
         """Return the server's options for a policy, with which all hospitals make their steps."""
@@ -74,22 +79,33 @@ class Plan:
 
 PLANS: Mapping[str, Plan] = {
     "cancer": Plan(
-        steps=240, local_steps=2, turn_steps=8, favourites=((0,), (0, 1), (1,)), strays=0.1
+        steps=240,
+        local_steps=2,
+        turn_steps=8,
+        favourites=((0,), (0, 1), (1,)),
+        strays=0.1,
+        rate=0.03,
     ),
     "digits": Plan(
-        steps=900,
+        steps=500,
         local_steps=3,
         turn_steps=6,
         favourites=((0, 1, 2, 3), (3, 4, 5, 6), (6, 7, 8, 9)),
-        strays=0.02,
+        strays=0.0,
+        rate=0.02,
     ),
 }
 
 
 def load(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return all samples, each measurement with mean 0 and deviation 1, and their classes."""
+    """Return all samples and their classes.
+
+    Each measurement of a tumour has mean 0 and deviation 1, and a pixel is between 0 and 1.
+    """
     found = load_breast_cancer() if name == "cancer" else load_digits()
     samples = found.data.astype(np.float32)
+    if name == "digits":
+        return samples / 16, found.target
     spread = samples.std(axis=0)
     return (samples - samples.mean(axis=0)) / np.where(spread > 0, spread, 1), found.target
 
@@ -107,30 +123,75 @@ def divide(
     return [rest[owners == number] for number in range(HOSPITALS)], held_out
 
 
-def build_model(inputs: int, classes: int, random: np.random.Generator) -> onnx.ModelProto:
+class Builder:
+    """An ONNX model that grows layer by layer; most end in ``active`` and a number.
+
+    ``tensor`` is the newest tensor.
+    """
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self._random = random
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.tensor = "measurements"
+        self._layers = 0
+
+    def add(self, kind: str, *inputs: str, name: str = "", **attributes: Sequence[int]) -> None:
+        """Append a node that reads the newest tensor."""
+        name = name or f"{kind.lower()}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, [self.tensor, *inputs], [name]))
+        self.nodes[-1].attribute.extend(
+            helper.make_attribute(key, values) for key, values in attributes.items()
+        )
+        self.tensor = name
+
+    def add_layer(
+        self, kind: str, shape: tuple[int, ...], *, name: str, **more: Sequence[int]
+    ) -> None:
+        """Append a layer with a weight of a shape, and a bias; without a name, end it in a Relu."""
+        number, width = self._layers, shape[0] if kind == "Conv" else shape[1]
+        scale = (2 / (np.prod(shape) / width)) ** 0.5
+        drawn = self._random.normal(0, scale, shape).astype(np.float32)
+        names = [f"layer{number}.{part}" for part in ("weight", "bias")]
+        arrays = (drawn, np.zeros(width, np.float32))
+        self.weights += [numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True)]
+        self.add(kind, *names, name=name, **more)
+        self._layers += 1
+        if not name:
+            self.add("Relu", name=f"active{number}")
+
+    def finish(self, inputs: int, classes: int) -> onnx.ModelProto:
+        """Return the model, which has one score a class."""
+        graph = helper.make_graph(
+            self.nodes, "hospitals",
+            [helper.make_tensor_value_info("measurements", TensorProto.FLOAT, ["N", inputs])],
+            [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", classes])],
+            self.weights,
+        )  # fmt: skip
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def build_perceptron(inputs: int, classes: int, random: np.random.Generator) -> onnx.ModelProto:
     """Build a perceptron of four layers: the head, two of the server's, and the tail."""
-    widths = (inputs, HIDDEN[0], HIDDEN[0], HIDDEN[1], classes)
-    nodes, weights, source = [], [], "measurements"
-    for layer, (before, after) in enumerate(pairwise(widths)):
-        weight = random.normal(0, (2 / before) ** 0.5, (before, after)).astype(np.float32)
-        weights += [
-            numpy_helper.from_array(weight, f"layer{layer}.weight"),
-            numpy_helper.from_array(np.zeros(after, np.float32), f"layer{layer}.bias"),
-        ]
-        is_last = layer == len(widths) - 2
-        target = "scores" if is_last else f"linear{layer}"
-        names = [source, f"layer{layer}.weight", f"layer{layer}.bias"]
-        nodes.append(helper.make_node("Gemm", names, [target]))
-        if not is_last:
-            source = f"active{layer}"
-            nodes.append(helper.make_node("Relu", [target], [source]))
-    graph = helper.make_graph(
-        nodes, "hospitals",
-        [helper.make_tensor_value_info("measurements", TensorProto.FLOAT, ["N", inputs])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", classes])],
-        weights,
-    )  # fmt: skip
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    builder = Builder(random)
+    for shape in pairwise((inputs, HIDDEN[0], HIDDEN[0], HIDDEN[1])):
+        builder.add_layer("Gemm", shape, name="")
+    builder.add_layer("Gemm", (HIDDEN[1], classes), name="scores")
+    return builder.finish(inputs, classes)
+
+
+def build_convolutions(inputs: int, classes: int, random: np.random.Generator) -> onnx.ModelProto:
+    """Build two convolutions and two full layers: the head, two of the server's, and the tail."""
+    builder, side = Builder(random), int(inputs**0.5)
+    builder.weights.append(numpy_helper.from_array(np.array([0, 1, side, side]), "image"))
+    builder.add("Reshape", "image")
+    for before, after in pairwise(CHANNELS):
+        builder.add_layer("Conv", (after, before, 3, 3), name="", pads=[1, 1, 1, 1])
+    builder.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
+    builder.add("Flatten")
+    builder.add_layer("Gemm", (CHANNELS[-1] * (side // 2) ** 2, HIDDEN[0]), name="")
+    builder.add_layer("Gemm", (HIDDEN[0], classes), name="scores")
+    return builder.finish(inputs, classes)
 
 
 def call(*words: object) -> str:
@@ -154,18 +215,16 @@ def read_accuracy(lines: str) -> float:
 def serve(folder: Path, options: Sequence[object]) -> Iterator[str]:
     """Serve a bundle's server part in a process of its own, and return its address."""
     words = [str(SPLITONNX), "serve", str(folder), "--port", "0", *map(str, options)]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if (found := re.search(r"wss?://\S+", line)) is not None:
-                break
-        else:
-            sys.exit(f"the server did not start: {' '.join(words)}")
+    log = folder.with_suffix(".log")
+    with log.open("w") as lines, subprocess.Popen(words, stderr=lines) as process:
+        while (found := re.search(r"wss?://[^\s,]+", log.read_text())) is None:
+            if process.poll() is not None:
+                sys.exit(f"the server did not start: {log.read_text()}")
+            time.sleep(0.1)
         try:
             yield found.group()
         finally:
             process.terminate()
-            process.stderr.read()
 
 
 class Example:
@@ -184,20 +243,22 @@ class Example:
         for file, rows in chosen.items():
             np.savez(folder / f"{file}.npz", measurements=samples[rows], labels=labels[rows])
         self.model = folder / "model.onnx"
-        onnx.save(build_model(samples.shape[1], int(labels.max()) + 1, random), self.model)
+        build = build_perceptron if name == "cancer" else build_convolutions
+        onnx.save(build(samples.shape[1], int(labels.max()) + 1, random), self.model)
 
     def train_whole(self, data: str) -> float:
         """Train the uncut model on one file, and return its accuracy on the data held out."""
         return read_accuracy(
             call("train", self.model, "--local", *self._list_settings(data), "--optimizer", "sgd",
-                 "--lr", RATE, "--momentum", MOMENTUM)
+                 "--lr", self.plan.rate, "--momentum", MOMENTUM)
         )  # fmt: skip
 
     def train_together(self, policy: str) -> float:
         """Train three hospitals with one server, and return the accuracy of the joint model."""
         made = self.folder / policy
-        call("cut", self.model, "--at", "active0", "--tail-at", "active2", "--optimizer", "sgd",
-             "--lr", RATE, "--momentum", MOMENTUM, "-o", made, "--force")  # fmt: skip
+        at, tail_at = self.plan.at
+        call("cut", self.model, "--at", at, "--tail-at", tail_at, "--optimizer", "sgd",
+             "--lr", self.plan.rate, "--momentum", MOMENTUM, "-o", made, "--force")  # fmt: skip
         homes = [made / f"hospital{number}" for number in range(HOSPITALS)]
         for home in homes:
             shutil.copytree(made / "client", home)
@@ -206,23 +267,34 @@ class Example:
             ExitStack() as stack,
         ):
             clients = [
-                stack.enter_context(subprocess.Popen(
-                    [str(SPLITONNX), *map(str, (
-                        "train", homes[number], "--server", address,
-                        "--share", "--checkpoint-every", 0,
-                        *self._list_settings(f"hospital{number}"),
-                    ))],
-                    stdout=subprocess.PIPE, text=True,
-                ))
-                for number in range(HOSPITALS)
-            ]  # fmt: skip
-            printed = [client.communicate()[0] for client in clients]
+                stack.enter_context(self._start_client(home, number, address))
+                for number, home in enumerate(homes)
+            ]
+        printed = [home.with_suffix(".json").read_text() for home in homes]
         if any(client.returncode for client in clients):
             sys.exit(f"a hospital could not train with {policy}")
         reached = {read_accuracy(lines) for lines in printed}
         if len(reached) > 1:
             sys.exit(f"the hospitals have several models after {policy}: {reached}")
         return reached.pop()
+
+    @contextmanager
+    def _start_client(
+        self, home: Path, number: int, address: str
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a hospital; leaving the context waits for its end.
+
+        It prints into a file, as a pipe that nobody reads would stop it.
+        """
+        words = [
+            str(SPLITONNX), "train", home, "--server", address, "--share",
+            "--checkpoint-every", 0, *self._list_settings(f"hospital{number}"),
+        ]  # fmt: skip
+        with (
+            home.with_suffix(".json").open("w") as lines,
+            subprocess.Popen([*map(str, words)], stdout=lines) as process,
+        ):
+            yield process
 
     def _list_settings(self, data: str) -> list[object]:
         """Return the options of ``train`` for a file; the rounds may end training earlier."""

@@ -155,8 +155,8 @@ class Coordinator:
         return answers
 
     def _write(self, joint: RoundRecord, shares: int) -> None:
-        _logger.info("round %d: %d shares joined", joint.number, shares)
-        _logger.debug("round %d: %s", joint.number, self._rounds.report())
+        level = logging.DEBUG if joint.number else logging.INFO  # there may be one for each step
+        _logger.log(level, "round %d: %d shares joined", joint.number, shares)
         try:
             self._record(joint)
         except (BundleError, NotSaved) as error:
