@@ -1,0 +1,61 @@
+"""With one client, each policy that joins what clients learn trains as the policy that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from splitonnx.bundles import Bundle
+from splitonnx.names import (
+    PER_CLIENT,
+    SEQUENTIAL,
+    SPLITFED_V1,
+    SPLITFED_V2,
+    SYNCHRONOUS,
+)
+from splitonnx.optimizers import AdamW
+from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.gate.gates import open_model
+from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.reports.inspections import list_cuts
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.server.policies.policy_options import PolicyOptions
+from splitonnx.runtime.server.servers import Server
+from tests.support.zoo import ZOO
+
+EPOCHS, SAMPLES, BATCH = 2, 12, 4
+
+
+def train(
+    bundle: Bundle, data: Mapping[str, np.ndarray], policy: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Train one client; return its state and the server's."""
+    assert bundle.server is not None
+    options = PolicyOptions(name=policy, round_timeout=30.0)
+    with (
+        Server(bundle.server, port=0, threads=1, policy=options) as server,
+        Client(bundle.client, server.url, threads=1, share=True) as client,
+    ):
+        client.fit(data, epochs=EPOCHS, batch_size=BATCH)
+        client.evaluate(data)  # it is answered after the server's last update
+        models = server._registry.policy.models  # type: ignore[attr-defined]
+        return client.state(), models[client.session].executor.state()
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_a_client_that_is_alone_trains_the_same_bits_with_every_policy(name: str) -> None:
+    entry = ZOO[name]
+    model, data = entry.build(), entry.data(SAMPLES)
+    tensors = [found.tensor for found in list_cuts(prepare(open_model(model)), None)]
+    dims = {"T": data["x"].shape[1]} if name == "shape_paths" else {}
+    bundle = cut(
+        model, at=tensors[len(tensors) // 2], loss=entry.loss, optimizer=AdamW(lr=0.01), dims=dims
+    )
+    plain = train(bundle, data, PER_CLIENT)
+    for policy in (SEQUENTIAL, SPLITFED_V1, SPLITFED_V2, SYNCHRONOUS):
+        for expected, state in zip(plain, train(bundle, data, policy), strict=True):
+            assert state.keys() == expected.keys()
+            for key, array in expected.items():
+                np.testing.assert_array_equal(state[key], array, err_msg=f"{policy}: {key}")
