@@ -44,7 +44,8 @@ class Asynchronous(Rounds):
         self._members[session] = None
         self._shared.setdefault(session, self._find_least())
         step, number = self._find_adopted(session)
-        if share.samples > 0 and step != share.key.step:  # otherwise it has been joined
+        is_new = number >= 0 and step != share.key.step  # else it has no base, or has been joined
+        if share.samples > 0 and is_new:
             self._join(share, self.newest, number)
         self._open[session] = share
         self._arrivals[session] = (share.key.step, now)

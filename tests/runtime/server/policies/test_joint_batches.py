@@ -46,7 +46,7 @@ def make_wire(
 
 @dataclass(frozen=True)
 class Whole:
-    """What a step of mean squared error computes of a batch, in float64, as the tiny server does."""
+    """A step of mean squared error in float64, which computes what the tiny server does."""
 
     h: np.ndarray
     labels: np.ndarray
