@@ -53,7 +53,7 @@ class SharedSteps:
         self._arrived: dict[TaskKey, deque[Task]] = {}  # messages that were not handled yet
         self._begun = 0.0  # when the first of those that wait came
         self._step: _Step | None = None
-        self._errors: list[Delivery] = []
+        self._due: deque[Delivery] = deque()  # what was not taken yet
         self._left_out: frozenset[str] = frozenset()
 
     @property
@@ -89,19 +89,33 @@ class SharedSteps:
         """Run what is ready, and yield each delivery as soon as it is.
 
         A joint step waits for the sessions ``awaited``.  If a step fails, its clients receive the
-        error.
+        error.  If the caller stops early, because its own client's delivery is an error, the others
+        are yielded the next time.
         """
-        while (step := self._find_ready(awaited, now)) is not None:
+        while True:
+            while self._due:
+                yield self._due.popleft()
+            step = self._find_ready(awaited, now)
+            if step is None:
+                return
             yield from self._perform(model, step)
-        errors, self._errors = self._errors, []
-        yield from errors
 
     def withdraw(self, model: ServerModel | None, key: TaskKey) -> None:
         """Abort a client's step; the other clients of a joint step have to repeat it."""
         self._arrived.pop(key, None)
+        self._due = deque(delivery for delivery in self._due if delivery.key != key)
         step = self._step
         if step is not None and key in step.keys and model is not None:
             self._end(model, step, StepEnded(step.lead.step), apart=(key,))
+
+    def interrupt(self, model: ServerModel, error: SplitonnxError) -> None:
+        """End every step, whether it has begun or waits, and remember the error for its client."""
+        if self._step is not None:
+            self._end(model, self._step, error)
+        self._due += [
+            Delivery(key=key, version=model.version, error=error) for key in self._arrived
+        ]
+        self._arrived.clear()
 
     def end_if_silent(self, model: ServerModel, now: float) -> tuple[str, ...]:
         """End the step if a client has not continued it in time; return the silent sessions."""
@@ -166,7 +180,7 @@ class SharedSteps:
             if len(step.keys) == 1:
                 yield from self._answer_one(model, step, outputs)
             else:
-                yield from self._answer_all(model, step, list(outputs))
+                self._answer_all(model, step, list(outputs))
             is_whole = True
         except SplitonnxError as error:
             is_whole = True
@@ -185,10 +199,8 @@ class SharedSteps:
             self._close(step)
             yield Delivery(key=step.lead, version=model.version, is_last=True)
 
-    def _answer_all(
-        self, model: ServerModel, step: _Step, outputs: list[Tensors]
-    ) -> Iterator[Delivery]:
-        """Yield what the clients wait for once all stages have run.
+    def _answer_all(self, model: ServerModel, step: _Step, outputs: list[Tensors]) -> None:
+        """Remember what the clients wait for once all stages have run.
 
         A client whose session is not told of the end with the last tensors would go on before that.
         """
@@ -198,10 +210,13 @@ class SharedSteps:
             self._close(step)
         for place, key in enumerate(step.keys):
             own = [part[place] for part in parts]
-            for tensors in own[:-1]:
-                yield Delivery(key=key, version=model.version, tensors=tensors)
+            self._due += [
+                Delivery(key=key, version=model.version, tensors=tensors) for tensors in own[:-1]
+            ]
             last = own[-1] if own else {}
-            yield Delivery(key=key, version=model.version, tensors=last, is_last=is_done)
+            self._due.append(
+                Delivery(key=key, version=model.version, tensors=last, is_last=is_done)
+            )
 
     def _join(self, step: _Step, tasks: list[Task]) -> Tensors:
         if self._layout is None or len(tasks) == 1:
@@ -227,7 +242,7 @@ class SharedSteps:
         """Discard a step's changes, and remember the error for its clients."""
         model.abandon(step.lead)
         self._close(step)
-        self._errors += [
+        self._due += [
             Delivery(key=key, version=model.version, error=error)
             for key in step.keys
             if key not in apart
