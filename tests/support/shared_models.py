@@ -19,6 +19,15 @@ def make_model(bundle: Bundle) -> ServerModel:
     return source_of(bundle).make(greet(bundle, "f" * 32), "")
 
 
+def draw(seed: int, rows: int = 2) -> dict[str, np.ndarray]:
+    """Return what a client of the tiny model sends in a step."""
+    generator = np.random.default_rng(seed)
+    return {
+        "h": generator.standard_normal((rows, 4)).astype(np.float32),
+        "labels": generator.standard_normal((rows, 2)).astype(np.float32),
+    }
+
+
 def step_task(
     session: str,
     tensors: Mapping[str, np.ndarray],

@@ -54,7 +54,7 @@ class Whole:
     @property
     def h_grad(self) -> np.ndarray:
         difference = self.h @ tiny.WEIGHTS["W2"].astype(np.float64) - self.labels
-        return 2 * difference / difference.size @ tiny.WEIGHTS["W2"].T
+        return np.asarray(2 * difference / difference.size @ tiny.WEIGHTS["W2"].T)
 
 
 def draw() -> list[dict[str, np.ndarray]]:
@@ -117,9 +117,11 @@ def test_a_gradient_keeps_its_dtype_and_loses_no_more_than_that_rounds(
     array = np.random.default_rng(1).standard_normal((3, 4)).astype(kind)
     first, second = BatchLayout(manifest).split({"h.grad": array}, (1, 2))
     assert first["h.grad"].dtype == kind
-    np.testing.assert_allclose(first["h.grad"], array[:1].astype(np.float64) * 3, rtol=1e-3)
+    np.testing.assert_allclose(
+        first["h.grad"], array[:1].astype(np.float64) * 3, rtol=float(np.finfo(kind).eps)
+    )
     exact = array[1:].astype(np.float64) * 1.5
-    np.testing.assert_allclose(second["h.grad"], exact, rtol=np.finfo(kind).eps)
+    np.testing.assert_allclose(second["h.grad"], exact, rtol=float(np.finfo(kind).eps))
 
 
 def test_one_client_alone_receives_every_bit_as_it_was() -> None:

@@ -16,7 +16,7 @@ from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.tasks import Delivery, Task
 from tests.support import tiny
-from tests.support.shared_models import make_model, step_task, tell
+from tests.support.shared_models import draw, make_model, step_task, tell
 from tests.support.zoo import ZOO
 
 ANN, BOB, EVE = "a" * 32, "b" * 32, "e" * 32
@@ -27,15 +27,6 @@ BACK, FORTH = "act1@server_grad", "act3@client"
 @pytest.fixture(scope="module")
 def u_shaped() -> Bundle:
     return cut(ZOO["chain"].build(), at="act1", tail_at="act3")
-
-
-def draw(seed: int, rows: int = 2) -> dict[str, np.ndarray]:
-    """Return what a client of the tiny model sends in a step."""
-    generator = np.random.default_rng(seed)
-    return {
-        "h": generator.standard_normal((rows, 4)).astype(np.float32),
-        "labels": generator.standard_normal((rows, 2)).astype(np.float32),
-    }
 
 
 class Scene:

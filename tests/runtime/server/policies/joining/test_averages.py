@@ -40,7 +40,7 @@ def test_a_mix_goes_a_part_of_the_way_and_keeps_the_dtype(dtype: type[np.floatin
     assert list(found) == ["w"]
     exact = base.astype(np.longdouble) * 0.7 + other.astype(np.longdouble) * 0.3
     assert found["w"].dtype == dtype
-    np.testing.assert_allclose(found["w"], exact, rtol=0, atol=2 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(found["w"], exact, rtol=0, atol=2 * float(np.finfo(dtype).eps))
 
 
 def test_a_mix_of_equal_tensors_keeps_every_bit_and_a_weight_of_0_the_base() -> None:
