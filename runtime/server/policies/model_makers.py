@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import BundleError, BundleMismatch, ForeignSession, SessionLost
+from splitonnx.errors import (
+    BundleError,
+    BundleMismatch,
+    ForeignSession,
+    SessionLost,
+    UsageError,
+)
 from splitonnx.messages import Hello
 from splitonnx.names import PREDICT, TRAIN
 from splitonnx.runtime.engine.executors import Executor, SessionExecutor, publish_state
@@ -88,10 +94,18 @@ class ModelMaker:
         """Create a model of no session, with a recorded state after ``version`` updates.
 
         Raises:
+            UsageError: the record does not hold the whole state.
             ServerBusy: no worker is available.
         """
+        names = [spec.tensor.name for spec in self._base.manifest.state]
+        if missing := [name for name in names if name not in tensors]:
+            raise UsageError(
+                f"the newest round in the server's folder was recorded without '{missing[0]}', by "
+                "another policy; serve with the policy that recorded it, or without --resume to "
+                "begin a new training"
+            )
         executor = self._fork(self._base, "", "")
-        executor.restore(tensors, version)
+        executor.restore({name: tensors[name] for name in names}, version)
         return ServerModel("", owner="", executor=executor, start=None, store=None)
 
     def publish(

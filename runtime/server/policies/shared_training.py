@@ -18,12 +18,12 @@ from typing import Protocol
 
 import numpy as np
 
-from splitonnx.errors import ForeignSession, NotSaved, RemoteProtocolError
+from splitonnx.errors import ForeignSession, NotSaved, RemoteProtocolError, WorkerLost
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import Hello, Save, TaskKey
 from splitonnx.names import SHARE, TRAIN
 from splitonnx.runtime.server.policies.joining.coordinators import Coordinator
-from splitonnx.runtime.server.policies.joining.rounds import Answer, Rounds
+from splitonnx.runtime.server.policies.joining.rounds import Adoptions, Answer, Rounds
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import ModelSource, PerClient
 from splitonnx.runtime.server.policies.shared_steps import SharedSteps
@@ -83,6 +83,8 @@ class SharedTraining:
         )
         self._write = record
         self._recorded = rounds.newest
+        self._durable: Adoptions = {} if rounds.newest is None else dict(rounds.newest.adoptions)
+        self._due: deque[Delivery] = deque()  # that no task has caused
         self._owners: dict[str, str] = {}
         self._lost: set[str] = set()  # sessions whose steps were lost with the model
         self._withdrawn: deque[TaskKey] = deque()
@@ -124,9 +126,9 @@ class SharedTraining:
         session = hello.session
         if self._owners.get(session, owner) != owner:
             raise ForeignSession(session)
-        self._lost.discard(session)
         with self._working():
             self._restore_if_lost()
+        self._lost.discard(session)
         adopted = self._coordinator.list_adopted(session)
         if adopted:
             joined = Joined(owner=owner, step=adopted[0])
@@ -149,11 +151,13 @@ class SharedTraining:
             yield from self._copies.submit(task)
             return
         with self._working():
+            self._require_whole(session)
             if phase == SHARE:
                 answers = self._coordinator.add(self._coordinator.read(task))
                 yield from self._answer(answers)
             elif phase == TRAIN:
                 self._require_model()
+                self._drop_copy(session)  # of a client that returned when it had the tensors
                 self._steps.add(task, self._clock())
             else:
                 yield from self._query(task)
@@ -164,7 +168,7 @@ class SharedTraining:
         """Abort a task that is not finished, without waiting for one that runs."""
         if key.phase == SHARE:
             self._coordinator.withdraw(key.session)
-        elif key.session in self._copies.models:
+        elif key.phase != TRAIN and key.session in self._copies.models:
             self._copies.withdraw(key)
         else:
             self._withdrawn.append(key)
@@ -173,7 +177,9 @@ class SharedTraining:
     def list_steps(self, session: str) -> tuple[int, ...]:
         """Return the steps at which a session received the tensors of a round."""
         adopted = self._coordinator.list_adopted(session)
-        return adopted or self._copies.list_steps(session)
+        if adopted or session not in self._copies.models:
+            return adopted
+        return self._copies.list_steps(session)
 
     def rewind(self, session: str, step: int) -> None:
         """Let a session repeat its steps; the model keeps what it learned from them."""
@@ -184,23 +190,25 @@ class SharedTraining:
     def save(self, request: Save) -> None:
         """Write the outcome of the training, if requested; the rounds' records are durable.
 
+        If the session received a round's tensors after the round was recorded, or the record could
+        not be written, the round is recorded again.
+
         Raises:
             BundleError, NotSaved: the state cannot be written, or only a round's end can be
                 restored.
+            WorkerLost: the session's steps were lost.
         """
         session, step = request.session, request.step
         if session in self._copies.models:
             self._copies.save(request)
             return
-        if request.publish:
-            with self._working():
-                state = self._require_model().executor.state()
-            self._source.publish(state, step=step, session=session, owner=self._owners[session])
-        elif step not in self._coordinator.list_adopted(session):
-            raise NotSaved(
-                f"step {step}",
-                f"with the policy '{self._terms.policy}', only the end of a round can be restored",
-            )
+        with self._working():
+            self._require_whole(session)
+            if not request.publish:
+                self._keep(session, step)
+                return
+            state = self._require_model().executor.state()
+        self._source.publish(state, step=step, session=session, owner=self._owners[session])
 
     def finish(self, session: str) -> None:
         """End a session for good; the rounds stop waiting for it, and forget it."""
@@ -215,16 +223,16 @@ class SharedTraining:
 
     def is_lost(self, session: str) -> bool:
         """Return whether the session's steps were lost, because a worker process has ended."""
-        if session in self._copies.models:
-            return self._copies.is_lost(session)
+        if (copy := self._copies.models.get(session)) is not None:  # a round may end it meanwhile
+            return copy.is_lost
         if self._model is not None and self._model.is_lost:
             return True
         return session in self._lost
 
     def leave(self, session: str) -> None:
         """Release what a session has; the rounds still wait for it, as it may return."""
-        self._copies.leave(session)
-        self._coordinator.withdraw(session)
+        self._coordinator.withdraw(session)  # before its model, which the first round may choose
+        self._drop_copy(session)
         self._lost.discard(session)
         if not self._coordinator.list_adopted(session):
             self._owners.pop(session, None)
@@ -232,6 +240,9 @@ class SharedTraining:
     def tick(self, now: float) -> Iterator[Delivery]:
         """Yield the deliveries of a round or a joint step that need not wait any longer."""
         with self._working():
+            self._restore_if_lost()
+            while self._due:
+                yield self._due.popleft()
             yield from self._answer(self._coordinator.close_if_due(now))
             if self._model is not None:
                 for silent in self._steps.end_if_silent(self._model, now):
@@ -258,30 +269,51 @@ class SharedTraining:
         """Yield the joined tensors for clients, which train the one model from now on."""
         model = self._model
         for answer in answers:
-            copy = self._copies.release(answer.key.session)
+            copy = self._drop_copy(answer.key.session)
             if copy is not None:
                 copy.remove_saved()
-            if copy is not None and copy is not model:
-                copy.close()
             if model is not None:
                 yield self._coordinator.deliver(answer, model.version)
 
     def _complete(self, joint: RoundRecord, answers: Sequence[Answer]) -> RoundRecord:
         """Add the model to a round's record; the first round chooses what it starts from."""
-        if self._model is None:
+        model = self._model
+        if model is None:
             first = max(sorted(answers, key=_name), key=lambda answer: answer.key.step)
-            self._model = self._copies.models[first.key.session]
+            model = self._copies.models[first.key.session]
+        state = model.executor.state()
+        self._model = model  # not one that is lost
         owners = dict(self._owners)  # a copy, since sessions may come meanwhile
         return replace(
             joint,
-            tensors={**joint.tensors, **self._model.executor.state()},
-            version=self._model.version,
+            tensors={**joint.tensors, **state},
+            version=model.version,
             owners={name: owners[name] for name in joint.adoptions if name in owners},
         )
 
     def _note_record(self, joint: RoundRecord) -> None:
         self._recorded = joint
         self._write(joint)
+        self._durable = dict(joint.adoptions)
+
+    def _keep(self, session: str, step: int) -> None:
+        """Check that a step can be restored after a failure, and record it if it is not yet."""
+        adoptions = self._coordinator.list_adoptions()
+        if self._recorded is None or step not in dict(adoptions.get(session, ())):
+            raise NotSaved(
+                f"step {step}",
+                f"with the policy '{self._terms.policy}', only the end of a round can be restored",
+            )
+        if step not in dict(self._durable.get(session, ())):
+            owners = {name: owner for name, owner in self._owners.items() if name in adoptions}
+            self._note_record(replace(self._recorded, adoptions=adoptions, owners=owners))
+
+    def _drop_copy(self, session: str) -> ServerModel | None:
+        """Release a session's own model, if it has one; close it, unless all train it now."""
+        copy = self._copies.release(session)
+        if copy is not None and copy is not self._model:
+            copy.close()
+        return copy
 
     def _require_model(self) -> ServerModel:
         if self._model is None:
@@ -289,12 +321,32 @@ class SharedTraining:
         return self._model
 
     def _restore_if_lost(self) -> None:
-        """Go back to the newest round if the model was lost with its worker process."""
-        if self._model is None or not self._model.is_lost or self._recorded is None:
+        """Go back to the newest round if the model was lost with its worker process.
+
+        All sessions go back, and those that wait are told so.
+        """
+        lost = self._model
+        if lost is None or not lost.is_lost or self._recorded is None:
             return
-        self._lost.update(self._owners)
-        self._model.close()
         self._model = self._source.restore(self._recorded.tensors, self._recorded.version)
+        self._lost.update(self._owners)
+        error = _describe_loss(lost.name)
+        self._steps.interrupt(lost, error)
+        self._due += [
+            Delivery(key=key, version=self._model.version, error=error)
+            for key in self._coordinator.withdraw_all()
+        ]
+        lost.close()
+
+    def _require_whole(self, session: str) -> None:
+        """Check that nothing that a session did is lost; otherwise, it goes back when it returns.
+
+        Raises:
+            WorkerLost: the worker process that held the model has ended.
+        """
+        self._restore_if_lost()
+        if session in self._lost:
+            raise _describe_loss(session)
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -321,6 +373,10 @@ class SharedTraining:
                 self._steps.withdraw(self._model, key)
             elif self._model is not None:
                 self._model.abandon(key)
+
+
+def _describe_loss(session: str) -> WorkerLost:
+    return WorkerLost(session, "the model goes back to the newest round")
 
 
 def _name(answer: Answer) -> str:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from splitonnx.errors import BundleError, NotSaved, RemoteProtocolError
+from splitonnx.errors import BundleError, NotSaved, RemoteProtocolError, SplitonnxError
 from splitonnx.manifests import PartyManifest
+from splitonnx.messages import TaskKey
 from splitonnx.names import OWN, SERVER, SHARE
-from splitonnx.runtime.server.policies.joining.rounds import Answer, Rounds, Share
+from splitonnx.runtime.server.policies.joining.rounds import Adoptions, Answer, Rounds, Share
 from splitonnx.runtime.server.policies.tasks import Delivery, MemberReport, RoundReport, Task
 from splitonnx.runtime.storage.round_records import RoundRecord
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, name_joined
@@ -82,6 +83,11 @@ class Coordinator:
         with self._lock:
             return self._rounds.list_adopted(session)
 
+    def list_adoptions(self) -> Adoptions:
+        """Return for each session the steps and numbers of the rounds whose tensors it received."""
+        with self._lock:
+            return self._rounds.adoptions
+
     def list_awaited(self) -> frozenset[str]:
         """Return the sessions that train in the open round: members that have not shared."""
         with self._lock:
@@ -119,6 +125,11 @@ class Coordinator:
         with self._lock:
             self._rounds.withdraw(session)
 
+    def withdraw_all(self) -> list[TaskKey]:
+        """Remove every share from the open round, and return their keys."""
+        with self._lock:
+            return self._rounds.withdraw_all()
+
     def stop_waiting(self, session: str) -> None:
         """Stop waiting for a session until it shares again."""
         with self._lock:
@@ -142,13 +153,21 @@ class Coordinator:
         return Delivery(key=answer.key, version=version, tensors=tensors, is_last=True)
 
     def _step(self, step: Callable[[], list[Answer]]) -> list[Answer]:
-        """Perform a step of the rounds, and write the round to disk if that closed one."""
+        """Perform a step of the rounds, and write the round to disk if that closed one.
+
+        A round that cannot be completed stays open, and the step has not been performed.
+        """
         with self._lock:
-            before = self._rounds.newest
+            before = self._rounds.duplicate()
             answers = step()
             joint = self._rounds.newest
-            if joint is not None and joint is not before:
-                self._write(self._complete(joint, answers), len(answers))
+            if joint is not None and joint is not before.newest:
+                try:
+                    joint = self._complete(joint, answers)
+                except SplitonnxError:
+                    self._rounds = before
+                    raise
+                self._write(joint, len(answers))
             for answer in answers:
                 if self._answered is not None:
                     self._answered(answer)

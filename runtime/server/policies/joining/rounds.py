@@ -8,8 +8,10 @@ that all clients start from one model.  This module computes; it neither sends, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -131,6 +133,21 @@ class Rounds:
         """
         self._open.pop(session, None)
 
+    def withdraw_all(self) -> list[TaskKey]:
+        """Remove every share from the open round, and return their keys."""
+        keys = [share.key for share in self._open.values()]
+        for key in keys:
+            self.withdraw(key.session)
+        return keys
+
+    def duplicate(self) -> Self:
+        """Return the same rounds, which change apart from these."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, dict | set):
+                setattr(twin, name, value.copy())
+        return twin
+
     def forget(self, session: str) -> None:
         """Forget a session that has ended for good, and stop waiting for it."""
         self.leave(session)
@@ -147,6 +164,11 @@ class Rounds:
         if session in self._adoptions:
             received = self._adoptions[session]
             self._adoptions[session] = tuple(entry for entry in received if entry[0] <= step)
+
+    @property
+    def adoptions(self) -> Adoptions:
+        """Return for each session when it received joined tensors, newest first."""
+        return dict(self._adoptions)
 
     def list_adopted(self, session: str) -> tuple[int, ...]:
         """Return the steps at which a session received joined tensors, newest first."""

@@ -10,13 +10,19 @@ import numpy as np
 import pytest
 
 from splitonnx.bundles import PartyBundle
-from splitonnx.errors import BundleMismatch, ForeignSession, SessionLost
+from splitonnx.errors import (
+    BundleError,
+    BundleMismatch,
+    ForeignSession,
+    SessionLost,
+    UsageError,
+)
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
-from splitonnx.states import State, write_state
+from splitonnx.states import State, read_state, write_state
 from tests.support import tiny
 from tests.support.registries import ANN, BOB, greet
 
@@ -153,3 +159,57 @@ def test_a_trained_state_is_sent_to_the_worker_with_its_step(folder: Path) -> No
     maker.make(greet(BOB, origin=ANN, start=5), "bob")
     maker.make(greet("c" * 32), "cleo")  # its party's state is a trained one: the first is sent
     assert workers.opened == [("bob", BOB, False, 5), ("cleo", "c" * 32, False, 0)]
+
+
+# --- one model for all ------------------------------------------------------------------------
+
+
+def make_state(value: float) -> dict[str, np.ndarray]:
+    return {n: np.full((4, 2), value, np.float32) for n in ("W2", "W2.m")}
+
+
+def test_a_recorded_state_makes_a_model_of_no_session(folder: Path) -> None:
+    publish(folder, session=ANN, owner="", step=5, value=2.0)
+    model = open_maker(folder).restore({**make_state(3.0), "W1@own": np.zeros(3)}, 9)
+    assert (model.name, model.owner, model.version, model.list_versions()) == ("", "", 9, ())
+    assert {n: set(a.ravel()) for n, a in model.executor.state().items()} == {
+        "W2": {3.0}, "W2.m": {3.0}
+    }  # fmt: skip
+
+
+def test_to_a_worker_only_the_model_s_state_is_sent(folder: Path) -> None:
+    sent = []
+
+    class Worker:
+        step = 9
+
+        def restore(self, tensors: dict[str, np.ndarray], step: int) -> None:
+            sent.append((sorted(tensors), step))
+
+    class Pool:
+        def open(self, *_: object) -> Worker:
+            return Worker()
+
+    open_maker(folder, Pool()).restore({**make_state(3.0), "W1@own": np.zeros(3)}, 9)
+    assert sent == [(["W2", "W2.m"], 9)]  # else its state would have the old joined tensors
+
+
+def test_the_record_of_a_policy_with_copies_makes_no_model(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"without 'W2.m', by another policy; .* without --resume"):
+        open_maker(folder).restore({"W2": np.zeros((4, 2), np.float32)}, 9)
+
+
+def test_a_model_s_state_is_published_as_a_session_s_outcome(folder: Path) -> None:
+    maker = open_maker(folder)
+    maker.publish(make_state(3.0), step=4, session=BOB, owner="bob")
+    written = read_state(folder, PartyBundle.load(folder).manifest)
+    assert written is not None
+    assert (written.session, written.owner, written.step) == (BOB, "bob", 4)
+    assert (written.tensors["W2"] == 3.0).all()
+
+
+def test_without_a_folder_nothing_is_published() -> None:
+    maker = ModelMaker(Executor(tiny.split_bundle().parties["server"], Engine(threads=1)), None,
+                       None)  # fmt: skip
+    with pytest.raises(BundleError, match="no folder"):
+        maker.publish(make_state(3.0), step=4, session=BOB, owner="bob")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from splitonnx.errors import BundleError, NotSaved, RemoteProtocolError, SplitonnxError
+from splitonnx.errors import BundleError, NotSaved, RemoteProtocolError, SplitonnxError, WorkerLost
 from splitonnx.names import SERVER
 from splitonnx.runtime.server.policies.joining.coordinators import MOST_SAMPLES, Coordinator
 from splitonnx.runtime.server.policies.joining.rounds import Answer, RoundRules, Rounds
@@ -28,6 +28,7 @@ class Scene:
         self.done: list[str] = []
         self.recorded: list[RoundRecord] = []
         self.refusal: SplitonnxError | None = None
+        self.hindrance: SplitonnxError | None = None
         self.now = 0.0
         self.coordinator = Coordinator(
             Rounds(RoundRules(clients_min=2, timeout=5.0)),
@@ -40,6 +41,8 @@ class Scene:
 
     def complete(self, joint: RoundRecord, answers: Sequence[Answer]) -> RoundRecord:
         self.done.append(f"completed {joint.number} of {len(answers)}")
+        if self.hindrance is not None:
+            raise self.hindrance
         return replace(joint, version=70 + joint.number)
 
     def record(self, joint: RoundRecord) -> None:
@@ -166,3 +169,28 @@ def test_a_share_that_is_withdrawn_waits_no_longer(scene: Scene) -> None:
     scene.coordinator.withdraw(ANN)
     assert scene.share(BOB, 0, 3.0) == []
     assert scene.coordinator.report().waiting == 1
+
+
+def test_a_round_that_cannot_be_completed_stays_open_with_the_shares_before(scene: Scene) -> None:
+    scene.share(ANN, 0, 1.0)
+    scene.hindrance = WorkerLost("", "it was killed")
+    with pytest.raises(WorkerLost):
+        scene.share(BOB, 0, 3.0)
+    assert scene.recorded == []
+    assert scene.coordinator.newest is None
+    assert scene.coordinator.report().waiting == 1
+    scene.hindrance = None
+    assert len(scene.share(BOB, 0, 3.0)) == 2
+
+
+def test_of_all_sessions_is_known_when_they_received_which_round(scene: Scene) -> None:
+    for step in (0, 3):
+        for session in (ANN, BOB):
+            scene.share(session, step, 1.0, samples=step)
+    assert scene.coordinator.list_adoptions() == dict.fromkeys((ANN, BOB), ((3, 1), (0, 0)))
+
+
+def test_all_shares_can_be_withdrawn(scene: Scene) -> None:
+    scene.share(ANN, 0, 1.0)
+    assert [key.session for key in scene.coordinator.withdraw_all()] == [ANN]
+    assert scene.share(BOB, 0, 3.0) == []

@@ -163,3 +163,24 @@ def test_of_each_client_is_known_which_round_it_has_and_whether_it_waits(rounds:
     rounds.rewind("a", 0)
     assert rounds.report_member("a", 0).round == 0
     assert Rounds(RoundRules()).report_member("a", 0) == MemberReport(version=0, rounds_behind=0)
+
+
+def test_all_shares_of_the_open_round_are_withdrawn_at_once(rounds: Rounds) -> None:
+    for name in "ab":
+        rounds.add(make_share(name, 2, 1), 1.0)
+    assert [key.session for key in rounds.withdraw_all()] == ["a", "b"]
+    assert rounds.report() == RoundReport(closed=0, members=3, waiting=0)
+    assert rounds.withdraw_all() == []
+
+
+def test_a_duplicate_continues_apart_from_the_rounds_that_it_was_made_of(rounds: Rounds) -> None:
+    rounds.add(make_share("a", 2, 1, value=3.0), 1.0)
+    before = rounds.duplicate()
+    for name in "bc":
+        answers = rounds.add(make_share(name, 2, 1, value=9.0), 2.0)
+    assert summarize(answers)["a"] == (1, 7.0)
+    assert before.report() == RoundReport(closed=0, members=3, waiting=1)
+    assert before.adoptions == dict.fromkeys("abc", ((0, 0),))
+    for name in "bc":
+        answers = before.add(make_share(name, 2, 1, value=3.0), 3.0)
+    assert summarize(answers)["a"] == (1, 3.0)
