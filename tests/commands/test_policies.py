@@ -37,12 +37,25 @@ def test_each_option_reaches_the_policy() -> None:
         quorum=2,
         round_timeout=7.5,
     )
+    given = JoiningOptions(policy=PolicyName.ASYNCHRONOUS, staleness=0)
+    assert given.read() == PolicyOptions(name="asynchronous", staleness=0)
+
+
+@pytest.mark.parametrize("name", [name for name in PolicyName if name != PolicyName.ASYNCHRONOUS])
+def test_staleness_is_for_the_policy_asynchronous_alone(
+    command: Command, tmp_path: Path, name: PolicyName
+) -> None:
+    tiny.split_bundle().save(tmp_path / "bundle")
+    server = tmp_path / "bundle" / "server"
+    told = command.fail("serve", server, "--policy", name.value, "--staleness", 2)
+    assert "--staleness: with " in told
+    assert ("--policy asynchronous only" in told) == (name is not PolicyName.PER_CLIENT)
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--local-steps", 2), ("--rounds", 3), ("--clients-min", 2), ("--quorum", 2),
-     ("--round-timeout", 9)],
+     ("--round-timeout", 9), ("--staleness", 1)],
 )  # fmt: skip
 def test_an_option_that_the_policy_does_not_have_is_refused(
     command: Command, tmp_path: Path, option: str, value: int

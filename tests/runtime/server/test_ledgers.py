@@ -41,12 +41,14 @@ from hypothesis.stateful import (
 
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import SplitonnxError
+from splitonnx.messages import TaskKey, Tensors
 from splitonnx.optimizers import AdamW
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.client import clients
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.server.ledgers import Query
 from tests.support.hashing import HashingEngine
 from tests.support.networks import HONEST, ClientCrash, Event, Network
 from tests.support.registries import find_executor
@@ -350,6 +352,23 @@ def test_any_row_of_faults_ends_in_the_state_without_faults(
     machine: type[Machine], examples: int
 ) -> None:
     run_state_machine_as_test(machine, settings=limit(examples, derandomize=True))
+
+
+def test_a_query_is_named_by_its_first_message_and_counts_from_nothing() -> None:
+    message = Tensors(
+        session="a" * 32,
+        phase="predict",
+        step=3,
+        micro_batch=0,
+        turn=0,
+        seed=1,
+        learning_rate=0.1,
+    )
+    query = Query(message=message)
+    assert query.key == TaskKey("a" * 32, "predict", 3, 0)
+    assert (query.turns, query.replies) == (0, 0)
+    query.turns += 1
+    assert query.key == Query(message=message).key
 
 
 if __name__ == "__main__":

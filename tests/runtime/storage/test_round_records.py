@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
+from splitonnx.checksums import encode_with_checksum
 from splitonnx.errors import NotSaved
-from splitonnx.runtime.storage.round_records import ROUNDS, RoundRecord, RoundRecords
+from splitonnx.runtime.storage.round_records import FORMAT, ROUNDS, RoundRecord, RoundRecords
 from tests.support import tiny
 
 ANN = "a" * 32
@@ -28,6 +30,8 @@ def make_record(number: int) -> RoundRecord:
         members=(ANN,),
         holder=ANN,
         adoptions={ANN: ((4, number), (2, 0))},
+        version=10 + number,
+        owners={ANN: "ann"},
     )
 
 
@@ -37,6 +41,7 @@ def test_what_was_written_is_read(folder: Path) -> None:
     assert found is not None
     assert (found.number, found.members, found.holder) == (5, (ANN,), ANN)
     assert found.adoptions == {ANN: ((4, 5), (2, 0))}
+    assert (found.version, found.owners) == (15, {ANN: "ann"})
     np.testing.assert_array_equal(found.tensors["w"], np.full(3, 5))
 
 
@@ -89,3 +94,27 @@ def test_a_record_of_another_bundle_is_passed_over(folder: Path) -> None:
 def test_nothing_is_written_into_a_folder_that_is_another_bundle_s(folder: Path) -> None:
     with pytest.raises(NotSaved):
         RoundRecords(folder, "e" * 64).write(make_record(5))
+
+
+def write_by_hand(folder: Path, **facts: object) -> None:
+    """Write a record of round 5 with these facts and no others."""
+    facts = {"format": FORMAT, "digest": DIGEST, "number": 5, "members": [ANN], "holder": "",
+             "adoptions": {ANN: [[4, 5]]}, **facts}  # fmt: skip
+    metadata = {"splitonnx": msgspec.json.encode(facts).decode()}
+    (folder / ROUNDS).mkdir()
+    content = encode_with_checksum({"w": np.full(3, 5, np.float32)}, metadata)
+    (folder / ROUNDS / "5.safetensors").write_bytes(b"".join(content))
+
+
+def test_a_record_of_an_earlier_version_which_knows_no_one_model_is_read(folder: Path) -> None:
+    write_by_hand(folder)
+    found = RoundRecords(folder, DIGEST).read_newest()
+    assert found is not None
+    assert (found.version, found.owners, found.members) == (0, {}, (ANN,))
+    np.testing.assert_array_equal(found.tensors["w"], np.full(3, 5))
+
+
+@pytest.mark.parametrize("facts", [{"version": -1}, {"owners": {ANN: 3}}, {"owner": "ann"}])
+def test_a_record_with_other_facts_is_passed_over(folder: Path, facts: dict[str, object]) -> None:
+    write_by_hand(folder, **facts)
+    assert RoundRecords(folder, DIGEST).read_newest() is None

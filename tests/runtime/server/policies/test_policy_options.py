@@ -17,6 +17,7 @@ from splitonnx.runtime.server.policies.terms import Terms
         ({"quorum": 0}, "quorum must be at least 1, not 0"),
         ({"local_steps": 0}, "local_steps must be at least 1, not 0"),
         ({"rounds": -1}, "rounds must be at least 0, not -1"),
+        ({"staleness": -1}, "staleness must be at least 0, not -1"),
         ({"round_timeout": 0.0}, "round_timeout must be above 0 seconds, not 0"),
         ({"round_timeout": float("nan")}, "round_timeout must be above 0 seconds, not nan"),
     ],
