@@ -177,7 +177,7 @@ class SharedSteps:
                 model.begin(step.lead, seed=first.seed, learning_rate=first.learning_rate)
             step.turn += 1
             outputs = model.run(step.lead, self._join(step, tasks))
-            if len(step.keys) == 1:
+            if self._layout is None:
                 yield from self._answer_one(model, step, outputs)
             else:
                 self._answer_all(model, step, list(outputs))
@@ -202,7 +202,8 @@ class SharedSteps:
     def _answer_all(self, model: ServerModel, step: _Step, outputs: list[Tensors]) -> None:
         """Remember what the clients wait for once all stages have run.
 
-        A client whose session is not told of the end with the last tensors would go on before that.
+        A client whose session is not told of the end with the last tensors would go on before that,
+        also if the step is of it alone: the thread may be that of another client.
         """
         parts = [self._divide(step, tensors) for tensors in outputs]
         is_done = model.finish(step.lead)

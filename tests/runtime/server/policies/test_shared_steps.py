@@ -260,7 +260,20 @@ def test_when_its_time_is_over_a_joint_step_goes_without_those_that_are_late() -
 def test_the_quorum_of_a_joint_step_is_at_most_all_that_are_left() -> None:
     scene = Scene(tiny.split_bundle(), joint=True, quorum=3, timeout=10.0)
     scene.awaited = {ANN}
-    assert scene.say(ANN, draw(0)) == [("a", "h.grad loss"), ("a", "done")]
+    assert scene.say(ANN, draw(0)) == [("a", "h.grad loss done")]
+
+
+def test_who_makes_a_joint_step_alone_learns_of_its_end_with_its_last_reply() -> None:
+    """Another client's thread may run it, and this client's next message comes at once."""
+    scene = Scene(tiny.split_bundle(), joint=True)
+    assert scene.say(ANN, draw(0)) == []
+    scene.awaited = {ANN}  # as Bob has shared
+    deliveries = scene.run()
+    assert tell(deliveries) == [("a", "h.grad loss done")]
+    alone = Scene(tiny.split_bundle())
+    (computed, _) = alone.submit(step_task(ANN, draw(0)))
+    for name, array in deliveries[0].tensors.items():
+        assert array.tobytes() == computed.tensors[name].tobytes()
 
 
 def test_without_a_timeout_a_joint_step_waits_forever() -> None:
