@@ -35,12 +35,17 @@ class Table:
     """A server, with or without a folder, and the clients around it; nothing waits."""
 
     def __init__(
-        self, folder: Path | None = None, *, clients: int = 2, quorum: int | None = None
+        self,
+        folder: Path | None = None,
+        *,
+        clients: int = 2,
+        quorum: int | None = None,
+        policy: str = SPLITFED_V1,
     ) -> None:
         self.sharers: dict[str, Sharer] = {}
         self._folder = folder
         self._joins = PolicyOptions(
-            name=SPLITFED_V1, clients_min=clients, quorum=quorum or clients, round_timeout=60.0
+            name=policy, clients_min=clients, quorum=quorum or clients, round_timeout=60.0
         )
         if folder is not None and not folder.exists():
             bundle = sharing_bundle()
@@ -89,7 +94,7 @@ class Sharer:
         self.session = session
         self.heard: list[dict[str, np.ndarray]] = []
         table.sharers[session] = self
-        self._dispatcher = Dispatcher(table.registry, owner, pass_on=table.pass_on)
+        self.dispatcher = Dispatcher(table.registry, owner, pass_on=table.pass_on)
         manifest = sharing_bundle().parties[CLIENT].manifest
         hello = Hello(
             digest=manifest.digest,
@@ -107,11 +112,11 @@ class Sharer:
     ) -> list[tuple[Message, dict[str, np.ndarray]]]:
         """Send a message, whatever it is, and return the replies."""
         content = b"".join(encode_message(message, tensors or {}))
-        return [_read(reply) for reply in self._dispatcher.handle(content)]
+        return [_read(reply) for reply in self.dispatcher.handle(content)]
 
     def take(self, delivery: Delivery) -> None:
         """Hear what another client's share has caused."""
-        self.heard += [_read(reply)[1] for reply in self._dispatcher.take(delivery)]
+        self.heard += [_read(reply)[1] for reply in self.dispatcher.take(delivery)]
 
     def share(
         self,
