@@ -12,6 +12,7 @@ import logging
 import time
 from contextlib import suppress
 
+from splitonnx.names import TRAIN
 from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.policies.tasks import Delivery
 
@@ -31,6 +32,18 @@ def pass_on(context: ServerContext, delivery: Delivery) -> None:
     for session in context.registry.sessions:
         if session.id == name:
             session.hold(delivery)
+            _settle(context, delivery)
+
+
+def _settle(context: ServerContext, delivery: Delivery) -> None:
+    """Release the memory of a step that has ended while its client has no connection."""
+    key, budget = delivery.key, context.budget
+    if budget is None or key.phase != TRAIN:
+        return
+    if delivery.is_last or delivery.error is not None:
+        budget.release((key.session, TRAIN))
+    else:
+        budget.pause((key.session, TRAIN))
 
 
 async def keep_ticking(context: ServerContext) -> None:

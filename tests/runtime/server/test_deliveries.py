@@ -7,12 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from splitonnx.errors import StepEnded
 from splitonnx.messages import TaskKey
+from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.server import deliveries
 from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.deliveries import keep_ticking, pass_on
 from splitonnx.runtime.server.policies.tasks import Delivery
 from tests.support import tiny
+from tests.support.registries import greet
 from tests.support.server_contexts import open_context
 
 ANN = "a" * 32
@@ -50,6 +53,41 @@ def test_a_delivery_is_for_the_connection_of_its_session(context: ServerContext)
 def test_a_client_without_a_connection_asks_again(context: ServerContext) -> None:
     pass_on(context, DELIVERY)
     assert not context.holders
+
+
+def test_the_session_of_a_client_without_a_connection_holds_what_comes(
+    context: ServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: dict[str, list[Delivery]] = {}
+    for name in (ANN, "b" * 32):
+        session = context.registry.find(greet(name), "")
+        monkeypatch.setattr(session, "hold", held.setdefault(name, []).append)
+    pass_on(context, DELIVERY)
+    assert held == {ANN: [DELIVERY], "b" * 32: []}
+    context.holders[ANN] = Connection()
+    pass_on(context, DELIVERY)
+    assert held[ANN] == [DELIVERY]  # the other went to the connection
+
+
+def test_a_step_that_ends_while_its_client_is_away_frees_its_memory(
+    context: ServerContext,
+) -> None:
+    """Its connection did not, as the step waited for other clients."""
+    context.registry.find(greet(ANN), "")
+    key = TaskKey(ANN, "train", 0, 0)
+    for end in (Delivery(key=key, version=1, is_last=True),
+                Delivery(key=key, version=1, error=StepEnded(0))):  # fmt: skip
+        budget = context.budget = Budget(100)
+        asyncio.run(ask(budget, 60))
+        pass_on(context, Delivery(key=key, version=1))  # a part of it
+        assert budget.used == 60
+        pass_on(context, end)
+        assert budget.used == 0
+
+
+async def ask(budget: Budget, size: int) -> None:
+    """Reserve memory for the step."""
+    await budget.ask((ANN, "train"), ANN, size)
 
 
 def test_a_round_that_cannot_be_closed_now_is_tried_again(

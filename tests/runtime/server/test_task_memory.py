@@ -19,6 +19,8 @@ class OpenSession:
     def __init__(self, name: str) -> None:
         self.id = name
         self.given_up: list[str] = []
+        self.open_phases: frozenset[str] = frozenset({"train"})
+        self.awaits_others = False
 
     def give_up(self, phase: str) -> None:
         self.given_up.append(phase)
@@ -74,3 +76,35 @@ def test_a_step_that_begins_again_with_more_is_given_up_before_its_memory_is_fre
     given_up, used, _ = asyncio.run(check_repeats(90))
     assert given_up == ["train"]
     assert used == 60  # the other one's
+
+
+async def list_idle(*, awaits_others: bool) -> list[object]:
+    """Open a step, settle it, and list what is idle after a long time."""
+    now = [0.0]
+    budget = Budget(100, clock=lambda: now[0])
+    never = asyncio.create_task(asyncio.sleep(3600))
+    memory = TaskMemory(
+        cast("ServerContext", Shared(budget)),
+        cast("Peer", None),
+        gone=never,
+        stopping=cast("asyncio.Task[bool]", never),
+    )
+    session = OpenSession("a")
+    session.awaits_others = awaits_others
+    await reserve(memory, session, 60)
+    memory.settle(cast("Session", session))
+    now[0] = 1e6
+    waiting = budget.ask(("b", "train"), "b", 60)  # else nothing needs to be idle
+    idle: list[object] = list(budget.list_idle())
+    assert budget.used == 60
+    waiting.cancel()
+    session.open_phases, session.awaits_others = frozenset(), False
+    memory.settle(cast("Session", session))
+    assert budget.used == 0
+    never.cancel()
+    return idle
+
+
+def test_a_step_whose_client_is_silent_is_idle_and_one_that_waits_for_others_is_not() -> None:
+    assert asyncio.run(list_idle(awaits_others=False)) == [("a", "train")]
+    assert asyncio.run(list_idle(awaits_others=True)) == []
