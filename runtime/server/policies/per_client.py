@@ -126,7 +126,7 @@ class PerClient:
             model.close()
 
     def release(self, session: str) -> ServerModel | None:
-        """Hand over a session's model without closing it, or return ``None`` if it has none."""
+        """Remove and return a session's model without closing it, or return ``None`` if it has none."""
         return self._models.pop(session, None)
 
     def tick(self, now: float) -> Iterator[Delivery]:

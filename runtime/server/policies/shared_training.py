@@ -138,7 +138,7 @@ class SharedTraining:
         return replace(joined, is_shared=True, is_joint=self._steps.are_joint)
 
     def submit(self, task: Task) -> Generator[Delivery, None, None]:
-        """Take a session's share, or run a task on the one model; see :class:`Policy`.
+        """Accept a session's share, or run a task on the one model; see :class:`Policy`.
 
         Deliveries are for all sessions that wait for the same round or joint step.
 
@@ -182,7 +182,7 @@ class SharedTraining:
         return self._copies.list_steps(session)
 
     def rewind(self, session: str, step: int) -> None:
-        """Let a session repeat its steps; the model keeps what it learned from them."""
+        """Go back with a session, which repeats steps; the model keeps what it learned."""
         self._coordinator.rewind(session, step)
         if session in self._copies.models:
             self._copies.rewind(session, step)
