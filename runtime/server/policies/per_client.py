@@ -126,7 +126,7 @@ class PerClient:
             model.close()
 
     def release(self, session: str) -> ServerModel | None:
-        """Remove and return a session's model without closing it, or return ``None`` if it has none."""
+        """Remove a session's model without closing it; return it, or ``None`` if there is none."""
         return self._models.pop(session, None)
 
     def tick(self, now: float) -> Iterator[Delivery]:
