@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -37,7 +37,7 @@ class Shares:
         policy = server._registry.policy
         submit = policy.submit
 
-        def take(task: Task) -> Iterator[Delivery]:
+        def take(task: Task) -> Generator[Delivery, None, None]:
             yield from submit(task)
             if task.key.phase == SHARE:
                 self.taken.set()

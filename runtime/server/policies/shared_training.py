@@ -23,7 +23,7 @@ from splitonnx.manifests import PartyManifest
 from splitonnx.messages import Hello, Save, TaskKey
 from splitonnx.names import SHARE, TRAIN
 from splitonnx.runtime.server.policies.joining.coordinators import Coordinator
-from splitonnx.runtime.server.policies.joining.rounds import Adoptions, Answer, Rounds
+from splitonnx.runtime.server.policies.joining.rounds import Adoptions, Answer, Rounds, Share
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import ModelSource, PerClient
 from splitonnx.runtime.server.policies.shared_steps import SharedSteps
@@ -153,8 +153,7 @@ class SharedTraining:
         with self._working():
             self._require_whole(session)
             if phase == SHARE:
-                answers = self._coordinator.add(self._coordinator.read(task))
-                yield from self._answer(answers)
+                yield from self._answer(self._accept(self._coordinator.read(task)))
             elif phase == TRAIN:
                 self._require_model()
                 self._drop_copy(session)  # of a client that returned when it had the tensors
@@ -248,6 +247,15 @@ class SharedTraining:
                 for silent in self._steps.end_if_silent(self._model, now):
                     self._coordinator.stop_waiting(silent)
                 yield from self._run_steps(self._model)
+
+    def _accept(self, share: Share) -> list[Answer]:
+        """Return the answers that a share causes.
+
+        A client that lost its first joint step receives what it made the step with, so that it can
+        send the same tensors again.
+        """
+        again = self._coordinator.find_received(share) if self._steps.are_joint else None
+        return self._coordinator.add(share) if again is None else [again]
 
     def _run_steps(self, model: ServerModel) -> Iterator[Delivery]:
         """Run the steps that are ready; whoever a joint step did not wait for is no longer due."""

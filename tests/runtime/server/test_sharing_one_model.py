@@ -105,3 +105,22 @@ def test_a_goodbye_in_the_middle_of_a_joint_step_lets_the_others_go_on(tmp_path:
     bob.say(Bye())
     table.tick()
     assert [set(tensors) for tensors in ann.heard] == [{"h.grad", "loss"}]
+
+
+def test_a_client_killed_in_its_first_joint_step_makes_it_with_what_it_received_then(
+    tmp_path: Path,
+) -> None:
+    """It has no checkpoint of after the first round, and asks for that round's tensors again."""
+    table, ann, bob = sit_down(tmp_path / "server", SYNCHRONOUS)
+    start = float(ann.heard[0][name_joined(WEIGHT)].ravel()[0])
+    assert make_round(ann, bob, 0) == [(1, 2.0)] * 2
+    (first,) = [tensors for tensors in ann.heard if "h.grad" in tensors]
+    again = Sharer(table, ANN, kept=(0,), generation=2)
+    assert greeted_at(again) == 0
+    ((_, tensors),) = again.share(0, samples=0)
+    assert (int(tensors[ROUND]), float(tensors[name_joined(WEIGHT)].ravel()[0])) == (0, start)
+    ((_, tensors),) = again.train(0)
+    assert tensors["h.grad"].tobytes() == first["h.grad"].tobytes()
+    ((_, tensors),) = again.share(1, 1.0)
+    assert int(tensors[ROUND]) == 1
+    assert len(make_round(again, bob, 1)) == 2

@@ -116,6 +116,11 @@ class Coordinator:
         """Accept a client's share, and return the answers that are due."""
         return self._step(lambda: self._rounds.add(share, self._clock()))
 
+    def find_received(self, share: Share) -> Answer | None:
+        """Return the answer that a client had before; see :meth:`Rounds.find_received`."""
+        with self._lock:
+            return self._rounds.find_received(share)
+
     def close_if_due(self, now: float) -> list[Answer]:
         """Close the open round if it need not wait any longer, and return its answers."""
         return self._step(lambda: self._rounds.close_if_due(now))

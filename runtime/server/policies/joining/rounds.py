@@ -92,6 +92,7 @@ class Rounds:
         self._open: dict[str, Share] = {}
         self._arrivals: dict[str, tuple[int, float]] = {}  # of shares in the open round
         self._late = 0
+        self._previous: RoundRecord | None = None  # the round before the newest
 
     def add(self, share: Share, now: float) -> list[Answer]:
         """Accept a client's share, and return the answers that are due.
@@ -132,6 +133,18 @@ class Rounds:
         since it shared first.
         """
         self._open.pop(session, None)
+
+    def find_received(self, share: Share) -> Answer | None:
+        """Return the answer that a session had at this step, if it was of the round before.
+
+        Return ``None`` if the client has trained since, so that it does not ask for that answer.
+        """
+        session, previous = share.key.session, self._previous
+        if previous is None or share.samples > 0:
+            return None
+        if (share.key.step, previous.number) not in self._adoptions.get(session, ()):
+            return None
+        return Answer(key=share.key, joint=previous)
 
     def withdraw_all(self) -> list[TaskKey]:
         """Remove every share from the open round, and return their keys."""
@@ -239,6 +252,7 @@ class Rounds:
         self, number: int, tensors: Mapping[str, np.ndarray], holder: str = ""
     ) -> RoundRecord:
         """Make the newest round of tensors, with what is needed to continue after it."""
+        self._previous = self.newest
         self.newest = RoundRecord(
             number=number,
             tensors=tensors,

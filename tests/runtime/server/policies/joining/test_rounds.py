@@ -184,3 +184,15 @@ def test_a_duplicate_continues_apart_from_the_rounds_that_it_was_made_of(rounds:
     for name in "bc":
         answers = before.add(make_share(name, 2, 1, value=3.0), 3.0)
     assert summarize(answers)["a"] == (1, 3.0)
+
+
+def test_who_asks_again_can_have_what_it_received_in_the_round_before(rounds: Rounds) -> None:
+    assert rounds.find_received(make_share("a", 0)) is None  # that is the newest
+    for name in "abc":
+        rounds.add(make_share(name, 2, 1, value=3.0), 1.0)
+    found = rounds.find_received(make_share("a", 0))
+    assert found is not None
+    assert summarize([found]) == {"a": (0, 0.0)}
+    assert rounds.list_adopted("a") == (2, 0)
+    others = (make_share("a", 0, 1), make_share("a", 1), make_share("a", 2), make_share("d", 0))
+    assert [rounds.find_received(share) for share in others] == [None] * 4
