@@ -124,10 +124,15 @@ class Ledger:
         """Record the next message of the running step, before it is handled."""
         self._running.append(_Turn(fingerprint=fingerprint))
 
-    def answer(self, reply: Iterable[Chunk]) -> Reply:
-        """Record one more reply to the newest message, and return the reply as a list of chunks."""
+    @property
+    def turns(self) -> int:
+        """Return how many messages of the running step were recorded."""
+        return len(self._running)
+
+    def answer(self, reply: Iterable[Chunk], turn: int) -> Reply:
+        """Record one more reply to a message, and return the reply as a list of chunks."""
         kept = list(reply)
-        self._running[-1].replies.append(kept)
+        self._running[turn].replies.append(kept)
         return kept
 
     def count_replies(self) -> int:

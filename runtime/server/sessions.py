@@ -13,7 +13,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -29,31 +28,13 @@ from splitonnx.errors import (
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
 from splitonnx.names import SHARE, TRAIN
 from splitonnx.runtime.server.ledgers import Fingerprint, Ledger, Query, Reply, Verdict
+from splitonnx.runtime.server.operations.session_statuses import SessionStatus
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
 
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
 
 _logger = logging.getLogger("splitonnx.server")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SessionStatus:
-    """What a session is doing: see :class:`Session`, whose attributes have the same names.
-
-    ``step`` is the client's step, and ``received_at`` is when its newest message arrived, in
-    seconds of a monotonic clock, or ``None`` before the first one.  Bytes are of whole messages,
-    whether or not they arrive, since the session is in memory.
-    """
-
-    id: str
-    owner: str
-    step: int
-    open_phases: frozenset[str]
-    is_saved: bool
-    bytes_up: int
-    bytes_down: int
-    received_at: float | None
 
 
 class Session:
@@ -74,7 +55,7 @@ class Session:
         self._joined = joined
         self._held: deque[Delivery] = deque()
         self._parked: tuple[Tensors, Mapping[str, np.ndarray], Fingerprint] | None = None
-        self._awaits_others = False
+        self._answered = self._heard = 0  # messages of the running step, see :meth:`_answer_step`
         self._is_closed = False
         self._running: TaskKey | None = None
         self._message: Tensors | None = None  # that began the running step
@@ -97,7 +78,8 @@ class Session:
     @property
     def awaits_others(self) -> bool:
         """Return whether the running step waits for other sessions, and not for its client."""
-        return self._joined.is_shared and self._awaits_others and self._running is not None
+        is_open = self._joined.is_shared and self._running is not None
+        return is_open and self._answered < self.ledger.turns
 
     @property
     def status(self) -> SessionStatus:
@@ -144,7 +126,7 @@ class Session:
         """
         if hello.generation <= self.generation:
             raise StaleConnection(hello.generation, self.generation)
-        self._parked = None
+        self._parked, self._heard = None, 0
         self.give_up(SHARE)  # the client shares again, on the new connection
         is_open = hello.is_open or self._joined.is_joint
         if self.ledger.suits(hello.step, is_open=is_open, can_repeat=hello.can_repeat):
@@ -196,17 +178,19 @@ class Session:
             return
         match self.ledger.classify(message.step, message.turn, fingerprint):
             case Verdict.REPEAT:
+                self._heard = max(self._heard, message.turn + 1)
                 yield from self.ledger.repeat(message.step, message.turn)
                 return
             case Verdict.BEGIN:
                 self.abandon()
                 self._running, self._message = message.key, message
+                self._answered = 0
                 self.ledger.begin(fingerprint)
             case Verdict.CONTINUE:
                 if message.key != self._running:
                     raise RemoteProtocolError(f"it continues {message.key}, which is not open")
                 self.ledger.continue_step(fingerprint)
-        self._awaits_others = True
+        self._heard = message.turn + 1
         with closing(self._submit(message, tensors)) as deliveries:
             for delivery in deliveries:
                 if delivery.key != message.key:
@@ -348,16 +332,22 @@ class Session:
     def _answer_step(
         self, message: Tensors, delivery: Delivery, encode: Encoder
     ) -> Iterator[Reply]:
-        """Record a delivery of the running step, and yield the reply to the client."""
+        """Record a delivery of the running step, and yield the reply to the client.
+
+        What answers a message that came on an earlier connection is not sent, as the client will
+        send that message again.
+        """
         if delivery.error is not None:
             raise delivery.error
-        self._awaits_others = False
+        turn = self.ledger.turns - 1 if delivery.turn is None else delivery.turn
+        self._answered = turn + 1
         if delivery.tensors:
             reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
-            yield self.ledger.answer(encode(reply, delivery.tensors))
+            answer = self.ledger.answer(encode(reply, delivery.tensors), turn)
+            if turn < self._heard:
+                yield answer
         if delivery.is_last:
-            self.tasks_done += 1
-            self._running = None
+            self.tasks_done, self._running = self.tasks_done + 1, None
             self.ledger.commit()
 
     def _answer_query(self, query: Query, delivery: Delivery, encode: Encoder) -> Iterator[Reply]:

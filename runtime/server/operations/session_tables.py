@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from splitonnx.names import SHARE, TRAIN
+from splitonnx.runtime.server.operations.session_statuses import SessionStatus
 from splitonnx.runtime.server.policies.tasks import MemberReport
 from splitonnx.runtime.server.registries import Registry
-from splitonnx.runtime.server.sessions import SessionStatus
 from splitonnx.runtime.wire.session_lists import (
     MOST_OWNER,
     MOST_SESSIONS,

@@ -193,11 +193,15 @@ class SharedSteps:
         self, model: ServerModel, step: _Step, outputs: Iterator[Tensors]
     ) -> Iterator[Delivery]:
         """Yield what the client waits for as soon as it is there."""
+        key, turn, is_answered = step.lead, step.turn - 1, False
         for tensors in outputs:
-            yield Delivery(key=step.lead, version=model.version, tensors=tensors)
-        if model.finish(step.lead):
+            is_answered = True
+            yield Delivery(key=key, version=model.version, tensors=tensors, turn=turn)
+        is_done = model.finish(key)
+        if is_done:
             self._close(step)
-            yield Delivery(key=step.lead, version=model.version, is_last=True)
+        if is_done or not is_answered:
+            yield Delivery(key=key, version=model.version, is_last=is_done, turn=turn)
 
     def _answer_all(self, model: ServerModel, step: _Step, outputs: list[Tensors]) -> None:
         """Remember what the clients wait for once all stages have run.
@@ -205,18 +209,19 @@ class SharedSteps:
         A client whose session is not told of the end with the last tensors would go on before that,
         also if the step is of it alone: the thread may be that of another client.
         """
-        parts = [self._divide(step, tensors) for tensors in outputs]
+        parts, turn = [self._divide(step, tensors) for tensors in outputs], step.turn - 1
         is_done = model.finish(step.lead)
         if is_done:
             self._close(step)
         for place, key in enumerate(step.keys):
             own = [part[place] for part in parts]
             self._due += [
-                Delivery(key=key, version=model.version, tensors=tensors) for tensors in own[:-1]
+                Delivery(key=key, version=model.version, tensors=tensors, turn=turn)
+                for tensors in own[:-1]
             ]
             last = own[-1] if own else {}
             self._due.append(
-                Delivery(key=key, version=model.version, tensors=last, is_last=is_done)
+                Delivery(key=key, version=model.version, tensors=last, is_last=is_done, turn=turn)
             )
 
     def _join(self, step: _Step, tasks: list[Task]) -> Tensors:

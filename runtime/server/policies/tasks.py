@@ -35,7 +35,8 @@ class Delivery:
 
     ``key`` is the task's key as it was submitted.  ``version`` is the number of updates that led to
     the model with which the tensors were computed.  ``is_last`` means that the task is finished and
-    its changes to the model are committed.  ``error`` is why the task ended without that.
+    its changes to the model are committed.  ``error`` is why the task ended without that.  ``turn``
+    is the number of the submission that it answers, by default the newest one.
     """
 
     key: TaskKey
@@ -43,6 +44,7 @@ class Delivery:
     tensors: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     is_last: bool = False
     error: SplitonnxError | None = None
+    turn: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.registries import Registry
-from splitonnx.runtime.server.sessions import SessionStatus
 from tests.support.callers import ACTIVATION, GRADIENT, SESSION, Caller, expect_fault, make_task
 from tests.support.zoo import ZOO
 
@@ -100,37 +98,3 @@ def test_a_session_is_its_owner_s_alone(bundle: Bundle) -> None:
     for other in ("bob", ""):
         with pytest.raises(ForeignSession):
             session.require_owner(other)
-
-
-def test_the_status_of_a_session_is_a_value_that_later_messages_do_not_change(
-    bundle: Bundle,
-) -> None:
-    caller = Caller(bundle, owner="ann")
-    session = caller.dispatcher.session
-    assert session is not None
-    before = session.status
-    session.note_received(10, 5.0)
-    session.note_sent(4)
-    caller.say(make_task(), ACTIVATION)
-    assert before == SessionStatus(
-        id=SESSION,
-        owner="ann",
-        step=0,
-        open_phases=frozenset(),
-        is_saved=True,
-        bytes_up=0,
-        bytes_down=0,
-        received_at=None,
-    )
-    caller.say(make_task(turn=1), GRADIENT)
-    caller.say(make_task(step=1), ACTIVATION)
-    session.note_received(6, 7.5)
-    assert session.status == replace(
-        before,
-        step=1,
-        open_phases=frozenset({"train"}),
-        is_saved=False,
-        bytes_up=16,
-        bytes_down=4,
-        received_at=7.5,
-    )
