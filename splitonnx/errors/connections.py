@@ -154,13 +154,14 @@ class StepConflict(ProtocolError):
 
 @dataclass(eq=False)
 class StepEnded(ProtocolError):
-    """A step that several clients share a model for was ended, and is repeated."""
+    """A step of a model that several clients train was ended, and is repeated."""
 
     step: int
 
     def __str__(self) -> str:
         return (
-            f"step {self.step} was ended, because a client did not continue in time; it is repeated"
+            f"step {self.step} was ended, because a client did not continue it in time, or it failed "
+            "for several clients together; it is repeated"
         )
 
 

@@ -8,13 +8,19 @@ rounds, and is not thread-safe.
 from __future__ import annotations
 
 import zlib
-from collections import deque
-from collections.abc import Collection, Iterator
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from splitonnx.errors import RemoteProtocolError, SplitonnxError, StepEnded
+from splitonnx.errors import (
+    RemoteProtocolError,
+    SplitonnxError,
+    StageStopped,
+    StepEnded,
+    WorkerLost,
+)
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.server.policies.joint_batches import BatchLayout, Tensors
 from splitonnx.runtime.server.policies.models import ServerModel
@@ -27,7 +33,7 @@ class _Step:
 
     keys: tuple[TaskKey, ...]
     rows: tuple[int, ...]
-    since: float  # when the last message arrived
+    since: float  # when its clients were last answered
     turn: int = 0
 
     @property
@@ -42,6 +48,9 @@ class SharedSteps:
     one client, in the order in which they came.  ``quorum`` is how many clients are enough for a
     joint step after ``timeout`` seconds.  After this time, a step whose client does not continue is
     ended; ``None`` is to wait forever.  Times are of a monotonic clock.
+
+    If a joint step fails, its clients make it one by one, so that only a client whose own tensors
+    are the cause receives the error.
     """
 
     def __init__(
@@ -54,6 +63,8 @@ class SharedSteps:
         self._begun = 0.0  # when the first of those that wait came
         self._step: _Step | None = None
         self._due: deque[Delivery] = deque()  # what was not taken yet
+        self._apart: frozenset[TaskKey] = frozenset()  # failed together, are made one by one
+        self._rate: float | None = None  # of the newest joint step
         self._left_out: frozenset[str] = frozenset()
 
     @property
@@ -70,20 +81,20 @@ class SharedSteps:
         """Accept a message of a client's step.
 
         Raises:
-            RemoteProtocolError: a joint step would have two learning rates.
+            RemoteProtocolError: the client sends a tensor again before the first is used.
             StepEnded: the step that the message continues was ended.
         """
         step = self._step
         if task.turn > 0 and task.key not in self._arrived:
             if step is None or task.key not in step.keys:
                 raise StepEnded(task.key.step)
-        elif task.turn == 0:
-            self._check_rate(task)
-            if not self._list_waiting():
-                self._begun = now
-        self._arrived.setdefault(task.key, deque()).append(task)
-        if step is not None and task.key in step.keys:
-            step.since = now
+        elif task.turn == 0 and not self._list_waiting():
+            self._begun = now
+        queue = self._arrived.setdefault(task.key, deque())
+        for earlier in queue:
+            if again := earlier.tensors.keys() & task.tensors.keys():
+                raise RemoteProtocolError(f"it sent '{min(again)}' twice in a step")
+        queue.append(task)
 
     def run(self, model: ServerModel, awaited: Collection[str], now: float) -> Iterator[Delivery]:
         """Run what is ready, and yield each delivery as soon as it is.
@@ -98,7 +109,7 @@ class SharedSteps:
             step = self._find_ready(awaited, now)
             if step is None:
                 return
-            yield from self._perform(model, step)
+            yield from self._perform(model, step, now)
 
     def withdraw(self, model: ServerModel | None, key: TaskKey) -> None:
         """Abort a client's step; the other clients of a joint step have to repeat it."""
@@ -126,15 +137,6 @@ class SharedSteps:
         self._end(model, step, StepEnded(step.lead.step))
         return silent
 
-    def _check_rate(self, task: Task) -> None:
-        waiting = self._list_waiting() if self._layout is not None else ()
-        for other in (self._arrived[key][0] for key in waiting):
-            if other.learning_rate != task.learning_rate:
-                raise RemoteProtocolError(
-                    f"its learning rate {task.learning_rate:g} differs from another client's, "
-                    f"{other.learning_rate:g}, and a joint step has one"
-                )
-
     def _find_ready(self, awaited: Collection[str], now: float) -> _Step | None:
         """Return the step whose messages are all there, beginning one if none has begun."""
         if self._step is None:
@@ -159,15 +161,38 @@ class SharedSteps:
         waiting = self._list_waiting()
         if self._layout is None or not waiting:
             return waiting[:1]
+        for key in waiting:
+            if key in self._apart:
+                return (key,)
         missing = frozenset(awaited) - {key.session for key in waiting}
         if missing:
             is_over = self._timeout is not None and now - self._begun >= self._timeout
             if not is_over or len(waiting) < min(self._quorum, len(awaited)):
                 return ()
             self._left_out |= missing
-        return tuple(sorted(waiting, key=lambda key: _rank(self._arrived[key][0])))
+        keys = self._refuse_rates(waiting)
+        return tuple(sorted(keys, key=lambda key: _rank(self._arrived[key][0])))
 
-    def _perform(self, model: ServerModel, step: _Step) -> Iterator[Delivery]:
+    def _refuse_rates(self, keys: Sequence[TaskKey]) -> list[TaskKey]:
+        """Refuse the clients whose learning rate most others do not have; return the others.
+
+        If as many have one rate as another, that of the step before remains.
+        """
+        rates = {key: self._arrived[key][0].learning_rate for key in keys}
+        counts = Counter(rates.values())
+        self._rate = common = max(counts, key=lambda rate: (counts[rate], rate == self._rate))
+        for key, rate in rates.items():
+            if rate != common:
+                del self._arrived[key]
+                self._left_out |= {key.session}
+                error = RemoteProtocolError(
+                    f"its learning rate {rate:g} differs from that of most other clients, "
+                    f"{common:g}, and a joint step has one"
+                )
+                self._due.append(Delivery(key=key, version=0, error=error))
+        return [key for key in keys if rates[key] == common]
+
+    def _perform(self, model: ServerModel, step: _Step, now: float) -> Iterator[Delivery]:
         """Run the stages for which the clients' messages have arrived."""
         tasks = [self._arrived[key].popleft() for key in step.keys]
         is_whole = False
@@ -175,7 +200,7 @@ class SharedSteps:
             if step.turn == 0:
                 first = tasks[0]
                 model.begin(step.lead, seed=first.seed, learning_rate=first.learning_rate)
-            step.turn += 1
+            step.turn, step.since = step.turn + 1, now
             outputs = model.run(step.lead, self._join(step, tasks))
             if self._layout is None:
                 yield from self._answer_one(model, step, outputs)
@@ -184,6 +209,9 @@ class SharedSteps:
             is_whole = True
         except SplitonnxError as error:
             is_whole = True
+            if len(step.keys) > 1 and not isinstance(error, (StageStopped, WorkerLost)):
+                self._apart = frozenset(step.keys)
+                error = StepEnded(step.lead.step)
             self._end(model, step, error)
         finally:
             if not is_whole and self._step is step:  # a delivery could not be taken
@@ -227,6 +255,8 @@ class SharedSteps:
     def _join(self, step: _Step, tasks: list[Task]) -> Tensors:
         if self._layout is None or len(tasks) == 1:
             return tasks[0].tensors
+        if any(task.tensors.keys() != tasks[0].tensors.keys() for task in tasks):
+            raise RemoteProtocolError("the clients of a joint step send different tensors")
         return self._layout.join([task.tensors for task in tasks], step.rows)
 
     def _divide(self, step: _Step, tensors: Tensors) -> list[dict[str, np.ndarray]]:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +37,7 @@ from splitonnx.runtime.server.policies.tasks import (
 )
 from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.runtime.storage.round_records import RoundRecord
+from splitonnx.states import check_finite_state
 
 
 class SharedSource(ModelSource, Protocol):
@@ -82,11 +84,14 @@ class SharedTraining:
             clock=clock,
         )
         self._write = record
+        self._specs = manifest.state
         self._recorded = rounds.newest
         self._durable: Adoptions = {} if rounds.newest is None else dict(rounds.newest.adoptions)
         self._due: deque[Delivery] = deque()  # that no task has caused
         self._owners: dict[str, str] = {}
         self._lost: set[str] = set()  # sessions whose steps were lost with the model
+        self._returned: set[str] = set()  # sessions that may have received a round's tensors
+        self._ends: dict[str, RoundRecord | None] = {}  # of sessions that leave: what they end with
         self._withdrawn: deque[TaskKey] = deque()
         self._lock = threading.Lock()  # of the model and its steps
         self._model: ServerModel | None = None
@@ -134,6 +139,8 @@ class SharedTraining:
             joined = Joined(owner=owner, step=adopted[0])
         else:
             joined = self._copies.join(hello, owner, resume=resume)
+            if hello.generation > 1 and joined.step == hello.start:
+                self._returned.add(session)
         self._owners[session] = joined.owner
         return replace(joined, is_shared=True, is_joint=self._steps.are_joint)
 
@@ -153,10 +160,11 @@ class SharedTraining:
         with self._working():
             self._require_whole(session)
             if phase == SHARE:
-                yield from self._answer(self._accept(self._coordinator.read(task)))
+                share = self._coordinator.read(task)
+                self._note_leaving(session, leaves=share.leaves)
+                yield from self._answer(self._accept(share))
             elif phase == TRAIN:
-                self._require_model()
-                self._drop_copy(session)  # of a client that returned when it had the tensors
+                self._require_adopted(session)
                 self._steps.add(task, self._clock())
             else:
                 yield from self._query(task)
@@ -182,6 +190,7 @@ class SharedTraining:
 
     def rewind(self, session: str, step: int) -> None:
         """Go back with a session, which repeats steps; the model keeps what it learned."""
+        self._note_leaving(session, leaves=False)
         self._coordinator.rewind(session, step)
         if session in self._copies.models:
             self._copies.rewind(session, step)
@@ -206,13 +215,14 @@ class SharedTraining:
             if not request.publish:
                 self._keep(session, step)
                 return
-            state = self._require_model().executor.state()
+            state = self._find_outcome(session)
         self._source.publish(state, step=step, session=session, owner=self._owners[session])
 
     def finish(self, session: str) -> None:
         """End a session for good; the rounds stop waiting for it, and forget it."""
         if session in self._copies.models:
             self._copies.finish(session)
+        self._note_leaving(session, leaves=False)
         self._coordinator.forget(session)
 
     def unload(self, session: str) -> None:
@@ -232,6 +242,8 @@ class SharedTraining:
         """Release what a session has; the rounds still wait for it, as it may return."""
         self._coordinator.withdraw(session)  # before its model, which the first round may choose
         self._drop_copy(session)
+        self._note_leaving(session, leaves=False)
+        self._returned.discard(session)
         self._lost.discard(session)
         if not self._coordinator.list_adopted(session):
             self._owners.pop(session, None)
@@ -277,6 +289,8 @@ class SharedTraining:
         """Yield the joined tensors for clients, which train the one model from now on."""
         model = self._model
         for answer in answers:
+            if answer.key.session in self._ends:
+                self._ends[answer.key.session] = self._recorded
             copy = self._drop_copy(answer.key.session)
             if copy is not None:
                 copy.remove_saved()
@@ -289,18 +303,44 @@ class SharedTraining:
         if model is None:
             first = max(sorted(answers, key=_name), key=lambda answer: answer.key.step)
             model = self._copies.models[first.key.session]
-        state = model.executor.state()
+        state, version = self._read_model(model)
         self._model = model  # not one that is lost
         owners = dict(self._owners)  # a copy, since sessions may come meanwhile
         return replace(
             joint,
-            tensors={**joint.tensors, **state},
-            version=model.version,
+            tensors={**state, **joint.tensors},
+            version=version,
             owners={name: owners[name] for name in joint.adoptions if name in owners},
         )
 
+    def _read_model(self, model: ServerModel) -> tuple[Mapping[str, np.ndarray], int]:
+        """Return the model's state and version; those of the newest round if it was lost just now.
+
+        The round is closed already, so that its clients cannot go back any more.
+        """
+        try:
+            return model.executor.state(), model.version
+        except WorkerLost:
+            if self._recorded is None:
+                raise
+            return self._recorded.tensors, self._recorded.version
+
+    def _note_leaving(self, session: str, *, leaves: bool) -> None:
+        """Note whether a session leaves; then its outcome is what it is answered with."""
+        self._ends.pop(session, None)
+        if leaves:
+            self._ends[session] = None
+
+    def _find_outcome(self, session: str) -> Mapping[str, np.ndarray]:
+        """Return the state that a client ended with, which others may have changed since."""
+        record = self._ends.get(session)
+        if record is None:
+            return self._require_model().executor.state()
+        return {spec.tensor.name: record.tensors[spec.tensor.name] for spec in self._specs}
+
     def _note_record(self, joint: RoundRecord) -> None:
         self._recorded = joint
+        check_finite_state(Path(f"round {joint.number}"), joint.tensors, self._specs)
         self._write(joint)
         self._durable = dict(joint.adoptions)
 
@@ -323,9 +363,19 @@ class SharedTraining:
             copy.close()
         return copy
 
+    def _require_adopted(self, session: str) -> None:
+        """Check that a session has received a round's tensors, as far as that is known."""
+        if session in self._copies.models and session not in self._returned:
+            raise RemoteProtocolError(
+                f"it trains before it has received the joined model: with the policy "
+                f"'{self._terms.policy}', a client shares before its first step"
+            )
+        self._require_model()
+        self._drop_copy(session)
+
     def _require_model(self) -> ServerModel:
         if self._model is None:
-            raise RemoteProtocolError("it trains before it has received the first round's tensors")
+            raise RemoteProtocolError("there is no joined model yet")
         return self._model
 
     def _restore_if_lost(self) -> None:
