@@ -160,8 +160,8 @@ class StepEnded(ProtocolError):
 
     def __str__(self) -> str:
         return (
-            f"step {self.step} was ended, because a client did not continue it in time, or it failed "
-            "for several clients together; it is repeated"
+            f"step {self.step} was ended, because a client did not continue it in time, or it "
+            "failed for several clients together; it is repeated"
         )
 
 

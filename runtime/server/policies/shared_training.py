@@ -14,17 +14,17 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from splitonnx.errors import ForeignSession, NotSaved, RemoteProtocolError, WorkerLost
+from splitonnx.errors import ForeignSession, RemoteProtocolError, WorkerLost
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import Hello, Save, TaskKey
 from splitonnx.names import SHARE, TRAIN
 from splitonnx.runtime.server.policies.joining.coordinators import Coordinator
-from splitonnx.runtime.server.policies.joining.rounds import Adoptions, Answer, Rounds, Share
+from splitonnx.runtime.server.policies.joining.kept_rounds import KeptRounds
+from splitonnx.runtime.server.policies.joining.rounds import Answer, Rounds, Share
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import ModelSource, PerClient
 from splitonnx.runtime.server.policies.shared_steps import SharedSteps
@@ -37,7 +37,6 @@ from splitonnx.runtime.server.policies.tasks import (
 )
 from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.runtime.storage.round_records import RoundRecord
-from splitonnx.states import check_finite_state
 
 
 class SharedSource(ModelSource, Protocol):
@@ -76,22 +75,18 @@ class SharedTraining:
         self._steps = steps
         self._terms = terms
         self._clock = clock
+        self._kept = KeptRounds(rounds.newest, specs=manifest.state, write=record)
         self._coordinator = Coordinator(
             rounds,
             manifest=manifest,
-            record=self._note_record,
+            record=self._kept.write,
             complete=self._complete,
             clock=clock,
         )
-        self._write = record
-        self._specs = manifest.state
-        self._recorded = rounds.newest
-        self._durable: Adoptions = {} if rounds.newest is None else dict(rounds.newest.adoptions)
         self._due: deque[Delivery] = deque()  # that no task has caused
         self._owners: dict[str, str] = {}
         self._lost: set[str] = set()  # sessions whose steps were lost with the model
         self._returned: set[str] = set()  # sessions that may have received a round's tensors
-        self._ends: dict[str, RoundRecord | None] = {}  # of sessions that leave: what they end with
         self._withdrawn: deque[TaskKey] = deque()
         self._lock = threading.Lock()  # of the model and its steps
         self._model: ServerModel | None = None
@@ -161,7 +156,7 @@ class SharedTraining:
             self._require_whole(session)
             if phase == SHARE:
                 share = self._coordinator.read(task)
-                self._note_leaving(session, leaves=share.leaves)
+                self._kept.note_leaving(session, leaves=share.leaves)
                 yield from self._answer(self._accept(share))
             elif phase == TRAIN:
                 self._require_adopted(session)
@@ -190,7 +185,7 @@ class SharedTraining:
 
     def rewind(self, session: str, step: int) -> None:
         """Go back with a session, which repeats steps; the model keeps what it learned."""
-        self._note_leaving(session, leaves=False)
+        self._kept.note_leaving(session, leaves=False)
         self._coordinator.rewind(session, step)
         if session in self._copies.models:
             self._copies.rewind(session, step)
@@ -213,16 +208,17 @@ class SharedTraining:
         with self._working():
             self._require_whole(session)
             if not request.publish:
-                self._keep(session, step)
+                adoptions = self._coordinator.list_adoptions()
+                self._kept.keep(session, step, adoptions=adoptions, owners=dict(self._owners))
                 return
-            state = self._find_outcome(session)
+            state = self._kept.find_end(session) or self._require_model().executor.state()
         self._source.publish(state, step=step, session=session, owner=self._owners[session])
 
     def finish(self, session: str) -> None:
         """End a session for good; the rounds stop waiting for it, and forget it."""
         if session in self._copies.models:
             self._copies.finish(session)
-        self._note_leaving(session, leaves=False)
+        self._kept.note_leaving(session, leaves=False)
         self._coordinator.forget(session)
 
     def unload(self, session: str) -> None:
@@ -242,7 +238,7 @@ class SharedTraining:
         """Release what a session has; the rounds still wait for it, as it may return."""
         self._coordinator.withdraw(session)  # before its model, which the first round may choose
         self._drop_copy(session)
-        self._note_leaving(session, leaves=False)
+        self._kept.note_leaving(session, leaves=False)
         self._returned.discard(session)
         self._lost.discard(session)
         if not self._coordinator.list_adopted(session):
@@ -289,8 +285,7 @@ class SharedTraining:
         """Yield the joined tensors for clients, which train the one model from now on."""
         model = self._model
         for answer in answers:
-            if answer.key.session in self._ends:
-                self._ends[answer.key.session] = self._recorded
+            self._kept.note_answer(answer.key.session)
             copy = self._drop_copy(answer.key.session)
             if copy is not None:
                 copy.remove_saved()
@@ -303,58 +298,15 @@ class SharedTraining:
         if model is None:
             first = max(sorted(answers, key=_name), key=lambda answer: answer.key.step)
             model = self._copies.models[first.key.session]
-        state, version = self._read_model(model)
+        state = model.executor.state()
         self._model = model  # not one that is lost
         owners = dict(self._owners)  # a copy, since sessions may come meanwhile
         return replace(
             joint,
-            tensors={**state, **joint.tensors},
-            version=version,
+            tensors={**joint.tensors, **state},
+            version=model.version,
             owners={name: owners[name] for name in joint.adoptions if name in owners},
         )
-
-    def _read_model(self, model: ServerModel) -> tuple[Mapping[str, np.ndarray], int]:
-        """Return the model's state and version; those of the newest round if it was lost just now.
-
-        The round is closed already, so that its clients cannot go back any more.
-        """
-        try:
-            return model.executor.state(), model.version
-        except WorkerLost:
-            if self._recorded is None:
-                raise
-            return self._recorded.tensors, self._recorded.version
-
-    def _note_leaving(self, session: str, *, leaves: bool) -> None:
-        """Note whether a session leaves; then its outcome is what it is answered with."""
-        self._ends.pop(session, None)
-        if leaves:
-            self._ends[session] = None
-
-    def _find_outcome(self, session: str) -> Mapping[str, np.ndarray]:
-        """Return the state that a client ended with, which others may have changed since."""
-        record = self._ends.get(session)
-        if record is None:
-            return self._require_model().executor.state()
-        return {spec.tensor.name: record.tensors[spec.tensor.name] for spec in self._specs}
-
-    def _note_record(self, joint: RoundRecord) -> None:
-        self._recorded = joint
-        check_finite_state(Path(f"round {joint.number}"), joint.tensors, self._specs)
-        self._write(joint)
-        self._durable = dict(joint.adoptions)
-
-    def _keep(self, session: str, step: int) -> None:
-        """Check that a step can be restored after a failure, and record it if it is not yet."""
-        adoptions = self._coordinator.list_adoptions()
-        if self._recorded is None or step not in dict(adoptions.get(session, ())):
-            raise NotSaved(
-                f"step {step}",
-                f"with the policy '{self._terms.policy}', only the end of a round can be restored",
-            )
-        if step not in dict(self._durable.get(session, ())):
-            owners = {name: owner for name, owner in self._owners.items() if name in adoptions}
-            self._note_record(replace(self._recorded, adoptions=adoptions, owners=owners))
 
     def _drop_copy(self, session: str) -> ServerModel | None:
         """Release a session's own model, if it has one; close it, unless all train it now."""
@@ -384,9 +336,9 @@ class SharedTraining:
         All sessions go back, and those that wait are told so.
         """
         lost = self._model
-        if lost is None or not lost.is_lost or self._recorded is None:
+        if lost is None or not lost.is_lost or self._kept.newest is None:
             return
-        self._model = self._source.restore(self._recorded.tensors, self._recorded.version)
+        self._model = self._source.restore(self._kept.newest.tensors, self._kept.newest.version)
         self._lost.update(self._owners)
         error = _describe_loss(lost.name)
         self._steps.interrupt(lost, error)
