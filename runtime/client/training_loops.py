@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from splitonnx.disclosures import list_labels
-from splitonnx.errors import StepsLost, UnusableData
+from splitonnx.errors import StepsLost, UnusableData, UsageError
 from splitonnx.names import EVALUATE, LOSS, ONE_MODEL, PREDICT, TRAIN
 from splitonnx.runtime.client.dataset_means import DatasetMeans
 from splitonnx.runtime.client.datasets import Batch, Dataset
@@ -57,6 +57,13 @@ class TrainingLoop:
             StepsLost: the lost steps were performed before this call, or steps are lost repeatedly.
             SplitonnxError: see :meth:`Client.fit`.
         """
+        policy = self._runner.terms.policy
+        if options.stopping is not None and policy in ONE_MODEL:
+            raise UsageError(
+                "early stopping goes back to the best state on both sides, and with the server's "
+                f"policy '{policy}' its model is also that of other clients; leave --early-stop "
+                "and --keep-best out, or train with another policy"
+            )
         history = History()
         first, position = self._executor.step, start
         farthest, returns = first, 0

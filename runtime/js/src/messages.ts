@@ -32,6 +32,9 @@ export const PROTOCOL = 2;
 export const REPLACED = 4001;
 /** The policy of a server that joins nothing. */
 export const PER_CLIENT = "per-client";
+
+/** Policies under which all clients train one model, so that only the end of a round can be restored. */
+export const ONE_MODEL: readonly string[] = ["splitfed-v2", "synchronous", "asynchronous"];
 /** Bytes.  A greeting lists every wire, some 200 bytes each. */
 export const MAX_HEADER = 1 << 20;
 

@@ -7,6 +7,7 @@
 import { LOSS } from "../engine/executors.js";
 import { StepsLost } from "../errors.js";
 import { EVALUATE, PREDICT, TRAIN, findPhase } from "../manifests.js";
+import { ONE_MODEL } from "../messages.js";
 import type { DataPosition } from "../storage/checkpoints.js";
 import type { NdArrays, TensorSpec } from "../tensors.js";
 import { DatasetMeans } from "./dataset_means.js";
@@ -137,7 +138,8 @@ export class TrainingLoop {
   ): Promise<DataPosition> {
     const dropLast = hasFixedRows(this.#dataOf(TRAIN));
     const { checkpointEvery, signal } = options;
-    const { joins } = this.#runner.terms;
+    const { joins, policy } = this.#runner.terms;
+    const every = ONE_MODEL.includes(policy) ? Infinity : (checkpointEvery ?? 1);
     let [number, skipped, isDue] = [0, position.batch, false];
     for await (const batch of options.training.batches({ ...position, dropLast })) {
       if (number++ < skipped) continue;
@@ -150,7 +152,7 @@ export class TrainingLoop {
       this.#checkCourse();
       if (joins) position = await this.#shareIfDue(position, record);
       const endsRound = joins && !position.unsharedSteps;
-      isDue = endsRound || record.step % (checkpointEvery ?? 1) === 0;
+      isDue = endsRound || record.step % every === 0;
       // before a leaving share, none is written of its step: it would be taken for the one after it
       if (isDue && !joins) await this.#keep(options, position);
       if (this.#isComplete(position) || signal?.aborted) break;
