@@ -1,0 +1,388 @@
+"""One model on the server for many clients: what equals what, and what no client can do."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.errors import StepEnded, UsageError, WorkerLost
+from splitonnx.messages import Fault, Hello, Message, Tensors, decode_message, encode_message
+from splitonnx.names import (
+    ASYNCHRONOUS,
+    CLIENT,
+    ONE_MODEL,
+    PER_CLIENT,
+    SERVER,
+    SHARE,
+    SPLITFED_V2,
+    SYNCHRONOUS,
+    TRAIN,
+)
+from splitonnx.optimizers import SGD
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.client.histories import StepRecord
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.dispatchers import Dispatcher
+from splitonnx.runtime.server.policies.model_makers import ModelMaker
+from splitonnx.runtime.server.policies.policy_options import PolicyOptions
+from splitonnx.runtime.server.policies.tasks import Delivery
+from splitonnx.runtime.server.registries import Registry
+from splitonnx.runtime.server.servers import Server
+from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
+from splitonnx.runtime.wire.protocols import list_wires
+from splitonnx.sharing import LEAVES, SAMPLES, list_joined, name_own
+from splitonnx.stopping import EarlyStopping
+from tests.support.zoo import ZOO
+
+ENTRY = ZOO["chain"]
+RATE = 0.1
+ROWS = 4
+ACTIVATION, GRADIENT = "act1@server", "act3@client_grad"
+
+
+SQUARES = ZOO["mse"]
+MOMENTUM = SGD(lr=RATE, momentum=0.9)
+
+
+def make_bundle() -> Bundle:
+    return cut(ENTRY.build(), at="act1", tail_at=("act3",), loss=ENTRY.loss, optimizer=MOMENTUM)
+
+
+class Table:
+    """A server and raw clients around it; time stands until it is set."""
+
+    def __init__(self, policy: str, *, clients: int = 2, bundle: Bundle | None = None) -> None:
+        self.bundle = bundle or make_bundle()
+        joins = PolicyOptions(name=policy, clients_min=clients, round_timeout=60.0)
+        assert self.bundle.server is not None
+        executor = Executor(self.bundle.server, Engine(threads=1))
+        self.registry = Registry(executor, joins=joins)
+        self.guests = [Guest(self, f"{number:x}" * 32) for number in range(clients)]
+        for guest in self.guests:
+            guest.share(0, samples=0)
+        assert all(len(guest.heard) == 1 for guest in self.guests)
+        for guest in self.guests:
+            guest.heard.clear()
+
+    def pass_on(self, delivery: Delivery) -> None:
+        for guest in self.guests:
+            if guest.session == delivery.key.session:
+                guest.take(delivery)
+
+    def tick(self, now: float = 0.0) -> None:
+        for delivery in self.registry.policy.tick(now):
+            self.pass_on(delivery)
+
+    @property
+    def version(self) -> int:
+        model = self.registry.policy._model  # type: ignore[attr-defined]
+        return int(model.version)
+
+
+class Guest:
+    """A client by hand, which may send anything; ``heard`` are the replies and its own errors."""
+
+    def __init__(self, table: Table, session: str, *, generation: int = 1) -> None:
+        self.session, self._table = session, table
+        self.heard: list[tuple[Message, dict[str, np.ndarray]]] = []
+        self._dispatcher = Dispatcher(table.registry, pass_on=table.pass_on)
+        self._party = table.bundle.parties[CLIENT]
+        hello = Hello(
+            digest=self._party.manifest.digest,
+            session=session,
+            generation=generation,
+            step=0,
+            is_open=True,
+            can_share=True,
+            wires=list_wires(self._party.manifest),
+        )
+        self._say(hello)
+        self.heard.clear()
+
+    @property
+    def error(self) -> Exception | None:
+        return self._dispatcher.refused
+
+    def again(self) -> Guest:
+        """Return the client on a new connection."""
+        guest = Guest(self._table, self.session, generation=2)
+        self._table.guests[self._table.guests.index(self)] = guest
+        return guest
+
+    def take(self, delivery: Delivery) -> None:
+        self._hear(self._dispatcher.take(delivery))
+
+    def train(self, turn: int, *, rate: float = RATE, **tensors: np.ndarray) -> None:
+        """Send a message of the step 0, with arrays by the names of wires."""
+        message = msgspec.structs.replace(self._make(TRAIN, 0), turn=turn, learning_rate=rate)
+        self._say(message, tensors)
+
+    def share(self, step: int, *, samples: int) -> None:
+        state = self._party.state()
+        tensors = {name_own(name): state[name] for name in list_joined(self._party.manifest)}
+        counts = {SAMPLES: np.array(samples), LEAVES: np.array(0)}
+        self._say(self._make(SHARE, step), {**tensors, **counts})
+
+    def _say(self, message: Message, tensors: dict[str, np.ndarray] | None = None) -> None:
+        content = b"".join(encode_message(message, tensors or {}))
+        self._hear(self._dispatcher.handle(content))
+
+    def _hear(self, replies: Iterator[list[bytes]]) -> None:
+        for reply in replies:
+            message, tensors = decode_message(b"".join(reply))
+            self.heard.append((message, {n: np.array(array) for n, array in tensors.items()}))
+
+    def _make(self, phase: str, step: int) -> Tensors:
+        return Tensors(
+            session=self.session,
+            phase=phase,
+            step=step,
+            micro_batch=0,
+            turn=0,
+            seed=0,
+            learning_rate=RATE,
+        )
+
+
+def activation(value: float = 1.0) -> dict[str, np.ndarray]:
+    return {ACTIVATION: np.full((ROWS, 7), value, np.float32)}
+
+
+def gradient(value: float = 0.1) -> dict[str, np.ndarray]:
+    return {GRADIENT: np.full((ROWS, 6), value, np.float32)}
+
+
+def test_a_client_that_sends_other_tensors_fails_alone() -> None:
+    table = Table(SYNCHRONOUS)
+    wrong, honest = table.guests
+    wrong.train(0, **gradient())
+    honest.train(0, **activation())
+    assert isinstance(honest.error, StepEnded)
+    assert isinstance(wrong.error, StepEnded)
+    honest = honest.again()
+    honest.train(0, **activation())
+    honest.train(1, **gradient())
+    assert [message.turn for message, _ in honest.heard] == [0, 1]
+    assert table.version == 1
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first", "last"])
+def test_a_client_whose_loss_is_not_finite_fails_alone(order: tuple[int, int]) -> None:
+    bundle = cut(SQUARES.build(), at="act0", loss=SQUARES.loss, optimizer=MOMENTUM)
+    sent = {w.tensor.name: w.tensor for w in bundle.client.manifest.phase(TRAIN).wires}
+    del sent["act0@server_grad"], sent["loss"]
+    good, bad = (
+        {name: np.full((ROWS, *spec.shape[1:]), value, np.float32) for name, spec in sent.items()}
+        for value in (0.1, 3e38)
+    )
+    table = Table(SYNCHRONOUS, bundle=bundle)
+    for number in order:
+        table.guests[number].train(0, **(good if number else bad))
+    assert all(isinstance(guest.error, StepEnded) for guest in table.guests)
+    wrong, honest = table.guests[0].again(), table.guests[1].again()
+    wrong.train(0, **bad)
+    (fault, _) = wrong.heard[-1]
+    assert isinstance(fault, Fault)
+    assert fault.code == "NotFinite"
+    honest.train(0, **good)
+    assert honest.error is None
+    assert table.version == 1
+
+
+def test_only_the_client_with_another_learning_rate_is_refused() -> None:
+    table = Table(SYNCHRONOUS, clients=3)
+    wrong, *others = table.guests
+    wrong.train(0, rate=5.0, **activation())
+    for guest in others:
+        guest.train(0, **activation())
+    (fault, _) = wrong.heard[-1]
+    assert isinstance(fault, Fault)
+    assert "its learning rate 5 differs" in fault.reason
+    for guest in others:
+        guest.train(1, **gradient())
+        assert guest.error is None
+    assert table.version == 1
+
+
+def test_a_client_cannot_fill_the_memory_of_a_step_that_waits() -> None:
+    table = Table(SYNCHRONOUS)
+    greedy, other = table.guests
+    greedy.train(0, **activation())
+    other.train(0, **activation())
+    greedy.train(1, **gradient())
+    greedy.train(2, **gradient())
+    (fault, _) = greedy.heard[-1]
+    assert isinstance(fault, Fault)
+    assert f"'{GRADIENT}' twice" in fault.reason
+    table.tick()
+    assert isinstance(other.error, StepEnded)
+
+
+def test_a_client_that_has_not_received_the_model_cannot_train_it() -> None:
+    table = Table(SPLITFED_V2)
+    stranger = Guest(table, "f" * 32)
+    stranger.train(0, **activation())
+    (fault, _) = stranger.heard[-1]
+    assert isinstance(fault, Fault)
+    assert "before it has received the joined model" in fault.reason
+    assert table.version == 0
+
+
+@pytest.mark.parametrize("policy", sorted(ONE_MODEL))
+def test_whoever_waits_for_a_lost_model_is_told(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = Table(policy)
+    waiting, _ = table.guests
+    if policy != SYNCHRONOUS:
+        waiting.train(0, **activation())
+        waiting.train(1, **gradient())
+        if policy == ASYNCHRONOUS:
+            return  # nobody waits for a round
+        waiting.share(1, samples=ROWS)
+    else:
+        waiting.train(0, **activation())
+    lost = table.registry.policy._model  # type: ignore[attr-defined]
+    kind = type(lost)
+    is_lost = property(lambda model: model is lost)
+    monkeypatch.setattr(kind, "is_lost", is_lost)
+    table.tick()
+    assert isinstance(waiting.error, WorkerLost)
+    assert table.version == 0
+    again = waiting.again()
+    assert again.error is None
+
+
+def fit(
+    folder: Path, url: str, data: Mapping[str, np.ndarray], *, epochs: int = 1, save: bool = False
+) -> dict[str, np.ndarray]:
+    """Train a copy of a bundle's client, and return its state."""
+    with Client(PartyBundle.load(folder / CLIENT), url, threads=1, share=True) as client:
+        client.fit(data, epochs=epochs, batch_size=ROWS, shuffle=False, save=save)
+        return client.state()
+
+
+def serve(folder: Path, policy: str, *, clients: int = 1) -> Server:
+    options = PolicyOptions(name=policy, clients_min=clients, round_timeout=20.0)
+    return Server(PartyBundle.load(folder / SERVER), port=0, threads=1, policy=options)
+
+
+def read_outcome(folder: Path) -> dict[str, np.ndarray]:
+    return dict(PartyBundle.load(folder / SERVER).state())
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Write a bundle to a folder."""
+    make_bundle().save(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_one_client_of_splitfed_v2_trains_as_alone(tmp_path: Path) -> None:
+    data, states, outcomes = ENTRY.data(5 * ROWS), [], []
+    for policy in (PER_CLIENT, SPLITFED_V2, SYNCHRONOUS):
+        folder = tmp_path / policy
+        make_bundle().save(folder)
+        with serve(folder, policy) as server:
+            states.append(fit(folder, server.url, data, epochs=2, save=True))
+        outcomes.append(read_outcome(folder))
+    for found in (states, outcomes):
+        for other in found[1:]:
+            assert other.keys() == found[0].keys()
+            for name, array in other.items():
+                np.testing.assert_array_equal(array, found[0][name], err_msg=name)
+
+
+def test_a_share_moves_the_joined_part_by_its_weight(home: Path) -> None:
+    """With one client, each share is based on the newest model, and moves it by 0.6 of the way."""
+    data = ENTRY.data(ROWS)
+    with serve(home, ASYNCHRONOUS) as server:
+        found = fit(home, server.url, data)
+    start = make_bundle().client.state()
+    with serve(home, PER_CLIENT) as server:
+        trained = fit(home, server.url, data)
+    for name in list_joined(make_bundle().client.manifest):
+        expected = 0.4 * start[name].astype(float) + 0.6 * trained[name].astype(float)
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1e-7, err_msg=name)
+        assert not np.array_equal(found[name], trained[name])
+
+
+def test_a_client_that_leaves_first_publishes_what_it_left_with(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records: dict[int, dict[str, np.ndarray]] = {}
+    write = RoundRecords.write
+
+    def keep(self: RoundRecords, record: RoundRecord) -> None:
+        records[record.number] = {name: np.array(array) for name, array in record.tensors.items()}
+        write(self, record)
+
+    monkeypatch.setattr(RoundRecords, "write", keep)
+    data, left, longer = ENTRY.data(2 * ROWS), threading.Event(), threading.Event()
+    publish = ModelMaker.publish
+
+    def publish_late(self: ModelMaker, *arguments: Any, **more: Any) -> None:
+        if not left.is_set():
+            left.set()
+            assert longer.wait(30)  # until the other one has trained on
+        publish(self, *arguments, **more)
+
+    def train_longer(client: Client, url: str) -> None:
+        def notice(record: StepRecord) -> None:
+            if record.step == 6:
+                assert left.wait(30)
+            if record.step == 9:
+                longer.set()
+
+        client.fit(
+            data, epochs=5, batch_size=ROWS, shuffle=False, on_step=notice, checkpoint_every=None
+        )
+
+    monkeypatch.setattr(ModelMaker, "publish", publish_late)
+    with (
+        serve(home, SPLITFED_V2, clients=2) as server,
+        Client(make_bundle().client, server.url, threads=1, share=True) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        longest = pool.submit(train_longer, other, server.url)
+        state = fit(home, server.url, data, epochs=2, save=True)
+        longest.result()
+    own = list_joined(make_bundle().client.manifest)
+    (number,) = [
+        number
+        for number, tensors in records.items()
+        if all(np.array_equal(tensors[name_own(name)], state[name]) for name in own)
+    ]
+    assert number < max(records)
+    for name, array in read_outcome(home).items():
+        np.testing.assert_array_equal(array, records[number][name], err_msg=name)
+
+
+def test_early_stopping_is_refused_with_why(home: Path) -> None:
+    data = ENTRY.data(ROWS)
+    with (
+        serve(home, SPLITFED_V2) as server,
+        Client(PartyBundle.load(home / CLIENT), server.url, share=True) as client,
+        pytest.raises(UsageError, match=r"policy 'splitfed-v2' its model is also that of other"),
+    ):
+        client.fit(data, epochs=1, eval_data=data, stopping=EarlyStopping(metric="loss", patience=1))
+
+
+def test_a_model_that_is_not_finite_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    table = Table(SPLITFED_V2, clients=1)
+    (guest,) = table.guests
+    guest.train(0, **activation())
+    guest.train(1, **gradient(3e38))
+    guest.share(1, samples=ROWS)
+    assert "round 1 is kept in memory alone" in caplog.text
+    assert "holds NaN or infinity" in caplog.text
