@@ -98,6 +98,11 @@ class Budget:
         """Return how many bytes of the shared memory are in use, not counting the reserve."""
         return sum(held.size for held in self._held.values() if not held.is_reserve)
 
+    @property
+    def holders(self) -> tuple[Task, ...]:
+        """Return the tasks that have memory."""
+        return tuple(self._held)
+
     def check(self, size: int) -> None:
         """Check that a task of ``size`` bytes is not too large for the budget.
 

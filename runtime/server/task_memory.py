@@ -6,14 +6,14 @@ The budget divides memory among owners, and the estimates compute how much a tas
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Hashable, Iterator
+from contextlib import contextmanager, suppress
 
-from splitonnx.errors import ConnectionLost
+from splitonnx.errors import ConnectionLost, ServerBusy, TaskTooLarge
 from splitonnx.messages import Tensors
-from splitonnx.names import PREDICT, SHARE, TRAIN
+from splitonnx.names import PREDICT, SHARE, SYNCHRONOUS, TRAIN
 from splitonnx.runtime.edge.websockets import Peer
-from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS
+from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS, Task
 from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.wire.close_codes import RESTART
@@ -45,12 +45,14 @@ class TaskMemory:
         """Reserve ``needed`` bytes for a message's task.
 
         The first message of a task waits until the memory is available, the connection ends or the
-        server stops.  Later messages do not wait.
+        server stops.  Later messages do not wait.  Clients whose batches make one step have their
+        memory at the same time; a client that gets none because all others wait for it is refused.
 
         Raises:
             ConnectionLost: the connection ended or the server is stopping; the message is dropped.
             ServerBusy: the task needs more memory for a later message than is left.
-            TaskTooLarge: the task needs more memory than the limit allows.
+            TaskTooLarge: the task, or those of a joint step together, need more memory than the
+                limit allows.
         """
         budget, task = self._context.budget, (session.id, message.phase)
         if budget is None or message.phase == SHARE:  # a share runs no stage
@@ -58,6 +60,11 @@ class TaskMemory:
         if message.turn > 0:  # the task has its memory already, or is not open
             budget.extend(task, owner, needed)
             return
+        is_joint = message.phase == TRAIN and self._is_joint
+        if is_joint:
+            with suppress(ServerBusy):  # other tasks may end, unless they wait for this one
+                budget.extend(task, owner, needed)
+                return
         # A task that begins again and needs more memory loses what it has, so it is aborted.
         if budget.lacks(task, owner, needed):
             session.give_up(message.phase)
@@ -66,6 +73,8 @@ class TaskMemory:
             with self.letting_go(session):
                 while not granted.done() and not (self._gone.done() or self._stopping.done()):
                     self._context.give_up_idle()
+                    if is_joint and self._await_this_one(budget.holders):
+                        raise TaskTooLarge(budget.used + needed, budget.total)
                     await asyncio.wait(
                         (granted, self._gone, self._stopping),
                         timeout=IDLE_SECONDS / 10,
@@ -78,6 +87,16 @@ class TaskMemory:
             if self._stopping.done():
                 await self._peer.close(RESTART, "the server restarts")
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
+
+    @property
+    def _is_joint(self) -> bool:
+        """Return whether the batches of several clients make one training step."""
+        return self._context.registry.policy.terms().policy == SYNCHRONOUS
+
+    def _await_this_one(self, holders: Collection[Task]) -> bool:
+        """Return whether all tasks that have memory wait for other clients."""
+        waiting = {found.id for found in self._context.registry.sessions if found.awaits_others}
+        return all(name in waiting for name, _ in holders)
 
     def settle(self, session: Session | None) -> None:
         """Release the memory of finished tasks, and mark open tasks as idle."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,11 @@ import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle, PartyBundle
-from splitonnx.errors import StepEnded, UsageError, WorkerLost
+from splitonnx.errors import StepEnded, TaskTooLarge, UsageError, WorkerLost
 from splitonnx.messages import Fault, Hello, Message, Tensors, decode_message, encode_message
 from splitonnx.names import (
     ASYNCHRONOUS,
     CLIENT,
-    ONE_MODEL,
     PER_CLIENT,
     SERVER,
     SHARE,
@@ -31,7 +31,9 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.histories import StepRecord
 from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.server.dispatchers import Dispatcher
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
@@ -238,7 +240,7 @@ def test_a_client_that_has_not_received_the_model_cannot_train_it() -> None:
     assert table.version == 0
 
 
-@pytest.mark.parametrize("policy", sorted(ONE_MODEL))
+@pytest.mark.parametrize("policy", [SPLITFED_V2, SYNCHRONOUS])
 def test_whoever_waits_for_a_lost_model_is_told(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,8 +249,6 @@ def test_whoever_waits_for_a_lost_model_is_told(
     if policy != SYNCHRONOUS:
         waiting.train(0, **activation())
         waiting.train(1, **gradient())
-        if policy == ASYNCHRONOUS:
-            return  # nobody waits for a round
         waiting.share(1, samples=ROWS)
     else:
         waiting.train(0, **activation())
@@ -375,7 +375,25 @@ def test_early_stopping_is_refused_with_why(home: Path) -> None:
         Client(PartyBundle.load(home / CLIENT), server.url, share=True) as client,
         pytest.raises(UsageError, match=r"policy 'splitfed-v2' its model is also that of other"),
     ):
-        client.fit(data, epochs=1, eval_data=data, stopping=EarlyStopping(metric="loss", patience=1))
+        client.fit(
+            data, epochs=1, eval_data=data, stopping=EarlyStopping(metric="loss", patience=1)
+        )
+
+
+def test_a_client_whose_batch_does_not_fit_beside_the_others_is_refused(home: Path) -> None:
+    homes = [home, home.with_name("other")]
+    shutil.copytree(home, homes[1])
+    party = PartyBundle.load(home / SERVER)
+    options = PolicyOptions(name=SYNCHRONOUS, clients_min=2, round_timeout=3.0)
+    one = Estimates(party.manifest, party.graphs).measure(TRAIN, {"N": ROWS})
+    data, limits = ENTRY.data(ROWS), Limits(task_bytes=one * 3 // 2)
+    with (
+        Server(party, port=0, threads=1, policy=options, limits=limits) as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        fits = [pool.submit(fit, homes[n], server.url, data) for n in range(2)]
+        ends = [fit.exception() for fit in fits]  # the other one trains on without it
+    assert {type(end) for end in ends} == {TaskTooLarge, type(None)}
 
 
 def test_a_model_that_is_not_finite_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
