@@ -4,199 +4,92 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
-from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.bundles import PartyBundle
 from splitonnx.errors import StepEnded, TaskTooLarge, UsageError, WorkerLost
-from splitonnx.messages import Fault, Hello, Message, Tensors, decode_message, encode_message
+from splitonnx.messages import Fault
 from splitonnx.names import (
     ASYNCHRONOUS,
     CLIENT,
     PER_CLIENT,
     SERVER,
-    SHARE,
     SPLITFED_V2,
     SYNCHRONOUS,
     TRAIN,
 )
-from splitonnx.optimizers import SGD
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.histories import StepRecord
-from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.estimates import Estimates
-from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.limits import Limits
-from splitonnx.runtime.server.dispatchers import Dispatcher
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
-from splitonnx.runtime.server.policies.tasks import Delivery
-from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
-from splitonnx.runtime.wire.protocols import list_wires
-from splitonnx.sharing import LEAVES, SAMPLES, list_joined, name_own
+from splitonnx.sharing import list_joined, name_own
 from splitonnx.stopping import EarlyStopping
+from tests.support.one_model import (
+    ACTIVATION,
+    ENTRY,
+    GRADIENT,
+    MOMENTUM,
+    ROWS,
+    Guest,
+    Table,
+    activation,
+    gradient,
+    make_bundle,
+)
 from tests.support.zoo import ZOO
-
-ENTRY = ZOO["chain"]
-RATE = 0.1
-ROWS = 4
-ACTIVATION, GRADIENT = "act1@server", "act3@client_grad"
-
-
-SQUARES = ZOO["mse"]
-MOMENTUM = SGD(lr=RATE, momentum=0.9)
-
-
-def make_bundle() -> Bundle:
-    return cut(ENTRY.build(), at="act1", tail_at=("act3",), loss=ENTRY.loss, optimizer=MOMENTUM)
-
-
-class Table:
-    """A server and raw clients around it; time stands until it is set."""
-
-    def __init__(self, policy: str, *, clients: int = 2, bundle: Bundle | None = None) -> None:
-        self.bundle = bundle or make_bundle()
-        joins = PolicyOptions(name=policy, clients_min=clients, round_timeout=60.0)
-        assert self.bundle.server is not None
-        executor = Executor(self.bundle.server, Engine(threads=1))
-        self.registry = Registry(executor, joins=joins)
-        self.guests = [Guest(self, f"{number:x}" * 32) for number in range(clients)]
-        for guest in self.guests:
-            guest.share(0, samples=0)
-        assert all(len(guest.heard) == 1 for guest in self.guests)
-        for guest in self.guests:
-            guest.heard.clear()
-
-    def pass_on(self, delivery: Delivery) -> None:
-        for guest in self.guests:
-            if guest.session == delivery.key.session:
-                guest.take(delivery)
-
-    def tick(self, now: float = 0.0) -> None:
-        for delivery in self.registry.policy.tick(now):
-            self.pass_on(delivery)
-
-    @property
-    def version(self) -> int:
-        model = self.registry.policy._model  # type: ignore[attr-defined]
-        return int(model.version)
-
-
-class Guest:
-    """A client by hand, which may send anything; ``heard`` are the replies and its own errors."""
-
-    def __init__(self, table: Table, session: str, *, generation: int = 1) -> None:
-        self.session, self._table = session, table
-        self.heard: list[tuple[Message, dict[str, np.ndarray]]] = []
-        self._dispatcher = Dispatcher(table.registry, pass_on=table.pass_on)
-        self._party = table.bundle.parties[CLIENT]
-        hello = Hello(
-            digest=self._party.manifest.digest,
-            session=session,
-            generation=generation,
-            step=0,
-            is_open=True,
-            can_share=True,
-            wires=list_wires(self._party.manifest),
-        )
-        self._say(hello)
-        self.heard.clear()
-
-    @property
-    def error(self) -> Exception | None:
-        return self._dispatcher.refused
-
-    def again(self) -> Guest:
-        """Return the client on a new connection."""
-        guest = Guest(self._table, self.session, generation=2)
-        self._table.guests[self._table.guests.index(self)] = guest
-        return guest
-
-    def take(self, delivery: Delivery) -> None:
-        self._hear(self._dispatcher.take(delivery))
-
-    def train(self, turn: int, *, rate: float = RATE, **tensors: np.ndarray) -> None:
-        """Send a message of the step 0, with arrays by the names of wires."""
-        message = msgspec.structs.replace(self._make(TRAIN, 0), turn=turn, learning_rate=rate)
-        self._say(message, tensors)
-
-    def share(self, step: int, *, samples: int) -> None:
-        state = self._party.state()
-        tensors = {name_own(name): state[name] for name in list_joined(self._party.manifest)}
-        counts = {SAMPLES: np.array(samples), LEAVES: np.array(0)}
-        self._say(self._make(SHARE, step), {**tensors, **counts})
-
-    def _say(self, message: Message, tensors: dict[str, np.ndarray] | None = None) -> None:
-        content = b"".join(encode_message(message, tensors or {}))
-        self._hear(self._dispatcher.handle(content))
-
-    def _hear(self, replies: Iterator[list[bytes]]) -> None:
-        for reply in replies:
-            message, tensors = decode_message(b"".join(reply))
-            self.heard.append((message, {n: np.array(array) for n, array in tensors.items()}))
-
-    def _make(self, phase: str, step: int) -> Tensors:
-        return Tensors(
-            session=self.session,
-            phase=phase,
-            step=step,
-            micro_batch=0,
-            turn=0,
-            seed=0,
-            learning_rate=RATE,
-        )
-
-
-def activation(value: float = 1.0) -> dict[str, np.ndarray]:
-    return {ACTIVATION: np.full((ROWS, 7), value, np.float32)}
-
-
-def gradient(value: float = 0.1) -> dict[str, np.ndarray]:
-    return {GRADIENT: np.full((ROWS, 6), value, np.float32)}
 
 
 def test_a_client_that_sends_other_tensors_fails_alone() -> None:
     table = Table(SYNCHRONOUS)
     wrong, honest = table.guests
-    wrong.train(0, **gradient())
-    honest.train(0, **activation())
+    wrong.train(0, gradient())
+    honest.train(0, activation())
     assert isinstance(honest.error, StepEnded)
     assert isinstance(wrong.error, StepEnded)
     honest = honest.again()
-    honest.train(0, **activation())
-    honest.train(1, **gradient())
-    assert [message.turn for message, _ in honest.heard] == [0, 1]
+    honest.train(0, activation())
+    honest.train(1, gradient())
+    assert [list(tensors) for _, tensors in honest.heard] == [
+        ["act3@client"],
+        [f"{ACTIVATION}_grad"],
+    ]
     assert table.version == 1
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first", "last"])
 def test_a_client_whose_loss_is_not_finite_fails_alone(order: tuple[int, int]) -> None:
-    bundle = cut(SQUARES.build(), at="act0", loss=SQUARES.loss, optimizer=MOMENTUM)
+    bundle = cut(ZOO["mse"].build(), at="act0", loss="mse", optimizer=MOMENTUM)
     sent = {w.tensor.name: w.tensor for w in bundle.client.manifest.phase(TRAIN).wires}
     del sent["act0@server_grad"], sent["loss"]
+    shapes = {
+        name: (ROWS, *(size for size in spec.shape[1:] if isinstance(size, int)))
+        for name, spec in sent.items()
+    }
     good, bad = (
-        {name: np.full((ROWS, *spec.shape[1:]), value, np.float32) for name, spec in sent.items()}
+        {name: np.full(shape, value, np.float32) for name, shape in shapes.items()}
         for value in (0.1, 3e38)
     )
     table = Table(SYNCHRONOUS, bundle=bundle)
     for number in order:
-        table.guests[number].train(0, **(good if number else bad))
+        table.guests[number].train(0, good if number else bad)
     assert all(isinstance(guest.error, StepEnded) for guest in table.guests)
     wrong, honest = table.guests[0].again(), table.guests[1].again()
-    wrong.train(0, **bad)
+    wrong.train(0, bad)
     (fault, _) = wrong.heard[-1]
     assert isinstance(fault, Fault)
     assert fault.code == "NotFinite"
-    honest.train(0, **good)
+    honest.train(0, good)
     assert honest.error is None
     assert table.version == 1
 
@@ -204,14 +97,14 @@ def test_a_client_whose_loss_is_not_finite_fails_alone(order: tuple[int, int]) -
 def test_only_the_client_with_another_learning_rate_is_refused() -> None:
     table = Table(SYNCHRONOUS, clients=3)
     wrong, *others = table.guests
-    wrong.train(0, rate=5.0, **activation())
+    wrong.train(0, activation(), rate=5.0)
     for guest in others:
-        guest.train(0, **activation())
+        guest.train(0, activation())
     (fault, _) = wrong.heard[-1]
     assert isinstance(fault, Fault)
     assert "its learning rate 5 differs" in fault.reason
     for guest in others:
-        guest.train(1, **gradient())
+        guest.train(1, gradient())
         assert guest.error is None
     assert table.version == 1
 
@@ -219,10 +112,10 @@ def test_only_the_client_with_another_learning_rate_is_refused() -> None:
 def test_a_client_cannot_fill_the_memory_of_a_step_that_waits() -> None:
     table = Table(SYNCHRONOUS)
     greedy, other = table.guests
-    greedy.train(0, **activation())
-    other.train(0, **activation())
-    greedy.train(1, **gradient())
-    greedy.train(2, **gradient())
+    greedy.train(0, activation())
+    other.train(0, activation())
+    greedy.train(1, gradient())
+    greedy.train(2, gradient())
     (fault, _) = greedy.heard[-1]
     assert isinstance(fault, Fault)
     assert f"'{GRADIENT}' twice" in fault.reason
@@ -233,7 +126,7 @@ def test_a_client_cannot_fill_the_memory_of_a_step_that_waits() -> None:
 def test_a_client_that_has_not_received_the_model_cannot_train_it() -> None:
     table = Table(SPLITFED_V2)
     stranger = Guest(table, "f" * 32)
-    stranger.train(0, **activation())
+    stranger.train(0, activation())
     (fault, _) = stranger.heard[-1]
     assert isinstance(fault, Fault)
     assert "before it has received the joined model" in fault.reason
@@ -247,11 +140,11 @@ def test_whoever_waits_for_a_lost_model_is_told(
     table = Table(policy)
     waiting, _ = table.guests
     if policy != SYNCHRONOUS:
-        waiting.train(0, **activation())
-        waiting.train(1, **gradient())
+        waiting.train(0, activation())
+        waiting.train(1, gradient())
         waiting.share(1, samples=ROWS)
     else:
-        waiting.train(0, **activation())
+        waiting.train(0, activation())
     lost = table.registry.policy._model  # type: ignore[attr-defined]
     kind = type(lost)
     is_lost = property(lambda model: model is lost)
@@ -399,8 +292,8 @@ def test_a_client_whose_batch_does_not_fit_beside_the_others_is_refused(home: Pa
 def test_a_model_that_is_not_finite_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     table = Table(SPLITFED_V2, clients=1)
     (guest,) = table.guests
-    guest.train(0, **activation())
-    guest.train(1, **gradient(3e38))
+    guest.train(0, activation())
+    guest.train(1, gradient(3e38))
     guest.share(1, samples=ROWS)
     assert "round 1 is kept in memory alone" in caplog.text
     assert "holds NaN or infinity" in caplog.text
