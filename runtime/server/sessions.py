@@ -340,7 +340,7 @@ class Session:
         if delivery.error is not None:
             raise delivery.error
         turn = self.ledger.turns - 1 if delivery.turn is None else delivery.turn
-        self._answered = turn + 1
+        self._answered = max(self._answered, delivery.handled)
         if delivery.tensors:
             reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
             answer = self.ledger.answer(encode(reply, delivery.tensors), turn)

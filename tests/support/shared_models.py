@@ -43,8 +43,12 @@ def step_task(
 
 
 def tell(deliveries: Iterable[Delivery]) -> list[tuple[str, str]]:
-    """Return of each delivery the session's first letter and what it is, in order."""
-    return [(delivery.key.session[0], _describe(delivery)) for delivery in deliveries]
+    """Return of each delivery the session's first letter and what it is, in order.
+
+    Those that only say that the step waits for its client are left out.
+    """
+    told = [(delivery.key.session[0], _describe(delivery)) for delivery in deliveries]
+    return [(session, what) for session, what in told if what]
 
 
 def _describe(delivery: Delivery) -> str:

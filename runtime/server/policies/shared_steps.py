@@ -221,15 +221,15 @@ class SharedSteps:
         self, model: ServerModel, step: _Step, outputs: Iterator[Tensors]
     ) -> Iterator[Delivery]:
         """Yield what the client waits for as soon as it is there."""
-        key, turn, is_answered = step.lead, step.turn - 1, False
+        key, turn = step.lead, step.turn - 1
         for tensors in outputs:
-            is_answered = True
             yield Delivery(key=key, version=model.version, tensors=tensors, turn=turn)
         is_done = model.finish(key)
         if is_done:
             self._close(step)
-        if is_done or not is_answered:
-            yield Delivery(key=key, version=model.version, is_last=is_done, turn=turn)
+        yield Delivery(
+            key=key, version=model.version, is_last=is_done, turn=turn, handled=step.turn
+        )
 
     def _answer_all(self, model: ServerModel, step: _Step, outputs: list[Tensors]) -> None:
         """Remember what the clients wait for once all stages have run.
@@ -249,7 +249,14 @@ class SharedSteps:
             ]
             last = own[-1] if own else {}
             self._due.append(
-                Delivery(key=key, version=model.version, tensors=last, is_last=is_done, turn=turn)
+                Delivery(
+                    key=key,
+                    version=model.version,
+                    tensors=last,
+                    is_last=is_done,
+                    turn=turn,
+                    handled=step.turn,
+                )
             )
 
     def _join(self, step: _Step, tasks: list[Task]) -> Tensors:

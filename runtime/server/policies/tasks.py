@@ -36,7 +36,9 @@ class Delivery:
     ``key`` is the task's key as it was submitted.  ``version`` is the number of updates that led to
     the model with which the tensors were computed.  ``is_last`` means that the task is finished and
     its changes to the model are committed.  ``error`` is why the task ended without that.  ``turn``
-    is the number of the submission that it answers, by default the newest one.
+    is the number of the submission that it answers, by default the newest one.  ``handled`` is how
+    many of the task's submissions were handled whole, if others decide when, and 0 if it is not
+    known.
     """
 
     key: TaskKey
@@ -45,6 +47,7 @@ class Delivery:
     is_last: bool = False
     error: SplitonnxError | None = None
     turn: int | None = None
+    handled: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

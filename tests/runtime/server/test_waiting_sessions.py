@@ -132,6 +132,8 @@ def test_between_two_messages_of_a_step_its_client_is_waited_for() -> None:
     scene.say(0)
     part = Delivery(key=end().key, version=0, tensors=GRADIENT)
     assert scene.take(part) == [REPLY]
+    assert scene.session.awaits_others  # more may come without the client
+    assert scene.take(Delivery(key=end().key, version=0, handled=1)) == []
     assert not scene.session.awaits_others
     scene.say(0, turn=1)
     assert scene.session.awaits_others
@@ -256,6 +258,18 @@ def test_a_share_may_come_before_the_step_has_ended_too() -> None:
     assert scene.script.tasks[-1] == TaskKey(ANN, SHARE, 1, 0)
 
 
+def test_a_client_that_sends_a_whole_step_again_at_once_may_share_after_it() -> None:
+    """Another client's thread runs both messages, and says after each what it has handled."""
+    scene = Scene(is_joint=False)
+    scene.say(0)
+    scene.say(0, turn=1)
+    scene.take(Delivery(key=end().key, version=0, tensors=GRADIENT))
+    scene.take(Delivery(key=end().key, version=0, handled=1))
+    assert scene.say(1, phase=SHARE) == []
+    scene.take(end())
+    assert scene.script.tasks[-1] == TaskKey(ANN, SHARE, 1, 0)
+
+
 def test_only_one_message_is_parked() -> None:
     scene = Scene()
     scene.say(0)
@@ -362,7 +376,7 @@ def test_what_answers_an_earlier_connection_s_message_is_sent_when_the_client_re
     scene.greet(0)  # the client was killed, and begins the step anew
     assert scene.say(0) == []
     key = TaskKey(ANN, TRAIN, 0, 0)
-    assert scene.take(Delivery(key=key, version=0, tensors=GRADIENT, turn=0)) == [
+    assert scene.take(Delivery(key=key, version=0, tensors=GRADIENT, turn=0, handled=1)) == [
         "train 0 reply 0: h.grad"
     ]
     last = Delivery(key=key, version=1, tensors=GRADIENT, turn=1, is_last=True)
@@ -377,7 +391,7 @@ def test_a_step_waits_for_its_client_once_all_its_messages_are_answered() -> Non
     key = TaskKey(ANN, TRAIN, 0, 0)
     for turn in (0, 1):
         scene.say(0, turn=turn)
-    scene.take(Delivery(key=key, version=0, tensors=GRADIENT, turn=0))
+    scene.take(Delivery(key=key, version=0, tensors=GRADIENT, turn=0, handled=1))
     assert scene.session.awaits_others
-    scene.take(Delivery(key=key, version=0, turn=1))
+    scene.take(Delivery(key=key, version=0, turn=1, handled=2))
     assert not scene.session.awaits_others
