@@ -96,14 +96,24 @@ class SharedSteps:
                 raise RemoteProtocolError(f"it sent '{min(again)}' twice in a step")
         queue.append(task)
 
-    def run(self, model: ServerModel, awaited: Collection[str], now: float) -> Iterator[Delivery]:
+    def run(
+        self,
+        model: ServerModel,
+        awaited: Collection[str],
+        now: float,
+        *,
+        cause: TaskKey | None = None,
+    ) -> Iterator[Delivery]:
         """Run what is ready, and yield each delivery as soon as it is.
 
         A joint step waits for the sessions ``awaited``.  If a step fails, its clients receive the
-        error.  If the caller stops early, because its own client's delivery is an error, the others
-        are yielded the next time.
+        error; the one whose message was the ``cause`` is last, as it asks for nothing after that.
+        If the caller stops early, the others are yielded the next time.
         """
         while True:
+            ends = [due for due in self._due if due.key == cause and due.error is not None]
+            self._due = deque(due for due in self._due if due not in ends)
+            self._due.extend(ends)
             while self._due:
                 yield self._due.popleft()
             step = self._find_ready(awaited, now)

@@ -164,7 +164,7 @@ class SharedTraining:
             else:
                 yield from self._query(task)
             if phase in (TRAIN, SHARE) and self._model is not None:
-                yield from self._run_steps(self._model)
+                yield from self._run_steps(self._model, task.key)
 
     def withdraw(self, key: TaskKey) -> None:
         """Abort a task that is not finished, without waiting for one that runs."""
@@ -265,9 +265,10 @@ class SharedTraining:
         again = self._coordinator.find_received(share) if self._steps.are_joint else None
         return self._coordinator.add(share) if again is None else [again]
 
-    def _run_steps(self, model: ServerModel) -> Iterator[Delivery]:
+    def _run_steps(self, model: ServerModel, cause: TaskKey | None = None) -> Iterator[Delivery]:
         """Run the steps that are ready; whoever a joint step did not wait for is no longer due."""
-        yield from self._steps.run(model, self._coordinator.list_awaited(), self._clock())
+        awaited = self._coordinator.list_awaited()
+        yield from self._steps.run(model, awaited, self._clock(), cause=cause)
         for session in self._steps.take_left_out():
             self._coordinator.stop_waiting(session)
 

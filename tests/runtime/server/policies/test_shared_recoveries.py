@@ -116,7 +116,7 @@ def test_only_the_end_of_a_round_can_be_saved() -> None:
     scene.begin(ANN, BOB)
     save(scene, ANN, 0)
     scene.train(ANN, 0)
-    with pytest.raises(NotSaved, match="'splitfed-v2', only the end of a round can be restored"):
+    with pytest.raises(NotSaved, match="only the end of a round can be restored"):
         save(scene, ANN, 1)
     scene.train(BOB, 0)
     for session in (ANN, BOB):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import RemoteProtocolError, StageFailed, StepEnded, WorkerLost
+from splitonnx.errors import StageFailed, StepEnded, WorkerLost
 from splitonnx.names import SERVER
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.server.policies.joint_batches import BatchLayout
@@ -283,14 +283,18 @@ def test_without_a_timeout_a_joint_step_waits_forever() -> None:
     assert tell(scene.run()) == []
 
 
-def test_two_learning_rates_in_one_joint_step_are_refused_and_the_first_still_waits() -> None:
+def test_a_learning_rate_that_most_others_do_not_have_is_refused_and_the_others_train() -> None:
     scene = Scene(tiny.split_bundle(), joint=True)
-    scene.submit(step_task(ANN, draw(0), rate=0.1))
-    with pytest.raises(
-        RemoteProtocolError, match=r"its learning rate 0.2 differs .* client's, 0.1"
-    ):
-        scene.submit(step_task(BOB, draw(1), rate=0.2))
-    assert len(scene.submit(step_task(BOB, draw(1), rate=0.1))) == 2
+    scene.awaited = {ANN, BOB, EVE}
+    for session, rate in ((ANN, 0.2), (BOB, 0.1)):
+        assert tell(scene.submit(step_task(session, draw(0), rate=rate))) == []
+    told = dict(tell(scene.submit(step_task(EVE, draw(1), rate=0.1))))
+    assert told == {
+        "a": "RemoteProtocolError",
+        "b": "h.grad loss done",
+        "e": "h.grad loss done",
+    }
+    assert scene.steps.take_left_out() == {ANN}
 
 
 def fail(model: ServerModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,14 +304,16 @@ def fail(model: ServerModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "run", run)
 
 
-def test_a_joint_step_that_fails_is_told_all_its_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_joint_step_that_fails_is_repeated_by_its_clients_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     scene = Scene(tiny.split_bundle(), joint=True)
     scene.say(ANN, draw(0))
     fail(scene.model, monkeypatch)
-    assert sorted(scene.say(BOB, draw(1))) == [("a", "StageFailed"), ("b", "StageFailed")]
+    assert sorted(scene.say(BOB, draw(1))) == [("a", "StepEnded"), ("b", "StepEnded")]
+    assert scene.say(ANN, draw(0)) == [("a", "StageFailed")]
     monkeypatch.undo()
-    scene.say(ANN, draw(0))
-    assert len(scene.say(BOB, draw(1))) == 2
+    assert scene.say(BOB, draw(1)) == [("b", "h.grad loss done")]
     assert scene.model.version == 1
 
 
@@ -324,7 +330,7 @@ def test_what_a_caller_does_not_take_is_delivered_the_next_time(
     deliveries = scene.steps.run(scene.model, scene.awaited, 0.0)
     taken = tell([next(deliveries)])
     deliveries.close()  # type: ignore[attr-defined]
-    told = "StageFailed" if fails else "h.grad loss done"
+    told = "StepEnded" if fails else "h.grad loss done"
     assert sorted(taken + tell(scene.run())) == [("a", told), ("b", told)]
     assert tell(scene.run()) == []
 
@@ -358,8 +364,8 @@ def test_of_a_joint_step_only_those_that_are_silent_are_named(u_shaped: Bundle) 
     scene.say(BOB, first(1))
     scene.now = 5.0
     scene.say(BOB, second(), turn=1)
-    assert scene.steps.end_if_silent(scene.model, 14.9) == ()
-    assert scene.steps.end_if_silent(scene.model, 15.0) == (ANN,)
+    assert scene.steps.end_if_silent(scene.model, 9.9) == ()
+    assert scene.steps.end_if_silent(scene.model, 10.0) == (ANN,)
     assert sorted(tell(scene.run())) == [("a", "StepEnded"), ("b", "StepEnded")]
 
 

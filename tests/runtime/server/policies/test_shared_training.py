@@ -26,7 +26,7 @@ def test_before_the_first_round_each_client_predicts_with_its_own_model_and_trai
     scene.join(ANN)
     weights = tiny.WEIGHTS["W2"]
     np.testing.assert_allclose(scene.predict(ANN), draw(0)["h"] @ weights, rtol=1e-5)
-    with pytest.raises(RemoteProtocolError, match="before it has received the first round"):
+    with pytest.raises(RemoteProtocolError, match="before it has received the joined model"):
         scene.train(ANN, 0)
     assert scene.policy.report_members()[ANN].round is None
 
