@@ -32,6 +32,7 @@ from splitonnx.runtime.server.operations.session_statuses import SessionStatus
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
 
+MOST_PARKED = 8  # messages that a client may send before what its earlier ones wait for
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
 
 _logger = logging.getLogger("splitonnx.server")
@@ -54,7 +55,7 @@ class Session:
         self._saved = joined.step
         self._joined = joined
         self._held: deque[Delivery] = deque()
-        self._parked: tuple[Tensors, Mapping[str, np.ndarray], Fingerprint] | None = None
+        self._parked: deque[tuple[Tensors, Mapping[str, np.ndarray], Fingerprint]] = deque()
         self._answered = self._heard = 0  # messages of the running step, see :meth:`_answer_step`
         self._is_closed = False
         self._running: TaskKey | None = None
@@ -126,7 +127,8 @@ class Session:
         """
         if hello.generation <= self.generation:
             raise StaleConnection(hello.generation, self.generation)
-        self._parked, self._heard = None, 0
+        self._parked.clear()
+        self._heard = 0
         self.give_up(SHARE)  # the client shares again, on the new connection
         is_open = hello.is_open or self._joined.is_joint
         if self.ledger.suits(hello.step, is_open=is_open, can_repeat=hello.can_repeat):
@@ -166,10 +168,11 @@ class Session:
             RemoteProtocolError, StepConflict: the message is not allowed now.
             DataError, StageFailed: the task cannot be carried out.
         """
-        if self.awaits_others and message.key != self._running:
-            if self._parked is not None:
+        is_new = message.key != self._running or message.turn >= self.ledger.turns
+        if is_new and self.awaits_others:  # whose results come first
+            if len(self._parked) == MOST_PARKED:
                 raise RemoteProtocolError("it goes on before its step has ended")
-            self._parked = (message, tensors, fingerprint)  # others are not done
+            self._parked.append((message, tensors, fingerprint))
             return
         while self._held:  # what came while the client was away
             list(self.take(self._held.popleft(), encode))
@@ -210,8 +213,7 @@ class Session:
     def take(self, delivery: Delivery, encode: Encoder) -> Iterator[Reply | Delivery]:
         """Yield the reply that a delivery, which another session yielded, has for this client.
 
-        Nothing is yielded if the client no longer waits for it.  If the client did not wait for the
-        end of its step, its next message is handled, too.
+        Nothing is yielded if the client does not wait for it.  What it sent meanwhile is handled.
 
         Raises:
             SplitonnxError: the error that ended the client's task.
@@ -222,9 +224,8 @@ class Session:
         elif running is not None and delivery.key == running:
             assert self._message is not None  # it began the running step
             yield from self._answer_step(self._message, delivery, encode)
-        parked, self._parked = self._parked, None
-        if parked is not None:
-            yield from self.handle_training(*parked, encode)
+        while self._parked and not self.awaits_others:
+            yield from self.handle_training(*self._parked.popleft(), encode)
 
     def save(self, message: Save) -> Saved | Unsaved:
         """Write a durable checkpoint and, if requested, the outcome of the training.
@@ -278,7 +279,7 @@ class Session:
     def abandon(self) -> None:
         """Abort every unfinished task and discard its changes to the state."""
         self._held.clear()
-        self._parked = None
+        self._parked.clear()
         for phase in self.open_phases:
             self.give_up(phase)
         self.ledger.abandon()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class Table:
     ) -> None:
         self.sharers: dict[str, Sharer] = {}
         self._folder = folder
+        self._passed: deque[Delivery] = deque()
         self._joins = PolicyOptions(
             name=policy, clients_min=clients, quorum=quorum or clients, round_timeout=60.0
         )
@@ -65,12 +67,18 @@ class Table:
 
     def tick(self) -> None:
         """Let every time be over."""
-        for delivery in self.registry.policy.tick(1e18):
-            self.pass_on(delivery)
+        self._passed += self.registry.policy.tick(1e18)
+        self.drain()
 
     def pass_on(self, delivery: Delivery) -> None:
-        """Give a delivery to the client that it is for."""
-        self.sharers[delivery.key.session].take(delivery)
+        """Keep a delivery for the client that it is for, as a server does while a thread works."""
+        self._passed.append(delivery)
+
+    def drain(self) -> None:
+        """Give the deliveries to the clients that they are for."""
+        while self._passed:
+            delivery = self._passed.popleft()
+            self.sharers[delivery.key.session].take(delivery)
 
     def read(self, session: str) -> dict[str, np.ndarray]:
         """Return the state of a session's copy at the server, after anything that is due."""
@@ -91,6 +99,7 @@ class Sharer:
         generation: int = 1,
         owner: str = "",
     ) -> None:
+        self._table = table
         self.session = session
         self.heard: list[dict[str, np.ndarray]] = []
         table.sharers[session] = self
@@ -112,7 +121,9 @@ class Sharer:
     ) -> list[tuple[Message, dict[str, np.ndarray]]]:
         """Send a message, whatever it is, and return the replies."""
         content = b"".join(encode_message(message, tensors or {}))
-        return [_read(reply) for reply in self.dispatcher.handle(content)]
+        replies = [_read(reply) for reply in self.dispatcher.handle(content)]
+        self._table.drain()
+        return replies
 
     def take(self, delivery: Delivery) -> None:
         """Hear what another client's share has caused."""

@@ -14,7 +14,7 @@ from splitonnx.names import PREDICT, SHARE, TRAIN
 from splitonnx.runtime.server.ledgers import Fingerprint, Reply
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
-from splitonnx.runtime.server.sessions import Session
+from splitonnx.runtime.server.sessions import MOST_PARKED, Session
 from tests.support.registries import ANN, BOB
 
 GRADIENT = {"h.grad": np.ones((2, 4), np.float32)}
@@ -259,23 +259,24 @@ def test_a_share_may_come_before_the_step_has_ended_too() -> None:
 
 
 def test_a_client_that_sends_a_whole_step_again_at_once_may_share_after_it() -> None:
-    """Another client's thread runs both messages, and says after each what it has handled."""
+    """Another client's thread runs the first message, whose reply comes before the second's."""
     scene = Scene(is_joint=False)
     scene.say(0)
-    scene.say(0, turn=1)
-    scene.take(Delivery(key=end().key, version=0, tensors=GRADIENT))
-    scene.take(Delivery(key=end().key, version=0, handled=1))
-    assert scene.say(1, phase=SHARE) == []
-    scene.take(end())
+    assert scene.say(0, turn=1) == scene.say(1, phase=SHARE) == []
+    assert scene.take(Delivery(key=end().key, version=0, tensors=GRADIENT)) == [REPLY]
+    scene.script.following = [[end()]]  # else its reply would come before that one
+    last = scene.take(Delivery(key=end().key, version=0, handled=1))
+    assert last == ["train 0 reply 1: h.grad"]
     assert scene.script.tasks[-1] == TaskKey(ANN, SHARE, 1, 0)
 
 
-def test_only_one_message_is_parked() -> None:
+def test_only_some_messages_are_parked() -> None:
     scene = Scene()
     scene.say(0)
-    scene.say(1)
+    for step in range(1, 1 + MOST_PARKED):
+        scene.say(step)
     with pytest.raises(RemoteProtocolError, match="it goes on before its step has ended"):
-        scene.say(2)
+        scene.say(1 + MOST_PARKED)
 
 
 @pytest.mark.parametrize("how", ["greeting", "error", "abandonment"])
