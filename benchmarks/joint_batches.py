@@ -6,7 +6,7 @@ of two processes.  With ``splitfed-v2``, the server makes a step for each client
 The script prints the samples per second of both, after the first step, and their ratio, and exits
 with 1 if it is below 2.
 
-    python -m benchmarks.joint_batches [--steps 30] [--pairs 3]
+    python benchmarks/joint_batches.py [--steps 30] [--pairs 3]
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from many_clients import serve
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks.many_clients import serve
 from splitonnx.names import SPLITFED_V2, SYNCHRONOUS
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
@@ -85,7 +85,7 @@ def measure(folder: Path, policy: str, steps: int) -> float:
     limits = [f"--max-{what}={CLIENTS}" for what in ("sessions", "sessions-per-token")]
     options = ["--policy", policy, "--clients-min", str(CLIENTS), *limits]
     with serve(folder / "server", options) as (_, url):
-        words = [sys.executable, "-m", "benchmarks.joint_batches", "--train"]
+        words = [sys.executable, __file__, "--train"]
         words += [str(folder / "client"), url, "--steps", str(steps)]
         trainers = [
             subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(PROCESSES)

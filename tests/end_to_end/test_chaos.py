@@ -291,17 +291,3 @@ def test_clients_that_train_one_model_through_cuts_and_kills_end_at_the_same_bit
     """The seed is one whose first faults are kills of each side."""
     together = ("--clients", "3", "--policy", "splitfed-v1")
     run_chaos(tmp_path, *together, "--seed", "79", "--cuts", "20", "--kills", "2")
-
-
-@pytest.mark.early
-@pytest.mark.skipif(os.name == "nt", reason="kill -9 is a signal of POSIX")
-@pytest.mark.parametrize("policy", ["synchronous", "asynchronous"])
-def test_clients_of_one_model_on_the_server_end_alike_through_cuts_and_kills(
-    tmp_path: Path, policy: str
-) -> None:
-    """The seed is one whose kills of a client come before those of the server.
-
-    A client that is killed while the server is down repeats a step that the recorded model has.
-    """
-    together = ("--clients", "3", "--policy", policy)
-    run_chaos(tmp_path, *together, "--seed", "4950", "--cuts", "10", "--kills", "1")

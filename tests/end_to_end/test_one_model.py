@@ -32,13 +32,13 @@ from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.servers import Server
+from splitonnx.runtime.server.sessions import MOST_PARKED
 from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
 from splitonnx.sharing import list_joined, name_own
 from splitonnx.stopping import EarlyStopping
 from tests.support.one_model import (
     ACTIVATION,
     ENTRY,
-    GRADIENT,
     MOMENTUM,
     ROWS,
     Guest,
@@ -114,11 +114,11 @@ def test_a_client_cannot_fill_the_memory_of_a_step_that_waits() -> None:
     greedy, other = table.guests
     greedy.train(0, activation())
     other.train(0, activation())
-    greedy.train(1, gradient())
-    greedy.train(2, gradient())
+    for turn in range(1, MOST_PARKED + 3):
+        greedy.train(turn, gradient())
     (fault, _) = greedy.heard[-1]
     assert isinstance(fault, Fault)
-    assert f"'{GRADIENT}' twice" in fault.reason
+    assert "it goes on before its step has ended" in fault.reason
     table.tick()
     assert isinstance(other.error, StepEnded)
 

@@ -372,27 +372,13 @@ def test_in_the_middle_of_a_joint_step_nothing_is_saved(step: int) -> None:
 def test_what_answers_an_earlier_connection_s_message_is_sent_when_the_client_repeats_it() -> None:
     scene = Scene()
     scene.greet(0)
-    for turn in (0, 1):  # both at once, as after a failure of the server
-        assert scene.say(0, turn=turn) == []
-    scene.greet(0)  # the client was killed, and begins the step anew
-    assert scene.say(0) == []
     key = TaskKey(ANN, TRAIN, 0, 0)
-    assert scene.take(Delivery(key=key, version=0, tensors=GRADIENT, turn=0, handled=1)) == [
-        "train 0 reply 0: h.grad"
-    ]
-    last = Delivery(key=key, version=1, tensors=GRADIENT, turn=1, is_last=True)
+    scene.say(0)
+    scene.take(Delivery(key=key, version=0, tensors=GRADIENT, turn=0, handled=1))
+    scene.say(0, turn=1)
+    scene.greet(0)  # the client was killed, and begins the step anew
+    assert scene.say(0) == ["train 0 reply 0: h.grad"]
+    last = Delivery(key=key, version=1, tensors=GRADIENT, turn=1, is_last=True, handled=2)
     assert scene.take(last) == []  # it has not sent the second message again
     assert scene.say(0, turn=1) == ["train 0 reply 1: h.grad"]
     assert scene.session.ledger.step == 1
-
-
-def test_a_step_waits_for_its_client_once_all_its_messages_are_answered() -> None:
-    scene = Scene()
-    scene.greet(0)
-    key = TaskKey(ANN, TRAIN, 0, 0)
-    for turn in (0, 1):
-        scene.say(0, turn=turn)
-    scene.take(Delivery(key=key, version=0, tensors=GRADIENT, turn=0, handled=1))
-    assert scene.session.awaits_others
-    scene.take(Delivery(key=key, version=0, turn=1, handled=2))
-    assert not scene.session.awaits_others
