@@ -32,7 +32,7 @@ from splitonnx.runtime.server.operations.session_statuses import SessionStatus
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
 
-MOST_PARKED = 8  # messages that a client may send before what its earlier ones wait for
+MOST_DEFERRED = 8  # messages that a client may send before what its earlier ones wait for
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
 
 _logger = logging.getLogger("splitonnx.server")
@@ -55,7 +55,7 @@ class Session:
         self._saved = joined.step
         self._joined = joined
         self._held: deque[Delivery] = deque()
-        self._parked: deque[tuple[Tensors, Mapping[str, np.ndarray], Fingerprint]] = deque()
+        self._deferred: deque[tuple[Tensors, Mapping[str, np.ndarray], Fingerprint]] = deque()
         self._answered = self._heard = 0  # messages of the running step, see :meth:`_answer_step`
         self._is_closed = False
         self._running: TaskKey | None = None
@@ -127,7 +127,7 @@ class Session:
         """
         if hello.generation <= self.generation:
             raise StaleConnection(hello.generation, self.generation)
-        self._parked.clear()
+        self._deferred.clear()
         self._heard = 0
         self.give_up(SHARE)  # the client shares again, on the new connection
         is_open = hello.is_open or self._joined.is_joint
@@ -170,9 +170,9 @@ class Session:
         """
         is_new = message.key != self._running or message.turn >= self.ledger.turns
         if is_new and self.awaits_others:  # whose results come first
-            if len(self._parked) == MOST_PARKED:
+            if len(self._deferred) == MOST_DEFERRED:
                 raise RemoteProtocolError("it goes on before its step has ended")
-            self._parked.append((message, tensors, fingerprint))
+            self._deferred.append((message, tensors, fingerprint))
             return
         while self._held:  # what came while the client was away
             list(self.take(self._held.popleft(), encode))
@@ -224,8 +224,8 @@ class Session:
         elif running is not None and delivery.key == running:
             assert self._message is not None  # it began the running step
             yield from self._answer_step(self._message, delivery, encode)
-        while self._parked and not self.awaits_others:
-            yield from self.handle_training(*self._parked.popleft(), encode)
+        while self._deferred and not self.awaits_others:
+            yield from self.handle_training(*self._deferred.popleft(), encode)
 
     def save(self, message: Save) -> Saved | Unsaved:
         """Write a durable checkpoint and, if requested, the outcome of the training.
@@ -279,7 +279,7 @@ class Session:
     def abandon(self) -> None:
         """Abort every unfinished task and discard its changes to the state."""
         self._held.clear()
-        self._parked.clear()
+        self._deferred.clear()
         for phase in self.open_phases:
             self.give_up(phase)
         self.ledger.abandon()

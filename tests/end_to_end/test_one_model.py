@@ -32,7 +32,7 @@ from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.servers import Server
-from splitonnx.runtime.server.sessions import MOST_PARKED
+from splitonnx.runtime.server.sessions import MOST_DEFERRED
 from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
 from splitonnx.sharing import list_joined, name_own
 from splitonnx.stopping import EarlyStopping
@@ -41,7 +41,7 @@ from tests.support.one_model import (
     ENTRY,
     MOMENTUM,
     ROWS,
-    Guest,
+    Member,
     Table,
     activation,
     gradient,
@@ -52,7 +52,7 @@ from tests.support.zoo import ZOO
 
 def test_a_client_that_sends_other_tensors_fails_alone() -> None:
     table = Table(SYNCHRONOUS)
-    wrong, honest = table.guests
+    wrong, honest = table.members
     wrong.train(0, gradient())
     honest.train(0, activation())
     assert isinstance(honest.error, StepEnded)
@@ -82,9 +82,9 @@ def test_a_client_whose_loss_is_not_finite_fails_alone(order: tuple[int, int]) -
     )
     table = Table(SYNCHRONOUS, bundle=bundle)
     for number in order:
-        table.guests[number].train(0, good if number else bad)
-    assert all(isinstance(guest.error, StepEnded) for guest in table.guests)
-    wrong, honest = table.guests[0].again(), table.guests[1].again()
+        table.members[number].train(0, good if number else bad)
+    assert all(isinstance(member.error, StepEnded) for member in table.members)
+    wrong, honest = table.members[0].again(), table.members[1].again()
     wrong.train(0, bad)
     (fault, _) = wrong.heard[-1]
     assert isinstance(fault, Fault)
@@ -96,25 +96,25 @@ def test_a_client_whose_loss_is_not_finite_fails_alone(order: tuple[int, int]) -
 
 def test_only_the_client_with_another_learning_rate_is_refused() -> None:
     table = Table(SYNCHRONOUS, clients=3)
-    wrong, *others = table.guests
+    wrong, *others = table.members
     wrong.train(0, activation(), rate=5.0)
-    for guest in others:
-        guest.train(0, activation())
+    for member in others:
+        member.train(0, activation())
     (fault, _) = wrong.heard[-1]
     assert isinstance(fault, Fault)
     assert "its learning rate 5 differs" in fault.reason
-    for guest in others:
-        guest.train(1, gradient())
-        assert guest.error is None
+    for member in others:
+        member.train(1, gradient())
+        assert member.error is None
     assert table.version == 1
 
 
 def test_a_client_cannot_fill_the_memory_of_a_step_that_waits() -> None:
     table = Table(SYNCHRONOUS)
-    greedy, other = table.guests
+    greedy, other = table.members
     greedy.train(0, activation())
     other.train(0, activation())
-    for turn in range(1, MOST_PARKED + 3):
+    for turn in range(1, MOST_DEFERRED + 3):
         greedy.train(turn, gradient())
     (fault, _) = greedy.heard[-1]
     assert isinstance(fault, Fault)
@@ -125,9 +125,9 @@ def test_a_client_cannot_fill_the_memory_of_a_step_that_waits() -> None:
 
 def test_a_client_that_has_not_received_the_model_cannot_train_it() -> None:
     table = Table(SPLITFED_V2)
-    stranger = Guest(table, "f" * 32)
-    stranger.train(0, activation())
-    (fault, _) = stranger.heard[-1]
+    outsider = Member(table, "f" * 32)
+    outsider.train(0, activation())
+    (fault, _) = outsider.heard[-1]
     assert isinstance(fault, Fault)
     assert "before it has received the joined model" in fault.reason
     assert table.version == 0
@@ -138,7 +138,7 @@ def test_whoever_waits_for_a_lost_model_is_told(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = Table(policy)
-    waiting, _ = table.guests
+    waiting, _ = table.members
     if policy != SYNCHRONOUS:
         waiting.train(0, activation())
         waiting.train(1, gradient())
@@ -291,9 +291,9 @@ def test_a_client_whose_batch_does_not_fit_beside_the_others_is_refused(home: Pa
 
 def test_a_model_that_is_not_finite_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     table = Table(SPLITFED_V2, clients=1)
-    (guest,) = table.guests
-    guest.train(0, activation())
-    guest.train(1, gradient(3e38))
-    guest.share(1, samples=ROWS)
+    (member,) = table.members
+    member.train(0, activation())
+    member.train(1, gradient(3e38))
+    member.share(1, samples=ROWS)
     assert "round 1 is kept in memory alone" in caplog.text
     assert "holds NaN or infinity" in caplog.text

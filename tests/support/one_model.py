@@ -49,17 +49,17 @@ class Table:
         assert self.bundle.server is not None
         executor = Executor(self.bundle.server, Engine(threads=1))
         self.registry = Registry(executor, joins=joins)
-        self.guests = [Guest(self, f"{number:x}" * 32) for number in range(clients)]
-        for guest in self.guests:
-            guest.share(0, samples=0)
-        assert all(len(guest.heard) == 1 for guest in self.guests)
-        for guest in self.guests:
-            guest.heard.clear()
+        self.members = [Member(self, f"{number:x}" * 32) for number in range(clients)]
+        for member in self.members:
+            member.share(0, samples=0)
+        assert all(len(member.heard) == 1 for member in self.members)
+        for member in self.members:
+            member.heard.clear()
 
     def pass_on(self, delivery: Delivery) -> None:
-        for guest in self.guests:
-            if guest.session == delivery.key.session:
-                guest.take(delivery)
+        for member in self.members:
+            if member.session == delivery.key.session:
+                member.take(delivery)
 
     def tick(self, now: float = 0.0) -> None:
         for delivery in self.registry.policy.tick(now):
@@ -71,7 +71,7 @@ class Table:
         return int(model.version)
 
 
-class Guest:
+class Member:
     """A client by hand, which may send anything; ``heard`` are the replies and its own errors."""
 
     def __init__(self, table: Table, session: str, *, generation: int = 1) -> None:
@@ -95,10 +95,10 @@ class Guest:
     def error(self) -> Exception | None:
         return self._dispatcher.refused
 
-    def again(self) -> Guest:
-        guest = Guest(self._table, self.session, generation=2)
-        self._table.guests[self._table.guests.index(self)] = guest
-        return guest
+    def again(self) -> Member:
+        member = Member(self._table, self.session, generation=2)
+        self._table.members[self._table.members.index(self)] = member
+        return member
 
     def take(self, delivery: Delivery) -> None:
         self._hear(self._dispatcher.take(delivery))

@@ -205,7 +205,7 @@ class SharedSteps:
     def _perform(self, model: ServerModel, step: _Step, now: float) -> Iterator[Delivery]:
         """Run the stages for which the clients' messages have arrived."""
         tasks = [self._arrived[key].popleft() for key in step.keys]
-        is_whole = False
+        has_ended = False
         try:
             if step.turn == 0:
                 first = tasks[0]
@@ -216,15 +216,15 @@ class SharedSteps:
                 yield from self._answer_one(model, step, outputs)
             else:
                 self._answer_all(model, step, list(outputs))
-            is_whole = True
+            has_ended = True
         except SplitonnxError as error:
-            is_whole = True
+            has_ended = True
             if len(step.keys) > 1 and not isinstance(error, (StageStopped, WorkerLost)):
                 self._apart = frozenset(step.keys)
                 error = StepEnded(step.lead.step)
             self._end(model, step, error)
         finally:
-            if not is_whole and self._step is step:  # a delivery could not be taken
+            if not has_ended and self._step is step:  # a delivery could not be taken
                 self._end(model, step, StepEnded(step.lead.step))
 
     def _answer_one(

@@ -1,4 +1,4 @@
-"""Sessions whose steps wait for other clients: what is held, what is parked, what is repeated."""
+"""Sessions whose steps wait for other clients: what is held, what is deferred, what is repeated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from splitonnx.names import PREDICT, SHARE, TRAIN
 from splitonnx.runtime.server.ledgers import Fingerprint, Reply
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
-from splitonnx.runtime.server.sessions import MOST_PARKED, Session
+from splitonnx.runtime.server.sessions import MOST_DEFERRED, Session
 from tests.support.registries import ANN, BOB
 
 GRADIENT = {"h.grad": np.ones((2, 4), np.float32)}
@@ -270,17 +270,17 @@ def test_a_client_that_sends_a_whole_step_again_at_once_may_share_after_it() -> 
     assert scene.script.tasks[-1] == TaskKey(ANN, SHARE, 1, 0)
 
 
-def test_only_some_messages_are_parked() -> None:
+def test_only_some_messages_are_deferred() -> None:
     scene = Scene()
     scene.say(0)
-    for step in range(1, 1 + MOST_PARKED):
+    for step in range(1, 1 + MOST_DEFERRED):
         scene.say(step)
     with pytest.raises(RemoteProtocolError, match="it goes on before its step has ended"):
-        scene.say(1 + MOST_PARKED)
+        scene.say(1 + MOST_DEFERRED)
 
 
 @pytest.mark.parametrize("how", ["greeting", "error", "abandonment"])
-def test_a_parked_message_is_forgotten_with_its_connection_or_its_step(how: str) -> None:
+def test_a_deferred_message_is_forgotten_with_its_connection_or_its_step(how: str) -> None:
     scene = Scene()
     scene.greet(0)
     scene.say(0)
