@@ -237,7 +237,7 @@ def test_what_is_held_for_a_step_that_was_given_up_is_dropped() -> None:
     assert scene.session.ledger.step == 0
 
 
-# --- parking ----------------------------------------------------------------------------------
+# --- deferring ----------------------------------------------------------------------------------
 
 
 def test_a_message_that_comes_before_the_step_has_ended_is_handled_when_it_has() -> None:
