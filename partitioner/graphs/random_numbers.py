@@ -9,7 +9,9 @@ Element ``i`` of a random tensor is ``mix(i, key, node)``, where ``mix`` is the 
 multiply uint32, so products are computed in 64 bits and truncated to 32
 bits.  One half of the key is used before the mixing and the other half within it.
 
-Only the random operators of the training form are replaced; the inference form is not changed.
+Only the random operators of the training form are computed from the key.  Those of the inference
+form, and those in bodies, are drawn by ONNX Runtime: :func:`correct_draws` writes in other
+operators what its kernels draw otherwise than ONNX says, or what would end the process.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import onnx_ir as ir
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
 from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.traversals import list_bodies
 
 _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
 """Multipliers of lowbias32, reduced modulo 2**32 so that products with a uint32 fit in int64."""
@@ -83,6 +86,97 @@ def draw_words(builder: NodeBuilder, key: ir.Value, name: str, shape: ir.Value) 
     return _typed(builder.op("Reshape", long(mixed), shape), ir.DataType.INT64)
 
 
+def correct_draws(graph: ir.Graph) -> None:
+    """Replace the random operators that ONNX Runtime draws wrongly, in place and in bodies too.
+
+    ONNX Runtime's Bernoulli draws 1 with probability ``1 - p``.  It is written as a comparison of
+    ``p`` with a RandomUniformLike, which keeps the node's name and seed.  A normal distribution of
+    scale 0, which would end the process, is written as its mean.
+
+    Raises:
+        UnsupportedModel: the scale of a normal distribution is below 0, or the bounds of a uniform
+            distribution are in the wrong order.
+    """
+    for node in list(graph):
+        for body in list_bodies(node):
+            correct_draws(body)
+        if node.op_type not in _DRAWS or node.domain:
+            continue
+        _check_distribution(node)
+        builder = NodeBuilder(f"{node.outputs[0].name}/drawn")
+        if node.op_type == "Bernoulli":
+            builder.replace(node, [_compare_with_uniform(builder, node)])
+        elif node.op_type in _NORMAL and node.attributes.get_float("scale", 1.0) == 0:
+            builder.replace(node, [_repeat_mean(builder, node)])
+
+
+def _check_distribution(node: ir.Node) -> None:
+    """Check the attributes of a normal or uniform distribution.
+
+    Raises:
+        UnsupportedModel: as :func:`correct_draws` says.
+    """
+    subject = f"node '{node.name}' ({node.op_type})"
+    if node.op_type in _NORMAL:
+        scale = node.attributes.get_float("scale", 1.0)
+        if not scale >= 0:  # NaN is refused too
+            raise UnsupportedModel(
+                subject,
+                f"its scale is {scale:g}, but a standard deviation is at least 0",
+                f"export the model with a scale of {abs(scale):g}, which draws the same numbers"
+                if scale < 0
+                else "export the model with a number as the scale",
+            )
+    elif node.op_type in _UNIFORM:
+        low, high = (node.attributes.get_float(*bound) for bound in (("low", 0.0), ("high", 1.0)))
+        if not low <= high:
+            raise UnsupportedModel(
+                subject,
+                f"it draws numbers from {low:g} to {high:g}, but 'low' is at most 'high'",
+                "export the model with the smaller number as 'low'",
+            )
+
+
+def _compare_with_uniform(builder: NodeBuilder, node: ir.Node) -> ir.Value:
+    """Build what a Bernoulli draws: 1 where a uniform number in [0, 1) is below ``p``, else 0."""
+    (p,) = node.inputs
+    assert p is not None
+    seed = node.attributes.get_float("seed", None)
+    drawn = builder.op(
+        "RandomUniformLike", p, dtype=_FLOAT.value, **({} if seed is None else {"seed": seed})
+    )
+    drawn.shape = p.shape
+    maker = _typed(drawn, _FLOAT).producer()
+    assert maker is not None
+    maker.name = node.name
+    chance = builder.cast(builder.detach(p), _FLOAT)
+    is_one = _typed(builder.op("Less", drawn, chance), ir.DataType.BOOL)
+    return builder.cast(is_one, _find_dtype(node))
+
+
+def _repeat_mean(builder: NodeBuilder, node: ir.Node) -> ir.Value:
+    """Build the mean of a normal distribution, in the shape of what would be drawn."""
+    mean = node.attributes.get_float("mean", 0.0)
+    dtype = _find_dtype(node)
+    filled = builder.op("Expand", builder.number(mean, dtype), _find_shape(builder, node))
+    return _typed(filled, dtype or _FLOAT)
+
+
+def _find_dtype(node: ir.Node) -> ir.DataType | None:
+    """Return the type of what a random operator draws: its ``dtype``, or else that of its input."""
+    declared = node.attributes.get_int("dtype", 0)
+    if declared:
+        return ir.DataType(declared)
+    return node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else _FLOAT
+
+
+def _find_shape(builder: NodeBuilder, node: ir.Node) -> ir.Value:
+    """Return the shape of a node's output, which is that of its input if it has an input."""
+    if node.inputs and node.inputs[0] is not None:
+        return builder.shape(node.inputs[0])
+    return builder.integers(node.attributes.get_ints("shape"))
+
+
 def seed_random_operators(graph: ir.Graph) -> None:
     """Replace every random operator, in place, with nodes that compute its numbers from the key.
 
@@ -114,9 +208,7 @@ class _Source:
 
     def shape(self) -> ir.Value:
         """Return the shape of the node's output, which is that of its input if it has an input."""
-        if self.node.inputs:
-            return self.builder.shape(self.x)
-        return self.builder.integers(self.node.attributes.get_ints("shape"))
+        return _find_shape(self.builder, self.node)
 
     def number(self, name: str, default: float) -> ir.Value:
         """Return a float attribute of the node as a scalar."""
@@ -208,6 +300,8 @@ def _draw_multinomial(source: _Source) -> ir.Value:
     return builder.op("Cast", builder.op("Min", count, most), to=declared)
 
 
+_NORMAL = frozenset({"RandomNormal", "RandomNormalLike"})
+_UNIFORM = frozenset({"RandomUniform", "RandomUniformLike"})
 _DRAWS: Mapping[str, Callable[[_Source], ir.Value]] = {
     "Bernoulli": _draw_bernoulli,
     "Multinomial": _draw_multinomial,

@@ -35,7 +35,7 @@ from splitonnx.partitioner.cutting.passes.ties import tie_weights
 from splitonnx.partitioner.cutting.passes.work import Fact, Pass, Work
 from splitonnx.partitioner.differentiation.control_flow import obstacles
 from splitonnx.partitioner.differentiation.derived.kept_outputs import name_kept_outputs
-from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
+from splitonnx.partitioner.graphs.random_numbers import correct_draws, seed_random_operators
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.tables import refuse_tables
 from splitonnx.partitioner.inference.declared_shapes import drop_declared_shapes
@@ -327,8 +327,8 @@ PASSES: Sequence[Pass] = (
         requires=_F.TYPED | _F.LIFTED | _F.FOLDED,
     ),
     Pass(
-        work="kept from wrong fusions",
-        run=_on_graph(prevent_wrong_fusions),
+        work="kept from wrong fusions and wrong draws",
+        run=_on_graph(prevent_wrong_fusions, correct_draws),
         requires=_F.TYPED | _F.PADDED,
     ),
     Pass(

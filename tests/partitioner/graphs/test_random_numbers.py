@@ -11,11 +11,17 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from splitonnx.bundles import Bundle
 from splitonnx.errors import UnsupportedModel
 from splitonnx.manifests import KEY
 from splitonnx.names import Target
-from splitonnx.partitioner.graphs.random_numbers import seed_random_operators
+from splitonnx.partitioner.graphs.random_numbers import correct_draws, seed_random_operators
+from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.verifications import verify
 from tests.support.derivatives import close_net
 from tests.support.zoo import Net
@@ -122,3 +128,165 @@ def test_a_multinomial_without_a_known_rank_is_refused() -> None:
     graph = ir.Graph(list(node.inputs), node.outputs, nodes=[node], opset_imports={"": 18})  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModel, match=r"'dice' \(Multinomial\): its input is not known"):
         seed_random_operators(graph)
+
+
+FLOAT = TensorProto.FLOAT
+
+
+def build_gated(gate: onnx.NodeProto, *more: onnx.NodeProto) -> onnx.ModelProto:
+    """Build a model whose output is what ``gate`` draws with the chances ``p``, plus zeros."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], "h"),
+        *more,
+        gate,
+        helper.make_node("Cast", ["gate"], ["float_gate"], "float", to=FLOAT),
+        helper.make_node("Mul", ["h", "zero"], ["still"], "still"),
+        helper.make_node("Add", ["still", "float_gate"], ["z"], "z"),
+        helper.make_node("MatMul", ["z", "v"], ["y"], "y"),
+    ]
+    random = np.random.default_rng(0)
+    stored = {
+        "w": random.standard_normal((3, 5)).astype(np.float32),
+        "v": np.eye(5, dtype=np.float32),
+        "zero": np.zeros((), np.float32),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "gated",
+        [
+            helper.make_tensor_value_info("x", FLOAT, ["N", 3]),
+            helper.make_tensor_value_info("p", FLOAT, ["N", 5]),
+        ],
+        [helper.make_tensor_value_info("y", FLOAT, ["N", 5])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def build_branches() -> onnx.ModelProto:
+    """Build the model with its Bernoulli in the branch of an If that is always taken."""
+    made = [helper.make_tensor_value_info("made", FLOAT, None)]
+    drawn = helper.make_node("Bernoulli", ["p"], ["made"], "draw")
+    other = helper.make_node("Identity", ["p"], ["made"], "pass")
+    chosen = helper.make_node(
+        "If", ["is_small"], ["gate"], "choice",
+        then_branch=helper.make_graph([drawn], "then", [], made),
+        else_branch=helper.make_graph([other], "else", [], made),
+    )  # fmt: skip
+    return build_gated(
+        chosen,
+        helper.make_node("ReduceMin", ["x"], ["least"], "least", keepdims=0),
+        helper.make_node("Less", ["least", "far"], ["is_small"], "less"),
+        helper.make_node("Constant", [], ["far"], "far", value_float=1e9),
+    )
+
+
+def open_client(bundle: Bundle) -> Client:
+    assert bundle.server is not None
+    link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
+    return Client(bundle.client, link, threads=1)
+
+
+def sort_constants_first(model: onnx.ModelProto) -> onnx.ModelProto:
+    nodes = sorted(model.graph.node, key=lambda node: node.op_type != "Constant")
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+CHANCES = np.array([0.0, 0.1, 0.5, 0.8, 1.0], np.float32)
+SAMPLES = 4000
+GATED = {
+    "Bernoulli": build_gated(helper.make_node("Bernoulli", ["p"], ["gate"], "draw")),
+    "with a seed": build_gated(helper.make_node("Bernoulli", ["p"], ["gate"], "draw", seed=3.0)),
+    "of truth values": build_gated(
+        helper.make_node("Bernoulli", ["p"], ["gate"], "draw", dtype=TensorProto.BOOL)
+    ),
+    "in a branch": sort_constants_first(build_branches()),
+}
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+@pytest.mark.parametrize("name", GATED)
+def test_a_bernoulli_follows_its_chances_in_every_phase(name: str, target: Target) -> None:
+    """As numpy draws; ONNX Runtime's own kernel draws 1 with probability 1 - p."""
+    model = GATED[name]
+    x = {"x": np.zeros((SAMPLES, 3), np.float32), "p": np.tile(CHANCES, (SAMPLES, 1))}
+    usual = np.random.default_rng(1).binomial(1, CHANCES, (SAMPLES, 5)).mean(0)
+    at = "z" if name == "in a branch" else ["h", "p"]  # at the client, or at the server
+    bundle = cut(model, at=at, loss="l1", client_target=target, server_target=target)
+    labels = np.zeros((SAMPLES, 5), np.float32)
+    with open_client(bundle) as client:
+        drawn = client.predict(x, batch_size=SAMPLES)["y"]
+        losses = [
+            client.evaluate({**x, "labels": labels}, batch_size=SAMPLES)["loss"],
+            client.step({**x, "labels": labels})["loss"],
+        ]
+    session = onnxruntime.InferenceSession(merge(bundle))
+    merged = session.run(None, x)[0]
+    for made in (drawn, merged):
+        np.testing.assert_array_equal(np.unique(made), [0, 1])
+        np.testing.assert_allclose(made.mean(0), usual, atol=0.05)
+        assert (made[:, 0] == 0).all()
+        assert (made[:, -1] == 1).all()
+    np.testing.assert_allclose(losses, usual.mean(), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes"),
+    [
+        ("RandomNormalLike", {"scale": 0.0, "mean": 2.5}),
+        ("RandomNormal", {"scale": 0.0, "mean": 2.5, "shape": [5]}),
+        ("RandomUniformLike", {"low": 2.5, "high": 2.5}),
+    ],
+)
+def test_noise_that_is_off_is_its_mean(kind: str, attributes: dict[str, Any]) -> None:
+    """ONNX Runtime's kernel ends the process at a scale of 0."""
+    inputs = ["p"] if kind.endswith("Like") else []
+    model = build_gated(helper.make_node(kind, inputs, ["gate"], "draw", **attributes))
+    bundle = cut(model, at="z", loss="l1")
+    x = {"x": np.zeros((4, 3), np.float32), "p": np.zeros((4, 5), np.float32)}
+    with open_client(bundle) as client:
+        np.testing.assert_array_equal(client.predict(x)["y"], np.full((4, 5), 2.5))
+        labels = np.zeros((4, 5), np.float32)
+        assert client.step({**x, "labels": labels})["loss"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "attributes", "message"),
+    [
+        ("RandomNormalLike", {"scale": -1.0}, "its scale is -1, .* a scale of 1, which draws"),
+        ("RandomNormalLike", {"scale": float("nan")}, "its scale is nan, .* with a number"),
+        ("RandomUniformLike", {"low": 2.0}, "from 2 to 1, .* the smaller number as 'low'"),
+    ],
+)
+@pytest.mark.parametrize("in_body", [False, True])
+def test_a_distribution_that_would_end_the_process_is_refused_by_name(
+    kind: str, attributes: dict[str, Any], message: str, in_body: bool
+) -> None:
+    node = helper.make_node(kind, ["p"], ["gate"], "draw", **attributes)
+    model = build_gated(node)
+    if in_body:
+        model = sort_constants_first(build_branches())
+        (choice,) = (node for node in model.graph.node if node.op_type == "If")
+        body = next(held.g for held in choice.attribute if held.name == "then_branch")
+        body.node[0].CopyFrom(node)
+        body.node[0].output[0] = "made"
+    with pytest.raises(UnsupportedModel, match=rf"node 'draw' \({kind}\): .*{message}"):
+        cut(model, at="z", loss="l1")
+
+
+def test_what_corrects_a_bernoulli_draws_what_the_key_gives_the_bernoulli() -> None:
+    """So that models train as they did, with the numbers of the node's name and seed."""
+    node = helper.make_node("Bernoulli", ["x"], ["y"], name="random", seed=2.0)
+    info = helper.make_tensor_value_info("x", FLOAT, ["N", 40])
+    graph = helper.make_graph([node], "random", [info], [onnx.ValueInfoProto(name="y")])
+    opsets = [helper.make_opsetid("", 18)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+    correct_draws(model.graph)
+    seed_random_operators(model.graph)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    chances = np.random.default_rng(0).random((500, 40), np.float32)
+    drawn = session.run(None, {"x": chances, KEY: np.array([1, 2, 3])})[0]
+    expected = draw("Bernoulli", 1, 2, 3, x=chances, seed=2.0)
+    np.testing.assert_array_equal(drawn, expected)
