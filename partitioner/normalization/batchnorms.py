@@ -64,6 +64,7 @@ def train_batchnorms(
     """
     successors: dict[str, ir.Value] = {}
     nodes = list_batchnorms(graph)
+    _unchain_statistics(nodes)
     if not (mode == "train" and has_others):
         _refuse_idle(mode, [list_names(node) for node in nodes])
     for node in nodes:
@@ -86,6 +87,32 @@ def train_batchnorms(
                 output.type, output.shape = statistic.type, statistic.shape
                 successors[statistic.name or ""] = output
     return {name: value.name or "" for name, value in successors.items()}
+
+
+def _unchain_statistics(nodes: Sequence[ir.Node]) -> None:
+    """Have nodes that read the statistics which another node updated read what that one reads.
+
+    Nodes that share stored statistics are handed on from one to the next again where they train.
+    """
+    for node in nodes:
+        for index in (3, 4):
+            statistic = node.inputs[index]
+            while statistic is not None and (made := _find_update(statistic, index)) is not None:
+                statistic = made.inputs[index]
+            if statistic is not node.inputs[index]:
+                node.replace_input_with(index, statistic)
+
+
+def _find_update(value: ir.Value, index: int) -> ir.Node | None:
+    """Return the node that updates the statistic at its input ``index`` to ``value``.
+
+    Copies of the updated statistic count.
+    """
+    node = value.producer()
+    while node is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+        value, node = node.inputs[0], node.inputs[0].producer()
+    is_norm = node is not None and node.op_type == "BatchNormalization" and not node.domain
+    return node if is_norm and value.index() == index - 2 else None
 
 
 def _copy_statistic(graph: ir.Graph, statistic: ir.Value, node: ir.Node | None, index: int) -> None:
@@ -178,6 +205,7 @@ def freeze_batchnorms(graph: ir.Graph) -> set[str]:
         read = [find_stored(value) for value in node.inputs[3:5] if value is not None]
         statistics.update(value.name or "" for value in read)
         with attribute_errors_to(node, "written as its formula"):
+            _keep_old_statistics(graph, node)
             _write_out(graph, node)  # removes the node's inputs
     return statistics
 
@@ -233,16 +261,21 @@ def use_running_statistics(graph: ir.Graph) -> None:
     """
     for node in list_batchnorms(graph):
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", 0)
-        for statistic, output in zip(node.inputs[3:5], node.outputs[1:3], strict=False):
-            if output.uses() or output.is_graph_output():
-                stand_in = ir.node("Identity", [statistic], name=f"{node.name}/{output.name}")
-                stand_in.outputs[0].type, stand_in.outputs[0].shape = output.type, output.shape
-                name, output.name = output.name, None
-                stand_in.outputs[0].name = name
-                ir.convenience.replace_nodes_and_values(
-                    graph, node, [], [stand_in], [output], [stand_in.outputs[0]]
-                )
-        node.resize_outputs(1)
+        _keep_old_statistics(graph, node)
+
+
+def _keep_old_statistics(graph: ir.Graph, node: ir.Node) -> None:
+    """Have readers of the statistics that a node updates read the old ones instead."""
+    for statistic, output in zip(node.inputs[3:5], node.outputs[1:3], strict=False):
+        if output.uses() or output.is_graph_output():
+            stand_in = ir.node("Identity", [statistic], name=f"{node.name}/{output.name}")
+            stand_in.outputs[0].type, stand_in.outputs[0].shape = output.type, output.shape
+            name, output.name = output.name, None
+            stand_in.outputs[0].name = name
+            ir.convenience.replace_nodes_and_values(
+                graph, node, [], [stand_in], [output], [stand_in.outputs[0]]
+            )
+    node.resize_outputs(1)
 
 
 def write_out_own_statistics(graph: ir.Graph, weights: Collection[str]) -> bool:

@@ -11,6 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from splitonnx.errors import UnsupportedModel, UsageError
 from splitonnx.names import BatchNormModes
+from splitonnx.optimizers import SGD
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.normalization.batchnorms import (
     NEXT,
@@ -21,6 +22,8 @@ from splitonnx.partitioner.normalization.batchnorms import (
     train_batchnorms,
     use_running_statistics,
 )
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.client.clients import Client
 from tests.support.zoo import FLOAT, Net
 
 
@@ -175,3 +178,92 @@ def build_bare() -> Net:
     net = Net()
     net.op("Relu", "x", out="y")
     return net
+
+
+MEAN, VARIANCE = np.array([0.5, -0.25, 0.0], np.float32), np.array([1.0, 0.5, 2.0], np.float32)
+
+
+def build_chained(*, copies: bool, are_outputs: bool) -> onnx.ModelProto:
+    """Build two calls of one module, whose second reads the statistics that the first updated."""
+    stored = {
+        "w": np.random.default_rng(0).normal(0, 1, (5, 3)).astype(np.float32),
+        "scale": np.array([1.0, 2.0, 0.5], np.float32),
+        "bias": np.array([0.0, 0.5, 1.0], np.float32),
+        "mean": MEAN,
+        "var": VARIANCE,
+    }
+    nodes, read = [], ["mean", "var"]
+    for place, name in enumerate("ab"):
+        nodes.append(helper.make_node("MatMul", [name, "w"], [f"h_{name}"], f"h_{name}"))
+        made = [f"mean_{name}", f"var_{name}"]
+        nodes.append(
+            helper.make_node(
+                "BatchNormalization", [f"h_{name}", "scale", "bias", *read], [f"n_{name}", *made],
+                f"norm_{name}", training_mode=1, momentum=0.75,
+            )
+        )  # fmt: skip
+        read = made
+        if copies and place == 0:
+            read = [f"copied_{one}" for one in made]
+            nodes += [
+                helper.make_node("Identity", [a], [b], b) for a, b in zip(made, read, strict=True)
+            ]
+    nodes.append(helper.make_node("Concat", ["n_a", "n_b"], ["y"], "y", axis=1))
+    updated = [helper.make_tensor_value_info(name, FLOAT, [3]) for name in read]
+    graph = helper.make_graph(
+        nodes,
+        "chained",
+        [helper.make_tensor_value_info(name, FLOAT, ["N", 5]) for name in "ab"],
+        [helper.make_tensor_value_info("y", FLOAT, ["N", 6]), *(updated if are_outputs else [])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def read_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {
+        one.name: np.asarray(onnx.numpy_helper.to_array(one), np.float64)
+        for one in model.graph.initializer
+    }
+
+
+@pytest.mark.parametrize("mode", [None, "train", "frozen"])
+@pytest.mark.parametrize(("copies", "are_outputs"), [(False, False), (True, False), (False, True)])
+def test_statistics_that_a_graph_hands_from_node_to_node_are_kept(
+    mode: BatchNormModes, copies: bool, are_outputs: bool
+) -> None:
+    """Computed with numpy: each call follows the one before it, or both use the stored ones."""
+    model = build_chained(copies=copies, are_outputs=are_outputs)
+    data = {k: np.random.default_rng(ord(k)).normal(1, 2, (8, 5)).astype(np.float32) for k in "ab"}
+    bundle = cut(
+        model, at=None, loss="mse", output="y", batchnorm=mode, optimizer=SGD(lr=1e-12), check=False
+    )
+    with Client(bundle.client, threads=1) as client:
+        client.step({**data, "labels": np.zeros((8, 6), np.float32)})
+        state, scores = client.state(), client.predict(data)["y"]
+    weights = read_weights(model)
+    mean, variance = MEAN.astype(np.float64), VARIANCE.astype(np.float64)
+    for values in data.values() if mode != "frozen" else ():
+        hidden = values @ weights["w"]
+        mean = 0.75 * mean + 0.25 * hidden.mean(0)
+        variance = 0.75 * variance + 0.25 * hidden.var(0)
+    np.testing.assert_allclose(state["mean"], mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state["var"], variance, rtol=1e-5)
+    expected = [
+        (values @ weights["w"] - mean) / np.sqrt(variance + 1e-5) * weights["scale"]
+        + weights["bias"]
+        for values in data.values()
+    ]
+    np.testing.assert_allclose(scores, np.concatenate(expected, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_that_are_computed_are_refused_with_a_mode_that_takes_them() -> None:
+    model = build_chained(copies=False, are_outputs=True)
+    model.graph.node[1].input[3] = "doubled"
+    model.graph.node.insert(0, helper.make_node("Add", ["mean", "mean"], ["doubled"], "double"))
+    with pytest.raises(UnsupportedModel, match=r"'doubled' .* train with --batchnorm frozen"):
+        cut(model, at=None, loss="mse", output="y", check=False)
+    bundle = cut(model, at=None, loss="mse", output="y", batchnorm="frozen", check=False)
+    data = {name: np.ones((2, 5), np.float32) for name in "ab"}
+    with Client(bundle.client, threads=1) as client:
+        client.step({**data, "labels": np.zeros((2, 6), np.float32)})
