@@ -28,6 +28,10 @@ _FINER_BITS = 0x1FFF
 """The bits of a float32 that neither float16 nor bfloat16 has."""
 _LEAST_EVIDENCE = 6
 """The number of equations, beyond those that define a formula, that its numbers must satisfy."""
+_SHORTEST = 4
+"""The number of steps of a series that reveals itself only if its numbers are nearly exact."""
+_EXACT = 1e-4
+"""The tolerance for such a series, relative to its step, unless its type has 16 bits."""
 _LEAST_PAIRED = 16
 """The number of sines and cosines that a single table has at least."""
 _LEAST_TURNED = 3
@@ -41,14 +45,17 @@ def describe_formula(tensor: ir.TensorProtocol) -> str | None:
 
     The description completes the sentence "its numbers are ...".
     """
-    if len(tensor.shape) == 0 or tensor.size < _LEAST_EVIDENCE:
+    if len(tensor.shape) == 0 or tensor.size < _SHORTEST:
         return None
     array = _read(tensor)
     sizes = np.abs(array)
-    if not np.isfinite(sizes).all() or ((sizes == sizes.min()) | (sizes == sizes.max())).all():
-        return None  # two sizes give no formula away
+    if not np.isfinite(sizes).all():
+        return None
     tolerance = _COARSE if _is_coarse(array) else _TOLERANCE
+    has_two_sizes = bool(((sizes == sizes.min()) | (sizes == sizes.max())).all())
     for words, test in _TESTS:
+        if has_two_sizes and test is not _are_evenly_spaced:
+            continue  # two sizes give away no other formula
         if test(array, tolerance):
             return words
     return None
@@ -255,24 +262,29 @@ def _are_triangles(filters: Array) -> bool:
 
 
 def _are_evenly_spaced(array: Array, tolerance: float) -> bool:
-    for columns in _list_sequences(array, 5):
+    for columns in _list_sequences(array, _SHORTEST):
         steps = np.diff(columns, axis=0)
         first = steps[:1]
-        if (len(columns) - 2) * (np.abs(first) > 0).sum() < 3 or not first.any():
+        if not first.any():
             continue
-        if np.abs(steps - first).max() <= tolerance / 5 * np.abs(first).max():
+        allowed = tolerance / 5 if len(columns) > _SHORTEST else _limit_short(tolerance)
+        if np.abs(steps - first).max() <= allowed * np.abs(first).max():
             return True
     return False
 
 
+def _limit_short(tolerance: float) -> float:
+    """Return the tolerance for a short series, relative to its step: few equations must do."""
+    return _COARSE / 5 if tolerance == _COARSE else _EXACT
+
+
 def _are_geometric(array: Array, tolerance: float) -> bool:
     """Return whether a vector is a geometric series, like the frequencies of a position table."""
-    if array.size != max(array.shape) or array.size < _LEAST_EVIDENCE or array.min() <= 0:
+    if array.size != max(array.shape) or array.min() <= 0:
         return False
     steps = np.diff(np.log(array.reshape(-1)))
-    return bool(
-        abs(steps[0]) > 1e-3 and np.abs(steps - steps[0]).max() <= tolerance * abs(steps[0])
-    )
+    allowed = tolerance if array.size >= _LEAST_EVIDENCE else _limit_short(tolerance)
+    return bool(abs(steps[0]) > 1e-3 and np.abs(steps - steps[0]).max() <= allowed * abs(steps[0]))
 
 
 def _are_slopes(array: Array, tolerance: float) -> bool:

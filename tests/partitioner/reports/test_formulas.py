@@ -94,6 +94,15 @@ COMPUTED: dict[str, tuple[Array, str]] = {
     "slopes of 12 heads times 3": (3 * make_slopes(12), "two joined geometric"),
     "coordinates": (np.stack(np.meshgrid(LINE, LINE))[None], "evenly spaced"),
     "line": (LINE, "evenly spaced"),
+    "line of 4": (np.linspace(0.5, 2, 4), "evenly spaced"),
+    "line of 5": (np.linspace(0.3, 1.7, 5), "evenly spaced"),
+    "grid of 4": (np.stack(np.meshgrid(LINE[::2], LINE[::2]))[None], "evenly spaced"),
+    "grid of 4, uneven": (
+        np.stack(np.meshgrid(np.linspace(-0.9, 0.9, 4), np.linspace(-0.83, 0.83, 4)), -1)[None],
+        "evenly spaced",
+    ),
+    "4 frequencies": (10000.0 ** (-np.arange(4) / 4), "geometric"),
+    "slopes of 4 heads": (make_slopes(4)[:, None, None], "geometric"),
 }
 WIDE = np.arange(70)[:, None] * 10000.0 ** (-np.arange(0, 1000, 2) / 1000)
 LARGE = {
@@ -127,7 +136,21 @@ def test_a_table_of_bfloat16_is_recognised() -> None:
     assert describe_formula(ir.tensor(array.astype(ml_dtypes.bfloat16))) is not None
 
 
-SHAPES = [(4, 4), (8,), (6,), (5, 2), (3, 3, 3, 3), (6, 1, 8), (2, 6), (16,), (12, 16), (40, 36)]
+SHAPES = [
+    (4,),
+    (5,),
+    (4, 2),
+    (4, 4),
+    (8,),
+    (6,),
+    (5, 2),
+    (3, 3, 3, 3),
+    (6, 1, 8),
+    (2, 6),
+    (16,),
+    (12, 16),
+    (40, 36),
+]
 DRAWS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Array]] = {
     "normal": lambda random, shape: random.standard_normal(shape),
     "uniform": lambda random, shape: random.random(shape),
@@ -150,7 +173,14 @@ def test_no_drawn_tensor_passes_for_computed(kind: str) -> None:
 def test_first_values_and_matrices_of_algebra_are_not_computed() -> None:
     random = np.random.default_rng(1)
     orthogonal = np.linalg.qr(random.standard_normal((16, 16)))[0]
-    for array in (np.zeros(8), np.ones((4, 4)), np.eye(16), orthogonal, np.array(3.0)):
+    for array in (
+        np.zeros(8),
+        np.ones((4, 4)),
+        np.array([0.1, 0.1, 0.1, 0.1, 0.2]),
+        np.eye(16),
+        orthogonal,
+        np.array(3.0),
+    ):
         assert describe_formula(ir.tensor(array.astype(np.float32))) is None
 
 
