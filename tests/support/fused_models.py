@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,17 @@ def run_stock(model: onnx.ModelProto, data: Arrays) -> list[np.ndarray]:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
     return [np.asarray(array) for array in session.run(None, dict(data))]
+
+
+def optimize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return what ONNX Runtime's optimizer makes of a model, with fused operators."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.log_severity_level = 3  # it warns that the file is for this machine only
+    with TemporaryDirectory() as folder:
+        options.optimized_model_filepath = f"{folder}/optimized.onnx"
+        onnxruntime.InferenceSession(model.SerializeToString(), options)
+        return onnx.load(options.optimized_model_filepath)
 
 
 def run_written(model: onnx.ModelProto, data: Arrays) -> list[np.ndarray]:

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, take_input, take_inputs
 from splitonnx.partitioner.normalization.fused.operands import find_dtype, refuse, take_optional
+
+_PREFIX = "activation_"
+_OF_PRODUCTS: Mapping[str, tuple[str, ...]] = {
+    "Celu": ("alpha",),
+    "Elu": ("alpha",),
+    "HardSigmoid": ("alpha", "beta"),
+    "LeakyRelu": ("alpha",),
+    "Relu": (),
+    "Selu": ("alpha", "gamma"),
+    "Sigmoid": (),
+    "Softplus": (),
+    "Softsign": (),
+    "Tanh": (),
+    "ThresholdedRelu": ("alpha",),
+}
+"""The activations that ONNX Runtime fuses into a matrix product, and their attributes."""
 
 
 def write_gelu(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:
@@ -50,17 +67,17 @@ def write_activation(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> ir
     Return ``value`` itself if the node has no activation.
 
     Raises:
-        UnsupportedModel: there is no formula for the activation.
+        UnsupportedModel: there is no formula for the activation, or an attribute of it is missing.
     """
     kind = node.attributes.get_string("activation", "")
-    attribute = node.attributes.get("activation_params")
-    given = list(attribute.as_floats()) if attribute is not None else []
-    if "activation_alpha" in node.attributes:
-        given = [node.attributes.get_float("activation_alpha", 0.0)]
-    if kind in ("Relu", "Sigmoid", "Tanh"):
-        return builder.op(kind, value)
     if kind == "":
         return value
+    if node.op_type == "FusedGemm":
+        return _activate_product(builder, node, kind, value)
+    attribute = node.attributes.get("activation_params")
+    given = list(attribute.as_floats()) if attribute is not None else []
+    if kind in ("Relu", "Sigmoid", "Tanh"):
+        return builder.op(kind, value)
     if kind == "LeakyRelu" and given:
         return builder.op(kind, value, alpha=given[0])
     if kind == "HardSigmoid" and len(given) == 2:
@@ -69,6 +86,21 @@ def write_activation(builder: NodeBuilder, node: ir.Node, value: ir.Value) -> ir
         dtype = find_dtype(take_input(node, 1))
         return builder.op(kind, value, *(builder.number(bound, dtype) for bound in given))
     raise refuse(node, f"its activation '{kind}' cannot be written out")
+
+
+def _activate_product(builder: NodeBuilder, node: ir.Node, kind: str, value: ir.Value) -> ir.Value:
+    """Apply the activation ``kind``; each attribute has the name of the operator's, prefixed.
+
+    ONNX Runtime has no defaults for these attributes: it loads no node that lacks one.
+    """
+    names = _OF_PRODUCTS.get(kind)
+    if names is None:
+        raise refuse(node, f"its activation '{kind}' cannot be written out")
+    lacking = [name for name in names if f"{_PREFIX}{name}" not in node.attributes]
+    if lacking:
+        raise refuse(node, f"its activation '{kind}' has no attribute '{_PREFIX}{lacking[0]}'")
+    given = {name: node.attributes[f"{_PREFIX}{name}"].as_float() for name in names}
+    return builder.op(kind, value, **given)
 
 
 def _gelu(builder: NodeBuilder, x: ir.Value, dtype: ir.DataType) -> ir.Value:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from splitonnx.partitioner.gate.fused_operators import WITHOUT
+from splitonnx.partitioner.graphs.assertions import either, refuse_where
 from splitonnx.partitioner.graphs.builders import NodeBuilder, take_input, take_inputs
 from splitonnx.partitioner.normalization.fused.operands import (
     find_dtype,
@@ -25,6 +26,9 @@ _WITHOUT_HEADS = (
     "optimize it without use_multi_head_attention, if that was set: Attention is taken with a mask"
 )
 """The advice on an operator that optimize_model of onnxruntime.transformers writes if asked to."""
+
+_COUNTS = "mask_index_must_have_batch_or_2_batch_or_3_batch_plus_2_numbers"
+"""End of the name of the node that fails over the size of a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,13 +170,65 @@ def _spread_mask(builder: NodeBuilder, node: ir.Node, mask: ir.Value, key: ir.Va
     """
     rank, zero = find_rank(mask), builder.number(0, find_dtype(mask))
     if rank == 1:
-        lengths = builder.op("Cast", mask, to=ir.DataType.INT64.value)
-        lengths = builder.op("Unsqueeze", lengths, builder.integers([1, 2, 3]))
-        return builder.op("Less", _count(builder, key), lengths)
+        ends, starts = _divide_mask(builder, node, mask)
+        places = _count(builder, key)
+        kept = builder.op("Less", places, _spread(builder, ends))
+        if starts is None:
+            return kept
+        return builder.op("And", kept, builder.op("LessOrEqual", _spread(builder, starts), places))
     if rank not in (2, 3):
         raise refuse(node, f"its mask has {rank} dimensions")
     kept = builder.op("Greater", mask, zero)
     return builder.op("Unsqueeze", kept, builder.integers([1, 2] if rank == 2 else [1]))
+
+
+def _spread(builder: NodeBuilder, numbers: ir.Value) -> ir.Value:
+    """Return one number for each sample, as int64 of shape ``[batch, 1, 1, 1]``."""
+    wide = builder.op("Cast", numbers, to=ir.DataType.INT64.value)
+    return builder.op("Unsqueeze", wide, builder.integers([1, 2, 3]))
+
+
+def _divide_mask(
+    builder: NodeBuilder, node: ir.Node, mask: ir.Value
+) -> tuple[ir.Value, ir.Value | None]:
+    """Return where the kept positions of each sample end, and where they start (``None``: at 0).
+
+    A mask of rank 1 holds one number for each sample, the end; or all ends, and then all starts; or
+    all ends, and then sums of lengths, which ONNX Runtime's CPU kernel does not read.  If the sizes
+    do not show which of these it is, the nodes decide it, and fail for any other size.
+    """
+    batch, count = _read_first(take_input(node)), _read_first(mask)
+    if count is not None and count == batch:
+        return mask, None
+    if isinstance(batch, int) and isinstance(count, int):
+        if count not in (2 * batch, 3 * batch + 2):
+            reason = f"its mask of one dimension has {count} numbers for a batch of {batch}"
+            raise refuse(node, f"{reason}, and not {batch}, {2 * batch} or {3 * batch + 2}")
+        if count == 2 * batch:
+            ends, starts = builder.ops("Split", [mask, builder.integers([batch] * 2)], 2, {})
+            return ends, starts
+        return builder.op("Slice", mask, builder.integers([0]), builder.integers([batch])), None
+    rows = builder.op("Shape", take_input(node), start=0, end=1)
+    size, twice = builder.op("Shape", mask), builder.op("Mul", rows, builder.integers([2]))
+    most = builder.op("Add", builder.op("Add", twice, rows), builder.integers([2]))
+    has_starts = builder.op("Equal", size, twice)
+    is_right = either(
+        builder, builder.op("Equal", size, rows), has_starts, builder.op("Equal", size, most)
+    )
+    zero = refuse_where(builder, builder.op("Not", is_right))
+    refusing = zero.producer()
+    assert refusing is not None
+    refusing.name = f"{node.name or node.outputs[0].name}/{_COUNTS}"
+    ends = builder.op("Slice", mask, builder.integers([0]), builder.op("Add", rows, zero))
+    last = builder.op("Slice", mask, builder.op("Sub", size, rows), size)
+    dtype = find_dtype(mask)
+    return ends, builder.op("Mul", last, builder.op("Cast", has_starts, to=dtype.value))
+
+
+def _read_first(value: ir.Value) -> int | str | None:
+    """Return the size of a value's first dimension, or its name; ``None`` if it has neither."""
+    dim = value.shape[0] if value.shape is not None and len(value.shape) else None
+    return dim.value if isinstance(dim, ir.SymbolicDim) else dim
 
 
 def write_rotary(builder: NodeBuilder, node: ir.Node) -> list[ir.Value]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from splitonnx.errors import UnsupportedModel
@@ -35,6 +36,58 @@ def test_attention_is_softmax_of_products(mask: str, causal: int) -> None:
     np.testing.assert_allclose(
         found, _attend(X @ weights["w"] + weights["b"], kept, causal), atol=1e-4
     )
+
+
+BOTH = np.array([5, 4, 2, 1], np.int32)
+SUMS = np.array([5, 3, 0, 5, 10, 0, 5, 8], np.int32)
+
+
+@pytest.mark.parametrize("rows", ["N", BATCH])
+@pytest.mark.parametrize("causal", [0, 1])
+@pytest.mark.parametrize("mask", [BOTH, SUMS, np.array([5, 3], np.int32)])
+def test_a_mask_of_one_dimension_may_hold_more_than_ends(
+    mask: np.ndarray, causal: int, rows: int | str
+) -> None:
+    """It holds ends and then starts, or ends and then sums that ONNX Runtime's kernel ignores."""
+    data = {"x": X, "mask": mask}
+    model, weights = _build_masked(data, rows, "M" if rows == "N" else len(mask), causal)
+    (found,) = hold_fused(model, data)
+    places, starts = np.arange(LENGTH), BOTH[BATCH:] if mask is BOTH else np.zeros(BATCH)
+    kept = (places < mask[:BATCH, None]) & (places >= starts[:, None])
+    wanted = _attend(X @ weights["w"] + weights["b"], kept.astype(np.float32), causal)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)  # -10000 rounds scores of masked rows
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7])
+def test_a_mask_of_another_size_is_refused(count: int) -> None:
+    data = {"x": X, "mask": np.full(count, 4, np.int32)}
+    fixed, _ = _build_masked(data, BATCH, count)
+    with pytest.raises(UnsupportedModel, match=rf"'fused' \(Attention\).*{count} numbers.*of 2,"):
+        write_out(fixed)
+    opened, _ = _build_masked(data, "N", "M")
+    with pytest.raises(Exception, match="shall have length of batch_size or"):
+        run_stock(opened, data)
+    with pytest.raises(Exception, match="fused/mask_index_must_have_batch_or_2_batch"):
+        run_stock(write_out(opened), data)
+
+
+def _build_masked(
+    data: dict[str, np.ndarray], rows: int | str, count: int | str, causal: int = 0
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Build attention with a mask of one dimension, of sizes that are declared."""
+    weights = {"w": draw(WIDTH, 3 * WIDTH), "b": draw(3 * WIDTH)}
+    model = build_fused(
+        "Attention", ["x", "w", "b", "mask"], data, weights,
+        num_heads=HEADS, unidirectional=causal,
+    )  # fmt: skip
+    for value, size in zip(model.graph.input, (rows, count), strict=True):
+        first = value.type.tensor_type.shape.dim[0]
+        first.CopyFrom(
+            onnx.TensorShapeProto.Dimension(dim_param=size)
+            if isinstance(size, str)
+            else onnx.TensorShapeProto.Dimension(dim_value=size)
+        )
+    return model, weights
 
 
 def test_attention_takes_a_shift_sizes_and_a_scale() -> None:
