@@ -24,6 +24,7 @@ from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.greetings import SharingTerms
 from splitonnx.runtime.client.datasets import (
     Batch,
+    Dataset,
     DataSource,
     check_batch,
     check_finite,
@@ -36,6 +37,7 @@ from splitonnx.runtime.client.options import (
     LearningRate,
     choose_measures,
     fit_schedule,
+    has_batch_states,
     list_evaluated,
     open_fitting,
     require_phase,
@@ -50,6 +52,7 @@ from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.runtime.wire.transports import Transport
 from splitonnx.schedules import Schedule
 from splitonnx.stopping import EarlyStopping
+from splitonnx.tensors import TensorSpec
 
 _ALREADY_TRAINING = "this client is already training"
 
@@ -240,12 +243,10 @@ class Client:
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         specs = require_phase(self._manifest, TRAIN).data
-        training = open_fitting(data, specs, batch_size, self._kept, is_training=True)
+        training = self._open(data, specs, batch_size, is_training=True)
         held_out = None
         if eval_data is not None:
-            held_out = open_fitting(
-                eval_data, list_evaluated(self._manifest), batch_size, self._kept
-            )
+            held_out = self._open(eval_data, list_evaluated(self._manifest), batch_size)
         has_data, can_return = held_out is not None, self._runner.can_return
         measures = choose_measures(
             self._manifest, metrics, stopping, has_data=has_data, can_return=can_return
@@ -326,7 +327,7 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_fitting(data, list_evaluated(self._manifest), batch_size, self._kept)
+        dataset = self._open(data, list_evaluated(self._manifest), batch_size)
         return self._loop.evaluate(dataset, batch_size, choose_metrics(metrics, self._manifest))
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
@@ -350,11 +351,22 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = open_fitting(
-            data, require_phase(self._manifest, PREDICT).data, batch_size, self._kept
-        )
+        dataset = self._open(data, require_phase(self._manifest, PREDICT).data, batch_size)
         batches = dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
         return (self._loop.perform(PREDICT, batch) for batch in batches)
+
+    def _open(
+        self,
+        source: DataSource,
+        specs: Sequence[TensorSpec],
+        batch_size: int,
+        *,
+        is_training: bool = False,
+    ) -> Dataset:
+        can_free = not has_batch_states(self._manifest)
+        return open_fitting(
+            source, specs, batch_size, self._kept, is_training=is_training, can_free=can_free
+        )
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the state of this part as read-only arrays, including the optimizer's state."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from splitonnx.errors import UnusableData, UsageError
-from splitonnx.manifests import PartyManifest, Phase
+from splitonnx.manifests import PartyManifest, Phase, Role
 from splitonnx.names import COUNTED, EVALUATE, PREDICT, TOTAL, WEIGHT
 from splitonnx.runtime.client.datasets import Dataset, DataSource, open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
@@ -65,6 +65,19 @@ def _find_fixed_rows(specs: Sequence[TensorSpec]) -> tuple[str, int] | None:
     return next(((name, size) for name, size in sizes if isinstance(size, int)), None)
 
 
+def has_batch_states(manifest: PartyManifest) -> bool:
+    """Return whether a state that the model hands itself may hold the fixed batch of the data.
+
+    A state's shape is fixed, so such a model cannot be cut with a batch of any size.  The client
+    does not know the shapes of the server's states, so each of them may hold the batch.
+    """
+    data = [spec for phase in manifest.phases for spec in phase.data]
+    rows = {size for spec in data for size in spec.shape[:1] if isinstance(size, int)}
+    buffers = [state.tensor for state in manifest.state if state.role is Role.BUFFER]
+    held = {size for tensor in buffers for size in tensor.shape}
+    return bool(manifest.remote_states or rows & held)
+
+
 def open_fitting(
     source: DataSource,
     specs: Sequence[TensorSpec],
@@ -72,10 +85,12 @@ def open_fitting(
     kept: Collection[str] = (),
     *,
     is_training: bool = False,
+    can_free: bool = True,
 ) -> Dataset:
     """Open data, and check them and their division into batches against ``specs``.
 
     ``kept`` names tensors that the model keeps itself, which cannot be part of the data.
+    ``can_free`` is whether another cut of the model can free its batch, which errors advise then.
 
     Raises:
         DataError: the data do not fit ``specs``, or some batches of them do not.
@@ -84,12 +99,17 @@ def open_fitting(
     dataset = open_dataset(source)
     dataset.check(specs, kept)
     if dataset.size is not None and not dataset.has_own_batches:
-        _check_rows(dataset.size, specs, batch_size, is_training=is_training)
+        _check_rows(dataset.size, specs, batch_size, is_training=is_training, can_free=can_free)
     return dataset
 
 
 def _check_rows(
-    size: int, specs: Sequence[TensorSpec], batch_size: int, *, is_training: bool
+    size: int,
+    specs: Sequence[TensorSpec],
+    batch_size: int,
+    *,
+    is_training: bool,
+    can_free: bool,
 ) -> None:
     """Check that all batches have the number of rows that an array fixes, if one does.
 
@@ -97,21 +117,21 @@ def _check_rows(
     """
     name, rows = _find_fixed_rows(specs) or ("", 0)
     cause = f"the model fixes its batch at {rows} rows, in '{name}'"
-    advice = f"or cut the model with --dim {name}:0=N, which frees its batch"
+    advice = f", or cut the model with --dim {name}:0=N, which frees its batch" if can_free else ""
     if not rows or (size == rows and batch_size >= rows and not is_training):
         return
     if size < rows:
         raise UnusableData(
             "the data",
-            f"{cause}, and there are only {size} rows; give {rows} or more, {advice}",
+            f"{cause}, and there are only {size} rows; give {rows} or more{advice}",
         )
     if batch_size != rows:
-        raise UsageError(f"{cause}; use batch_size={rows} (--batch-size {rows}), {advice}")
+        raise UsageError(f"{cause}; use batch_size={rows} (--batch-size {rows}){advice}")
     if size % rows and not is_training:
         raise UnusableData(
             "the data",
             f"{cause}, and {size} rows leave a last batch of {size % rows}; give a multiple of "
-            f"{rows}, {advice}",
+            f"{rows}{advice}",
         )
 
 

@@ -5,7 +5,7 @@ import { describe, test } from "node:test";
 
 import * as ort from "onnxruntime-node";
 
-import { openDataset, openFitting } from "../src/client/datasets.js";
+import { hasBatchStates, openDataset, openFitting } from "../src/client/datasets.js";
 import type { DataSource } from "../src/client/datasets.js";
 import { shuffleRows } from "../src/client/shuffles.js";
 import { takeTensor } from "../src/engine/engines.js";
@@ -140,6 +140,18 @@ describe("where the model fixes its batch, at 4 rows,", () => {
     for (const isTraining of [true, false]) {
       assert.throws(open(3, 4, isTraining), refuse(UnusableData, reason));
     }
+  });
+  test("and say nothing of it where a state holds the batch", () => {
+    const open = () => openFitting(make(3), fixed, 4, { canFree: false });
+    assert.throws(open, refuse(UnusableData, /only 3 rows; give 4 or more$/));
+    const buffer = (shape: number[]) => ({ tensor: spec("h", "F32", shape), role: "buffer" }) as const;
+    const commits = new Map<string, string>();
+    const phases = [{ name: "train", stages: [], data: fixed, wires: [], results: [], commits }];
+    const holds = (shape: number[], remoteStates: string[] = []) =>
+      hasBatchStates({ phases, state: [buffer(shape)], remoteStates });
+    assert.equal(holds([1, 4, 6]), true);
+    assert.equal(holds([1, 5, 6]), false);
+    assert.equal(holds([1, 5, 6], ["h"]), true);
   });
   test("so is another size of batches", () => {
     const refused = [[6, 32, true], [8, 2, true], [8, 2, false], [4, 32, true]] as const;

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import msgspec
 import numpy as np
 import pytest
 
 from splitonnx.errors import UnusableData, UsageError
-from splitonnx.manifests import Phase, ScoredOutput, ScoreKind
+from splitonnx.manifests import Phase, Role, ScoredOutput, ScoreKind, StateSpec
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.datasets import open_dataset
 from splitonnx.runtime.client.options import (
@@ -18,6 +18,7 @@ from splitonnx.runtime.client.options import (
     check_stopping,
     choose_measures,
     fit_schedule,
+    has_batch_states,
     open_fitting,
     require_positive,
 )
@@ -130,6 +131,26 @@ def test_data_that_a_fixed_batch_cannot_take_are_refused_before_the_first_step()
         with pytest.raises(UnusableData, match="12 rows leave a last batch of 4"):
             use()
     assert client.steps == 0
+
+
+@pytest.mark.parametrize("use", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize("remote", [(), ("h0",)])
+def test_no_cut_is_advised_where_a_state_may_hold_the_batch(
+    use: str, remote: tuple[str, ...]
+) -> None:
+    """A cut that frees the batch would refuse the state, the shape of which must be fixed."""
+    few = {name: array[:5] for name, array in DATA.items()}
+    bundle = tiny.fixed_bundle()
+    shape = (1, 3) if remote else (1, 8, 3)  # another party's state, or one with a batch of 8
+    held = StateSpec(tensor=TensorSpec(name="h", dtype="F32", shape=shape), role=Role.BUFFER)
+    manifest = msgspec.structs.replace(
+        bundle.manifest, state=(*bundle.manifest.state, held), remote_states=remote
+    )
+    assert not has_batch_states(bundle.manifest)
+    weights = {**bundle.weights, "h": np.zeros(shape, np.float32)}
+    client = Client(replace(bundle, manifest=manifest, weights=weights))
+    with pytest.raises(UnusableData, match=r"there are only 5 rows; give 8 or more$"):
+        getattr(client, use)(few, batch_size=8)
 
 
 def test_data_with_batches_of_their_own_are_not_counted_in_rows() -> None:

@@ -23,11 +23,12 @@ import {
   checkBatch,
   checkFinite,
   dealInOrder,
+  hasBatchStates,
   hasFixedRows,
   openFitting,
   takeBatch,
 } from "./datasets.js";
-import type { Batch, DataSource } from "./datasets.js";
+import type { Batch, DataSource, Dataset } from "./datasets.js";
 import type { History } from "./histories.js";
 import { checkNumbers, fitSchedule, requirePositive } from "./options.js";
 import type {
@@ -175,8 +176,8 @@ export class SplitClient {
     const { epochs = 1, batchSize = 32, evalData, checkpointEvery } = options;
     requirePositive({ epochs, batchSize, checkpointEvery });
     const specs = this.#phase(TRAIN).data;
-    const training = openFitting(data, specs, batchSize, { isTraining: true, kept: this.#kept });
-    const heldOut = evalData && openFitting(evalData, this.#evaluationData(), batchSize, { kept: this.#kept });
+    const training = this.#open(data, specs, batchSize, true);
+    const heldOut = evalData && this.#open(evalData, this.#evaluationData(), batchSize);
     const rates = fitSchedule(options, training, hasFixedRows(specs));
     this.#requireIdle();
     this.#isTraining = true;
@@ -244,7 +245,7 @@ export class SplitClient {
     { batchSize = 32 }: { batchSize?: number } = {},
   ): Promise<Record<string, number>> {
     requirePositive({ batchSize });
-    const dataset = openFitting(data, this.#evaluationData(), batchSize, { kept: this.#kept });
+    const dataset = this.#open(data, this.#evaluationData(), batchSize);
     return this.#loop.evaluate(dataset, batchSize);
   }
 
@@ -285,7 +286,7 @@ export class SplitClient {
     requirePositive({ batchSize });
     const { data: inputs } = this.#phase(PREDICT);
     const source = isTensor(data) ? { [inputs[0]?.name ?? ""]: data } : data;
-    const dataset = openFitting(source, inputs, batchSize, { kept: this.#kept });
+    const dataset = this.#open(source, inputs, batchSize);
     for await (const batch of dataset.batches(dealInOrder(batchSize))) {
       yield await this.#loop.perform(PREDICT, batch);
     }
@@ -321,6 +322,16 @@ export class SplitClient {
 
   #requireIdle(): void {
     if (this.#isTraining) throw new UsageError("this client is already training");
+  }
+
+  #open(
+    source: DataSource,
+    specs: readonly TensorSpec[],
+    batchSize: number,
+    isTraining = false,
+  ): Dataset {
+    const canFree = !hasBatchStates(this.manifest);
+    return openFitting(source, specs, batchSize, { isTraining, kept: this.#kept, canFree });
   }
 
   /** Names of the tensors that the model keeps itself. */

@@ -8,6 +8,7 @@ import { takeTensor } from "../engine/engines.js";
 import type { TensorLike } from "../engine/engines.js";
 import { ArrayMismatch, KeptArray, MissingArray, NotFinite, UnusableData, UsageError } from "../errors.js";
 import type { Sizes } from "../expressions.js";
+import type { PartyManifest } from "../manifests.js";
 import { checkArray, describe, findNotFinite, takeRows } from "../tensors.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
 import { shuffleRows } from "./shuffles.js";
@@ -69,9 +70,26 @@ export function openDataset(source: DataSource): Dataset {
 }
 
 /**
+ * Return whether a state that the model hands itself may hold the fixed batch of the data.
+ *
+ * A state's shape is fixed, so such a model cannot be cut with a batch of any size. The client does
+ * not know the shapes of the server's states, so each of them may hold the batch.
+ */
+export function hasBatchStates({
+  phases,
+  state,
+  remoteStates,
+}: Pick<PartyManifest, "phases" | "state" | "remoteStates">): boolean {
+  const rows = new Set(phases.flatMap(({ data }) => data.map((spec) => spec.shape[0])));
+  const held = state.filter(({ role }) => role === "buffer").flatMap(({ tensor }) => tensor.shape);
+  return remoteStates.length > 0 || held.some((size) => typeof size === "number" && rows.has(size));
+}
+
+/**
  * Open data, and check them and their division into batches.
  *
- * `kept` names tensors that the model keeps itself, which cannot be part of the data.
+ * `kept` names tensors that the model keeps itself, which cannot be part of the data. `canFree` is
+ * whether another cut of the model can free its batch, which errors advise then.
  *
  * @throws DataError: the data do not fit what is declared, or some batches of them do not.
  * @throws UsageError: the model fixes another batch size.
@@ -80,11 +98,15 @@ export function openFitting(
   source: DataSource,
   specs: readonly TensorSpec[],
   batchSize: number,
-  { isTraining = false, kept = [] }: { isTraining?: boolean; kept?: readonly string[] } = {},
+  {
+    isTraining = false,
+    kept = [],
+    canFree = true,
+  }: { isTraining?: boolean; kept?: readonly string[]; canFree?: boolean } = {},
 ): Dataset {
   const dataset = openDataset(source);
   dataset.check(specs, kept);
-  if (dataset.size !== null) checkRows(dataset.size, specs, batchSize, isTraining);
+  if (dataset.size !== null) checkRows(dataset.size, specs, batchSize, isTraining, canFree);
   return dataset;
 }
 
@@ -98,23 +120,25 @@ function checkRows(
   specs: readonly TensorSpec[],
   batchSize: number,
   isTraining: boolean,
+  canFree: boolean,
 ): void {
   const fixed = specs.find((spec) => typeof spec.shape[0] === "number");
   const rows = fixed?.shape[0];
   if (!fixed || typeof rows !== "number") return;
   if (size === rows && batchSize >= rows && !isTraining) return;
   const cause = `the model fixes its batch at ${rows} rows, in '${fixed.name}'`;
-  const advice = `or cut the model with --dim ${fixed.name}:0=N, which frees its batch`;
+  const freeing = `, or cut the model with --dim ${fixed.name}:0=N, which frees its batch`;
+  const advice = canFree ? freeing : "";
   if (size < rows) {
     throw new UnusableData(
-      `${cause}, and there are only ${size} rows; give ${rows} or more, ${advice}`,
+      `${cause}, and there are only ${size} rows; give ${rows} or more${advice}`,
     );
   }
-  if (batchSize !== rows) throw new UsageError(`${cause}; use batchSize ${rows}, ${advice}`);
+  if (batchSize !== rows) throw new UsageError(`${cause}; use batchSize ${rows}${advice}`);
   if (size % rows && !isTraining) {
     throw new UnusableData(
       `${cause}, and ${size} rows leave a last batch of ${size % rows}; give a multiple of ` +
-        `${rows}, ${advice}`,
+        `${rows}${advice}`,
     );
   }
 }
