@@ -140,17 +140,20 @@ def _graft(
 ) -> list[ir.Node]:
     """Copy the nodes of a loss behind those of ``builder``, and return them; the last one is new.
 
-    ``known`` holds the values that the loss reads.  ``prefix`` is put before all names.
+    ``known`` holds the values that the loss reads.  ``prefix`` is put before all names of the loss,
+    and the new node's name has no such prefix, so that the loss can have no node of that name.
     """
     graph = copy_model(model).graph
     (result,) = graph.outputs
-    nodes = [*graph, ir.node("Identity", [result], name="loss")]
+    last = ir.node("Identity", [result], name=f"{prefix.rstrip('/')}_Identity")
+    last.outputs[0].name = last.name
+    nodes = [*graph, last]
     for value in [*graph.inputs, *graph.initializers.values()]:
         name = value.name or ""
         tensor = file.weights.get(name, value.const_value)
         replacement = known[name] if tensor is None else _store(builder, tensor, value)
         ir.convenience.replace_all_uses_with(value, replacement)
-    for node in [*list_nodes(graph), nodes[-1]]:
+    for node in list_nodes(graph):
         node.name = f"{prefix}{node.name}"
         inner = [value for body in list_bodies(node) for value in body.inputs]
         for value in [*node.outputs, *inner]:

@@ -112,6 +112,27 @@ def test_a_loss_of_ones_own_is_differentiated_and_evaluated(
     assert verify(bundle, data, batch_size=4, steps=2).ok
 
 
+@pytest.mark.parametrize("name", ["", "loss", "same"])
+@pytest.mark.parametrize("result", ["loss", "value"])
+def test_a_loss_may_have_any_names_of_nodes_and_of_its_result(result: str, name: str) -> None:
+    own = onnx.load_from_string(build_loss())
+    own.graph.node[-1].output[0] = own.graph.output[0].name = result
+    for node in own.graph.node:
+        node.name = name
+    data = draw_data()
+    loss = Loss(kind="from-file", graph=own.SerializeToString())
+    bundle = cut(build_network(), at=None, loss=loss, optimizer=SGD(lr=1.0))
+    weights = {name: w.astype(np.float64) for name, w in draw_weights().items()}
+    with Client(bundle.client, threads=1) as client:
+        evaluated = client.evaluate(data, batch_size=3)
+        found = client.step(data)
+        after = client.state()
+    assert evaluated == {"loss": pytest.approx(measure(weights, data), abs=1e-6)}
+    assert float(found["loss"]) == pytest.approx(measure(weights, data), abs=1e-6)
+    for name, slope in differentiate(lambda at: measure(at, data), weights).items():
+        np.testing.assert_allclose(weights[name] - after[name], slope, atol=1e-6)
+
+
 def test_it_is_read_from_a_file_and_added_to_others(tmp_path: Path) -> None:
     (tmp_path / "own.onnx").write_bytes(build_loss())
     losses = [Loss(), Loss(kind=str(tmp_path / "own.onnx"), weight=3.0)]

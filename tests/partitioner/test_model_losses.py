@@ -75,6 +75,25 @@ def test_a_model_predicts_and_is_merged_without_its_loss_and_labels(
     assert verify(bundle, data, batch_size=4, steps=2).ok
 
 
+@pytest.mark.parametrize("name", ["", "loss", "same"])
+def test_a_models_loss_named_like_the_result_of_training_is_evaluated(name: str) -> None:
+    model, data = with_loss(), draw_data()
+    own = model.graph.node[-1]
+    own.output[0] = "half"
+    model.graph.node.append(helper.make_node("Add", ["half", "half"], ["loss"]))
+    model.graph.output[-1].name = "loss"
+    for node in model.graph.node:
+        node.name = name
+    bundle = cut(model, at=None, loss=Loss(kind="from-model", output="loss"))
+    with Client(bundle.client, threads=1) as client:
+        evaluated = client.evaluate(data, batch_size=4)
+        trained = float(client.step(data)["loss"])
+    scores = predict({n: w.astype(np.float64) for n, w in draw_weights().items()}, data["x"])
+    wanted = 2 * measure(Loss(labels="target"), scores, data)[0]
+    assert trained == pytest.approx(wanted, abs=1e-5)
+    assert evaluated == {"loss": pytest.approx(wanted, abs=1e-5)}
+
+
 def test_a_model_without_another_output_keeps_its_loss() -> None:
     bundle = cut(with_loss(outputs=()), at=None, loss=OWN)
     merged = onnx.load_from_string(merge(bundle)).graph
