@@ -289,7 +289,7 @@ def cut_prepared(
             training = build_training(prepared, names_at, names_tail, losses, examine, graphs)
             predicted, own = separate_losses(prepared, losses, [*names_at, *names_tail])
             cuts = [list_predicted(predicted, names, prepared) for names in (names_at, names_tail)]
-            predict = build_predict(predicted, *cuts)
+            predict = build_predict(predicted, *cuts, losses)
             check_readers(prepared, names_at, training.owners, predict.owners)
         except NotACut as error:
             raise add_advice(error, prepared, names_at, names_tail, outputs) from error

@@ -28,6 +28,9 @@ COUNTED, TOTAL, WEIGHT = "@counted", "@total", "@weight"
 the factor of ``loss.a`` in ``loss``.
 """
 
+SCORES = "splitonnx.scores."
+"""The first part of the name of scores that are predicted only to be evaluated."""
+
 Target: TypeAlias = Literal["portable", "training"]
 """The operators of a party's graphs: standard ones only, or also ORT's fused gradient kernels."""
 BatchNormMode: TypeAlias = Literal["train", "frozen"]

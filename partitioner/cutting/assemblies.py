@@ -84,7 +84,7 @@ def assemble(
     targets = {CLIENT: recipe.client_target}
     if recipe.at:
         targets[SERVER] = recipe.server_target
-    evaluation = _share_evaluation(prepared, losses, graphs)
+    evaluation = _share_evaluation(prepared, predict, losses, graphs)
     stages = {name: _cut_phase(joint) for name, joint in ((TRAIN, training), (PREDICT, predict))}
     parties = {}
     for party, target in targets.items():
@@ -340,14 +340,14 @@ def _describe_norms(party: str, norms: Norms, own: Mapping[str, Sequence[TensorS
 
 
 def _share_evaluation(
-    prepared: PreparedModel, losses: Sequence[Loss], graphs: LossGraphs
+    prepared: PreparedModel, predict: JointGraph, losses: Sequence[Loss], graphs: LossGraphs
 ) -> _Share:
     """Build the client's stage that computes the losses and metrics of a prediction."""
     inferred, trained = prepared.inference.graph, prepared.training.graph
-    model, outputs, attached = build_evaluation(inferred, trained, losses, graphs)
+    model, outputs, attached = build_evaluation(inferred, trained, losses, graphs, predict.scores)
     add_safeguards(model.graph, attached.nodes, is_training=False)
     lower(model.graph)
-    label, scored = EVALUATE, list_scored(inferred, trained, losses)
+    label, scored = EVALUATE, list_scored(inferred, trained, losses, predict.scores)
     data = (*map(declare, outputs), *attached.data.values())
     stage = Stage(
         name=label,

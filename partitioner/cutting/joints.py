@@ -8,12 +8,13 @@ runtime.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
-from splitonnx.errors import UsageError
+from splitonnx.errors import NotACut, UsageError
 from splitonnx.losses import Loss
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, LOSS, SERVER
@@ -24,7 +25,12 @@ from splitonnx.partitioner.cutting.ports import Port, declare, declare_end, inse
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
 from splitonnx.partitioner.cutting.stages import Crossing
-from splitonnx.partitioner.differentiation.activations.final_activations import skip_activation
+from splitonnx.partitioner.differentiation.activations.final_activations import (
+    CONTAINED,
+    describe_inverted,
+    skip_activation,
+)
+from splitonnx.partitioner.differentiation.activations.predicted_scores import predict_scores
 from splitonnx.partitioner.differentiation.derived.supplied_gradients import GRADIENT
 from splitonnx.partitioner.differentiation.gradients import differentiate
 from splitonnx.partitioner.differentiation.label_traces import trace_labels
@@ -48,6 +54,8 @@ from splitonnx.partitioner.lowerings.centred_normalizations import centre_normal
 from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.tensors import TensorSpec
+
+_log = logging.getLogger(__name__)
 
 NOTHING_TO_TRAIN = "nothing is left to train: the loss depends on no trainable parameter"
 """The message of the error for a model without a trained parameter before the loss."""
@@ -77,7 +85,8 @@ class JointGraph:
     maps each weight to the parties that use it in this phase.  ``gradients`` maps each trained
     parameter to the name of its gradient, in the model's order.  ``commits`` maps each running
     statistic, and each state that is carried from step to step, to the value that replaces it.
-    ``held`` maps each carried state to the raw inputs of earlier steps that it holds.
+    ``held`` maps each carried state to the raw inputs of earlier steps that it holds.  ``scores``
+    maps outputs to the results that hold the scores before their last activation.
     """
 
     graph: ir.Graph
@@ -89,6 +98,7 @@ class JointGraph:
     gradients: Mapping[str, str] = field(default_factory=dict)
     commits: Mapping[str, str] = field(default_factory=dict)
     held: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    scores: Mapping[str, str] = field(default_factory=dict)
 
 
 @attribute_errors_to_pass("differentiated")
@@ -194,14 +204,48 @@ def build_training(
 
 
 @attribute_errors_to_pass("divided for prediction")
-def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[str]) -> JointGraph:
+def build_predict(
+    prepared: PreparedModel,
+    at: Sequence[str],
+    tail_at: Sequence[str],
+    losses: Sequence[Loss] = (),
+) -> JointGraph:
     """Build the joint graph for prediction: the model in inference mode, with ports added.
 
     Ports mark the tensors that the parties exchange (:mod:`ports`).  ``at`` names the tensors that
     the client sends, and ``tail_at`` those that the server sends back in a U-shaped cut.  The
     server also sends the client the outputs that it computes.
+
+    Where one of ``losses`` skips the model's last activation, the scores before it are a result,
+    too, so that an evaluation computes the loss from them.
     """
+    trained = prepared.training.graph
+    scored = [
+        (loss.kind, loss.output or "", find_class_axis(trained, loss))
+        for loss in losses
+        if loss.kind in CONTAINED
+    ]
     graph = copy_model(prepared.inference).graph
+    scores = predict_scores(graph, trained, scored)
+    try:
+        return _build_predict(prepared, graph, at, tail_at, scores)
+    except NotACut:
+        if not scores:
+            raise
+    made = _build_predict(prepared, copy_model(prepared.inference).graph, at, tail_at, {})
+    for kind, output, _ in scored:
+        if output in scores:
+            _log.warning("%s", describe_inverted("evaluate", kind, output))
+    return made
+
+
+def _build_predict(
+    prepared: PreparedModel,
+    graph: ir.Graph,
+    at: Sequence[str],
+    tail_at: Sequence[str],
+    scores: Mapping[str, str],
+) -> JointGraph:
     partition = divide_inference(prepared, graph, at, tail_at)
     ports = insert_ports(graph, partition, partition.server)
     add_safeguards(graph, set(graph), is_training=False)
@@ -227,6 +271,7 @@ def build_predict(prepared: PreparedModel, at: Sequence[str], tail_at: Sequence[
         results=names,
         data=_declare_data(prepared, graph, {}),
         owners=_trace_owners(prepared, wires, targets),
+        scores=scores,
     )
 
 

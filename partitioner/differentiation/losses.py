@@ -43,6 +43,9 @@ from splitonnx.partitioner.normalization.parameters import find_stored
 from splitonnx.partitioner.normalization.weights import read_array
 from splitonnx.tensors import TensorSpec
 
+NO_SCORES: Mapping[str, str] = {}
+"""Nothing, where no scores are predicted beside the model's outputs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttachedLosses:
@@ -95,7 +98,12 @@ def attach_losses(
         for loss, source in zip(losses, sources, strict=True)
         for spec in fit_loss(graph, loss, graphs, source.name or "")
     )
-    reads = [{name: values[name] for name in list_reads(loss, graphs)} for loss in losses]
+    reads = [
+        {name: values[name] for name in list_reads(loss, graphs)}
+        if find_graph(loss, graphs)
+        else {}
+        for loss in losses
+    ]
     for value in find_hidden(graph, list_new_names(losses, sources[0], graphs)):
         value.name = f"{value.name}.model"
     if [loss.kind for loss in losses] == [FROM_MODEL] and not graphs:
@@ -283,45 +291,56 @@ def _make_input(spec: TensorSpec) -> ir.Value:
 
 
 def build_evaluation(
-    graph: ir.Graph, trained: ir.Graph, losses: Sequence[Loss], graphs: LossGraphs
+    graph: ir.Graph,
+    trained: ir.Graph,
+    losses: Sequence[Loss],
+    graphs: LossGraphs,
+    predicted: Mapping[str, str] = NO_SCORES,
 ) -> tuple[ir.Model, tuple[ir.Value, ...], AttachedLosses]:
     """Build a model that computes the losses and metrics from predictions and their labels.
 
     ``graph`` is the model in inference form.  Return the model, the predictions that it reads, and
     its losses.  If a prediction is the result of a Softmax or Sigmoid that the loss contains, the
-    activation's inverse is applied first, because the loss is computed from raw scores.  The graph
+    loss is computed from raw scores: those that ``predicted`` names by output, or else the result
+    of the activation's inverse, which loses what the activation rounds away.  The graph
     ``trained``, in training form, decides this, as it did for training.
     """
     values, decisive = map_values(graph), map_values(trained)
-    outputs = {name: values[name] for loss in losses for name in list_reads(loss, graphs)}
-    sources = {
-        name: ir.Value(name=name, type=value.type, shape=value.shape)
-        for name, value in outputs.items()
-    }
+    sources: dict[str, ir.Value] = {}
+
+    def read(name: str, output: str) -> ir.Value:
+        like = values[output]
+        return sources.setdefault(name, ir.Value(name=name, type=like.type, shape=like.shape))
+
     builder = NodeBuilder("splitonnx.scores")
     scores = []
     for loss in losses:
-        first = list_reads(loss, graphs)[0]
-        source, axis = sources[first], find_class_axis(graph, loss, graphs)
+        first, *others = list_reads(loss, graphs)
+        axis = find_class_axis(graph, loss, graphs)
         found = find_activation(decisive[first], loss.kind, axis)
-        if found is not None:
+        source = read(first if found is None else predicted.get(first, first), first)
+        if found is not None and first not in predicted:
             source = invert_activation(builder, source, found.kind)
+        for name in others:
+            read(name, name)
         scores.append(source.name or "")
     opsets = {"": graph.opset_imports[""] if graphs else 18}
-    made = ir.Graph(
-        list(sources.values()), [], nodes=builder.nodes, name="evaluate", opset_imports=opsets
-    )
+    given = tuple(sources.values())
+    made = ir.Graph(given, [], nodes=builder.nodes, name="evaluate", opset_imports=opsets)
     attached = attach_losses(made, losses, scores, graphs, evaluating=True)
-    return ir.Model(made, ir_version=10), tuple(outputs.values()), attached
+    return ir.Model(made, ir_version=10), given, attached
 
 
 def list_scored(
-    graph: ir.Graph, trained: ir.Graph, losses: Sequence[Loss]
+    graph: ir.Graph,
+    trained: ir.Graph,
+    losses: Sequence[Loss],
+    predicted: Mapping[str, str] = NO_SCORES,
 ) -> tuple[ScoredOutput, ...]:
     """List the outputs that losses compare with labels; the user's own losses say nothing of them.
 
-    ``graph`` and ``trained`` are the model in inference and in training form, as in
-    :func:`build_evaluation`.
+    ``graph`` and ``trained`` are the model in inference and in training form, and ``predicted``
+    names scores, as in :func:`build_evaluation`.
     """
     decisive = map_values(trained)
     kinds = {CROSS_ENTROPY: ScoreKind.CLASSES, "bce-with-logits": ScoreKind.BINARY}
@@ -331,16 +350,18 @@ def list_scored(
             continue
         output = loss.output or ""
         axis = find_class_axis(graph, loss, {})
+        found = find_activation(decisive[output], loss.kind, axis)
+        read = output if found is None else predicted.get(output, output)
         scored.append(
             ScoredOutput(
-                output=output,
+                output=read,
                 labels=loss.array,
                 kind=kinds.get(loss.kind, ScoreKind.VALUES),
                 loss=loss.name or "",
                 class_axis=axis if loss.kind == CROSS_ENTROPY else None,
                 ignore_index=loss.ignore_index,
                 sample_weights=loss.sample_weights,
-                are_probabilities=find_activation(decisive[output], loss.kind, axis) is not None,
+                are_probabilities=found is not None and output not in predicted,
             )
         )
     return tuple(scored)

@@ -7,7 +7,7 @@ client's part.  Without a server, the client trains an unsplit model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -353,7 +353,13 @@ class Client:
         require_positive(batch_size=batch_size)
         dataset = self._open(data, require_phase(self._manifest, PREDICT).data, batch_size)
         batches = dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
-        return (self._loop.perform(PREDICT, batch) for batch in batches)
+        return (self._predict(batch) for batch in batches)
+
+    def _predict(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the model's outputs, without what only an evaluation reads."""
+        results = self._loop.perform(PREDICT, batch)
+        names = {spec.name for spec in self._manifest.outputs} or results.keys()
+        return {name: array for name, array in results.items() if name in names}
 
     def _open(
         self,

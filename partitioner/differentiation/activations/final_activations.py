@@ -6,6 +6,7 @@ with the same activation, the loss must skip it.  Otherwise, the activation woul
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ import onnx_ir as ir
 from splitonnx.partitioner.differentiation.activations.spelled_activations import find_spelled
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 from splitonnx.partitioner.graphs.traversals import map_values
+
+_log = logging.getLogger(__name__)
 
 EDGE = 1e-3
 """The largest distance from 0 and 1 at which a Clip is assumed only to keep logarithms finite."""
@@ -36,7 +39,8 @@ def skip_activation(
 
     ``cut`` contains the cut tensors.  If one of them is between the activation and the loss, the
     party that computes the loss does not have the activation's input.  In this case, the activation
-    is inverted.  ``class_axis`` is the axis of ``output`` that holds the classes.
+    is inverted, and a warning says what this loses.  ``class_axis`` is the axis of ``output`` that
+    holds the classes.
     """
     value = map_values(graph)[output]
     found = find_activation(value, loss, class_axis)
@@ -45,8 +49,9 @@ def skip_activation(
     builder = NodeBuilder("splitonnx.scores")
     if {value, *found.passed} & set(cut):
         scores = invert_activation(builder, value, found.kind)
+        _log.warning("%s", describe_inverted("training", loss, output))
     else:
-        scores = _replay(builder, found)
+        scores = replay(builder, found)
     graph.extend(builder.nodes)
     return scores.name or output
 
@@ -141,7 +146,7 @@ def _keeps_probabilities(low: np.ndarray, high: np.ndarray) -> bool:
     return bool(np.all((low >= 0) & (low <= EDGE) & (high >= 1 - EDGE) & (high <= 1)))
 
 
-def _replay(builder: NodeBuilder, found: Activation) -> ir.Value:
+def replay(builder: NodeBuilder, found: Activation) -> ir.Value:
     """Apply the nodes that follow an activation to its input instead."""
     value = found.source
     for node in found.nodes:
@@ -160,3 +165,14 @@ def invert_activation(builder: NodeBuilder, value: ir.Value, kind: str) -> ir.Va
         scores = builder.op("Sub", scores, builder.op("Log", builder.op("Max", rest, floor)))
     scores.type, scores.shape = value.type, value.shape
     return scores
+
+
+def describe_inverted(task: str, loss: str, output: str) -> str:
+    """Return a remark about a loss that a task computes from an activation's result."""
+    kind = CONTAINED[loss]
+    rounded = "is 1 from a score of 17 on" if kind == "Sigmoid" else "is 0 far below the others"
+    return (
+        f"{task} computes {loss} from '{output}', the result of a {kind}, because the cut is "
+        f"behind its scores; in float32 this {rounded}, and where the label says the opposite, "
+        f"the loss is 69 whatever the score; cut before the {kind}"
+    )

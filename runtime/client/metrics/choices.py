@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, ScoredOutput, ScoreKind
+from splitonnx.names import EVALUATE, SCORES
 from splitonnx.tensors import TensorSpec
 
 _CLASSES, _BINARY, _VALUES = ScoreKind.CLASSES, ScoreKind.BINARY, ScoreKind.VALUES
@@ -76,12 +77,14 @@ def _choose(name: str, manifest: PartyManifest) -> Metric:
     if not (is_counted or is_averaged or is_plain):
         raise UsageError(f"there is no metric '{name}'; choose from {METRICS}")
     source = _find_source(name, base, loss, kind, manifest)
-    spec = next((one for one in manifest.outputs if one.name == source.output), None)
+    known = (*manifest.outputs, *manifest.phase(EVALUATE).data)
+    spec = next((one for one in known if one.name == source.output), None)
     size = 1 if spec is None else _find_size(source, spec)
     k = int(setting) if is_counted else 1
     if is_counted and k >= size:
+        output = source.output.removeprefix(SCORES)
         raise UsageError(
-            f"the metric {name} is always 1, because '{source.output}' has {size} classes; choose "
+            f"the metric {name} is always 1, because '{output}' has {size} classes; choose "
             "a smaller number"
         )
     average = setting if is_averaged else ""

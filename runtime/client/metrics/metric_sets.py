@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from splitonnx.manifests import ScoreKind
+from splitonnx.names import SCORES
 from splitonnx.runtime.client.metrics.accumulators import (
     Accumulator,
     Accuracy,
@@ -35,7 +36,8 @@ class MetricSet:
         for name, metric in self._metrics.items():
             for block in iter_blocks(metric, data, outputs):
                 if np.isnan(block.scores).any():
-                    self._broken[name] = f"the output '{metric.source.output}' contains NaN"
+                    output = metric.source.output.removeprefix(SCORES)
+                    self._broken[name] = f"the output '{output}' contains NaN"
                 elif len(block.scores):
                     self._accumulators[name].add(block)
 

@@ -66,7 +66,7 @@ def test_the_client_knows_what_each_output_is_compared_with() -> None:
         ("mse", "Softmax", ScoreKind.VALUES),
     ],
 )
-def test_scores_are_probabilities_where_the_loss_contains_the_activation(
+def test_metrics_read_the_scores_before_an_activation_that_the_loss_contains(
     kind: str, activation: str, scored: ScoreKind
 ) -> None:
     model = ZOO["chain"].build()
@@ -76,7 +76,8 @@ def test_scores_are_probabilities_where_the_loss_contains_the_activation(
     losses = [Loss(kind=kind, name="first"), Loss(kind="l1", labels="targets", name="second")]
     first, second = cut(model, at=None, loss=losses).client.manifest.scored
     assert (first.kind, first.loss) == (scored, "first")
-    assert first.are_probabilities is (kind != "mse")
+    assert first.output == ("p" if kind == "mse" else "splitonnx.scores.p")
+    assert not first.are_probabilities
     assert (second.kind, second.loss, second.labels) == (ScoreKind.VALUES, "second", "targets")
     assert not second.are_probabilities
 

@@ -287,8 +287,11 @@ export class SplitClient {
     const { data: inputs } = this.#phase(PREDICT);
     const source = isTensor(data) ? { [inputs[0]?.name ?? ""]: data } : data;
     const dataset = this.#open(source, inputs, batchSize);
+    const names = new Set(this.manifest.outputs.map(({ name }) => name));
     for await (const batch of dataset.batches(dealInOrder(batchSize))) {
-      yield await this.#loop.perform(PREDICT, batch);
+      const results = await this.#loop.perform(PREDICT, batch);
+      // the others are read only by an evaluation
+      yield names.size ? new Map([...results].filter(([name]) => names.has(name))) : results;
     }
   }
 
