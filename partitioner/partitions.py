@@ -288,8 +288,8 @@ def cut_prepared(
         try:
             training = build_training(prepared, names_at, names_tail, losses, examine, graphs)
             predicted, own = separate_losses(prepared, losses, [*names_at, *names_tail])
-            cuts = [list_predicted(predicted, names, prepared) for names in (names_at, names_tail)]
-            predict = build_predict(predicted, *cuts, losses)
+            ends = [list_predicted(predicted, names, prepared) for names in (names_at, names_tail)]
+            predict = build_predict(predicted, ends[0], ends[1], losses)
             check_readers(prepared, names_at, training.owners, predict.owners)
         except NotACut as error:
             raise add_advice(error, prepared, names_at, names_tail, outputs) from error

@@ -60,8 +60,9 @@ def measure(kind: str, data: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return each label's loss in float64."""
     scores, labels = data["x"].astype(np.float64), data["labels"]
     if kind == "cross-entropy":
-        return np.logaddexp.reduce(scores, 1) - scores[range(len(labels)), labels]
-    terms: np.ndarray = np.logaddexp(0, scores) - labels * scores
+        terms: np.ndarray = np.logaddexp.reduce(scores, 1) - scores[range(len(labels)), labels]
+        return terms
+    terms = np.logaddexp(0, scores) - labels * scores
     return terms
 
 
