@@ -49,12 +49,44 @@ _TRAINING_MODE = 14
 
 def copy_original(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy of a model in which its functions are inlined."""
-    if model.functions:
-        inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(model)
-        return inlined
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
+    while copied.functions:
+        _write_defaults(copied)
+        copied = _inline_outermost(copied)
     return copied
+
+
+def _write_defaults(model: onnx.ModelProto) -> None:
+    """Give each call of a function in a graph the attributes left to their defaults, in place.
+
+    onnx's inliner leaves these out, so that the nodes inside would have defaults of their own.
+    """
+    functions = {(each.domain, each.name, each.overload): each for each in model.functions}
+    for node in list_nodes(model.graph.node):
+        function = functions.get((node.domain, node.op_type, node.overload))
+        if function is not None:
+            given = {attribute.name for attribute in node.attribute}
+            node.attribute.extend(a for a in function.attribute_proto if a.name not in given)
+
+
+def _inline_outermost(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a model without the functions that no other function calls.
+
+    What those pass on to others is known then, also an attribute that they were not given.
+    """
+    names = {(function.domain, function.name) for function in model.functions}
+    called = {
+        (node.domain, node.op_type)
+        for function in model.functions
+        for node in list_nodes(function.node)
+    }
+    outermost = sorted(names - called) or sorted(names)  # one overload may call another
+    inlined: onnx.ModelProto = onnx.inliner.inline_selected_functions(model, outermost)
+    left = [each for each in inlined.functions if (each.domain, each.name) not in outermost]
+    del inlined.functions[:]
+    inlined.functions.extend(left)
+    return inlined
 
 
 def name_source(source: ModelSource) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
@@ -157,6 +159,46 @@ def test_functions_are_inlined_in_the_copy_alone() -> None:
     assert [node.op_type for node in copied.graph.node] == ["Add"]
     assert [node.op_type for node in model.graph.node] == ["Twice"]
     np.testing.assert_array_equal(run(copied), 2 * DATA)
+
+
+LEAKY = "Act <alpha: float = 0.3> (a) => (b) { b = LeakyRelu <alpha: float = @alpha> (a) }"
+HELD = """Act <alpha: float = 0.3> (a) => (b) {
+    c = Constant <value_float: float = @alpha> ()
+    d = Mul (a, c)
+    b = Max (a, d)
+}"""
+
+
+@pytest.mark.parametrize(
+    ("call", "functions", "slope"),
+    [
+        ("Act", [LEAKY], 0.3),
+        ("Act <alpha: float = 0.7>", [LEAKY], 0.7),
+        ("Act", [HELD], 0.3),
+        ("Out", [LEAKY, "Out (a) => (b) { b = own.Act (a) }"], 0.3),
+        (
+            "Out",
+            [
+                LEAKY,
+                "Out <alpha: float = 0.6> (a) => (b) { b = own.Act <alpha: float = @alpha> (a) }",
+            ],
+            0.6,
+        ),
+        ("Out", [LEAKY, "Out <alpha> (a) => (b) { b = own.Act <alpha: float = @alpha> (a) }"], 0.3),
+        ("Out <alpha: float = 0.7>", [LEAKY, "Out <alpha> (a) => (b) { b = own.Act (a) }"], 0.3),
+    ],
+)
+def test_calls_of_functions_have_the_default_attributes(
+    call: str, functions: list[str], slope: float
+) -> None:
+    head = '<ir_version: 9, opset_import: ["" : 18, "own" : 1]>'
+    texts = [f'<domain: "own", opset_import: ["" : 18, "own" : 1]> {text}' for text in functions]
+    graph = f"model (float[N,4] x) => (float[N,4] y) {{ y = own.{call} (x) }}"
+    model = onnx.parser.parse_model("\n".join([head, graph, *texts]))
+    expected = np.where(DATA < 0, np.float32(slope) * DATA, DATA)
+    session = ort.InferenceSession(model.SerializeToString())
+    np.testing.assert_allclose(session.run(None, {"x": DATA})[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(run(copy_original(model)), expected, rtol=1e-6)
 
 
 def test_a_node_that_draws_random_numbers_is_found_in_branches_too() -> None:
