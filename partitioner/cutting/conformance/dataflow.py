@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from splitonnx.bundles import Bundle, PartyBundle
+from splitonnx.disclosures import list_labels
 from splitonnx.errors import NativeCrash, UnsupportedModel, flatten
 from splitonnx.kernel_errors import UNLOADABLE, describe_kernel_error
 from splitonnx.manifests import Source, Stage
@@ -54,14 +55,16 @@ class Made:
     """A model made from the original one, such as the merged model, or the parts of the cut model.
 
     ``label`` names this model in messages.  ``run`` runs it and returns its outputs.  ``trace``
-    runs the prepared model from which it was made, and returns all tensors.  ``has_all`` is true if
-    this model should have every output of the original.  If ``advice`` is not empty, a difference
-    is not reported as a mistake of splitonnx, but in a remark with this advice.
+    runs the prepared model from which it was made, and returns all tensors.  ``plain`` runs the
+    same as ``run`` without ONNX Runtime's optimizations, or is ``None`` if ``run`` has none itself.
+    ``has_all`` is true if this model should have every output of the original.  If ``advice`` is
+    not empty, a difference is not reported as a mistake of splitonnx, but in a remark with it.
     """
 
     label: str
     run: Run
     trace: Run
+    plain: Run | None = None
     has_all: bool = True
     advice: str = ""
 
@@ -205,6 +208,15 @@ def run_split(
         for value, outputs in zip(values, made, strict=True):
             value.update(outputs)
     return values
+
+
+def run_merged(
+    bundle: Bundle, merged: bytes, batches: Sequence[Arrays], subject: str, level: Level
+) -> list[Arrays]:
+    """Run the merged model, which may lack the labels of the model's own loss."""
+    labels = list_labels(bundle.client.manifest)
+    given = [{n: a for n, a in batch.items() if n not in labels} for batch in batches]
+    return run_session(merged, given, subject, level=level)
 
 
 def _order_stages(bundle: Bundle) -> list[tuple[PartyBundle, Stage]]:

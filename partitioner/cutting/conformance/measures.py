@@ -17,6 +17,34 @@ _COARSE_TYPES = frozenset({onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 _COARSE_OPERATORS = frozenset(
     {"ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QuantizeLinear"}
 )
+_CHOOSING = frozenset(
+    {
+        "ArgMax",
+        "ArgMin",
+        "Ceil",
+        "Equal",
+        "Floor",
+        "Greater",
+        "GreaterOrEqual",
+        "Hardmax",
+        "Less",
+        "LessOrEqual",
+        "Mod",
+        "NonMaxSuppression",
+        "NonZero",
+        "Round",
+        "Shrink",
+        "Sign",
+        "ThresholdedRelu",
+        "TopK",
+        "Unique",
+    }
+)
+"""Operators whose result can change by much where an input changes in its last place."""
+_WHOLE = frozenset(
+    getattr(onnx.TensorProto, name)
+    for name in ("BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +124,37 @@ def is_coarse(model: onnx.ModelProto) -> bool:
     if _COARSE_TYPES.intersection([*tensors, *inputs, *casts]):
         return True
     return any(node.op_type in _COARSE_OPERATORS for node in list_nodes(model.graph.node))
+
+
+def find_choices(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Map each output of a model that depends on a choice by rounding to the first such node.
+
+    Such a node returns places, truth values or whole numbers, which jump where a float passes the
+    next one: ArgMax, the second output of MaxPool, comparisons, Round.
+    """
+    known: dict[str, onnx.NodeProto] = {}
+    for node in model.graph.node:
+        within = list(list_nodes([node]))
+        inherited = [known[name] for each in within for name in each.input if name in known]
+        chosen = next(iter([*inherited, *filter(_is_choosing, within)]), None)
+        if chosen is not None:
+            known.update((name, chosen) for name in node.output if name)
+    names = [value.name for value in model.graph.output]
+    return {name: known[name] for name in names if name in known}
+
+
+def _is_choosing(node: onnx.NodeProto) -> bool:
+    if node.domain:
+        return False
+    given = {a.name: a for a in node.attribute}
+    if node.op_type == "Cast":
+        return given["to"].i in _WHOLE
+    if node.op_type in ("GridSample", "Resize"):
+        usual = b"nearest" if node.op_type == "Resize" else b"linear"
+        return (given["mode"].s if "mode" in given else usual) == b"nearest"
+    if node.op_type == "MaxPool":
+        return len(node.output) > 1 and bool(node.output[1])
+    return node.op_type in _CHOOSING
 
 
 def _find_gap(found: np.ndarray, expected: np.ndarray) -> float:

@@ -8,6 +8,7 @@ given, although its accuracy level may allow less.  Everything else stays as it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import onnx
 import onnx.inliner
 
 from splitonnx.names import BatchNormModes, DropoutMode
-from splitonnx.partitioner.cutting.conformance.dataflow import NotRun
+from splitonnx.partitioner.cutting.conformance.dataflow import NotRun, Run, expose, run_session
+from splitonnx.partitioner.cutting.conformance.expectations import Expectation, describe_false_size
+from splitonnx.partitioner.cutting.conformance.measures import TOLERATED, measure
 from splitonnx.partitioner.cutting.passes.joined_statistics import Separation
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.fused_operators import DOMAIN
@@ -174,6 +177,38 @@ def find_false_sizes(
         if len(declared) != len(sizes) or any(own and own != size for own, size in pairs):
             return value.name, declared, sizes
     return None
+
+
+def refuse_false_sizes(expectation: Expectation, subject: str) -> None:
+    """Refuse a model whose results differ if it declares sizes that its tensors do not have.
+
+    What follows from such sizes is computed in advance, so the results are wrong then.
+    """
+    traced = expose(copy_original(expectation.model)).SerializeToString()
+    with suppress(NotRun):
+        run = run_session(traced, expectation.batches[:1], subject, level="none")
+        if (found := find_false_sizes(expectation.model, run[0])) is not None:
+            name, declared, sizes = found
+            raise describe_false_size(f"tensor '{name}' of {subject}", declared, sizes)
+
+
+def find_first(expectation: Expectation, trace: Run, output: str, subject: str) -> str:
+    """Return the name of a model's first tensor that differs from what ``trace`` computes.
+
+    If no tensor differs before the cut, return ``output``, which differs after it.
+    """
+    traced = expose(copy_original(expectation.model)).SerializeToString()
+    try:
+        found = trace(expectation.batches)
+        expected = run_session(traced, expectation.batches, subject, level="none")
+    except NotRun:
+        return output
+    for node in expectation.model.graph.node:
+        for name in map(str, node.output):
+            for want, have in zip(expected, found, strict=True):
+                if name in want and name in have and measure(have[name], want[name]) > TOLERATED:
+                    return name
+    return output
 
 
 def set_inference_modes(model: onnx.ModelProto) -> None:

@@ -16,7 +16,7 @@ from splitonnx.errors import DifferentResult, NativeCrash, UsageError
 from splitonnx.partitioner.cutting.assemblies import assemble
 from splitonnx.partitioner.cutting.conformance.dataflow import (
     BrokeDown,
-    run_session,
+    run_merged,
     run_split,
 )
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
@@ -300,15 +300,15 @@ def test_a_merged_model_that_usual_sessions_compute_otherwise_leads_to_advice(
     """As on processors without VNNI, whose integer kernels saturate near the range's end."""
 
     def saturate(*given: object, level: str, **named: object) -> list[Arrays]:
-        outputs = run_session(*given, level=level, **named)  # type: ignore[arg-type]
-        batches = given[1]
+        outputs = run_merged(*given, level=level, **named)  # type: ignore[arg-type]
+        batches = given[2]
         assert isinstance(batches, Sequence)
         assert (batches[-1]["x"] > 0.9 * 2.54).mean() > 0.5
         if level == "usual":
             outputs[-1]["y"] = outputs[-1]["y"] * 0.5
         return outputs
 
-    monkeypatch.setattr(f"{COMPARISONS}.run_session", saturate)
+    monkeypatch.setattr(f"{COMPARISONS}.run_merged", saturate)
     cut(build_quantized(64), at="first", loss="mse", check=True)
     (record,) = caplog.records
     assert "the merged model in a session with ONNX Runtime's usual settings differs by" in (
@@ -336,7 +336,7 @@ def break_down(*_: object, **__: object) -> list[Arrays]:
     ("runner", "label"),
     [
         ("run_split", "what the parts predict"),
-        ("_run_merged", "the merged model"),
+        ("run_merged", "the merged model"),
         ("run_prepared", "the model prepared for training"),
     ],
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx.parser
 import pytest
 
 from splitonnx.partitioner.cutting.conformance.measures import (
+    find_choices,
     find_largest,
     has_finite,
     is_finite,
@@ -64,3 +66,36 @@ def test_what_is_finite_is_told_of_whole_arrays_and_of_some_element() -> None:
     assert has_finite([void, mixed])
     assert has_finite([np.zeros(0)])
     assert not has_finite([void, void])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "chooser"),
+    [
+        ("h, places = MaxPool <kernel_shape = [2]> (x) y = Cast <to = 1> (places)", "MaxPool"),
+        ("y, places = MaxPool <kernel_shape = [2]> (x)", "MaxPool"),
+        ("y = MaxPool <kernel_shape = [2]> (x)", None),
+        ("y = Round (x)", "Round"),
+        ("z = Round (x) y = Relu (x)", None),
+        ("i = ArgMax (x) j = Relu (i) y = Floor (j)", "ArgMax"),
+        ("i = Cast <to = 7> (x) y = Cast <to = 1> (i)", "Cast"),
+        ("y = Cast <to = 10> (x)", None),
+        ("y = Resize (x, , s)", "Resize"),
+        ('y = Resize <mode = "linear"> (x, , s)', None),
+        ("y = GridSample (x, s)", None),
+        ('y = GridSample <mode = "nearest"> (x, s)', "GridSample"),
+        (
+            "y = If (c) <then_branch = t () => (u) { i = Sign (x) u = Relu (i) },"
+            " else_branch = e () => (v) { v = Relu (x) }>",
+            "Sign",
+        ),
+    ],
+)
+def test_an_output_behind_a_choice_is_mapped_to_the_first_node_that_makes_one(
+    nodes: str, chooser: str | None
+) -> None:
+    text = f"model (float[N,1,4] x, float[3] s, bool c) => (float[N,1,3] y) {{ {nodes} }}"
+    head = '<ir_version: 9, opset_import: ["" : 18]>'
+    found = find_choices(onnx.parser.parse_model(head + text))
+    assert {name: node.op_type for name, node in found.items()} == (
+        {"y": chooser} if chooser else {}
+    )
