@@ -40,6 +40,7 @@ from splitonnx.runtime.client.options import (
     has_batch_states,
     list_evaluated,
     open_fitting,
+    plan_joining,
     require_phase,
     require_positive,
 )
@@ -210,8 +211,8 @@ class Client:
                 divided into batches.
             eval_data: the data on which the model is evaluated after each epoch.
             metrics: what else an evaluation computes; see :meth:`evaluate`.
-            learning_rate: a number, or a function that computes the rate from the number of steps
-                so far; by default, the optimizer's own learning rate.
+            learning_rate: a number, or a function of the number of steps so far; by default, the
+                optimizer's own learning rate.
             schedule: multiplies the learning rate in each step; see :mod:`splitonnx.schedules`.
             shuffle: use a different random order of the data in each epoch.
             stopping: return to the best evaluation's state; see :mod:`splitonnx.stopping`.
@@ -220,8 +221,7 @@ class Client:
             when_unsaved: what to do if a checkpoint cannot be written: ``"stop"`` or
                 ``"continue"``.
             restart: discard an interrupted run in the folder.
-            save: call :meth:`save` at the end; if the server has lost steps, they are
-                repeated first.
+            save: call :meth:`save` at the end; steps that the server lost are repeated first.
             on_start: a function that is called once, after all checks and before the first step.
             on_step: a function that is called with the record of each step.
             on_epoch: a function that is called with the record of each evaluation.
@@ -331,16 +331,18 @@ class Client:
         return self._loop.evaluate(dataset, batch_size, choose_metrics(metrics, self._manifest))
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
-        """Run the model on the data and return its outputs, with samples along the first dimension.
+        """Run the model on the data and return its outputs, joined along the axis of the samples.
 
-        If an output is a single number per batch, its array contains one number for each batch.
+        An output that is a single number per batch has one number for each batch.
 
         Raises:
-            UsageError: the shapes of an output differ between batches in more than the first
-                dimension; use :meth:`predict_batches`.
+            UsageError: there are several batches, and an output has no axis for the samples or
+                more than one, or differs in another dimension, too; use :meth:`predict_batches`.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        return join_outputs(self.predict_batches(data, batch_size=batch_size))
+        dataset, batches = self._open_predicting(data, batch_size)
+        joinable, axes = plan_joining(self._manifest, dataset, batches)
+        return join_outputs((self._loop.predict(batch) for batch in joinable), axes)
 
     def predict_batches(
         self, data: DataSource, *, batch_size: int = 32
@@ -350,29 +352,28 @@ class Client:
         Raises:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        require_positive(batch_size=batch_size)
-        dataset = self._open(data, require_phase(self._manifest, PREDICT).data, batch_size)
-        batches = dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
-        return (self._predict(batch) for batch in batches)
-
-    def _predict(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the model's outputs, without what only an evaluation reads."""
-        results = self._loop.perform(PREDICT, batch)
-        names = {spec.name for spec in self._manifest.outputs} or results.keys()
-        return {name: array for name, array in results.items() if name in names}
+        _, batches = self._open_predicting(data, batch_size)
+        return (self._loop.predict(batch) for batch in batches)
 
     def _open(
         self,
         source: DataSource,
         specs: Sequence[TensorSpec],
-        batch_size: int,
+        rows: int,
         *,
         is_training: bool = False,
     ) -> Dataset:
-        can_free = not has_batch_states(self._manifest)
-        return open_fitting(
-            source, specs, batch_size, self._kept, is_training=is_training, can_free=can_free
-        )
+        kept, free = self._kept, not has_batch_states(self._manifest)
+        return open_fitting(source, specs, rows, kept, is_training=is_training, can_free=free)
+
+    def _open_predicting(
+        self, data: DataSource, batch_size: int
+    ) -> tuple[Dataset, Iterator[dict[str, np.ndarray]]]:
+        """Check the data of a prediction, and return them with their batches."""
+        require_positive(batch_size=batch_size)
+        specs = require_phase(self._manifest, PREDICT).data
+        dataset = self._open(data, specs, batch_size)
+        return dataset, dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the state of this part as read-only arrays, including the optimizer's state."""

@@ -103,10 +103,8 @@ class ArrayDataset(Dataset):
         rows = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
         if len(set(rows.values())) > 1:
             counts = ", ".join(f"'{name}' {count}" for name, count in rows.items())
-            advice = "save each batch as one .npz file in a folder"
-            raise UnusableData(
-                source, f"its arrays differ in their number of rows: {counts}; {advice}"
-            )
+            cause = f"its arrays differ in their number of rows: {counts}"
+            raise UnusableData(source, f"{cause}; save each batch as one .npz file in a folder")
         self.size = next(iter(rows.values()))
         if self.size == 0:
             raise UnusableData(source, "it holds no samples")
@@ -372,25 +370,27 @@ def check_finite(batch: Batch, where: str, rows: np.ndarray | None = None) -> No
             raise NotFinite(name, f"{where}row {row if rows is None else rows[row]}")
 
 
-def join_outputs(batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Join the outputs of all batches, with samples along the first dimension.
+def join_outputs(
+    batches: Iterable[Mapping[str, np.ndarray]], axes: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """Join the outputs of all batches, each along its axis of ``axes``, by default axis 0.
 
-    If an output is a single number per batch, its array contains one number for each batch.
+    A single number per batch becomes an array with one number for each batch.
 
     Raises:
-        UsageError: the shapes of an output differ between batches in more than the first dimension.
+        UsageError: an output's batches differ in another dimension, too.
     """
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     for outputs in batches:
         for name, array in outputs.items():
             parts[name].append(np.atleast_1d(array))
     for name, arrays in parts.items():
-        if len({array.shape[1:] for array in arrays}) > 1:
+        if len({tuple(np.delete(array.shape, axes.get(name, 0))) for array in arrays}) > 1:
             raise UsageError(
-                f"the batches' outputs '{name}' differ in more than their first dimension; "
+                f"the batches' outputs '{name}' differ in more than the dimension of the samples; "
                 "take them one by one with predict_batches"
             )
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return {name: np.concatenate(arrays, axes.get(name, 0)) for name, arrays in parts.items()}
 
 
 def _any_rows(spec: TensorSpec) -> TensorSpec:

@@ -1,18 +1,20 @@
-"""The options of ``fit``, which the client passes to its training loop."""
+"""What the client's methods are asked for: checks of it, and the options of ``fit``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TypeAlias
 
 from splitonnx.errors import UnusableData, UsageError
 from splitonnx.manifests import PartyManifest, Phase, Role
 from splitonnx.names import COUNTED, EVALUATE, PREDICT, TOTAL, WEIGHT
-from splitonnx.runtime.client.datasets import Dataset, DataSource, open_dataset
+from splitonnx.runtime.client.datasets import Batch, Dataset, DataSource, open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric, choose_metrics
 from splitonnx.runtime.client.runners import WhenUnsaved
+from splitonnx.sample_axes import find_sample_axis
 from splitonnx.schedules import RatePlan, Schedule, plan_rates
 from splitonnx.stopping import EarlyStopping
 from splitonnx.tensors import TensorSpec
@@ -234,3 +236,44 @@ def list_evaluated(manifest: PartyManifest) -> list[TensorSpec]:
     predicted = require_phase(manifest, PREDICT)
     measured = require_phase(manifest, EVALUATE).data
     return [*predicted.data, *(spec for spec in measured if spec.name not in predicted.results)]
+
+
+def plan_joining(
+    manifest: PartyManifest, dataset: Dataset, batches: Iterator[Batch]
+) -> tuple[Iterator[Batch], dict[str, int]]:
+    """Return the batches of a prediction, and by output the axis along which they are joined.
+
+    Raises:
+        UsageError: there are several batches, and an output has no axis that counts the samples, or
+            more than one.
+    """
+    specs = manifest.phase(PREDICT).data
+    axes: dict[str, int] = {}
+    for output in manifest.outputs:
+        axis = find_sample_axis(output, specs, has_own_batches=dataset.has_own_batches)
+        if axis is None:  # two batches are read in advance, before anything is computed
+            first = list(islice(batches, 2))
+            batches = chain(first, batches)
+            if len(first) > 1:
+                raise UsageError(_explain_unjoinable(output, specs, dataset))
+        axes[output.name] = axis or 0
+    return batches, axes
+
+
+def _explain_unjoinable(output: TensorSpec, specs: Sequence[TensorSpec], dataset: Dataset) -> str:
+    name, rows = _find_fixed_rows(specs) or ("", 0)
+    cause = (
+        f"the output '{output.name}', {output}, does not have exactly one axis that counts the "
+        "samples, so several batches of it cannot be joined"
+    )
+    if dataset.has_own_batches:
+        return f"{cause}; take them one by one with predict_batches"
+    if rows:
+        return (
+            f"{cause}; predict {rows} rows at a time, as many as the model fixes, or cut the model "
+            f"with --dim {name}:0=N, which frees its batch, and predict all rows in one"
+        )
+    return (
+        f"{cause}; predict all rows in one, with batch_size={dataset.size} (--batch-size "
+        f"{dataset.size}) or larger"
+    )

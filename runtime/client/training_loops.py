@@ -319,6 +319,12 @@ class TrainingLoop:
         """
         return self._runner.perform(phase, data, self._choose_rate(learning_rate))
 
+    def predict(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Return the model's outputs, without what only an evaluation reads."""
+        results = self.perform(PREDICT, batch)
+        names = {spec.name for spec in self._manifest.outputs} or results.keys()
+        return {name: array for name, array in results.items() if name in names}
+
     def _choose_rate(self, given: LearningRate) -> float:
         rate = given(self._executor.step) if callable(given) else given
         return self._manifest.learning_rate if rate is None else float(rate)

@@ -5,6 +5,7 @@
     messages.json      messages of every kind: bytes, fields, tensors
     refusals.json      bytes that must be refused: tensors, messages, manifests, graphs
     replies.json       what a server may not send to a client of ``tiny``, and as what it is refused
+    sample_axes.json   the axis of an output along which its batches are joined
     schedules.json     factors of the learning rate, step after step
     shuffles.json      orders of rows by seed and epoch
     tiny/              a client's part, cut by hand

@@ -36,6 +36,7 @@ from tests.runtime.gate import test_gate_bytes, test_gates
 from tests.support import spoiled_graphs, tiny
 from tests.support.quantized_graphs import X, build_quantized, compute_quantized
 from tests.support.zoo import ZOO
+from tests.vectors.sample_axes import build_sample_axes
 from tests.vectors.shapes import build_shapes
 
 LONGEST = 4096
@@ -353,6 +354,7 @@ BUILDERS: Mapping[str, Callable[[], object]] = {
     "refusals": build_refusals,
     "replies": build_replies,
     "schedules": build_schedules,
+    "sample_axes": build_sample_axes,
     "shapes": build_shapes,
     "shuffles": build_shuffles,
 }

@@ -139,6 +139,13 @@ export function describeSize(dim: number | string): string {
   return dim.includes(LESS_1) ? describeTerms(parse(dim)) : dim;
 }
 
+/** Return whether a dimension is a sum of products that each have exactly one of the names. */
+export function isMultiple(dim: string, names: readonly string[]): boolean {
+  return parse(describeSize(dim)).every(({ atoms }) => {
+    return atoms.filter(({ text }) => names.includes(text)).length === 1;
+  });
+}
+
 function describeTerms(terms: Terms): string {
   const total = new Map<string, [names: readonly string[], factor: number]>();
   for (const { factor, atoms } of terms) {

@@ -124,20 +124,23 @@ export function takeRows(array: NdArray, rows: ArrayLike<number>): NdArray {
   return { dtype: array.dtype, shape: [rows.length, ...array.shape.slice(1)], data };
 }
 
-/** Join tensors along their first dimension. */
-export function concatenate(parts: readonly NdArray[]): NdArray {
-  const first = parts[0]!;
-  const rows = parts.reduce((sum, part) => sum + (part.shape[0] ?? 1), 0);
-  const shape = [rows, ...first.shape.slice(1)];
-  const kind: ElementsConstructor = DTYPES[first.dtype];
-  const data = new kind(parts.reduce((sum, part) => sum + part.data.length, 0));
-  const bytes = viewBytes(data);
+/** Join tensors along an axis; numbers become one dimension. */
+export function concatenate(parts: readonly NdArray[], axis: number): NdArray {
+  const { dtype, shape: sizes } = parts[0]!;
+  const count = parts.reduce((sum, { shape }) => sum + (shape[axis] ?? 1), 0);
+  const shape = [...sizes.slice(0, axis), count, ...sizes.slice(axis + 1)];
+  const joined = makeZeros(dtype, shape);
+  const bytes = viewBytes(joined.data);
+  const blocks = countElements(shape.slice(0, axis));
   let end = 0;
-  for (const part of parts) {
-    bytes.set(viewBytes(part.data), end);
-    end += part.data.byteLength;
+  for (let block = 0; block < blocks; block++) {
+    for (const { data } of parts) {
+      const size = data.byteLength / blocks;
+      bytes.set(viewBytes(data).subarray(block * size, (block + 1) * size), end);
+      end += size;
+    }
   }
-  return { dtype: first.dtype, shape, data };
+  return joined;
 }
 
 /** Find the first element that is NaN or infinite, or -1. */

@@ -18,8 +18,9 @@ import { decodeManifest } from "../src/manifests.js";
 import { MAX_HEADER, PROTOCOL, decodeMessage, encodeMessage } from "../src/messages.js";
 import type { Message } from "../src/messages.js";
 import { openFolder } from "../src/node.js";
+import { findSampleAxis } from "../src/sample_axes.js";
 import { checkArray } from "../src/tensors.js";
-import type { Dtype, NdArrays } from "../src/tensors.js";
+import type { Dtype, NdArrays, TensorSpec } from "../src/tensors.js";
 import { Protocol, listWires } from "../src/wire/protocols.js";
 import type { State } from "../src/wire/protocols.js";
 import {
@@ -119,6 +120,15 @@ test("replies are taken and refused as the vectors say", async () => {
       caught = thrown.name;
     }
     assert.equal(caught, error);
+  }
+});
+
+test("the axis of an output's samples is found as the Python side finds it", () => {
+  type Shape = TensorSpec["shape"];
+  type Case = { data: Shape[]; output: Shape; has_own_batches: boolean; axis: number | null };
+  for (const { data, output, has_own_batches: own, axis } of readVectors<Case[]>("sample_axes")) {
+    const found = findSampleAxis({ shape: output }, data.map((shape) => ({ shape })), own);
+    assert.equal(found, axis ?? undefined, JSON.stringify([data, output, own]));
   }
 });
 

@@ -18,6 +18,7 @@ import { MemoryStorage, SplitClient, UsageError } from "../src/index.js";
 import type { Batch, Ort, Outputs } from "../src/index.js";
 import { MAX_HEADER } from "../src/messages.js";
 import { openFolder } from "../src/node.js";
+import { findSampleAxis } from "../src/sample_axes.js";
 import { takeRows } from "../src/tensors.js";
 import type { NdArray, NdArrays } from "../src/tensors.js";
 import { RUNTIMES, SESSION_OPTIONS, relate } from "./fixtures.js";
@@ -65,6 +66,11 @@ async function predictEach(client: SplitClient, batches: readonly Batch[]): Prom
   const found: Outputs[] = [];
   for await (const outputs of client.predictBatches(batches)) found.push(outputs);
   assert.equal(found.length, batches.length);
+  const { outputs, phases } = client.manifest;
+  const { data: specs } = phases.find((phase) => phase.name === "predict")!;
+  const axes = outputs.map((spec) => findSampleAxis(spec, specs, true));
+  if (axes.includes(undefined)) return assert.rejects(client.predict(batches), UsageError);
+  assert.ok(axes.every((axis) => axis === 0)); // what follows joins rows
   for (const name of Object.keys(found[0]!)) {
     const dims = found.map((outputs) => outputs[name]!.dims);
     if (new Set(dims.map((sizes) => sizes.slice(1).join())).size > 1) {

@@ -300,18 +300,26 @@ def test_labels_of_another_shape_are_refused_with_a_word_on_the_axis_of_the_clas
 
 
 def test_samples_of_all_batches_stand_one_after_the_other() -> None:
-    joined = join_outputs([{"y": np.ones((2, 3))}, {"y": np.zeros((1, 3))}])
+    joined = join_outputs([{"y": np.ones((2, 3))}, {"y": np.zeros((1, 3))}], {"y": 0})
     np.testing.assert_array_equal(joined["y"], [[1, 1, 1], [1, 1, 1], [0, 0, 0]])
 
 
+def test_batches_are_joined_along_the_axis_of_their_samples() -> None:
+    whole = np.arange(24).reshape(2, 4, 3)
+    joined = join_outputs([{"h": whole[:, :3]}, {"h": whole[:, 3:]}], {"h": 1})
+    np.testing.assert_array_equal(joined["h"], whole)
+
+
 def test_a_single_number_has_one_entry_for_each_batch() -> None:
-    joined = join_outputs([{"s": np.array(1)}, {"s": np.array(2)}])
+    joined = join_outputs([{"s": np.array(1)}, {"s": np.array(2)}], {})
     np.testing.assert_array_equal(joined["s"], [1, 2])
 
 
-def test_other_sizes_that_differ_are_refused() -> None:
+@pytest.mark.parametrize("axis", [0, 1])
+def test_other_sizes_that_differ_are_refused(axis: int) -> None:
+    batches = [{"y": np.ones((2, 3, 5))}, {"y": np.ones((2, 3, 4))}]
     with pytest.raises(UsageError, match=r"'y' differ.*predict_batches"):
-        join_outputs([{"y": np.ones((2, 3))}, {"y": np.ones((2, 4))}])
+        join_outputs(batches, {"y": axis})
 
 
 def test_an_array_for_what_the_model_keeps_itself_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import { SessionLost, UsageError } from "../errors.js";
 import { EVALUATE, PREDICT, TRAIN, findPhase } from "../manifests.js";
 import type { PartyManifest, Phase } from "../manifests.js";
 import type { DataPosition } from "../storage/checkpoints.js";
+import { explainUnjoinable, findSampleAxis } from "../sample_axes.js";
 import { defaultStorage } from "../storage/storages.js";
 import { concatenate } from "../tensors.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
@@ -250,24 +251,39 @@ export class SplitClient {
   }
 
   /**
-   * Run the model and return its outputs, the samples along the first dimension.  An output that is
+   * Run the model and return its outputs, joined along the axis of the samples.  An output that is
    * a single number has one entry for each batch.
    *
    * `data` may be a single tensor where the model has a single input.
    *
-   * @throws UsageError: the batches' outputs differ in more than their first dimension; use
-   *   {@link predictBatches}.
+   * @throws UsageError: there are several batches, and an output has no axis for the samples or more
+   *   than one, or differs in another dimension, too; use {@link predictBatches}.
    * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
    */
   async predict(
     data: DataSource | TensorLike,
     { batchSize = 32 }: { batchSize?: number } = {},
   ): Promise<Outputs> {
+    const dataset = this.#openPredicting(data, batchSize);
+    const specs = this.#phase(PREDICT).data;
+    const axes = new Map(
+      this.manifest.outputs.map((spec) => [spec.name, findSampleAxis(spec, specs, dataset.size === null)]),
+    );
+    const unjoinable = this.manifest.outputs.find(({ name }) => axes.get(name) === undefined);
     const parts = new Map<string, NdArray[]>();
-    for await (const outputs of this.#predict(data, batchSize)) {
-      for (const [name, array] of outputs) parts.set(name, [...(parts.get(name) ?? []), array]);
+    const perform = async (batch: NdArrays) => {
+      for (const [name, array] of await this.#predict(batch)) {
+        parts.set(name, [...(parts.get(name) ?? []), array]);
+      }
+    };
+    let only: NdArrays | undefined; // computed once it is known that no other follows
+    for await (const batch of dataset.batches(dealInOrder(batchSize))) {
+      if (!unjoinable) await perform(batch);
+      else if (only) throw new UsageError(explainUnjoinable(unjoinable, specs, dataset.size));
+      else only = batch;
     }
-    return giveAll(new Map([...parts].map(([name, arrays]) => [name, join(name, arrays)])));
+    if (only) await perform(only);
+    return giveAll(new Map([...parts].map(([name, some]) => [name, join(name, some, axes.get(name))])));
   }
 
   /**
@@ -279,20 +295,24 @@ export class SplitClient {
     data: DataSource | TensorLike,
     { batchSize = 32 }: { batchSize?: number } = {},
   ): AsyncGenerator<Outputs, void> {
-    for await (const outputs of this.#predict(data, batchSize)) yield giveAll(outputs);
+    const dataset = this.#openPredicting(data, batchSize);
+    for await (const batch of dataset.batches(dealInOrder(batchSize))) {
+      yield giveAll(await this.#predict(batch));
+    }
   }
 
-  async *#predict(data: DataSource | TensorLike, batchSize: number): AsyncGenerator<NdArrays, void> {
+  /** Return the model's outputs, without what only an evaluation reads. */
+  async #predict(batch: NdArrays): Promise<NdArrays> {
+    const results = await this.#loop.perform(PREDICT, batch);
+    const names = new Set(this.manifest.outputs.map(({ name }) => name));
+    return names.size ? new Map([...results].filter(([name]) => names.has(name))) : results;
+  }
+
+  #openPredicting(data: DataSource | TensorLike, batchSize: number): Dataset {
     requirePositive({ batchSize });
     const { data: inputs } = this.#phase(PREDICT);
     const source = isTensor(data) ? { [inputs[0]?.name ?? ""]: data } : data;
-    const dataset = this.#open(source, inputs, batchSize);
-    const names = new Set(this.manifest.outputs.map(({ name }) => name));
-    for await (const batch of dataset.batches(dealInOrder(batchSize))) {
-      const results = await this.#loop.perform(PREDICT, batch);
-      // the others are read only by an evaluation
-      yield names.size ? new Map([...results].filter(([name]) => names.has(name))) : results;
-    }
+    return this.#open(source, inputs, batchSize);
   }
 
   /** Return this part's state, the optimizer's included; it is not to be written to. */
@@ -367,16 +387,16 @@ function giveAll(arrays: NdArrays): Outputs {
   return Object.fromEntries([...arrays].map(([name, array]) => [name, giveTensor(array)]));
 }
 
-/** Join an output's batches along their first dimension. */
-function join(name: string, parts: readonly NdArray[]): NdArray {
-  const shapes = parts.map(({ shape }) => JSON.stringify(shape.slice(1)));
+/** Join an output's batches along an axis. */
+function join(name: string, parts: readonly NdArray[], axis = 0): NdArray {
+  const shapes = parts.map(({ shape }) => shape.filter((_, index) => index !== axis).join());
   if (new Set(shapes).size > 1) {
     throw new UsageError(
-      `the batches' outputs '${name}' differ in more than their first dimension; ` +
+      `the batches' outputs '${name}' differ in more than the dimension of the samples; ` +
         "take them one by one with predictBatches",
     );
   }
-  return concatenate(parts);
+  return concatenate(parts, axis);
 }
 
 function isTensor(data: DataSource | TensorLike): data is TensorLike {
