@@ -5,6 +5,8 @@ from __future__ import annotations
 Shape = list[int | str | None]
 Case = tuple[list[Shape], Shape, int | None]
 """The shapes of the data, the shape of an output, and the axis along which batches are joined."""
+AxisCase = tuple[list[Shape], Shape, bool, int | None]
+"""The same, with a word before the axis on whether the data come in batches of their own."""
 
 _ROWS: list[Shape] = [["N", 4]]
 _LESS: list[Shape] = [["N_less_1 + 1", 4]]
@@ -35,10 +37,10 @@ _OWN_BATCHES: list[Case] = [
 ]  # fmt: skip
 
 
-def build_sample_axes() -> list[dict[str, object]]:
-    """Outputs of data that are cut into batches, and of data that come in batches of their own."""
+def build_sample_axes() -> list[AxisCase]:
+    """Data, an output, whether the data come in batches of their own, and the axis."""
     return [
-        {"data": data, "output": output, "has_own_batches": own, "axis": axis}
+        (data, output, own, axis)
         for own, cases in ((False, _ARRAYS), (True, _OWN_BATCHES))
         for data, output, axis in cases
     ]

@@ -125,8 +125,8 @@ test("replies are taken and refused as the vectors say", async () => {
 
 test("the axis of an output's samples is found as the Python side finds it", () => {
   type Shape = TensorSpec["shape"];
-  type Case = { data: Shape[]; output: Shape; has_own_batches: boolean; axis: number | null };
-  for (const { data, output, has_own_batches: own, axis } of readVectors<Case[]>("sample_axes")) {
+  type Case = [data: Shape[], output: Shape, own: boolean, axis: number | null];
+  for (const [data, output, own, axis] of readVectors<Case[]>("sample_axes")) {
     const found = findSampleAxis({ shape: output }, data.map((shape) => ({ shape })), own);
     assert.equal(found, axis ?? undefined, JSON.stringify([data, output, own]));
   }
