@@ -162,7 +162,9 @@ def _build_party(
         learning_rate=optimizer.lr,
         outputs=tuple(declare_end(v, "output") for v in outputs),
         scored=tuple(output for share in shares for output in share.scored),
-        tells_labels=tuple(wire.tensor.name for wire in training.wires if wire.tells_labels),
+        tells_labels=tuple(
+            w.tensor.name for w in training.wires if w.tells_labels or w.tells_inputs
+        ),
         raw_states={n: tuple(sorted(r)) for n, r in training.held.items() if r and n in weights},
         remote_states=tuple(n for n in prepared.carried if party == CLIENT and n not in weights),
     )

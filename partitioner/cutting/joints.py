@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from splitonnx.errors import NotACut, UsageError
-from splitonnx.losses import Loss
+from splitonnx.losses import FROM_MODEL, Loss
 from splitonnx.manifests import WireKind
 from splitonnx.names import CLIENT, LOSS, SERVER
 from splitonnx.partitioner.cutting.carried_states.placements import place_states
@@ -66,13 +66,15 @@ class WireSpec:
     """A tensor that the parties exchange, with its sender, its receiver and its manifest entry.
 
     ``tells_labels`` means that it is a gradient from which the server can compute the labels
-    (:mod:`label_traces`).
+    (:mod:`label_traces`); ``tells_inputs`` means the same of the labels of a loss that is part of
+    the model, which are inputs.
     """
 
     crossing: Crossing
     tensor: TensorSpec
     kind: WireKind
     tells_labels: bool = False
+    tells_inputs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +189,14 @@ def build_training(
     for name, party in placed.owners.items():
         targets[party].append(made[placed.commits[name]])
     owners = _trace_owners(prepared, wires, targets)
+    has_own_loss = any(loss.kind == FROM_MODEL for loss in losses)
+    inputs = _list_tail_inputs(wires, data) if has_own_loss else set()
     for name, value in {**gradients, **statistics}.items():
         for party in owners[name]:
             targets[party].append(made[value])
     return JointGraph(
         graph=derived,
-        wires=tuple(_mark_telling(wires, derived, attached.data, owners, prepared)),
+        wires=tuple(_mark_telling(wires, derived, attached.data, inputs, owners, prepared)),
         targets={party: values for party, values in targets.items() if partition.at or values},
         results=attached.results,
         data=data,
@@ -348,23 +352,42 @@ def _list_gradients(graph: ir.Graph, ports: Sequence[tuple[Port, TensorSpec]]) -
     return wires
 
 
+def _list_tail_inputs(wires: Sequence[WireSpec], data: Collection[str]) -> set[str]:
+    """Return the names of the data that nothing depends on which the server sends back.
+
+    In a model with a loss of its own, these are what this loss compares with: labels.
+    """
+    back = [w.crossing.value for w in wires if w.crossing.sender == SERVER]
+    _, read = walk_back([v for v in back if not (v.name or "").endswith(GRADIENT)])
+    return set(data) - {value.name for value in read}
+
+
 def _mark_telling(
     wires: Sequence[WireSpec],
     graph: ir.Graph,
     labels: Collection[str],
+    inputs: Collection[str],
     owners: Mapping[str, frozenset[str]],
     prepared: PreparedModel,
 ) -> Iterator[WireSpec]:
     """Yield all wires, with those marked that are gradients and tell the server the labels.
 
-    ``labels`` names all arrays that the losses read.
+    ``labels`` names all arrays that the losses read, and ``inputs`` those that a loss within the
+    model reads.
     """
     client = {name for name, parties in owners.items() if parties == {CLIENT}}
     own = client & prepared.gradient_layers
-    telling = trace_labels(graph, labels, own, prepared.gradient_scalings)
+    told, own_told = (
+        trace_labels(graph, names, own, prepared.gradient_scalings) for names in (labels, inputs)
+    )
     for wire in wires:
         is_sent = wire.kind is WireKind.GRADIENT and wire.crossing.sender == CLIENT
-        yield replace(wire, tells_labels=is_sent and wire.crossing.value in telling)
+        value = wire.crossing.value
+        yield replace(
+            wire,
+            tells_labels=is_sent and value in told,
+            tells_inputs=is_sent and value in own_told,
+        )
 
 
 def _trace_owners(

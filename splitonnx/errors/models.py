@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitonnx.errors.roots import SplitonnxError, count_some, quote
+from splitonnx.errors.roots import SplitonnxError, count_some, name_tensor, quote
 
 
 class ModelError(SplitonnxError):
@@ -278,15 +278,21 @@ class InputsNotPermitted(CutError):
         if self.labels:
             options.append("--send-labels")
             arguments.append("send_labels=True")
-        derived = [name for name in self.tensors if name not in self.inputs]
-        sends, instead = f"the raw input {quote(self.inputs)}", "the first layer with weights"
+        derived = [name_tensor(name) for name in self.tensors if name not in self.inputs]
+        sends, instead = f"the raw input {quote(self.inputs)}", "cut behind the first layer"
         if derived:
-            sends = f"{quote(derived)}, computed on a path without a layer of weights from {sends}"
-            instead = "the next layer with weights on this path"
+            source = f"computed on a path without a layer of weights from {sends}"
+            sends = f"{', '.join(derived)}, {source}"
+            instead = "cut behind the next layer"
+        ways = [f"{instead} with weights{' on this path' if derived else ''}"]
+        told = [name for name in self.tensors if name.endswith("@client_grad")]
+        if told:  # the client's tail sends these: it lacks a layer, not the head
+            earlier = "end the server's part earlier, with --tail-at (tail_at=) before the last "
+            ways = [*(ways if len(told) < len(self.tensors) else ()), f"{earlier}layer of weights"]
         return (
             f"this cut would send {sends}{', and the labels' if self.labels else ''}; to let this "
             f"leave the client, add {' '.join(options)} (in Python: {', '.join(arguments)}), else "
-            f"cut behind {instead}"
+            f"{' and '.join(ways)}"
         )
 
 

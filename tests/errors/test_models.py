@@ -43,6 +43,14 @@ from tests.support.sentences import check_sentence
             InputsNotPermitted(("a",), ("x",)),
             ("'a', computed on a path", "behind the next layer"),
         ),
+        (
+            InputsNotPermitted(("a", "b@client_grad"), ("x",)),
+            (
+                "'a', the gradient of 'b', comp",
+                "behind the next layer",
+                "and end the server's part",
+            ),
+        ),
         (InputsNotPermitted(("x",), ("x",)), ("send the raw input 'x'; to", "behind the first")),
         (InputsNotPermitted(("x",), ("x",), labels=True), ("'x'", "input x --send-labels (")),
         (LabelsNotPermitted(), ("--send-labels", "send_labels=True", "--tail-at")),
