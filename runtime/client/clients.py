@@ -7,7 +7,7 @@ client's part.  Without a server, the client trains an unsplit model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -243,7 +243,7 @@ class Client:
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         specs = require_phase(self._manifest, TRAIN).data
-        training = self._open(data, specs, batch_size, is_training=True)
+        training = self._open(data, specs, batch_size, trains=True)
         held_out = None
         if eval_data is not None:
             held_out = self._open(eval_data, list_evaluated(self._manifest), batch_size)
@@ -352,19 +352,13 @@ class Client:
         Raises:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        _, batches = self._open_predicting(data, batch_size)
-        return (self._loop.predict(batch) for batch in batches)
+        return map(self._loop.predict, self._open_predicting(data, batch_size)[1])
 
     def _open(
-        self,
-        source: DataSource,
-        specs: Sequence[TensorSpec],
-        rows: int,
-        *,
-        is_training: bool = False,
+        self, data: DataSource, specs: Sequence[TensorSpec], rows: int, *, trains: bool = False
     ) -> Dataset:
         kept, free = self._kept, not has_batch_states(self._manifest)
-        return open_fitting(source, specs, rows, kept, is_training=is_training, can_free=free)
+        return open_fitting(data, specs, rows, kept, is_training=trains, can_free=free)
 
     def _open_predicting(
         self, data: DataSource, batch_size: int

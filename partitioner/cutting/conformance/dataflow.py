@@ -211,7 +211,7 @@ def run_split(
 
 
 def run_merged(
-    bundle: Bundle, merged: bytes, batches: Sequence[Arrays], subject: str, level: Level
+    bundle: Bundle, merged: bytes, batches: Sequence[Arrays], subject: str, *, level: Level
 ) -> list[Arrays]:
     """Run the merged model, which may lack the labels of the model's own loss."""
     labels = list_labels(bundle.client.manifest)

@@ -62,8 +62,8 @@ def measure(kind: str, data: Mapping[str, np.ndarray]) -> np.ndarray:
     if kind == "cross-entropy":
         terms: np.ndarray = np.logaddexp.reduce(scores, 1) - scores[range(len(labels)), labels]
         return terms
-    terms = np.logaddexp(0, scores) - labels * scores
-    return terms
+    losses: np.ndarray = np.logaddexp(0, scores) - labels * scores
+    return losses
 
 
 @pytest.mark.parametrize("where", CUTS, ids=["whole", "vanilla", "u-shape"])
