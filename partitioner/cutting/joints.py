@@ -24,7 +24,7 @@ from splitonnx.partitioner.cutting.divisions import divide_inference, divide_tra
 from splitonnx.partitioner.cutting.ports import Port, declare, declare_end, insert_ports
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.safeguards import add_safeguards
-from splitonnx.partitioner.cutting.stages import Crossing
+from splitonnx.partitioner.cutting.stages import Crossing, WireSpec
 from splitonnx.partitioner.differentiation.activations.final_activations import (
     CONTAINED,
     describe_inverted,
@@ -59,22 +59,6 @@ _log = logging.getLogger(__name__)
 
 NOTHING_TO_TRAIN = "nothing is left to train: the loss depends on no trainable parameter"
 """The message of the error for a model without a trained parameter before the loss."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WireSpec:
-    """A tensor that the parties exchange, with its sender, its receiver and its manifest entry.
-
-    ``tells_labels`` means that it is a gradient from which the server can compute the labels
-    (:mod:`label_traces`); ``tells_inputs`` means the same of the labels of a loss that is part of
-    the model, which are inputs.
-    """
-
-    crossing: Crossing
-    tensor: TensorSpec
-    kind: WireKind
-    tells_labels: bool = False
-    tells_inputs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

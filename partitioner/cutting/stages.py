@@ -19,7 +19,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from splitonnx.manifests import WireKind
 from splitonnx.partitioner.graphs.traversals import list_inputs, walk_back
+from splitonnx.tensors import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,22 @@ class Crossing:
     value: ir.Value
     sender: str
     receiver: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireSpec:
+    """A tensor that the parties exchange, with its sender, its receiver and its manifest entry.
+
+    ``tells_labels`` means that it is a gradient from which the server can compute the labels
+    (:mod:`label_traces`); ``tells_inputs`` means the same of the labels of a loss that is part of
+    the model, which are inputs.
+    """
+
+    crossing: Crossing
+    tensor: TensorSpec
+    kind: WireKind
+    tells_labels: bool = False
+    tells_inputs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
