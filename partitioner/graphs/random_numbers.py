@@ -90,8 +90,9 @@ def correct_draws(graph: ir.Graph) -> None:
     """Replace the random operators that ONNX Runtime draws wrongly, in place and in bodies too.
 
     ONNX Runtime's Bernoulli draws 1 with probability ``1 - p``.  It is written as a comparison of
-    ``p`` with a RandomUniformLike, which keeps the node's name and seed.  A normal distribution of
-    scale 0, which would end the process, is written as its mean.
+    ``p`` with a RandomUniformLike, which keeps the node's name and seed; no gradient passes to
+    ``p``, because the result is a step function of it.  A normal distribution of scale 0, which
+    would end the process, is written as its mean.
 
     Raises:
         UnsupportedModel: the scale of a normal distribution is below 0, or the bounds of a uniform
@@ -100,7 +101,7 @@ def correct_draws(graph: ir.Graph) -> None:
     for node in list(graph):
         for body in list_bodies(node):
             correct_draws(body)
-        if node.op_type not in _DRAWS or node.domain:
+        if node.domain:
             continue
         _check_distribution(node)
         builder = NodeBuilder(f"{node.outputs[0].name}/drawn")
@@ -181,6 +182,7 @@ def seed_random_operators(graph: ir.Graph) -> None:
     """Replace every random operator, in place, with nodes that compute its numbers from the key.
 
     The numbers depend on the node's name, and on its ``seed`` attribute if it is set.
+    :func:`correct_draws` must have been called before, which leaves no Bernoulli.
 
     Raises:
         UnsupportedModel: the rank of a Multinomial's input is not known.
@@ -255,17 +257,6 @@ def _draw_normal(source: _Source) -> ir.Value:
     return source.finish(builder.op("Add", scaled, source.number("mean", 0.0)))
 
 
-def _draw_bernoulli(source: _Source) -> ir.Value:
-    """Build random numbers that are 1 with probability ``p``, else 0.
-
-    No gradient passes to ``p``, because the result is a step function of ``p``.
-    """
-    builder, p = source.builder, source.x
-    u = source.uniform(source.shape())
-    chance = builder.op("Cast", builder.detach(p), to=_FLOAT.value)
-    return source.finish(builder.op("Less", u, chance))
-
-
 def _draw_multinomial(source: _Source) -> ir.Value:
     """Build random classes: count the classes whose cumulative probability is at most ``u``.
 
@@ -303,14 +294,13 @@ def _draw_multinomial(source: _Source) -> ir.Value:
 _NORMAL = frozenset({"RandomNormal", "RandomNormalLike"})
 _UNIFORM = frozenset({"RandomUniform", "RandomUniformLike"})
 _DRAWS: Mapping[str, Callable[[_Source], ir.Value]] = {
-    "Bernoulli": _draw_bernoulli,
     "Multinomial": _draw_multinomial,
     "RandomNormal": _draw_normal,
     "RandomNormalLike": _draw_normal,
     "RandomUniform": _draw_uniform,
     "RandomUniformLike": _draw_uniform,
 }
-"""Map each random operator to the function that computes its numbers from the key."""
+"""Map each random operator but Bernoulli to the function that computes its numbers from the key."""
 
 
 def _typed(value: ir.Value, dtype: ir.DataType) -> ir.Value:
