@@ -8,7 +8,7 @@ from dataclasses import replace
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from splitonnx.errors import NativeCrash, NotAModel
-from splitonnx.partitioner.gate.walks import label_node
+from splitonnx.partitioner.gate.walks import label_node, list_graphs
 from splitonnx.partitioner.native import natives
 from splitonnx.partitioner.native.workers import Refused, call
 
@@ -31,6 +31,38 @@ def check_form(model: ModelProto, label: str) -> None:
         raise NotAModel(label, reason) from error
     except NativeCrash as error:
         raise replace(error, subject=label_node(_find_culprit(light))) from error
+
+
+def check_declared_types(model: ModelProto, label: str) -> None:
+    """Check that no tensor is declared with another element type than onnx infers for it.
+
+    ONNX Runtime refuses such a model, and everything behind the tensor would have a wrong type.
+    The model must have passed :func:`check_form`.
+
+    Raises:
+        NotAModel: a declared type contradicts the node that computes the tensor.
+    """
+    light = _strip(model)
+    for graph in list_graphs(light):
+        del graph.value_info[:]
+    del light.graph.output[:]
+    try:
+        inferred = call(natives.infer_shapes, label, light.SerializeToString(), False)
+    except (Refused, NativeCrash):
+        return  # nothing is known then
+    typed = ModelProto.FromString(inferred)
+    for given, found in zip(list_graphs(model), list_graphs(typed), strict=True):
+        known = {value.name: value.type.tensor_type.elem_type for value in found.value_info}
+        for value in (*given.value_info, *given.output):
+            declared, made = value.type.tensor_type.elem_type, known.get(value.name, 0)
+            if declared and made and declared != made:
+                maker = next(node for node in given.node if value.name in node.output)
+                name = TensorProto.DataType.Name
+                raise NotAModel(
+                    label,
+                    f"it declares '{value.name}' as {name(declared)}, but {label_node(maker)} "
+                    f"computes {name(made)}; export it again, or correct the declared type",
+                )
 
 
 def _find_culprit(light: ModelProto) -> NodeProto:

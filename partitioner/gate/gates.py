@@ -23,7 +23,7 @@ from splitonnx.errors import NotAModel, UnsupportedModel
 from splitonnx.files import read_regular
 from splitonnx.graph_limits import MODEL
 from splitonnx.partitioner.gate.adjustments import NONE, Adjustments, adjust
-from splitonnx.partitioner.gate.forms import check_form
+from splitonnx.partitioner.gate.forms import check_declared_types, check_form
 from splitonnx.partitioner.gate.fused_operators import claim_fused
 from splitonnx.partitioner.gate.marks import forget_marks
 from splitonnx.partitioner.gate.ml_operators import unwrap_maps
@@ -77,6 +77,7 @@ def open_model(
                 files.check(tensor)
             check_names(proto, label)
             check_form(proto, label)
+            check_declared_types(proto, label)
             model = _deserialize(proto, label)
         except UnicodeDecodeError as error:
             raise NotAModel(label, "it holds text that is not UTF-8") from error

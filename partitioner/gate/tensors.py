@@ -97,7 +97,13 @@ class DataFiles:
         except ValueError as error:
             reason = f"tensor '{tensor.name}' has no valid place in its file"
             raise NotAModel(self.label, reason) from error
-        if length != size or offset < 0 or offset + length > len(mapping):
+        if length != size:
+            raise NotAModel(
+                self.label,
+                f"tensor '{tensor.name}' declares {size} bytes, but the length of its place in "
+                f"'{location}' is {length}",
+            )
+        if offset < 0 or offset + length > len(mapping):
             raise NotAModel(
                 self.label,
                 f"tensor '{tensor.name}' declares {size} bytes, but '{location}' holds "

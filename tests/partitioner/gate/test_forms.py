@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import onnx.parser
+import onnxruntime as ort
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from splitonnx.errors import ModelError, NativeCrash, NotAModel
 from splitonnx.partitioner.gate import forms
-from splitonnx.partitioner.gate.forms import check_form
+from splitonnx.partitioner.gate.forms import check_declared_types, check_form
+from splitonnx.partitioner.gate.gates import open_model
 from tests.partitioner.gate.broken_models import Breakage, hold_refusal, make_model
 
 
@@ -82,3 +85,59 @@ def test_a_crash_is_attributed_to_the_node_that_brings_it_about(
     with pytest.raises(NativeCrash, match=f"node '{culprit}'"):
         check_form(model, "the model")
     assert len(tries) <= 1 + len(model.graph.node).bit_length()  # each costs a process
+
+
+HEAD = '<ir_version: 9, opset_import: ["" : 18, "own" : 1]>'
+BRANCHES = """model (float[N,4] x, bool c) => (float[N,4] y) {
+    y = If (c) <then_branch = t () => (float[N,4] u) <BODY[N,4] i> { i = Relu (x) u = Tanh (i) },
+                else_branch = e () => (float[N,4] v) { v = Tanh (x) }>
+}"""
+DEFAULTS = """model (float[3,4] x) => (float[3,4] y) <int64[3,4] i> {
+    i = own.Eye (x) y = Cast <to = 1> (i)
+}
+<domain: "own", opset_import: ["" : 18]>
+Eye <dtype: int = 7> (a) => (b) { b = EyeLike <dtype: int = @dtype> (a) }"""
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "model (float[N,4] x) => (float[N,4] y) <int64[N,4] h> { h = Relu (x) y = Relu (h) }",
+            "it declares 'h' as INT64, but node 'h' (Relu) computes FLOAT",
+        ),
+        (
+            "model (float[N,4] x) => (float16[N,4] y) { y = Relu (x) }",
+            "it declares 'y' as FLOAT16, but node 'y' (Relu) computes FLOAT",
+        ),
+        (
+            BRANCHES.replace("BODY", "double"),
+            "it declares 'i' as DOUBLE, but node 'i' (Relu) computes FLOAT",
+        ),
+    ],
+)
+def test_a_type_that_contradicts_the_node_is_refused_as_by_onnx_runtime(
+    text: str, told: str
+) -> None:
+    model = onnx.parser.parse_model(HEAD + text)
+    with pytest.raises(Exception, match="does not match expected type"):
+        ort.InferenceSession(model.SerializeToString())
+    with pytest.raises(NotAModel) as caught:
+        open_model(model)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model (float[N,4] x) => (float[N,4] y) <float[N,9] h> { h = Relu (x) y = Relu (h) }",
+        "model (float[N,4] x) => (float[N,4] y) <float[N,4] gone> { y = Relu (x) }",
+        BRANCHES.replace("BODY", "float"),
+        DEFAULTS,
+    ],
+)
+def test_right_types_are_taken(text: str) -> None:
+    model = onnx.parser.parse_model(HEAD + text)
+    given = model.SerializeToString(deterministic=True)
+    check_declared_types(model, "the model")
+    assert model.SerializeToString(deterministic=True) == given

@@ -72,7 +72,10 @@ def externalise(model: ModelProto, **entries: str) -> ModelProto:
         ({"location": "absent.bin"}, "is missing"),
         ({"location": "weights.bin", "offset": "4000"}, "declares 192 bytes"),
         ({"location": "weights.bin", "offset": "-8"}, "declares 192 bytes"),
-        ({"location": "weights.bin", "length": "8"}, "declares 192 bytes"),
+        (
+            {"location": "weights.bin", "length": "8"},
+            "declares 192 bytes, but the length of its place in 'weights.bin' is 8",
+        ),
         ({"location": "weights.bin", "offset": "many"}, "no valid place"),
         ({"location": ""}, "outside"),
     ],
