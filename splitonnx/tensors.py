@@ -48,9 +48,9 @@ Bounds: TypeAlias = Annotated[tuple[int, ...], msgspec.Meta(min_length=2, max_le
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     """The declaration of a tensor: its name, element type and shape.
 
-    If ``bounds`` is set, the values of an integer tensor must be at least ``bounds[0]`` and less
-    than ``bounds[1]``.  A third number is one value that is allowed as well, such as the value of
-    labels that do not count.
+    If ``bounds`` is set, the values of class labels and of samples' weights must be at least
+    ``bounds[0]`` and less than ``bounds[1]``.  A third number is one value that is allowed as well,
+    such as the value of labels that do not count.
     """
 
     name: str
@@ -88,7 +88,7 @@ def check_array(
 
     Raises:
         ArrayMismatch: the dtype or shape differs.
-        ValueOutOfRange: an integer is outside ``spec.bounds``.
+        ValueOutOfRange: a value is outside ``spec.bounds``; NaN is not.
     """
     if array.dtype != DTYPES.get(spec.dtype) or not _bind_shape(
         array.shape, spec, sizes, is_output=is_output
@@ -103,7 +103,7 @@ def _check_bounds(array: np.ndarray, name: str, bounds: Bounds) -> None:
     found = array[array != others[0]] if others else array
     if not found.size:
         return
-    smallest, largest = int(found.min()), int(found.max())
+    smallest, largest = found.min().item(), found.max().item()
     if smallest < lower or largest >= upper:
         worst = smallest if smallest < lower else largest
         raise ValueOutOfRange(name, worst, lower, upper, *others)

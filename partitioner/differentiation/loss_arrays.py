@@ -41,6 +41,9 @@ class LossGraph:
     weights: Mapping[str, ir.TensorProtocol]
 
 
+WEIGHTS = (0, 2**31)
+"""Where weights of samples are: a negative one would reward mistakes, and means divide by them."""
+
 LossGraphs = Mapping[bytes | str, LossGraph]
 """Maps the files of losses to what they hold, or a model's output to the loss that it is."""
 
@@ -159,7 +162,9 @@ def _describe_weights(loss: Loss, labels: TensorSpec) -> Iterator[TensorSpec]:
     if loss.sample_weights is not None:
         if not labels.shape:
             raise UsageError("--sample-weights needs an output with one row for each sample")
-        yield TensorSpec(name=loss.sample_weights, dtype="F32", shape=labels.shape[:1])
+        yield TensorSpec(
+            name=loss.sample_weights, dtype="F32", shape=labels.shape[:1], bounds=WEIGHTS
+        )
 
 
 def refuse_no_loss(value: ir.Value) -> None:

@@ -51,10 +51,10 @@ class ArrayMismatch(DataError):
 
 @dataclass(eq=False)
 class ValueOutOfRange(DataError):
-    """An integer array, usually the labels, contains a value outside its declared range."""
+    """An array, usually the labels, contains a value outside its declared range."""
 
     name: str
-    value: int
+    value: float
     lower: int
     upper: int
     other: int | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 
-from splitonnx.errors import UnsupportedModel, UsageError
+from splitonnx.errors import UnsupportedModel, UsageError, ValueOutOfRange
 from splitonnx.losses import Loss
 from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.client.clients import Client
 from splitonnx.tensors import TensorSpec
 from tests.support.loss_references import build_network
 from tests.support.nets import FLOAT, Net
@@ -100,3 +102,20 @@ def test_what_a_refused_name_advises_is_accepted() -> None:
     named = Loss(kind="mse", output="y", name="y2")
     bundle = cut(build_named("loss.y"), at=None, loss=[named, second], check=False)
     assert len(bundle.manifest.recipe.list_losses()) == 2
+
+
+@pytest.mark.parametrize("work", ["step", "evaluate"])
+@pytest.mark.parametrize("kind", ["cross-entropy", "mse"])
+def test_negative_weights_of_samples_are_refused(kind: str, work: str) -> None:
+    loss = Loss(kind=kind, sample_weights="shares")
+    labels = np.arange(4) if kind == "cross-entropy" else np.zeros((4, 4), np.float32)
+    data = {"x": np.ones((4, 3), np.float32), "labels": labels}
+    bundle = cut(build_network(), at=None, loss=loss)
+    with Client(bundle.client, threads=1) as client:
+        weights = {name: array.copy() for name, array in client.state().items()}
+        wrong = {**data, "shares": np.array([1, -0.5, 1, 0], np.float32)}
+        with pytest.raises(ValueOutOfRange, match=r"'shares' holds -0.5; allowed are 0 to"):
+            getattr(client, work)(wrong)
+        for name, array in client.state().items():
+            np.testing.assert_array_equal(array, weights[name])
+        getattr(client, work)({**data, "shares": np.array([1, 0.5, 1, 0], np.float32)})
