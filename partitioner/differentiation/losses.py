@@ -6,6 +6,7 @@ module does not depend on cuts or gradients; :mod:`loss_formulas` has the formul
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,10 +39,12 @@ from splitonnx.partitioner.differentiation.loss_formulas import LossInputs, Mean
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.traversals import list_bodies, list_nodes, map_values
-from splitonnx.partitioner.lowerings.losses import count_labels
+from splitonnx.partitioner.lowerings.losses import MEANS, count_labels
 from splitonnx.partitioner.normalization.parameters import find_stored
 from splitonnx.partitioner.normalization.weights import read_array
 from splitonnx.tensors import TensorSpec
+
+_log = logging.getLogger(__name__)
 
 NO_SCORES: Mapping[str, str] = {}
 """Nothing, where no scores are predicted beside the model's outputs."""
@@ -323,12 +326,39 @@ def build_evaluation(
             source = invert_activation(builder, source, found.kind)
         for name in others:
             read(name, name)
+        if remark := _describe_uneven(loss, values, graphs):
+            _log.warning("%s", remark)
         scores.append(source.name or "")
     opsets = {"": graph.opset_imports[""] if graphs else 18}
     given = tuple(sources.values())
     made = ir.Graph(given, [], nodes=builder.nodes, name="evaluate", opset_imports=opsets)
     attached = attach_losses(made, losses, scores, graphs, evaluating=True)
     return ir.Model(made, ir_version=10), given, attached
+
+
+def _describe_uneven(loss: Loss, values: Mapping[str, ir.Value], graphs: LossGraphs) -> str:
+    """Return a remark about a loss for which an evaluation depends on the size of the batches."""
+    file = find_graph(loss, graphs)
+    if loss.kind not in (FROM_MODEL, FROM_FILE):
+        return ""
+    result = values[loss.output or ""] if file is None else file.inference.graph.outputs[0]
+    maker = find_stored(result).producer()
+    if maker is None:
+        return ""
+    name = f"the loss '{result.name}'"
+    is_sum = maker.attributes.get_string("reduction", "mean") == "sum"
+    if (is_sum and maker.op_type in MEANS) or maker.op_type == "ReduceSum":
+        return (
+            f"{name} is a sum over the batch: evaluate gives the mean of the batches' sums, which "
+            "depends on the batch size; make it a mean to compare evaluations"
+        )
+    if file is None and count_labels(NodeBuilder("splitonnx.counted"), maker) is not None:
+        return (
+            f"{name} ignores labels or weighs classes, and is not computed from another output: "
+            "evaluate weighs each batch by its samples, so its loss depends on the batch size; "
+            "make the scores an output of the model, too"
+        )
+    return ""
 
 
 def list_scored(

@@ -14,7 +14,8 @@ import onnx_ir as ir
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_dims
 
 Values = Sequence[ir.Value | None]
-_MEANS = ("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss")
+MEANS = ("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss")
+"""Operators whose results are means of labels' losses, if their attribute ``reduction`` is mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,7 @@ def count_labels(builder: NodeBuilder, node: ir.Node) -> ir.Value | None:
     is a mean of labels which may count unequally, or not at all.
     """
     is_mean = node.attributes.get_string("reduction", "mean") == "mean"
-    if node.op_type not in _MEANS or node.domain or not is_mean or node.inputs[0] is None:
+    if node.op_type not in MEANS or node.domain or not is_mean or node.inputs[0] is None:
         return None
     factor = _read_labels(builder, node, node.inputs[1:], node.inputs[0].dtype).factor
     return None if factor is None else builder.op("ReduceSum", factor, keepdims=0)

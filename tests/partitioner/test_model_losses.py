@@ -103,6 +103,34 @@ def test_a_model_without_another_output_keeps_its_loss() -> None:
         assert client.evaluate(draw_data(), batch_size=4)["loss"] > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "outputs", "told"),
+    [
+        ({"reduction": "sum"}, ("scores",), "is a sum over the batch"),
+        ({"reduction": "sum"}, (), "is a sum over the batch"),
+        ({"ignore_index": 3}, (), "make the scores an output"),
+        ({"ignore_index": 3}, ("scores",), ""),
+        ({}, (), ""),
+    ],
+    ids=str,
+)
+def test_cut_says_where_an_evaluation_depends_on_the_size_of_batches(
+    settings: Mapping[str, object],
+    outputs: Sequence[str],
+    told: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, data = with_loss(outputs=outputs), draw_data()
+    for name, value in settings.items():
+        model.graph.node[-1].attribute.append(helper.make_attribute(name, value))
+    data["target"][:5] = 3
+    bundle = cut(model, at=None, loss=OWN)
+    assert [told in line for line in caplog.messages] == ([True] if told else [])
+    with Client(bundle.client, threads=1) as client:
+        found = {round(client.evaluate(data, batch_size=size)["loss"], 4) for size in (1, 3, 10)}
+    assert (len(found) > 1) == bool(told)
+
+
 def test_a_loss_of_a_tensor_that_is_not_predicted_stays_in_the_prediction() -> None:
     bundle = cut(with_loss(outputs=("hidden",)), at=None, loss=OWN)
     assert bundle.client.manifest.phase(PREDICT).results == ("hidden", "own_loss")

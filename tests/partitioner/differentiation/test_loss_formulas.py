@@ -248,7 +248,7 @@ def test_evaluation_does_not_depend_on_the_size_of_batches(loss: Loss) -> None:
     """Alone, a label of a class of weight 0 does not count, but its smoothing has a term."""
     data = draw_data(loss, rows=10)
     if loss.sample_weights is not None:
-        data["trust"] = np.array([2, -2, 0, 0, 1, 1, 2, 2, 3, 3], np.float32)
+        data["trust"] = np.array([2, 1, 0, 0, 1, 1, 2, 2, 3, 3], np.float32)
     with Client(cut(build_network(), at=None, loss=loss, check=False).client) as client:
         found = [client.evaluate(data, batch_size=size) for size in (1, 2, 4, 10)]
         scores = client.predict({"x": data["x"]})["scores"].astype(np.float64)

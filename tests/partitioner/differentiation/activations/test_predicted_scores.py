@@ -61,9 +61,9 @@ def measure(kind: str, data: Mapping[str, np.ndarray]) -> np.ndarray:
     scores, labels = data["x"].astype(np.float64), data["labels"]
     if kind == "cross-entropy":
         terms: np.ndarray = np.logaddexp.reduce(scores, 1) - scores[range(len(labels)), labels]
-        return terms
-    losses: np.ndarray = np.logaddexp(0, scores) - labels * scores
-    return losses
+    else:
+        terms = np.logaddexp(0, scores) - labels * scores
+    return terms
 
 
 @pytest.mark.parametrize("where", CUTS, ids=["whole", "vanilla", "u-shape"])
