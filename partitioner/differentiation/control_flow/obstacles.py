@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 import onnx_ir as ir
 
 from splitonnx.errors import NotDifferentiable
+from splitonnx.partitioner.differentiation.control_flow.single_rows import check_single_rows
 from splitonnx.partitioner.differentiation.derived.derivations import ADVICE
 from splitonnx.partitioner.differentiation.derived.missing_gradients import WITHOUT_GRADIENT
 from splitonnx.partitioner.graphs.builders import known_array
@@ -98,10 +99,16 @@ def _is_tensor(value: ir.Value) -> bool:
 def note_carried_shapes(nodes: Iterable[ir.Node]) -> bool:
     """Set the shapes of what Loops carry to their ends where no iteration changes them.
 
-    onnx does not infer these shapes.  Return whether any was set.
+    onnx does not infer these shapes.  Where an iteration may change one, as far as is known, slices
+    of one row check their size first (:func:`check_single_rows`).  Return whether anything was
+    changed; shapes then have to be inferred again.
     """
     changed = False
     for node in nodes:
+        for body in list_bodies(node):
+            changed |= note_carried_shapes(body)
+            if _find_changing(node):
+                changed |= check_single_rows(body)
         for before, after, value in _list_carried(node):
             if value.shape is None and _is_same(before, after):
                 value.type, value.shape = value.type or before.type, before.shape
