@@ -7,12 +7,19 @@ undone.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 
 from splitonnx.layers import LAYERS, may_mix
 from splitonnx.partitioner.graphs.traversals import list_inner, list_inputs, reads_size
+
+_LINEAR = (
+    *("Add", "AveragePool", "Cast", "Concat", "Expand", "Flatten", "GlobalAveragePool", "Identity"),
+    *("Mean", "Neg", "Pad", "ReduceMean", "ReduceSum", "Reshape", "Slice", "Split", "Squeeze"),
+    *("Sub", "Sum", "Transpose", "Unsqueeze"),
+)
+"""Operators whose gradient does not depend on the values that they read."""
 
 
 def trace_labels(
@@ -50,6 +57,31 @@ def find_bare_ends(
         if node not in layers and not reads_size(node) and found.intersection(node.outputs):
             found.update(list_inputs(node))
     return found
+
+
+def trace_told_inputs(
+    graph: ir.Graph,
+    raw: Mapping[ir.Value, frozenset[str]],
+    weights: Collection[str],
+    scalings: Collection[str] = (),
+) -> dict[ir.Value, frozenset[str]]:
+    """Map values to the inputs that their gradients tell, in a model that ends in its own loss.
+
+    These are the inputs that ``raw`` has of what is read on a path without a layer of weights to an
+    output, except by sums and the like, whose gradients do not depend on what these read.
+    ``weights`` and ``scalings`` are as for :func:`trace_labels`.
+    """
+    layers = _find_layers(graph, weights, scalings)
+    told: dict[ir.Value, frozenset[str]] = dict.fromkeys(graph.outputs, frozenset())
+    for node in reversed(graph):
+        behind = [told[value] for value in node.outputs if value in told]
+        if node in layers or reads_size(node) or not behind:
+            continue
+        read = list_inputs(node)
+        held = [raw.get(value, frozenset()) for value in read if node.op_type not in _LINEAR]
+        for value in read:
+            told[value] = told.get(value, frozenset()).union(*behind, *held)
+    return told
 
 
 def _find_layers(

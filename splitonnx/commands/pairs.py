@@ -6,6 +6,7 @@ begins.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ SIZES = ("up / sample", "down / sample", "client params", "server params")
 """The headings of the table; the columns of ``SIZES`` are right-aligned."""
 
 LABELS_MARK = " (tells labels)"
-"""The mark of a pair that ``cut`` takes only with ``--send-labels``."""
+"""The mark of a pair that ``cut`` takes only with ``--send-labels`` or ``--send-input``."""
 
 
 def print_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> None:
@@ -37,10 +38,17 @@ def print_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> None:
     if sentence is not None:
         print(escape(sentence))
     if any(pair.tells_labels for pair in shown):
+        options = _list_options(shown)
         print(
             f"{LABELS_MARK.strip()}: the client has no layer of weights behind this tail, so the "
-            "server could compute the labels from its gradient; cut asks for --send-labels"
+            f"server could compute the labels from its gradient; cut asks for {options}"
         )
+
+
+def _list_options(pairs: Sequence[PairCandidate]) -> str:
+    """List what ``cut`` asks for: the labels of a loss within the model are inputs of it."""
+    names = dict.fromkeys(name for pair in pairs for name in pair.tells_inputs)
+    return " ".join(f"--send-input {shlex.quote(name)}" for name in names) or "--send-labels"
 
 
 def choose_pairs(pairs: Sequence[PairCandidate], *, is_end_named: bool) -> Sequence[PairCandidate]:

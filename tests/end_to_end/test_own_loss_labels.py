@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from onnx import helper
 
 import splitonnx
+from splitonnx.commands.pairs import print_pairs
 from splitonnx.disclosures import list_sent
 from splitonnx.errors import InputsNotPermitted
 from splitonnx.names import TRAIN
@@ -62,3 +64,35 @@ def test_a_gradient_that_tells_the_labels_of_a_loss_in_the_model_is_marked() -> 
     (gradient,) = (value for name, value in sent if name == "pred@client_grad")
     computed = predicted - gradient * predicted.size / 2  # by the server, which knows both
     np.testing.assert_allclose(computed, labels, atol=1e-5)
+
+
+def build_regularized() -> onnx.ModelProto:
+    """Build the same with the mean square of a layer added to the loss, which reads no labels."""
+    model = build_with_own_loss()
+    graph = model.graph
+    graph.node[-1].output[0] = "error"
+    graph.node.append(helper.make_node("Mul", ["pred", "pred"], ["square"]))
+    graph.node.append(helper.make_node("ReduceMean", ["square"], ["size"], keepdims=0))
+    graph.node.append(helper.make_node("Add", ["error", "size"], ["loss"]))
+    return model
+
+
+@pytest.mark.parametrize("build", [build_with_own_loss, build_regularized])
+def test_pairs_that_tell_such_labels_are_those_for_which_cut_asks(
+    build: Callable[[], onnx.ModelProto], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"loss": "from-model", "output": "loss"}
+    pairs = splitonnx.inspect_pairs(build(), **options)
+    assert {pair.tells_labels for pair in pairs} == {True, False}
+    for pair in pairs:
+        told: set[str] = set()
+        try:
+            splitonnx.cut(build(), at=pair.at, tail_at=pair.tail_at, check=False, **options)
+        except InputsNotPermitted as refused:
+            if any(name.endswith("@client_grad") for name in refused.tensors):
+                told = set(refused.inputs)
+        assert (set(pair.tells_inputs), pair.tells_labels) == (told, bool(told))
+    print_pairs(pairs, is_end_named=True)
+    printed = capsys.readouterr().out
+    assert "cut asks for --send-input lab" in printed
+    assert "--send-labels" not in printed

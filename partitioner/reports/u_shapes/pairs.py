@@ -16,6 +16,7 @@ from splitonnx.names import DropoutMode
 from splitonnx.partitioner.cutting.candidates.pairs import Pair, PairSearch, Tensors
 from splitonnx.partitioner.cutting.carried_states.declarations import Pairs
 from splitonnx.partitioner.cutting.carried_states.placements import leave_out_states
+from splitonnx.partitioner.cutting.carried_states.raw_inputs import trace_raw_inputs
 from splitonnx.partitioner.cutting.cuts import find_lost
 from splitonnx.partitioner.cutting.divisions import find_needed, keep_reached, keep_returned
 from splitonnx.partitioner.cutting.passes.given_names import resolve_names
@@ -24,7 +25,7 @@ from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
     count_trained,
 )
-from splitonnx.partitioner.differentiation.label_traces import find_bare_ends
+from splitonnx.partitioner.differentiation.label_traces import find_bare_ends, trace_told_inputs
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -66,6 +67,8 @@ class PairCandidate:
     ``client_share`` is the fraction of all trained elements that are at the client, from 0 to 1.
     ``tells_labels`` is true if the client has no layer of weights between ``tail_at`` and the loss:
     the server can then compute the labels from the gradient, and ``cut`` requires ``send_labels``.
+    If the model ends in its own loss, ``tells_inputs`` names the inputs that the gradient tells in
+    this way, usually the labels; ``cut`` then requires that ``send_inputs`` names these.
     ``recommended`` is true if the pair is worth considering; see :mod:`recommendations`.
     """
 
@@ -80,6 +83,7 @@ class PairCandidate:
     server_parameters: int
     client_share: float
     tells_labels: bool = False
+    tells_inputs: tuple[str, ...] = ()
     recommended: bool = False
 
 
@@ -151,7 +155,7 @@ def list_pairs(
     found = list(_find_pairs(prepared, reads.own, first, last, sent))
     rows = _find_rows(prepared)
     with _limit_outputs(prepared, reads.names):
-        form = _TrainingForm(prepared)
+        form = _TrainingForm(prepared, has_own_loss=bool(reads.own))
         pairs = [
             form.describe(pair, trained, rows)
             for pair in found
@@ -217,7 +221,7 @@ def _can_be_sent(pair: Pair, graph: ir.Graph, trainable: Collection[str]) -> boo
 class _TrainingForm:
     """The training form of a model; only the outputs from which losses are computed count."""
 
-    def __init__(self, prepared: PreparedModel) -> None:
+    def __init__(self, prepared: PreparedModel, *, has_own_loss: bool) -> None:
         self._graph = prepared.training.graph
         self._trainable = prepared.trainable
         self._elements = count_trained(
@@ -232,9 +236,13 @@ class _TrainingForm:
             self._graph, [v for v in self._graph.inputs if v.name in self._elements]
         )
         self._reached = trace_gradients(self._graph.outputs)
-        self._bare = find_bare_ends(
-            self._graph, prepared.gradient_layers, prepared.gradient_scalings
-        )
+        layers, scalings = prepared.gradient_layers, prepared.gradient_scalings
+        self._bare = set() if has_own_loss else find_bare_ends(self._graph, layers, scalings)
+        self._told: Mapping[ir.Value, frozenset[str]] = {}
+        if has_own_loss:
+            data = {value.name or "" for value in self._graph.inputs} - prepared.state
+            raw = trace_raw_inputs(self._graph, data, prepared, {})
+            self._told = trace_told_inputs(self._graph, raw, layers, scalings)
 
     def divide(self, pair: Pair) -> Pair | None:
         """Divide the training form at a pair of the inference form, if this is legal.
@@ -266,6 +274,8 @@ class _TrainingForm:
         head = self._count(walk_back(trained.at)[0])
         back = self._list_returned(trained)
         first, last = (self._declare(end) for end in (pair.at, pair.tail_at))
+        told = (self._told.get(v, ()) for v in trained.tail_at if v.name in back)
+        inputs = tuple(sorted({name for names in told for name in names}))
         sent = [first[value.name or ""] for value in trained.at]
         returned = [last[value.name or ""] for value in trained.tail_at]
         return PairCandidate(
@@ -279,7 +289,9 @@ class _TrainingForm:
             tail_parameters=client - head,
             server_parameters=server,
             client_share=client / ((client + server) or 1),
-            tells_labels=any(v.name in back and v in self._bare for v in trained.tail_at),
+            tells_labels=bool(inputs)
+            or any(v.name in back and v in self._bare for v in trained.tail_at),
+            tells_inputs=inputs,
         )
 
     def _declare(self, end: Tensors) -> dict[str, TensorSpec]:
