@@ -101,8 +101,23 @@ def open_fitting(
     dataset = open_dataset(source)
     dataset.check(specs, kept)
     if dataset.size is not None and not dataset.has_own_batches:
+        if is_training or dataset.size > batch_size:
+            _check_axes(specs)
         _check_rows(dataset.size, specs, batch_size, is_training=is_training, can_free=can_free)
     return dataset
+
+
+def _check_axes(specs: Sequence[TensorSpec]) -> None:
+    """Check that no array has its samples on another axis than the first, which is divided."""
+    for spec in specs:
+        axis = find_sample_axis(spec, specs)
+        if axis and isinstance(spec.shape[0], int):
+            raise UnusableData(
+                "the data",
+                f"the samples of '{spec.name}', {spec}, are on axis {axis}, but arrays are divided "
+                "into batches along their first; save each batch as one .npz file in a folder (in "
+                "Python: pass a list of batches)",
+            )
 
 
 def _check_rows(

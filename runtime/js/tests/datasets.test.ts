@@ -189,3 +189,15 @@ describe("a tensor", () => {
     }
   });
 });
+
+test("labels with samples on another axis are not taken for a fixed batch", () => {
+  const specs = [spec("x", "F32", ["N", 3]), spec("labels", "F32", [3, "N", 2])];
+  const x = { dims: [3, 3], data: new Float32Array(9) };
+  const data = { x, labels: { dims: [3, 3, 2], data: new Float32Array(18) } };
+  const open = (batchSize: number, isTraining: boolean) => openFitting(data, specs, batchSize, { isTraining });
+  for (const [batchSize, isTraining] of [[2, false], [2, true], [3, true]] as [number, boolean][]) {
+    assert.throws(() => open(batchSize, isTraining), /'labels', .* on axis 1.*an array of batches$/);
+  }
+  assert.equal(open(3, false).size, 3);
+  openFitting([data, data], specs, 2, { isTraining: true });
+});

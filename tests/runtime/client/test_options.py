@@ -205,3 +205,18 @@ def test_the_metrics_of_a_run_are_fitted_to_its_bundle() -> None:
         choose(["f1"], has_data=False)
     with pytest.raises(UsageError, match="an evaluation has loss, accuracy, f1; others"):
         choose(["f1"], "accuracy@counted")
+
+
+def test_labels_with_samples_on_another_axis_are_not_taken_for_a_fixed_batch() -> None:
+    specs = [
+        TensorSpec(name="x", dtype="F32", shape=("N", 3)),
+        TensorSpec(name="labels", dtype="F32", shape=(3, "N", 2)),
+    ]
+    data = {"x": np.zeros((3, 3), np.float32), "labels": np.zeros((3, 3, 2), np.float32)}
+    for batch_size, is_training in ((2, False), (2, True), (3, True)):  # training shuffles
+        with pytest.raises(
+            UnusableData, match=r"'labels', .* on axis 1.*one .npz file in a folder"
+        ):
+            open_fitting(data, specs, batch_size, is_training=is_training)
+    assert open_fitting(data, specs, 3).size == 3  # one batch, in order
+    open_fitting([data, data], specs, 2, is_training=True)  # as it says

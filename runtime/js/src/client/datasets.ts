@@ -9,6 +9,7 @@ import type { TensorLike } from "../engine/engines.js";
 import { ArrayMismatch, KeptArray, MissingArray, NotFinite, UnusableData, UsageError } from "../errors.js";
 import type { Sizes } from "../expressions.js";
 import type { PartyManifest } from "../manifests.js";
+import { findSampleAxis } from "../sample_axes.js";
 import { checkArray, describe, findNotFinite, takeRows } from "../tensors.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
 import { shuffleRows } from "./shuffles.js";
@@ -106,8 +107,21 @@ export function openFitting(
 ): Dataset {
   const dataset = openDataset(source);
   dataset.check(specs, kept);
+  if (dataset.size !== null && (isTraining || dataset.size > batchSize)) checkAxes(specs);
   if (dataset.size !== null) checkRows(dataset.size, specs, batchSize, isTraining, canFree);
   return dataset;
+}
+
+/** Throw where an array has its samples on another axis than the first, which is divided. */
+function checkAxes(specs: readonly TensorSpec[]): void {
+  for (const spec of specs) {
+    const axis = findSampleAxis(spec, specs, false);
+    if (!axis || typeof spec.shape[0] !== "number") continue;
+    throw new UnusableData(
+      `the samples of '${spec.name}', ${describe(spec)}, are on axis ${axis}, but arrays are ` +
+        "divided into batches along their first; pass each batch on its own, in an array of batches",
+    );
+  }
 }
 
 /**
