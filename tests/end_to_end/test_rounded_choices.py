@@ -113,7 +113,7 @@ def test_what_optimizations_change_in_the_merged_model_alone_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def optimize_wrongly(*given: object, level: str, **named: object) -> list[Arrays]:
-        outputs = run_merged(*given, level=level, **named)  # type: ignore[arg-type,misc]
+        outputs = run_merged(*given, level=level, **named)  # type: ignore[arg-type]
         factor = 1.0 if level == "none" else 1.5
         return [{name: array * factor for name, array in batch.items()} for batch in outputs]
 

@@ -300,7 +300,7 @@ def test_a_merged_model_that_usual_sessions_compute_otherwise_leads_to_advice(
     """As on processors without VNNI, whose integer kernels saturate near the range's end."""
 
     def saturate(*given: object, level: str, **named: object) -> list[Arrays]:
-        outputs = run_merged(*given, level=level, **named)  # type: ignore[arg-type,misc]
+        outputs = run_merged(*given, level=level, **named)  # type: ignore[arg-type]
         batches = given[2]
         assert isinstance(batches, Sequence)
         assert (batches[-1]["x"] > 0.9 * 2.54).mean() > 0.5
