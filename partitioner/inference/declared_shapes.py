@@ -232,13 +232,10 @@ def _note_shapes(
     sizes = {name: _read_dims(kind, symbols) for name, kind in found.items()}
     for value in (*inputs, *(value for node in graph for value in node.outputs)):
         declared, dims = _list_dims(value.shape), sizes.get(value.name or "")
-        if not dims and (left := _find_squeezed(value, ranks, sizes)) is not None:
-            ranks[value] = len(left)
-            if len(declared) != len(left):
+        if not dims and (rank := _find_rank(value, ranks, sizes)) is not None:
+            ranks[value] = rank
+            if len(declared) != rank:
                 value.shape = None
-            elif not is_body and any(dim is not None for dim in left):
-                value.shape, believed[value] = ir.Shape(left), None
-                continue
         if value.shape is None or dims is None:
             if value.shape is not None and value.producer() is not None:
                 unsure[value] = value.shape
@@ -255,10 +252,10 @@ def _note_shapes(
     return believed
 
 
-def _find_squeezed(
+def _find_rank(
     value: ir.Value, ranks: Mapping[ir.Value, int], sizes: Mapping[str, Dims | None]
-) -> Dims | None:
-    """Return the shape of a value behind a Squeeze without axes, for a batch of several samples.
+) -> int | None:
+    """Return the rank of a value behind a Squeeze without axes, for a batch of several samples.
 
     For a batch of 1, the Squeeze drops the batch, too, and an export with one sample declares that.
     ``ranks`` holds the ranks of earlier such values, and ``sizes`` the inferred shapes of others.
@@ -270,10 +267,10 @@ def _find_squeezed(
     read = [each for each in node.inputs if each is not None]
     given = {each: sizes.get(each.name or "") or _list_dims(each.shape) for each in read}
     if node.op_type == "Squeeze" and len(read) == 1 and given[read[0]]:
-        return [dim for dim in given[read[0]] if dim != 1]
+        return len([dim for dim in given[read[0]] if dim != 1])
     if node.op_type not in _ELEMENTWISE or ranks.keys().isdisjoint(read):
         return None
-    return [None] * max(ranks.get(each, len(given[each])) for each in read)
+    return max(ranks.get(each, len(given[each])) for each in read)
 
 
 def _list_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto]:
