@@ -147,9 +147,8 @@ def _infer_again(
                 continue
             found = _list_dims(inferred) if inferred is not None else [None] * len(declared)
             kept = _add_declared(found, _list_dims(declared)) if value in outputs else found
-            value.shape = ir.Shape(kept)
-            if inferred is None or _has_more_numbers(kept, found):
-                believed[value] = inferred
+            if inferred is None or kept != found:
+                value.shape, believed[value] = ir.Shape(kept), inferred
     return believed
 
 
@@ -169,12 +168,6 @@ def _add_declared(inferred: Dims, declared: Dims) -> Dims:
         return inferred
     pairs = list(zip(inferred, declared, strict=True))
     return [*inferred[:1], *(old if _is_unknown(new) else new for new, old in pairs[1:])]
-
-
-def _has_more_numbers(kept: Dims, inferred: Dims) -> bool:
-    """Return whether a size is a number in ``kept`` that is none in ``inferred``."""
-    pairs = zip(kept, inferred, strict=True)
-    return any(isinstance(dim, int) and dim != old for dim, old in pairs)
 
 
 def _is_unknown(dim: int | str | None) -> bool:
@@ -242,7 +235,7 @@ def _note_shapes(
             continue
         if value in outputs and dims and len(declared) == len(dims):
             known = _add_declared(dims, declared)
-            if _has_more_numbers(known, dims):
+            if known != dims:
                 believed[value] = ir.Shape(dims)
             dims = known
         value.shape = ir.Shape(dims)
