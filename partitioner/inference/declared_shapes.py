@@ -13,9 +13,6 @@ from dataclasses import dataclass, field
 import onnx
 import onnx_ir as ir
 
-from splitonnx.expressions import UNKNOWN
-from splitonnx.partitioner.graphs.assertions import BOOL, either, note, pass_if, refuse_where
-from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.faults import (
     attribute_errors_to_bytes,
     attribute_errors_to_pass,
@@ -37,21 +34,19 @@ _ELEMENTWISE = frozenset(
 )  # fmt: skip
 """Operators whose result has the largest of their inputs' ranks."""
 
-DECLARED = "sizes_must_be_those_that_the_file_declares"
-"""End of the name of the node that fails if a value has other sizes."""
 Dims = Sequence[int | str | None]
 
 
 def drop_declared_shapes(model: ir.Model) -> None:
     """Replace the declared shapes of values with shapes inferred from the model's inputs, in place.
 
-    This includes the values in the bodies of If, Loop and Scan.  What onnx does not infer, such as
-    the result of an Expand to a computed shape, is left to :class:`Inference`.  If nothing is
-    inferred for a value, its declared shape is kept in a body; in the outermost graph, only its
-    rank is kept.  But a rank is dropped behind a Squeeze that would have it for a batch of 1 only.
-    In the shapes of the model's outputs, declared sizes after the first axis replace sizes that
-    onnx cannot infer, because a loss needs the number of classes.  Nodes check the ranks and sizes
-    of the outermost graph that are kept whenever the graph runs.
+    This includes the values in the bodies of If, Loop and Scan.  A declared shape is kept if
+    nothing is inferred for the value, not even its number of dimensions; but it is dropped behind
+    a Squeeze that would have this rank for a batch of 1 only.  What onnx does not infer in a body,
+    such as the result of an Expand to a computed shape, is left to :class:`Inference`; in the
+    outermost graph, folding does so later.  In the shapes of the model's outputs, declared sizes
+    after the first axis replace sizes that onnx cannot infer, because a loss needs the number of
+    classes.
     """
     bodies = list(model.graphs())[1:]
     values = [value for node in model.graph.all_nodes() for value in node.outputs]
@@ -68,12 +63,9 @@ def drop_declared_shapes(model: ir.Model) -> None:
         if typed is None:
             return
         unsure: dict[ir.Value, ir.Shape] = {}
-        believed = _note_shapes(model.graph, typed, symbols, unsure, is_body=False)
+        _note_shapes(model.graph, typed, symbols, unsure, is_body=False)
     if unsure:
-        known = Inference(model.graph.opset_imports[""])
-        believed |= _infer_again(model.graph, known, unsure, is_body=False)
-    for value, inferred in believed.items():
-        _verify(model.graph, value, inferred)
+        _infer_bodies(model.graph, Inference(model.graph.opset_imports[""]), unsure)
 
 
 def _list_dims(shape: ir.Shape | None) -> Dims:
@@ -120,89 +112,20 @@ def _infer(proto: onnx.ModelProto, loops: _Loops) -> onnx.GraphProto | None:
     return None
 
 
-def _infer_again(
-    graph: ir.Graph,
-    known: Inference,
-    unsure: MutableMapping[ir.Value, ir.Shape],
-    *,
-    is_body: bool,
-) -> dict[ir.Value, ir.Shape | None]:
-    """Infer the shapes in ``unsure`` once more, and keep of those not found what may be believed.
-
-    Map each value of the outermost graph of which something is believed to its inferred shape.
-    """
-    believed: dict[ir.Value, ir.Shape | None] = {}
-    outputs = () if is_body else set(graph.outputs)
+def _infer_bodies(
+    graph: ir.Graph, known: Inference, unsure: MutableMapping[ir.Value, ir.Shape]
+) -> None:
+    """Infer the shapes in ``unsure`` once more, of values in bodies, and keep those not found."""
     for node in graph:
         for body in list_bodies(node):
-            _infer_again(body, known, unsure, is_body=True)
+            _infer_bodies(body, known, unsure)
         for value in unsure.keys() & set(node.outputs):
             value.shape = None
         known.visit(node)
         for value in unsure.keys() & set(node.outputs):
             known.note(value)
-            declared, inferred = unsure[value], value.shape
-            if is_body or _has_sequences(node):  # a later pass replaces sequences by tensors
-                value.shape = declared if inferred is None else inferred
-                continue
-            found = _list_dims(inferred) if inferred is not None else [None] * len(declared)
-            kept = _add_declared(found, _list_dims(declared)) if value in outputs else found
-            if inferred is None or kept != found:
-                value.shape, believed[value] = ir.Shape(kept), inferred
-    return believed
-
-
-def _has_sequences(node: ir.Node) -> bool:
-    """Return whether a node reads or makes a value that is not a tensor."""
-    values = (*node.inputs, *node.outputs)
-    kinds = (value.type for value in values if value is not None and value.type is not None)
-    return not all(isinstance(kind, ir.TensorType) for kind in kinds)
-
-
-def _add_declared(inferred: Dims, declared: Dims) -> Dims:
-    """Return the sizes of an output, with declared ones behind the first axis where none is known.
-
-    Sizes that only inference named are not known.
-    """
-    if len(inferred) != len(declared):
-        return inferred
-    pairs = list(zip(inferred, declared, strict=True))
-    return [*inferred[:1], *(old if _is_unknown(new) else new for new, old in pairs[1:])]
-
-
-def _is_unknown(dim: int | str | None) -> bool:
-    return dim is None or (isinstance(dim, str) and UNKNOWN in dim)
-
-
-def _verify(graph: ir.Graph, value: ir.Value, inferred: ir.Shape | None) -> None:
-    """Add nodes that stop the graph's run if a value does not have its declared rank and sizes.
-
-    ``inferred`` is the shape without what is declared.  All readers of the value read a copy that
-    depends on these nodes and has the value's name.
-    """
-    name, node, shape = value.name or "", value.producer(), value.shape
-    assert node is not None
-    assert shape is not None
-    builder = NodeBuilder(f"{name}/declared")
-    sizes = builder.op("Shape", value)
-    wanted = {axis: dim for axis, dim in enumerate(shape) if isinstance(dim, int)}
-    conditions = [builder.op("Equal", builder.op("Shape", sizes), builder.integers([len(shape)]))]
-    if wanted:
-        found = builder.op("Gather", sizes, builder.integers(list(wanted)), axis=0)
-        conditions.append(builder.op("Equal", found, builder.integers(list(wanted.values()))))
-    wrong = [note(builder.op("Not", note(each, BOOL)), BOOL) for each in conditions]
-    zero = refuse_where(builder, either(builder, *wrong))
-    refusing = zero.producer()
-    assert refusing is not None
-    refusing.name = f"{name}/{DECLARED}"
-    checked = pass_if(builder, value, zero)
-    for use in [use for use in value.uses() if use.node not in builder.nodes]:
-        use.node.replace_input_with(use.idx, checked)
-    for index, output in enumerate(graph.outputs):
-        if output is value:
-            graph.outputs[index] = checked
-    value.name, value.shape, checked.name = f"{name}/made", inferred, name
-    graph.insert_after(node, builder.nodes)
+            if value.shape is None:
+                value.shape = unsure[value]
 
 
 def _note_shapes(
@@ -212,13 +135,11 @@ def _note_shapes(
     unsure: MutableMapping[ir.Value, ir.Shape],
     *,
     is_body: bool,
-) -> dict[ir.Value, ir.Shape | None]:
+) -> None:
     """Replace the shapes of a graph's values, and of those in its bodies, by those in ``typed``.
 
-    Add to ``unsure`` the values whose declared shape is left.  Map each output of which declared
-    sizes are left to its inferred shape.
+    Add to ``unsure`` the values of bodies whose declared shape is left.
     """
-    believed: dict[ir.Value, ir.Shape | None] = {}
     found, outputs = _list_types(typed), () if is_body else set(graph.outputs)
     inputs = list(graph.inputs) if is_body else []
     ranks: dict[ir.Value, int] = {}
@@ -230,19 +151,16 @@ def _note_shapes(
             if len(declared) != rank:
                 value.shape = None
         if value.shape is None or dims is None:
-            if value.shape is not None and value.producer() is not None:
+            if is_body and value.shape is not None and value.producer() is not None:
                 unsure[value] = value.shape
             continue
         if value in outputs and dims and len(declared) == len(dims):
-            known = _add_declared(dims, declared)
-            if known != dims:
-                believed[value] = ir.Shape(dims)
-            dims = known
+            rest = zip(dims[1:], declared[1:], strict=True)
+            dims = [dims[0], *(old if new is None else new for new, old in rest)]
         value.shape = ir.Shape(dims)
     for node, made in zip(graph, typed.node, strict=True):
         for body, typed_body in zip(list_bodies(node), _list_bodies(made), strict=True):
             _note_shapes(body, typed_body, symbols, unsure, is_body=True)
-    return believed
 
 
 def _find_rank(
