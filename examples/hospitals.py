@@ -87,7 +87,7 @@ PLANS: Mapping[str, Plan] = {
         rate=0.03,
     ),
     "digits": Plan(
-        steps=500,
+        steps=504,
         local_steps=3,
         turn_steps=6,
         favourites=((0, 1, 2, 3), (3, 4, 5, 6), (6, 7, 8, 9)),

@@ -39,8 +39,12 @@ def test_all_hospitals_make_their_steps_whatever_the_policy() -> None:
 
 def test_the_model_is_valid_and_the_last_accuracy_is_read(tmp_path: Path) -> None:
     hospitals = import_module("hospitals")
-    model = hospitals.build_model(30, 2, np.random.default_rng(0))
-    onnx.checker.check_model(model, full_check=True)
+    random = np.random.default_rng(0)
+    for model in (
+        hospitals.build_perceptron(30, 2, random),
+        hospitals.build_convolutions(64, 10, random),
+    ):
+        onnx.checker.check_model(model, full_check=True)
     lines = (
         '{"step": 1, "metrics": {"accuracy": 0.1}}\n{"epoch": 0, "metrics": {"accuracy": 0.5}}\n'
     )
