@@ -272,7 +272,7 @@ export class SplitClient {
     const unjoinable = this.manifest.outputs.find(({ name }) => axes.get(name) === undefined);
     const parts = new Map<string, NdArray[]>();
     const perform = async (batch: NdArrays) => {
-      for (const [name, array] of await this.#predict(batch)) {
+      for (const [name, array] of await this.#loop.predict(batch)) {
         parts.set(name, [...(parts.get(name) ?? []), array]);
       }
     };
@@ -297,15 +297,8 @@ export class SplitClient {
   ): AsyncGenerator<Outputs, void> {
     const dataset = this.#openPredicting(data, batchSize);
     for await (const batch of dataset.batches(dealInOrder(batchSize))) {
-      yield giveAll(await this.#predict(batch));
+      yield giveAll(await this.#loop.predict(batch));
     }
-  }
-
-  /** Return the model's outputs, without what only an evaluation reads. */
-  async #predict(batch: NdArrays): Promise<NdArrays> {
-    const results = await this.#loop.perform(PREDICT, batch);
-    const names = new Set(this.manifest.outputs.map(({ name }) => name));
-    return names.size ? new Map([...results].filter(([name]) => names.has(name))) : results;
   }
 
   #openPredicting(data: DataSource | TensorLike, batchSize: number): Dataset {

@@ -88,6 +88,13 @@ export class TrainingLoop {
     return means.compute();
   }
 
+  /** Return the model's outputs, without what only an evaluation reads. */
+  async predict(batch: NdArrays): Promise<NdArrays> {
+    const results = await this.perform(PREDICT, batch);
+    const names = new Set(this.#runner.executor.manifest.outputs.map(({ name }) => name));
+    return names.size ? new Map([...results].filter(([name]) => names.has(name))) : results;
+  }
+
   /**
    * Carry out one task on a batch and return the phase's results.
    *
