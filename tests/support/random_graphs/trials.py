@@ -49,6 +49,7 @@ FOUNDED = (
     "only raw inputs are scaled",
     "a single number and not trained",
     "single numbers and not trained",
+    "is a sum over the batch",
     "which most networks do not learn",
     "squashed twice",
     "looks like probabilities",
