@@ -21,6 +21,7 @@ from splitonnx.partitioner.gate.adjustments import Adjustments
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.partitions import cut, cut_prepared
+from splitonnx.verifications import verify
 from tests.support.carried import (
     AVERAGES,
     BATCH,
@@ -141,7 +142,7 @@ def test_statistics_on_which_a_state_alone_depends_are_updated() -> None:
     assert bundle.server.manifest.phase(TRAIN).commits.keys() >= expected
 
 
-def test_a_cut_is_refused_with_a_reason_where_a_loss_reads_the_state_before_the_tail() -> None:
+def test_a_state_that_a_loss_reads_before_the_tail_is_named_and_can_come_back_with_it() -> None:
     net = Net()
     read = net.op("MatMul", "x", net.weight("w", 3, 4), out="q")
     kept = net.op("MatMul", "h", net.weight("r", 4, 4), out="p")
@@ -151,5 +152,10 @@ def test_a_cut_is_refused_with_a_reason_where_a_loss_reads_the_state_before_the_
     model = close(net, inputs, {"y": (FLOAT, ["N", 2]), "hn": (FLOAT, ["N", 4])})
     losses = [Loss(kind="mse", output="y", labels="a"), Loss(kind="l1", output="hn", labels="b")]
     dims, states = {"N": BATCH}, {"hn": "h"}
-    with pytest.raises(NotACut, match=r"both parties would have to compute '.+'.*'hn' would"):
+    with pytest.raises(NotACut, match=r"'hn' would cross too; .* --tail-at as well"):
         cut(model, at="q", tail_at="y", loss=losses, dims=dims, states=states)
+    bundle = cut(model, at="q", tail_at=("y", "hn"), loss=losses, dims=dims, states=states)
+    random = np.random.default_rng(0)
+    sizes = {"x": 3, "a": 2, "b": 4}
+    data = {n: random.standard_normal((BATCH * 3, size), np.float32) for n, size in sizes.items()}
+    assert verify(bundle, data, steps=3, batch_size=BATCH).ok
