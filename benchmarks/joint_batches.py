@@ -18,42 +18,20 @@ import sys
 import tempfile
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import onnx
-from many_clients import serve
-from onnx import TensorProto, helper, numpy_helper
+from many_clients import build_perceptron, serve
 
 from splitonnx.names import SPLITFED_V2, SYNCHRONOUS
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 
 CLIENTS, PROCESSES, BATCH = 32, 2, 4
-INPUTS, WIDTH, CLASSES = 16, 512, 10
+INPUTS, CLASSES = 16, 10
+WIDTHS = (INPUTS, INPUTS, 512, 512, 512, CLASSES)
+"""Of a narrow layer for the client, and wide ones for the server."""
 LEAST = 2.0
-
-
-def build_model() -> onnx.ModelProto:
-    """A narrow layer for the client, and wide ones for the server."""
-    random = np.random.default_rng(0)
-    nodes, weights, value = [], [], "x"
-    widths = (INPUTS, INPUTS, WIDTH, WIDTH, WIDTH, CLASSES)
-    for index, (before, after) in enumerate(pairwise(widths)):
-        weight = random.standard_normal((before, after), np.float32) / before**0.5
-        weights.append(numpy_helper.from_array(weight, f"w{index}"))
-        nodes.append(helper.make_node("MatMul", [value, f"w{index}"], [f"m{index}"]))
-        nodes.append(helper.make_node("Relu", [f"m{index}"], [f"r{index}"]))
-        value = f"r{index}"
-    graph = helper.make_graph(
-        nodes[:-1],
-        "wide",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", INPUTS])],
-        [helper.make_tensor_value_info("m4", TensorProto.FLOAT, ["N", CLASSES])],
-        weights,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
 def train_many(folder: str, url: str, steps: int) -> None:
@@ -112,7 +90,7 @@ def main() -> int:
     ratios = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "bundle")
-        cut(build_model(), at="r0").save(folder)
+        cut(build_perceptron(WIDTHS), at="r0").save(folder)
         for _ in range(options.pairs):
             one, joint = (
                 measure(folder, policy, options.steps) for policy in (SPLITFED_V2, SYNCHRONOUS)

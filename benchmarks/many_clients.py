@@ -17,8 +17,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +33,12 @@ PROCESSES, BATCH, WIDTH, CLASSES = 4, 8, 64, 10
 MOST_APART = 0.1
 
 
-def build_model() -> onnx.ModelProto:
-    """Four full layers."""
+def build_perceptron(widths: Sequence[int]) -> onnx.ModelProto:
+    """Full layers between these widths, each but the last with a Relu."""
     random = np.random.default_rng(0)
     nodes, weights, value = [], [], "x"
-    for index, wide in enumerate((WIDTH, WIDTH, WIDTH, CLASSES)):
-        weight = random.standard_normal((WIDTH, wide), np.float32) / WIDTH**0.5
+    for index, (before, after) in enumerate(pairwise(widths)):
+        weight = random.standard_normal((before, after), np.float32) / before**0.5
         weights.append(numpy_helper.from_array(weight, f"w{index}"))
         nodes.append(helper.make_node("MatMul", [value, f"w{index}"], [f"m{index}"]))
         nodes.append(helper.make_node("Relu", [f"m{index}"], [f"r{index}"]))
@@ -45,8 +46,8 @@ def build_model() -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes[:-1],
         "perceptron",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", WIDTH])],
-        [helper.make_tensor_value_info("m3", TensorProto.FLOAT, ["N", CLASSES])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", widths[0]])],
+        [helper.make_tensor_value_info(nodes[-2].output[0], TensorProto.FLOAT, ["N", widths[-1]])],
         weights,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
@@ -116,7 +117,7 @@ def run(clients: int, seconds: float, options: list[str]) -> int:
     """Serve and train; print the figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "bundle")
-        cut(build_model(), at="r1").save(folder)
+        cut(build_perceptron((*[WIDTH] * 4, CLASSES)), at="r1").save(folder)
         limits = [
             f"--max-{what}={clients}" for what in ("clients", "sessions", "sessions-per-token")
         ]

@@ -77,6 +77,11 @@ class Session:
         return frozenset(key.phase for key in keys if key is not None)
 
     @property
+    def is_joint(self) -> bool:
+        """Return whether a step is made of the batches of several sessions."""
+        return self._joined.is_joint
+
+    @property
     def awaits_others(self) -> bool:
         """Return whether the running step waits for other sessions, and not for its client."""
         is_open = self._joined.is_shared and self._running is not None
@@ -130,7 +135,7 @@ class Session:
         self._deferred.clear()
         self._heard = 0
         self.give_up(SHARE)  # the client shares again, on the new connection
-        is_open = hello.is_open or self._joined.is_joint
+        is_open = hello.is_open or self.is_joint
         if self.ledger.suits(hello.step, is_open=is_open, can_repeat=hello.can_repeat):
             step = hello.step
         else:
@@ -369,7 +374,7 @@ class Session:
         """
         if self.ledger.is_open:
             return False
-        is_behind = self._joined.is_joint and self.ledger.suits(step, is_open=True)
+        is_behind = self.is_joint and self.ledger.suits(step, is_open=True)
         return step == self.ledger.step or is_behind
 
     def _find_common(self, hello: Hello) -> int:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from splitonnx.errors import ConnectionLost, ServerBusy, TaskTooLarge
 from splitonnx.messages import Tensors
-from splitonnx.names import PREDICT, SHARE, SYNCHRONOUS, TRAIN
+from splitonnx.names import PREDICT, SHARE, TRAIN
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS, Task
 from splitonnx.runtime.server.contexts import ServerContext
@@ -60,7 +60,7 @@ class TaskMemory:
         if message.turn > 0:  # the task has its memory already, or is not open
             budget.extend(task, owner, needed)
             return
-        is_joint = message.phase == TRAIN and self._is_joint
+        is_joint = message.phase == TRAIN and session.is_joint
         if is_joint:
             with suppress(ServerBusy):  # other tasks may end, unless they wait for this one
                 budget.extend(task, owner, needed)
@@ -87,11 +87,6 @@ class TaskMemory:
             if self._stopping.done():
                 await self._peer.close(RESTART, "the server restarts")
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
-
-    @property
-    def _is_joint(self) -> bool:
-        """Return whether the batches of several clients make one training step."""
-        return self._context.registry.policy.terms().policy == SYNCHRONOUS
 
     def _await_this_one(self, holders: Collection[Task]) -> bool:
         """Return whether all tasks that have memory wait for other clients."""

@@ -12,6 +12,7 @@ from splitonnx.errors import BundleError
 from splitonnx.messages import TaskKey
 from splitonnx.names import TRAIN
 from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.server.policies.tasks import Delivery, Task
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
 
@@ -92,6 +93,20 @@ class ServerModel:
             return False
         self.executor.finish(self._keys.pop(key))
         return True
+
+    def perform(self, task: Task) -> Iterator[Delivery]:
+        """Run what a submission of a task makes possible, and yield each delivery for its session.
+
+        Raises:
+            SplitonnxError: as raised by :meth:`begin` and :meth:`run`.
+        """
+        key = task.key
+        if task.turn == 0:
+            self.begin(key, seed=task.seed, learning_rate=task.learning_rate)
+        for tensors in self.run(key, task.tensors):
+            yield Delivery(key=key, version=self.version, tensors=tensors)
+        if self.finish(key):
+            yield Delivery(key=key, version=self.version, is_last=True)
 
     def abandon(self, key: TaskKey) -> None:
         """Abort a task and discard its changes to the state; do nothing if it is not open."""

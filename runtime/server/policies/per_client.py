@@ -71,13 +71,7 @@ class PerClient:
         Raises:
             DataError, StageFailed, WorkerLost: the task cannot be carried out.
         """
-        model, key = self._models[task.key.session], task.key
-        if task.turn == 0:
-            model.begin(key, seed=task.seed, learning_rate=task.learning_rate)
-        for tensors in model.run(key, task.tensors):
-            yield Delivery(key=key, version=model.version, tensors=tensors)
-        if model.finish(key):
-            yield Delivery(key=key, version=model.version, is_last=True)
+        yield from self._models[task.key.session].perform(task)
 
     def withdraw(self, key: TaskKey) -> None:
         """Abort a task that is not finished, and discard its changes."""

@@ -111,9 +111,9 @@ class SharedSteps:
         If the caller stops early, the others are yielded the next time.
         """
         while True:
-            ends = [due for due in self._due if due.key == cause and due.error is not None]
-            self._due = deque(due for due in self._due if due not in ends)
-            self._due.extend(ends)
+            self._due = deque(
+                sorted(self._due, key=lambda due: due.key == cause and due.error is not None)
+            )
             while self._due:
                 yield self._due.popleft()
             step = self._find_ready(awaited, now)

@@ -162,7 +162,7 @@ class SharedTraining:
                 self._require_adopted(session)
                 self._steps.add(task, self._clock())
             else:
-                yield from self._query(task)
+                yield from self._require_model().perform(task)
             if phase in (TRAIN, SHARE) and self._model is not None:
                 yield from self._run_steps(self._model, task.key)
 
@@ -271,16 +271,6 @@ class SharedTraining:
         yield from self._steps.run(model, awaited, self._clock(), cause=cause)
         for session in self._steps.take_left_out():
             self._coordinator.stop_waiting(session)
-
-    def _query(self, task: Task) -> Iterator[Delivery]:
-        """Predict or evaluate with the one model."""
-        model, key = self._require_model(), task.key
-        if task.turn == 0:
-            model.begin(key, seed=task.seed, learning_rate=task.learning_rate)
-        for tensors in model.run(key, task.tensors):
-            yield Delivery(key=key, version=model.version, tensors=tensors)
-        if model.finish(key):
-            yield Delivery(key=key, version=model.version, is_last=True)
 
     def _answer(self, answers: Iterable[Answer]) -> Iterator[Delivery]:
         """Yield the joined tensors for clients, which train the one model from now on."""

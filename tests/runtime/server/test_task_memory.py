@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import cast
 
 from splitonnx.messages import Tensors
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.server.contexts import ServerContext
-from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.server.task_memory import TaskMemory
 
@@ -22,7 +20,7 @@ class OpenSession:
         self.id = name
         self.given_up: list[str] = []
         self.open_phases: frozenset[str] = frozenset({"train"})
-        self.awaits_others = False
+        self.awaits_others = self.is_joint = False
 
     def give_up(self, phase: str) -> None:
         self.given_up.append(phase)
@@ -32,9 +30,6 @@ class Shared:
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
         self.waiting: set[str] = set()
-        self.registry = SimpleNamespace(
-            policy=SimpleNamespace(terms=lambda: Terms(policy="per-client"))
-        )
 
     def give_up_idle(self) -> None:
         """Nobody is idle for long enough."""
