@@ -13,8 +13,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from splitonnx.bundles import PartyBundle
 from splitonnx.messages import Hello, TaskKey
 from splitonnx.runtime.engine.engines import Engine
@@ -23,9 +21,10 @@ from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.policies.policies import Policy
+from splitonnx.runtime.server.policies.tasks import Delivery, Task
 from splitonnx.runtime.storage.archives import Archive
 
-_YIELDING = frozenset({"run", "submit", "tick"})
+_YIELDING = frozenset({"perform", "submit", "tick"})
 """Methods whose results are sent one after the other."""
 
 
@@ -84,9 +83,9 @@ class Models:
         """Call a method of a model."""
         return getattr(self._models[session], name)(**settings)
 
-    def run(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> Iterator[Any]:
-        """Run the stages of a session's model."""
-        return self._models[key.session].run(key, tensors)
+    def perform(self, task: Task) -> Iterator[Delivery]:
+        """Run a task with a session's model."""
+        return self._models[task.key.session].perform(task)
 
 
 class RemoteModel:
@@ -106,8 +105,8 @@ class RemoteModel:
 
         return call
 
-    def run(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> Iterator[Any]:
-        return cast("Iterator[Any]", self._models.run(key, tensors))
+    def perform(self, task: Task) -> Iterator[Delivery]:
+        return cast("Iterator[Delivery]", self._models.perform(task))
 
 
 class RemoteModels:
