@@ -12,7 +12,7 @@ policy decides what a round joins.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -132,7 +132,14 @@ class RoundRecords:
 
     def read_newest(self) -> RoundRecord | None:
         """Read the newest record that is whole, or return ``None`` if there is none."""
-        for number in self._list():
+        return self._read_first(self._list())
+
+    def read_before(self, number: int) -> RoundRecord | None:
+        """Read the newest record before a round, or return ``None`` if there is none."""
+        return self._read_first([found for found in self._list() if found < number])
+
+    def _read_first(self, numbers: Iterable[int]) -> RoundRecord | None:
+        for number in numbers:
             try:
                 return self._read(number)
             except (BundleError, FormatError) as error:

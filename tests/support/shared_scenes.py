@@ -99,6 +99,7 @@ class Scene:
             terms=Terms(policy=self.name, local_steps=1),
             manifest=party.manifest,
             record=self.record,
+            read_before=self.read_before,
             clock=lambda: self.now,
         )
 
@@ -106,6 +107,10 @@ class Scene:
         if self.refusal is not None:
             raise self.refusal
         self.recorded.append(joint)
+
+    def read_before(self, number: int) -> RoundRecord | None:
+        earlier = [joint for joint in self.recorded if joint.number < number]
+        return earlier[-1] if earlier else None
 
     def restart(self) -> None:
         self.open(self.recorded[-1])

@@ -54,7 +54,13 @@ def make_policy(
         return JointTraining(copies, rounds, terms=options.terms, manifest=manifest, record=record)
     steps = SharedSteps(layout=layout, quorum=options.quorum, timeout=options.round_timeout)
     return SharedTraining(
-        source, rounds, steps, terms=options.terms, manifest=manifest, record=record
+        source,
+        rounds,
+        steps,
+        terms=options.terms,
+        manifest=manifest,
+        record=record,
+        read_before=None if records is None else records.read_before,
     )
 
 

@@ -2,8 +2,9 @@
 
 The server's model is one for all sessions, and its version counts the steps of all of them.  A
 closed round is recorded with the model's whole state.  After a failure, the model goes back to the
-newest record, and each client to the step at which it received that round's tensors.  If a client
-alone goes back, the model keeps what it learned from the steps that the client repeats.
+newest record, and each client to the step at which it received that round's tensors.  If the steps
+are joint and a client lost that step as well, all go back to the record before.  Otherwise, if a
+client alone goes back, the model keeps what it learned from the steps that the client repeats.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class SharedTraining:
 
     Until a session has received the tensors of a round, it has a model of its own, which it can
     only predict with.  ``rounds``, ``terms``, ``record`` and ``clock`` are as for
-    :class:`JointTraining`.
+    :class:`JointTraining`, and ``read_before`` as for :class:`KeptRounds`.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class SharedTraining:
         terms: Terms,
         manifest: PartyManifest,
         record: Callable[[RoundRecord], None],
+        read_before: Callable[[int], RoundRecord | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
@@ -75,7 +77,9 @@ class SharedTraining:
         self._steps = steps
         self._terms = terms
         self._clock = clock
-        self._kept = KeptRounds(rounds.newest, specs=manifest.state, write=record)
+        self._kept = KeptRounds(
+            rounds.newest, specs=manifest.state, write=record, read_before=read_before
+        )
         self._coordinator = Coordinator(
             rounds,
             manifest=manifest,
@@ -128,6 +132,7 @@ class SharedTraining:
             raise ForeignSession(session)
         with self._working():
             self._restore_if_lost()
+            self._return_if_behind(hello)
         self._lost.discard(session)
         adopted = self._coordinator.list_adopted(session)
         if adopted:
@@ -287,7 +292,7 @@ class SharedTraining:
         """Add the model to a round's record; the first round chooses what it starts from."""
         model = self._model
         if model is None:
-            first = max(sorted(answers, key=_name), key=lambda answer: answer.key.step)
+            first = min(answers, key=lambda answer: (-answer.key.step, answer.key.session))
             model = self._copies.models[first.key.session]
         state = model.executor.state()
         self._model = model  # not one that is lost
@@ -326,18 +331,27 @@ class SharedTraining:
 
         All sessions go back, and those that wait are told so.
         """
-        lost = self._model
-        if lost is None or not lost.is_lost or self._kept.newest is None:
+        lost, newest = self._model, self._kept.newest
+        if lost is not None and lost.is_lost and newest is not None:
+            self._restore(lost, newest, self._coordinator.withdraw_all())
+
+    def _return_if_behind(self, hello: Hello) -> None:
+        """Go back by a round of joint steps, if a client that returns needs it and all can."""
+        model, adoptions = self._model, self._coordinator.list_adoptions()
+        if model is None or not self._steps.are_joint:
             return
-        self._model = self._source.restore(self._kept.newest.tensors, self._kept.newest.version)
+        if (earlier := self._kept.find_common(hello, adoptions, model.version)) is not None:
+            self._kept.return_to(earlier)
+            self._restore(model, earlier, self._coordinator.return_to(earlier))
+
+    def _restore(self, old: ServerModel, record: RoundRecord, shared: Iterable[TaskKey]) -> None:
+        """Replace the model by a recorded one; ``shared`` are the keys of shares not joined."""
+        self._model = self._source.restore(record.tensors, record.version)
         self._lost.update(self._owners)
-        error = _describe_loss(lost.name)
-        self._steps.interrupt(lost, error)
-        self._due += [
-            Delivery(key=key, version=self._model.version, error=error)
-            for key in self._coordinator.withdraw_all()
-        ]
-        lost.close()
+        error = _describe_loss(old.name)
+        self._steps.interrupt(old, error)
+        self._due += [Delivery(key=key, version=self._model.version, error=error) for key in shared]
+        old.close()
 
     def _require_whole(self, session: str) -> None:
         """Check that nothing that a session did is lost; otherwise, it goes back when it returns.
@@ -378,7 +392,3 @@ class SharedTraining:
 
 def _describe_loss(session: str) -> WorkerLost:
     return WorkerLost(session, "the model goes back to the newest round")
-
-
-def _name(answer: Answer) -> str:
-    return answer.key.session

@@ -118,3 +118,13 @@ def test_a_record_of_an_earlier_version_which_knows_no_one_model_is_read(folder:
 def test_a_record_with_other_facts_is_passed_over(folder: Path, facts: dict[str, object]) -> None:
     write_by_hand(folder, **facts)
     assert RoundRecords(folder, DIGEST).read_newest() is None
+
+
+def test_the_newest_whole_record_before_a_round_is_read(folder: Path) -> None:
+    records = RoundRecords(folder, DIGEST)
+    for number in (4, 5):
+        records.write(make_record(number))
+    found = records.read_before(5)
+    assert found is not None
+    assert found.number == 4
+    assert records.read_before(4) is None

@@ -145,6 +145,13 @@ class Coordinator:
         with self._lock:
             self._rounds.forget(session)
 
+    def return_to(self, earlier: RoundRecord) -> list[TaskKey]:
+        """Continue after an earlier round; return the keys of the shares that are discarded."""
+        with self._lock:
+            keys = self._rounds.withdraw_all()
+            self._rounds.return_to(earlier)
+        return keys
+
     def rewind(self, session: str, step: int) -> None:
         """Forget what a session received after ``step``, to which it goes back."""
         with self._lock:

@@ -13,6 +13,7 @@ import numpy as np
 
 from splitonnx.errors import NotSaved
 from splitonnx.manifests import StateSpec
+from splitonnx.messages import Hello
 from splitonnx.runtime.server.policies.joining.rounds import Adoptions
 from splitonnx.runtime.storage.round_records import RoundRecord
 from splitonnx.states import check_finite_state
@@ -22,7 +23,8 @@ class KeptRounds:
     """The recorded rounds of one model, whose state has the tensors ``specs``.
 
     ``newest`` is the last round, which is in memory even if it could not be written.  ``write``
-    writes a record to disk.  Not thread-safe.
+    writes a record to disk, and ``read_before`` reads the newest one before a number; it is
+    ``None`` if there is no disk.  Not thread-safe.
     """
 
     def __init__(
@@ -31,10 +33,14 @@ class KeptRounds:
         *,
         specs: Sequence[StateSpec],
         write: Callable[[RoundRecord], None],
+        read_before: Callable[[int], RoundRecord | None] | None = None,
     ) -> None:
         self.newest = newest
         self._specs = specs
         self._write = write
+        self._read_before = read_before
+        self._is_restored = newest is not None  # from disk, and no round was closed since
+        self._candidates: dict[str, tuple[int, ...]] = {}  # steps of those that came since
         self._durable: Adoptions = {} if newest is None else dict(newest.adoptions)
         self._ends: dict[str, RoundRecord | None] = {}  # of sessions that leave
 
@@ -45,7 +51,8 @@ class KeptRounds:
             StateNotFinite: the model contains NaN or infinity.
             BundleError, NotSaved: it cannot be written.
         """
-        self.newest = joint
+        self.newest, self._is_restored = joint, False
+        self._candidates.clear()
         check_finite_state(Path(f"round {joint.number}"), joint.tensors, self._specs)
         self._write(joint)
         self._durable = dict(joint.adoptions)
@@ -68,6 +75,32 @@ class KeptRounds:
         if step not in dict(self._durable.get(session, ())):
             known = {name: owner for name, owner in owners.items() if name in adoptions}
             self.write(replace(self.newest, adoptions=adoptions, owners=known))
+
+    def find_common(self, hello: Hello, adoptions: Adoptions, version: int) -> RoundRecord | None:
+        """Return the round before the newest, if all clients have to continue there.
+
+        That is so after a failure of the server, if the client that greets it failed as well before
+        it had written a checkpoint of the newest round.  Return ``None`` if the model, which has
+        ``version``, has learned since the server started, or if a client could not go back.
+        """
+        if self.newest is None or self._read_before is None:
+            return None
+        if not self._is_restored or version != self.newest.version:
+            return None
+        self._candidates[hello.session] = hello.candidates
+        received = adoptions.get(hello.session, ())
+        if not received or received[0][0] in hello.candidates:
+            return None
+        earlier = self._read_before(self.newest.number)
+        if earlier is None or earlier.adoptions.keys() != adoptions.keys():
+            return None  # a client came or left in between
+        steps = {session: entries[0][0] for session, entries in earlier.adoptions.items()}
+        can_return = all(steps.get(name) in found for name, found in self._candidates.items())
+        return earlier if can_return else None
+
+    def return_to(self, earlier: RoundRecord) -> None:
+        """Make a round that :meth:`find_common` returned the newest one."""
+        self.newest, self._durable = earlier, dict(earlier.adoptions)
 
     def note_leaving(self, session: str, *, leaves: bool) -> None:
         """Note whether a session leaves with what it shares now."""

@@ -171,6 +171,12 @@ class Rounds:
         self.withdraw(session)
         self._members.pop(session, None)
 
+    def return_to(self, earlier: RoundRecord) -> None:
+        """Continue after an earlier round, as if nothing had happened since."""
+        self.newest, self._previous = earlier, None
+        self._members, self._adoptions = dict.fromkeys(earlier.members), dict(earlier.adoptions)
+        self._open, self._arrivals = {}, {}
+
     def rewind(self, session: str, step: int) -> None:
         """Forget what a session received after ``step``, to which it goes back."""
         self.withdraw(session)

@@ -62,7 +62,7 @@ def test_a_training_that_continues_from_a_record_ends_with_the_same_bits(name: s
     rough.train(ANN, 1)  # is lost with the server
     rough.restart()
     for session in (ANN, BOB):
-        assert rough.join(session, session[0], generation=2).step == 1
+        assert rough.join(session, session[0], generation=2, step=1).step == 1
     ends = []
     for scene in (calm, rough):
         told = [delivery for step in (1, 2) for delivery in make_round(scene, step)]
