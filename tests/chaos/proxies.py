@@ -29,7 +29,7 @@ class Proxy:
     that were passed on.
     """
 
-    def __init__(self, faults: Iterator[Fault], strike: Callable[[Kind], None]) -> None:
+    def __init__(self, faults: Iterator[Fault | None], strike: Callable[[Kind], None]) -> None:
         self.port = 0
         self.upstream: int | None = None
         self.struck: Counter[Kind] = Counter()
@@ -94,7 +94,7 @@ class Proxy:
             server = _End(*await asyncio.open_connection("127.0.0.1", self.upstream))
         except OSError:
             return
-        link = _Link(self, client, server, next(self._faults))
+        link = _Link(self, client, server, next(self._faults, None))
         try:
             await link.run()
         finally:
@@ -171,13 +171,13 @@ class _Link:
 
     _count = 0
 
-    def __init__(self, proxy: Proxy, client: _End, server: _End, fault: Fault) -> None:
+    def __init__(self, proxy: Proxy, client: _End, server: _End, fault: Fault | None) -> None:
         _Link._count += 1
         self.number = _Link._count
         self.orphaned = False
         self._proxy = proxy
         self._ends = {Direction.UP: (client, server), Direction.DOWN: (server, client)}
-        self._fault: Fault | None = fault
+        self._fault = fault
         self._passed = Counter[Direction]()
         self._swallowed: set[Direction] = set()
         self._farewell: int | None = None

@@ -21,6 +21,8 @@ from tests.chaos.supervisors import Collapse, Keeper
 STALL = 60.0
 """Seconds without a step after which the training hangs, for each of up to four clients, since one
 that waits longer and longer to connect again holds up the others."""
+END = 6
+"""Steps before the end from which faults strike again, so that they strike what is done there."""
 INTERVAL = 10.0
 """Seconds from one line of progress to the next."""
 
@@ -62,7 +64,8 @@ class Training:
     """A training of the bundle in ``folder``; each client makes ``steps``.
 
     ``faults`` are those of each client's connections, which pass through a proxy of its own;
-    without them, there is no proxy.
+    without them, there is no proxy.  Once there were ``enough``, connections have no more of them
+    until the last ``END`` steps.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Training:
         steps: int,
         faults: Sequence[Iterator[Fault]],
         seed: str,
+        enough: Callable[[Training], bool] = lambda _: False,
     ) -> None:
         self.steps = steps
         self.trainees = [Trainee(name) for name in scenario.names]
@@ -85,9 +89,10 @@ class Training:
         self._scenario = scenario
         self._folder = folder
         self._seed = seed
+        self._enough = enough
         self._stall = STALL * min(4, len(self.trainees))
         for trainee, row in zip(self.trainees, faults, strict=False):
-            trainee.proxy = Proxy(row, partial(self._strike, trainee))
+            trainee.proxy = Proxy(self._choose(row), partial(self._strike, trainee))
         self._port: asyncio.Future[int] | None = None
         self._start = time.monotonic()
 
@@ -128,6 +133,12 @@ class Training:
             f"{progress}  {self.cuts} cuts, kills {kills} + {stumbles} in starting, "
             f"{self.server.stops} stops, {anew} steps made anew"
         )
+
+    def _choose(self, faults: Iterator[Fault]) -> Iterator[Fault | None]:
+        """Yield each connection's fault, or ``None`` where there were enough."""
+        for fault in faults:
+            is_ending = max(trainee.last.step for trainee in self.trainees) >= self.steps - END
+            yield fault if is_ending or not self._enough(self) else None
 
     @property
     def _proxies(self) -> list[Proxy]:

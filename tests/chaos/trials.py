@@ -77,7 +77,9 @@ def run_trial(
             for trainee in calm.trainees
         ]
         bundle = scenarios.copy_bundle(scenario, folder, "rough")
-        rough = Training(scenario, bundle, steps, faults, f"{seed}")
+        rough = Training(
+            scenario, bundle, steps, faults, f"{seed}", lambda training: not quota.compare(training)
+        )
         rough.run(show)
         show(str(rough))
     except Collapse as error:
