@@ -132,7 +132,7 @@ class SharedTraining:
             raise ForeignSession(session)
         with self._working():
             self._restore_if_lost()
-            self._return_if_behind(hello)
+            self._return_if_behind(session, hello.candidates)
         self._lost.discard(session)
         adopted = self._coordinator.list_adopted(session)
         if adopted:
@@ -189,7 +189,9 @@ class SharedTraining:
         return self._copies.list_steps(session)
 
     def rewind(self, session: str, step: int) -> None:
-        """Go back with a session, which repeats steps; the model keeps what it learned."""
+        """Go back with a session alone, and the model keeps what it learned; or all go back."""
+        with self._working():
+            self._return_if_behind(session, [step])
         self._kept.note_leaving(session, leaves=False)
         self._coordinator.rewind(session, step)
         if session in self._copies.models:
@@ -335,14 +337,16 @@ class SharedTraining:
         if lost is not None and lost.is_lost and newest is not None:
             self._restore(lost, newest, self._coordinator.withdraw_all())
 
-    def _return_if_behind(self, hello: Hello) -> None:
+    def _return_if_behind(self, session: str, candidates: Sequence[int]) -> None:
         """Go back by a round of joint steps, if a client that returns needs it and all can."""
         model, adoptions = self._model, self._coordinator.list_adoptions()
         if model is None or not self._steps.are_joint:
             return
-        if (earlier := self._kept.find_common(hello, adoptions, model.version)) is not None:
+        earlier = self._kept.find_common(session, candidates, adoptions, model.version)
+        if earlier is not None:
             self._kept.return_to(earlier)
             self._restore(model, earlier, self._coordinator.return_to(earlier))
+            self._lost.discard(session)
 
     def _restore(self, old: ServerModel, record: RoundRecord, shared: Iterable[TaskKey]) -> None:
         """Replace the model by a recorded one; ``shared`` are the keys of shares not joined."""

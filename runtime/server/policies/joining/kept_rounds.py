@@ -13,7 +13,6 @@ import numpy as np
 
 from splitonnx.errors import NotSaved
 from splitonnx.manifests import StateSpec
-from splitonnx.messages import Hello
 from splitonnx.runtime.server.policies.joining.rounds import Adoptions
 from splitonnx.runtime.storage.round_records import RoundRecord
 from splitonnx.states import check_finite_state
@@ -76,20 +75,23 @@ class KeptRounds:
             known = {name: owner for name, owner in owners.items() if name in adoptions}
             self.write(replace(self.newest, adoptions=adoptions, owners=known))
 
-    def find_common(self, hello: Hello, adoptions: Adoptions, version: int) -> RoundRecord | None:
+    def find_common(
+        self, session: str, candidates: Sequence[int], adoptions: Adoptions, version: int
+    ) -> RoundRecord | None:
         """Return the round before the newest, if all clients have to continue there.
 
-        That is so after a failure of the server, if the client that greets it failed as well before
-        it had written a checkpoint of the newest round.  Return ``None`` if the model, which has
-        ``version``, has learned since the server started, or if a client could not go back.
+        That is so after a failure of the server, if a client failed as well before it had written a
+        checkpoint of the newest round.  ``candidates`` are the steps at which the client of a
+        session can continue.  Return ``None`` if the model, which has ``version``, has learned
+        since the server started, or if a client could not go back.
         """
         if self.newest is None or self._read_before is None:
             return None
         if not self._is_restored or version != self.newest.version:
             return None
-        self._candidates[hello.session] = hello.candidates
-        received = adoptions.get(hello.session, ())
-        if not received or received[0][0] in hello.candidates:
+        self._candidates[session] = tuple(candidates)
+        received = adoptions.get(session, ())
+        if not received or received[0][0] in candidates:
             return None
         earlier = self._read_before(self.newest.number)
         if earlier is None or earlier.adoptions.keys() != adoptions.keys():

@@ -54,6 +54,22 @@ def test_all_repeat_the_round_that_a_client_has_lost_with_the_server() -> None:
     assert [joint.number for joint in rough.recorded] == [0, 1, 2, 2, 3]
 
 
+def test_all_go_back_if_a_client_fails_after_it_had_returned_to_the_new_server() -> None:
+    rough = restarted()
+    for session in (ANN, BOB):
+        assert come_back(rough, session, 1, 2) == 2
+    rough.policy.rewind(ANN, 1)  # it came again, without a checkpoint of step 2
+    assert not rough.policy.is_lost(ANN)
+    assert rough.policy.is_lost(BOB)
+    assert come_back(rough, BOB, 1, 2) == 1
+    make_round(rough, 1)
+    calm = Scene(SYNCHRONOUS)
+    calm.begin(ANN, BOB)
+    for step in (0, 1):
+        make_round(calm, step)
+    assert rough.state() == calm.state()
+
+
 def test_a_share_that_waits_is_discarded_as_all_go_back() -> None:
     scene = restarted()
     come_back(scene, BOB, 1, 2)
