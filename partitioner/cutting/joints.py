@@ -52,6 +52,7 @@ from splitonnx.partitioner.graphs.traversals import (
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.lowerings.centred_normalizations import centre_normalizations
 from splitonnx.partitioner.lowerings.fusions import prevent_wrong_fusions
+from splitonnx.partitioner.lowerings.kernels.choices import choose_kernels
 from splitonnx.partitioner.normalization.batchnorms import trace_statistic
 from splitonnx.tensors import TensorSpec
 
@@ -150,6 +151,7 @@ def build_training(
             )
         )
     derived = differentiate(model, _find_trained(prepared, graph), LOSS).graph
+    choose_kernels(derived)
     lower(derived, defective=True)
     prevent_wrong_fusions(derived, is_valid=True)  # of Pads without axes, and of gradients
     centre_normalizations(derived)

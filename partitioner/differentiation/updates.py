@@ -4,6 +4,9 @@ An update graph reads parameters, gradients and optimizer state, and computes ne
 state.  The learning rate and the step number are scalar inputs, so they can change from step to
 step.  The formulas are the same as in ``torch.optim``.  The cut matters only for gradient clipping,
 for which the parties exchange the norms of their gradients.
+
+Where a scalar meets a tensor whose last dimension is 1, it gets as many dimensions as the tensor
+has, because ONNX Runtime would broadcast it slowly (:mod:`kernels.scalars`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import onnx_ir as ir
 from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.manifests import LEARNING_RATE, STEP, Role, StateSpec
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, assign_groups
+from splitonnx.partitioner.differentiation.tiles import Formula, choose_tile, compute_in_tiles
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.tensors import TensorSpec
 
@@ -92,10 +96,10 @@ def build_update(
 
     ``gradients`` maps each parameter of the model to the name of its gradient.  If
     ``optimizer.clip_norm`` is set, the graph also reads the squared norms that ``norms`` describes.
-    A ``portable`` graph uses double precision only if a parameter has double precision, because
-    ONNX Runtime has no such kernels for GPUs in browsers.
+    A ``portable`` graph uses double precision only if a parameter has double precision, and does
+    not compute in tiles, because ONNX Runtime has no such kernels for GPUs in browsers.
     """
-    builder = _Graph("update")
+    builder = _Graph("update", tiles=not portable)
     rate = builder.input(LEARNING_RATE, "F32", ())
     clip = _clip_factor(builder, optimizer, norms)
     is_single = portable and all(spec.dtype != "F64" for spec in parameters)
@@ -107,7 +111,8 @@ def build_update(
         parameter = builder.input(spec.name, spec.dtype, spec.shape)
         gradient = builder.input(gradients[spec.name], spec.dtype, spec.shape)
         if clip is not None:
-            gradient = builder.op("Mul", gradient, builder.cast(clip, _DTYPES[spec.dtype]))
+            factor = builder.fit(builder.cast(clip, _DTYPES[spec.dtype]), spec)
+            gradient = builder.op("Mul", gradient, factor)
         rule = shared.choose_rule(groups.get(spec.name))
         step = _update_sgd if isinstance(optimizer, SGD) else _update_adam
         for name, value in step(builder, spec, parameter, gradient, optimizer, rule).items():
@@ -151,11 +156,12 @@ class _Rule:
         self._scalars = scalars
         self._terms: dict[tuple[str, ir.DataType], ir.Value] = {}
 
-    def get(self, name: str, dtype: ir.DataType) -> ir.Value:
-        """Return the scalar ``name`` in ``dtype``; the cast is built only once."""
+    def get(self, name: str, spec: TensorSpec) -> ir.Value:
+        """Return the scalar ``name`` for a tensor, in its type; the cast is built only once."""
+        dtype = _DTYPES[spec.dtype]
         if (name, dtype) not in self._terms:
             self._terms[name, dtype] = self._builder.cast(self._scalars[name], dtype)
-        return self._terms[name, dtype]
+        return self._builder.fit(self._terms[name, dtype], spec)
 
 
 class _SharedTerms:
@@ -246,7 +252,7 @@ def _decay_gradient(
 ) -> ir.Value:
     if not decay:
         return gradient
-    penalty = builder.op("Mul", parameter, builder.number(decay, _DTYPES[spec.dtype]))
+    penalty = builder.op("Mul", parameter, builder.constant(decay, spec))
     return builder.op("Add", gradient, penalty)
 
 
@@ -264,9 +270,9 @@ def _update_sgd(
     if optimizer.momentum:
         name = f"{spec.name}#momentum"
         velocity = builder.input(name, spec.dtype, spec.shape)
-        kept = builder.op("Mul", velocity, builder.number(optimizer.momentum, _DTYPES[spec.dtype]))
+        kept = builder.op("Mul", velocity, builder.constant(optimizer.momentum, spec))
         direction = outputs[name] = builder.op("Add", kept, direction)
-    change = builder.op("Mul", direction, rule.get("rate", _DTYPES[spec.dtype]))
+    change = builder.op("Mul", direction, rule.get("rate", spec))
     return {spec.name: builder.op("Sub", parameter, change), **outputs}
 
 
@@ -278,40 +284,75 @@ def _update_adam(
     optimizer: Optimizer,
     rule: _Rule,
 ) -> dict[str, ir.Value]:
-    """Build the update of one parameter by Adam or AdamW.
+    assert isinstance(optimizer, Adam)
+    names = (f"{spec.name}#exp_avg", f"{spec.name}#exp_avg_sq")
+    moments = [builder.input(name, spec.dtype, spec.shape) for name in names]
+    operands = [parameter, gradient, *moments]
+    tile = choose_tile(spec.shape) if builder.tiles else None
+    if tile is None:
+        new = _build_adam(builder, spec, optimizer, rule)(builder, operands)
+    else:
+        flat = TensorSpec(name=spec.name, dtype=spec.dtype, shape=(tile,))
+        formula = _build_adam(builder, flat, optimizer, rule)
+        new = compute_in_tiles(builder, operands, tile, formula)
+    return dict(zip((spec.name, *names), new, strict=True))
+
+
+def _build_adam(builder: _Graph, spec: TensorSpec, optimizer: Adam, rule: _Rule) -> Formula:
+    """Return the formula of Adam or AdamW for one parameter.
 
     It subtracts ``lr / (1 - b1**t) * m / (sqrt(v) / sqrt(1 - b2**t) + eps)``, where ``m`` and ``v``
     are the running averages of the gradient and its square, and ``t`` is the number of the update.
+    The scalars become nodes of ``builder``.
     """
-    assert isinstance(optimizer, Adam)
-    dtype = _DTYPES[spec.dtype]
-    if isinstance(optimizer, AdamW):
-        if rule.weight_decay:
-            parameter = builder.op("Mul", parameter, rule.get("keep", dtype))
-    else:
-        gradient = _decay_gradient(builder, spec, parameter, gradient, rule.weight_decay)
+    decay = rule.weight_decay
+    keep = penalty = None
+    if decay and isinstance(optimizer, AdamW):
+        keep = rule.get("keep", spec)
+    elif decay:
+        penalty = builder.constant(decay, spec)
+    first, second = (
+        (builder.constant(beta, spec), builder.constant(1.0 - beta, spec))
+        for beta in (optimizer.beta1, optimizer.beta2)
+    )
+    spread, step_size = rule.get("spread", spec), rule.get("step_size", spec)
+    epsilon = builder.constant(optimizer.eps, spec)
 
-    def blend(name: str, beta: float, value: ir.Value) -> ir.Value:
-        old = builder.input(name, spec.dtype, spec.shape)
-        kept = builder.op("Mul", old, builder.number(beta, dtype))
-        return builder.op("Add", kept, builder.op("Mul", value, builder.number(1.0 - beta, dtype)))
+    def compute(inner: NodeBuilder, operands: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        parameter, gradient, mean, square = operands
+        if keep is not None:
+            parameter = inner.op("Mul", parameter, keep)
+        if penalty is not None:
+            gradient = inner.op("Add", gradient, inner.op("Mul", operands[0], penalty))
+        mean = _blend(inner, mean, gradient, first)
+        square = _blend(inner, square, inner.op("Mul", gradient, gradient), second)
+        rooted = inner.op("Div", inner.op("Sqrt", square), spread)
+        ratio = inner.op("Div", mean, inner.op("Add", rooted, epsilon))
+        change = inner.op("Mul", ratio, step_size)
+        return [inner.op("Sub", parameter, change), mean, square]
 
-    first, second = f"{spec.name}#exp_avg", f"{spec.name}#exp_avg_sq"
-    mean = blend(first, optimizer.beta1, gradient)
-    square = blend(second, optimizer.beta2, builder.op("Mul", gradient, gradient))
-    spread = builder.op("Div", builder.op("Sqrt", square), rule.get("spread", dtype))
-    ratio = builder.op("Div", mean, builder.op("Add", spread, builder.number(optimizer.eps, dtype)))
-    change = builder.op("Mul", ratio, rule.get("step_size", dtype))
-    return {spec.name: builder.op("Sub", parameter, change), first: mean, second: square}
+    return compute
+
+
+def _blend(
+    inner: NodeBuilder, old: ir.Value, new: ir.Value, factors: tuple[ir.Value, ir.Value]
+) -> ir.Value:
+    kept = inner.op("Mul", old, factors[0])
+    return inner.op("Add", kept, inner.op("Mul", new, factors[1]))
 
 
 class _Graph(NodeBuilder):
-    """A graph that is being built: its nodes and its inputs."""
+    """A graph that is being built: its nodes and its inputs.
 
-    def __init__(self, name: str) -> None:
+    ``tiles`` says whether large parameters are updated tile by tile (:mod:`tiles`).
+    """
+
+    def __init__(self, name: str, *, tiles: bool = False) -> None:
         super().__init__(name)
         self._name = name
+        self.tiles = tiles
         self._inputs: dict[str, ir.Value] = {}
+        self._fitted: dict[tuple[ir.Value, int], ir.Value] = {}
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str | None]) -> ir.Value:
         """Return the graph input ``name``; declare it if it does not exist yet."""
@@ -320,6 +361,21 @@ class _Graph(NodeBuilder):
                 name=name, type=ir.TensorType(_DTYPES[dtype]), shape=ir.Shape(list(shape))
             )
         return self._inputs[name]
+
+    def fit(self, scalar: ir.Value, spec: TensorSpec) -> ir.Value:
+        """Return a scalar with as many dimensions as a tensor has, if that makes a difference."""
+        rank = len(spec.shape)
+        if rank == 0 or spec.shape[-1] != 1:
+            return scalar
+        if (scalar, rank) not in self._fitted:
+            fitted = self.op("Reshape", scalar, self.integers([1] * rank))
+            fitted.type = scalar.type
+            self._fitted[scalar, rank] = fitted
+        return self._fitted[scalar, rank]
+
+    def constant(self, value: float, spec: TensorSpec) -> ir.Value:
+        """Return a number as a constant for a tensor, in its type."""
+        return self.fit(self.number(value, _DTYPES[spec.dtype]), spec)
 
     def finish(self, outputs: Mapping[str, ir.Value]) -> ir.Graph:
         """Return the finished graph, with its outputs renamed to the keys of ``outputs``."""

@@ -38,8 +38,8 @@ from splitonnx.partitioner.differentiation.control_flow import obstacles
 from splitonnx.partitioner.differentiation.derived import derivations
 from splitonnx.partitioner.gate import forms, gates, names
 from splitonnx.partitioner.inference import evaluations, folds, shapes
-from splitonnx.partitioner.lowerings import activations as lowered_activations
 from splitonnx.partitioner.lowerings import pools
+from splitonnx.partitioner.lowerings.kernels import choices, relu_gradients
 from splitonnx.partitioner.native import corrections, natives, workers
 from splitonnx.partitioner.native.workers import Isolation, call
 from splitonnx.partitioner.normalization import (
@@ -89,7 +89,10 @@ def fail(first: Any, *others: Any) -> Any:
 
 PLACES = {
     "a rewrite": (rewrites, "REWRITES", "Elu", "node 'elu_node' (Elu)", "rewritten"),
-    "a lowering": (lowerings, "LOWERINGS", "ReluGrad", "(ReluGrad)", "lowered"),
+    "a lowering": (lowerings, "LOWERINGS", "MaxPoolGrad", "(MaxPoolGrad)", "lowered"),
+    "a choice of kernels": (
+        choices, "_CHOICES", "ReluGrad", "(ReluGrad)", "given a faster kernel",
+    ),
     "a normalization pass": (
         explicit_padding, "_make_padding_explicit", None, "node 'h_node' (Conv)",
         "given explicit padding",
@@ -198,7 +201,7 @@ IN_A_CUT: Sequence[tuple[Callable[..., object], str, str]] = [
     (ports.insert_ports, *TRAINED),
     (safeguards._check_rows, "node 'h_node' (Conv)", "guarded against data that crash its kernel"),
     (derivations._name_permutations, *TRAINED),
-    (lowered_activations.lower_relu_grad, "(ReluGrad)", "lowered"),
+    (relu_gradients.multiply_by_slope, "(ReluGrad)", "given a faster kernel"),
     (pools.lower_max_pool_grad, "(MaxPoolGrad)", "lowered"),
     (pools.lower_average_pool_grad, "(AveragePoolGrad)", "lowered"),
     (partitions.refuse_untrainable, "the model", "tried in training"),

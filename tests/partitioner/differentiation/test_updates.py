@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -139,6 +140,24 @@ def test_an_update_follows_the_optimizers_formula(optimizer: Optimizer, portable
     for ours, right in zip(found, expected, strict=True):
         for name, array in right.items():
             np.testing.assert_allclose(ours[name], array, rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [AdamW(lr=RATE, weight_decay=0.1), SGD(lr=RATE, momentum=0.9, weight_decay=0.1)],
+    ids=repr,
+)
+def test_scalars_have_as_many_dimensions_as_a_parameter_that_ends_in_ones(
+    optimizer: Optimizer,
+) -> None:
+    spec = TensorSpec(name="w", dtype="F32", shape=(3, 4, 1, 1))
+    graph = build_update([spec], GRADIENTS, optimizer).graph
+    model = onnx.shape_inference.infer_shapes(ir.to_proto(ir.Model(graph, ir_version=9)))
+    typed = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in typed}
+    for node in model.graph.node:
+        if node.op_type in ("Add", "Sub", "Mul", "Div"):
+            assert len({ranks[name] for name in node.input}) == 1, node.name
 
 
 @pytest.mark.parametrize("portable", [False, True])

@@ -40,6 +40,27 @@ def test_convolution(weight: tuple[int, ...], attributes: dict[str, object]) -> 
     assert compare(net, "y", SHAPE) >= {"ConvGrad"}
 
 
+@pytest.mark.parametrize(
+    ("weight", "attributes"),
+    [
+        ((5, 4, 3, 3), {"pads": [1, 1, 1, 1]}),
+        ((2, 4, 3, 3), {"pads": [1, 0, 2, 1], "strides": [1, 2], "dilations": [2, 1]}),
+        ((5, 4, 1, 1), {}),
+        ((3, 4, 1, 1), {}),
+        ((4, 1, 3, 3), {"group": 4, "pads": [1, 1, 1, 1]}),
+        ((4, 1, 3, 2), {"group": 4, "pads": [2, 0, 1, 1], "dilations": [2, 1]}),
+        ((4, 1, 3, 3), {"group": 4, "strides": [2, 2], "pads": [1, 1, 1, 1]}),
+        ((4, 1, 3, 3), {"group": 4, "strides": [3, 2], "dilations": [1, 2]}),
+    ],
+)
+def test_convolution_of_large_images(
+    weight: tuple[int, ...], attributes: dict[str, object]
+) -> None:
+    net = Net()
+    net.op("Conv", "x", net.weight("w", *weight), net.weight("b", weight[0]), out="y", **attributes)
+    assert compare(net, "y", (2, 4, 37, 66)) >= {"ConvGrad"}
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 9), (2, 3, 4, 5, 4)])
 def test_convolution_in_one_and_three_dimensions(shape: tuple[int, ...]) -> None:
     rank = len(shape) - 2

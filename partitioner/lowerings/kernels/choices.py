@@ -1,0 +1,28 @@
+"""Choose the kernels of a joint graph, before it is cut into stages."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from splitonnx.partitioner.graphs.traversals import list_bodies
+from splitonnx.partitioner.inference.node_faults import attribute_errors_to
+from splitonnx.partitioner.lowerings.kernels.convolution_gradients import separate_input_gradient
+from splitonnx.partitioner.lowerings.kernels.relu_gradients import multiply_by_slope
+from splitonnx.partitioner.lowerings.kernels.scalars import fit_scalars
+
+_CHOICES = {"ConvGrad": separate_input_gradient, "ReluGrad": multiply_by_slope}
+
+
+def choose_kernels(graph: ir.Graph) -> None:
+    """Replace, in place, the nodes of a graph and of its bodies by forms that are faster.
+
+    Call this function after differentiation.  The values that replace others keep their names.
+    """
+    for node in list(graph):
+        for body in list_bodies(node):
+            choose_kernels(body)
+        with attribute_errors_to(node, "given a faster kernel", is_valid=True):
+            fit_scalars(node)
+            choose = _CHOICES.get(node.op_type)
+            if choose is not None:
+                choose(node)
