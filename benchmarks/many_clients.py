@@ -1,11 +1,12 @@
 """How a server serves 200 clients at once: fairly, and with how much memory for each.
 
-A perceptron is cut in the middle; each client trains steps of 8 rows as fast as it is answered, in
-a thread of one of four processes.  When all have begun, their steps are counted for some seconds.
+A perceptron is cut in the middle; each client trains steps of 8 rows as fast as it is answered.
+Several clients share a process, in which they are threads; the fewer, the less do they wait for
+each other.  When all have begun, their steps are counted for some seconds.
 The script prints the fewest and the most steps of a client, and the server's memory per session;
 it exits with 1 if a client fails, or if the two are further apart than a tenth of the mean.
 
-    python benchmarks/many_clients.py [--clients 200] [--seconds 60] [serve's options ...]
+    python benchmarks/many_clients.py [--clients 200] [--processes 40] [--seconds 60] [OPTION ...]
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 
-PROCESSES, BATCH, WIDTH, CLASSES = 4, 8, 64, 10
+BATCH, WIDTH, CLASSES = 8, 64, 10
 MOST_APART = 0.1
 
 
@@ -113,7 +114,7 @@ def measure_memory(pid: int) -> int:
     return int(found.group(1)) * 1024
 
 
-def run(clients: int, seconds: float, options: list[str]) -> int:
+def run(clients: int, processes: int, seconds: float, options: list[str]) -> int:
     """Serve and train; print the figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "bundle")
@@ -128,10 +129,10 @@ def run(clients: int, seconds: float, options: list[str]) -> int:
             trainers = [
                 subprocess.Popen(
                     [sys.executable, __file__, "--train", str(folder / "client"), url,
-                     "--clients", str(clients // PROCESSES), "--seconds", str(seconds)],
+                     "--clients", str(clients // processes), "--seconds", str(seconds)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 )
-                for _ in range(PROCESSES)
+                for _ in range(processes)
             ]  # fmt: skip
             for trainer in trainers:
                 assert trainer.stdout is not None
@@ -159,13 +160,14 @@ def main() -> int:
     """Read the options and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=40, help="which clients share evenly")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args()
     if options.train:
         folder, url = options.train
         train_many(folder, url, options.clients, options.seconds)
-    return run(options.clients, options.seconds, rest)
+    return run(options.clients, options.processes, options.seconds, rest)
 
 
 if __name__ == "__main__":

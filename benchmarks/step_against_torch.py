@@ -51,7 +51,7 @@ def make_torch_step(
     def step() -> float:
         optimizer.zero_grad()
         loss = functional.cross_entropy(network(x), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         return float(loss)
 

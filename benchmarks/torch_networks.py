@@ -26,7 +26,7 @@ class Perceptron(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)  # type: ignore[no-any-return]
+        return self.layers(x)
 
 
 class _Block(nn.Module):
@@ -70,7 +70,7 @@ class ResNet18(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         value = self.blocks(functional.relu(self.norm(self.stem(x))))
-        return self.scores(value.mean((2, 3)))  # type: ignore[no-any-return]
+        return self.scores(value.mean((2, 3)))
 
 
 class _Inverted(nn.Module):
@@ -118,7 +118,7 @@ class MobileNetV2(nn.Module):
         self.scores = nn.Linear(1280, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scores(self.layers(x).mean((2, 3)))  # type: ignore[no-any-return]
+        return self.scores(self.layers(x).mean((2, 3)))
 
 
 class _Encoder(nn.Module):
@@ -135,7 +135,7 @@ class _Encoder(nn.Module):
         self.scores = nn.Linear(width, CLASSES)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scores(self.layers(x + self.positions).mean(1))  # type: ignore[no-any-return]
+        return self.scores(self.layers(x + self.positions).mean(1))
 
 
 class Bert(nn.Module):
@@ -147,7 +147,7 @@ class Bert(nn.Module):
         self.encoder = _Encoder(256, 4, 4, norm_first=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encoder(self.words(x))  # type: ignore[no-any-return]
+        return self.encoder(self.words(x))
 
 
 class ViT(nn.Module):
@@ -159,7 +159,7 @@ class ViT(nn.Module):
         self.encoder = _Encoder(192, 6, 3, norm_first=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encoder(self.patches(x).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+        return self.encoder(self.patches(x).flatten(2).transpose(1, 2))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,11 +6,16 @@ import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
+from splitonnx.partitioner.lowerings.kernels.clip_gradients import compare_with_output
 from splitonnx.partitioner.lowerings.kernels.convolution_gradients import separate_input_gradient
 from splitonnx.partitioner.lowerings.kernels.relu_gradients import multiply_by_slope
 from splitonnx.partitioner.lowerings.kernels.scalars import fit_scalars
 
-_CHOICES = {"ConvGrad": separate_input_gradient, "ReluGrad": multiply_by_slope}
+_CHOICES = {
+    "And": compare_with_output,
+    "ConvGrad": separate_input_gradient,
+    "ReluGrad": multiply_by_slope,
+}
 
 
 def choose_kernels(graph: ir.Graph) -> None:

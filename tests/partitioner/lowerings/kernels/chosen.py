@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +21,7 @@ def build(
     outputs: Sequence[str],
     *,
     domain: str = "",
-    **attributes: object,
+    **attributes: Any,
 ) -> ir.Model:
     """A model of one node that reads the arrays in their order; batches of images have any size."""
     kinds = {name: helper.np_dtype_to_tensor_dtype(a.dtype) for name, a in arrays.items()}

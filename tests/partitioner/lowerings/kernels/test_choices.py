@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from splitonnx.bundles import Bundle
-from splitonnx.names import PORTABLE, TRAIN, TRAINING
+from splitonnx.names import PORTABLE, TRAIN, TRAINING, Target
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.lowerings.kernels.choices import choose_kernels
@@ -20,7 +20,7 @@ from tests.partitioner.lowerings.kernels.chosen import build
 from tests.support.zoo import ZOO
 
 KERNELS = frozenset({
-    "BatchNormInternal", "BatchNormalization", "BatchNormalizationGrad", "Conv", "ConvGrad",
+    "And", "BatchNormInternal", "BatchNormalization", "BatchNormalizationGrad", "Conv", "ConvGrad",
     "ConvTranspose", "HardSigmoid", "ReluGrad",
 })  # fmt: skip
 """The operators that are chosen, and those that they stand for."""
@@ -48,7 +48,7 @@ def count_kernels(bundle: Bundle) -> Counter[str]:
 @pytest.mark.parametrize("target", [TRAINING, PORTABLE])
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_the_kernels_of_a_split_training_are_those_of_an_unsplit_one(
-    name: str, target: str
+    name: str, target: Target
 ) -> None:
     prepared, loss = prepare(open_model(ZOO[name].build())), ZOO[name].loss
     names = [None, *(found.tensor for found in list_cuts(prepared, None))]

@@ -33,7 +33,7 @@ def test_where_the_output_is_denormal_the_gradient_is_between_0_and_that_of_a_po
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_other_types_keep_the_operator_for_which_they_have_a_kernel(dtype: type) -> None:
-    y = np.ones((2, 3), dtype)
+    y: np.ndarray = np.ones((2, 3), dtype)
     assert choose(build("ReluGrad", {"dy": y, "y": y}, ["dx"], domain="com.microsoft")) == [
         "ReluGrad"
     ]

@@ -32,8 +32,7 @@ def test_a_scalar_beside_a_tensor_that_ends_in_ones_gets_its_rank(
 
 
 def test_a_scalar_may_come_first() -> None:
-    arrays = {"s": np.float32(2), "x": np.ones((3, 1), np.float32)}
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    arrays = {"s": np.array(2, np.float32), "x": np.ones((3, 1), np.float32)}
     model = build("Div", arrays, ["y"])
     assert choose(model) == ["Reshape", "Div"]
     np.testing.assert_array_equal(run(model, arrays)["y"], np.full((3, 1), 2, np.float32))
