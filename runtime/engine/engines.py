@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +23,10 @@ from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
 from splitonnx.imports import leaving_out
 from splitonnx.kernel_errors import describe_kernel_error
+from splitonnx.runtime.engine.accelerators import Accelerator
 from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
+from splitonnx.runtime.engine.placements import Placement
+from splitonnx.runtime.engine.providers import CPU, PROVIDERS, choose_provider
 from splitonnx.runtime.engine.runs import Runs
 from splitonnx.runtime.gate.gates import check_graph, is_ort_format
 from splitonnx.session_settings import EXACT_SETTINGS
@@ -113,10 +116,12 @@ class LoadedStage:
 
 
 class Engine:
-    """An engine that loads stage graphs into ONNX Runtime and runs them on the CPU.
+    """An engine that loads stage graphs into ONNX Runtime and runs them.
 
     ``threads`` is the number of threads per operator; ``None`` lets ONNX Runtime use all cores.
-    Other Python threads can run while a stage is running.
+    Other Python threads can run while a stage is running.  ``provider`` is the execution provider,
+    ``NAME`` or ``NAME:DEVICE`` (:mod:`providers`); what it cannot run correctly, the CPU runs
+    (:mod:`accelerators`), and :meth:`describe_placement` says what that is.
 
     Set ``trusted`` only if you trust whoever made the bundle.  Only then are graphs in ORT format
     accepted, because the gate cannot check such graphs.  ``arena`` means that ONNX Runtime keeps
@@ -129,12 +134,15 @@ class Engine:
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.
+        UsageError: there is no such provider.
+        WrongRuntime: the installed ONNX Runtime does not have the provider, or cannot start it.
     """
 
     def __init__(
         self,
         threads: int | None = None,
         *,
+        provider: str = CPU,
         trusted: bool = False,
         arena: bool = True,
         stage_seconds: float | None = None,
@@ -145,6 +153,15 @@ class Engine:
         self._trusted = trusted
         self._arena = arena
         self._running = Runs(stage_seconds, on_stuck)
+        self.provider = choose_provider(provider)
+        self._accelerator = self._accelerate() if self.provider.name != CPU else None
+
+    def describe_placement(self) -> Placement | None:
+        """Return what the provider left to the CPU in the stages that ran so far.
+
+        Return ``None`` if the provider is the CPU, or as long as nothing is known.
+        """
+        return None if self._accelerator is None else self._accelerator.describe()
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
@@ -162,6 +179,17 @@ class Engine:
         own_format = self._trusted and is_ort_format(graph)
         if not own_format:
             check_graph(name, graph)
+        make_options = partial(self._make_options, training=training, own_format=own_format)
+        open_here = partial(self._open, name, graph, make_options)
+        session = (
+            open_here()
+            if self._accelerator is None
+            else self._accelerator.open(name, graph, make_options(), open_here)
+        )
+        outputs = tuple(output.name for output in session.get_outputs())
+        return LoadedStage(name=name, outputs=outputs, session=session)
+
+    def _make_options(self, *, training: bool, own_format: bool) -> Any:
         levels = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
         options.graph_optimization_level = (
@@ -175,9 +203,7 @@ class Engine:
         options.add_session_config_entry(
             "session.load_model_format", "ORT" if own_format else "ONNX"
         )
-        session = self._open(name, graph, options)
-        outputs = tuple(output.name for output in session.get_outputs())
-        return LoadedStage(name=name, outputs=outputs, session=session)
+        return self._complete(options)
 
     def convert(self, name: str, graph: bytes, *, training: bool) -> bytes:
         """Convert a stage graph to ORT format, which reduced ONNX Runtime builds need.
@@ -200,20 +226,33 @@ class Engine:
         with tempfile.TemporaryDirectory() as folder:  # it writes to a path only
             written = Path(folder, "stage.ort")
             options.optimized_model_filepath = str(written)
-            self._open(name, graph, options)
+            self._open(name, graph, lambda: self._complete(options))
             return written.read_bytes()
 
-    def _open(self, name: str, graph: bytes, options: Any) -> Any:
+    def _accelerate(self) -> Accelerator:
+        return Accelerator(
+            self._ort,
+            self.provider,
+            threads=self._threads,
+            installed=str(installed_runtime()),
+            failures=_exceptions(),
+            to_array=lambda value: self.to_array(Tensor(value)),
+        )
+
+    def _complete(self, options: Any) -> Any:
+        """Add the settings that every session has."""
         options.log_severity_level = _SILENT
         for entry in EXACT_SETTINGS.items():
             options.add_session_config_entry(*entry)
         if CAN_FLUSH:
             options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        return options
+
+    def _open(self, name: str, graph: bytes, make_options: Callable[[], Any]) -> Any:
+        providers = [PROVIDERS[CPU].runtime_name]
         try:
             with flushing_denormals():  # otherwise the first session would set it for good
-                return self._ort.InferenceSession(
-                    graph, options, providers=["CPUExecutionProvider"]
-                )
+                return self._ort.InferenceSession(graph, make_options(), providers=providers)
         except _exceptions() as error:
             _refuse(name, error)
 
@@ -224,13 +263,17 @@ class Engine:
         afterwards, because the tensor may share its memory.
         """
         contiguous = np.require(array, requirements=["C", "A"])
+        if self._accelerator is not None:
+            return Tensor(self._accelerator.put(contiguous))
         return Tensor(self._ort.OrtValue.ortvalue_from_numpy(contiguous))
 
     def to_array(self, tensor: Tensor) -> np.ndarray:
         """Return a tensor's values as a read-only array that shares the tensor's memory.
 
-        The array keeps that memory alive.
+        The array keeps that memory alive.  Values in a device's memory are copied.
         """
+        if self._accelerator is not None:
+            tensor = Tensor(self._accelerator.take(tensor._value), tensor._session)
         if 0 in tensor._value.shape():  # it has no memory to share
             interface = tensor.__array_interface__
             return np.empty(interface["shape"], interface["typestr"])

@@ -33,6 +33,7 @@ from splitonnx.messages import TaskKey
 from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN, TRAINING
 from splitonnx.runtime.engine.dataflows import Dataflow, Progress
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
+from splitonnx.runtime.engine.providers import check_target
 from splitonnx.states import State, check_finite_state, check_home, write_state
 from splitonnx.tensors import check_array
 
@@ -101,6 +102,7 @@ class Executor:
     """
 
     def __init__(self, party: PartyBundle, engine: Engine) -> None:
+        check_target(engine.provider, party.manifest.party, party.manifest.target)
         self.step = party.step
         self.manifest = party.manifest
         self.party = party
