@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest
-from splitonnx.names import CLIENT, PREDICT, TRAIN
+from splitonnx.names import PREDICT, TRAIN
 from splitonnx.runtime.channels.channels import Dial
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.greetings import SharingTerms
@@ -35,6 +34,7 @@ from splitonnx.runtime.client.metrics.choices import choose_metrics
 from splitonnx.runtime.client.options import (
     FitOptions,
     LearningRate,
+    check_client,
     choose_measures,
     fit_schedule,
     has_batch_states,
@@ -49,6 +49,8 @@ from splitonnx.runtime.client.training_loops import TrainingLoop
 from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.engine.placements import Placement
+from splitonnx.runtime.engine.providers import CPU
 from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.runtime.wire.transports import Transport
 from splitonnx.schedules import Schedule
@@ -73,6 +75,8 @@ class Client:
         credentials: how this client authenticates itself to the server, and which servers it
             trusts; allowed only if ``server`` is a URL.
         threads: number of threads per operator; by default, all cores are used.
+        provider: what computes this part, such as ``cuda`` or ``openvino:GPU``; other than ``cpu``
+            only for parts with the target ``portable`` (:attr:`placement`).
         seed: seed for shuffling and Dropout.
         resume: continue the interrupted run in the folder, if there is one.  The client starts with
             the run's state, and :meth:`fit` starts at the run's position in the data.
@@ -89,6 +93,7 @@ class Client:
         FolderInUse: ``resume`` is set, and another client is training in the folder.
         UsageError: the model is split but ``server`` is missing, the model is not split but
             ``server`` is given, or another argument is invalid.
+        WrongRuntime: the installed ONNX Runtime does not have the provider, or cannot start it.
         ConnectionLost: the server cannot be reached.
         BundleMismatch, ServerBusy, SharingNotPermitted, RemoteFault: the server refuses the client.
     """
@@ -100,6 +105,7 @@ class Client:
         *,
         credentials: Credentials | None = None,
         threads: int | None = None,
+        provider: str = CPU,
         seed: int = 0,
         resume: bool = False,
         give_up_after: float | None = None,
@@ -108,18 +114,10 @@ class Client:
     ) -> None:
         party = bundle if isinstance(bundle, PartyBundle) else PartyBundle.load(bundle)
         self._manifest = party.manifest
-        if seed < 0:
-            raise UsageError(f"the seed must not be negative, not {seed}")
-        if self._manifest.party != CLIENT:
-            raise UsageError(f"this is the {self._manifest.party}'s part; name the client's folder")
+        check_client(self._manifest, has_server=server is not None, seed=seed)
         self._seed = seed
-        if (server is not None) != any(phase.wires for phase in self._manifest.phases):
-            raise UsageError(
-                "this model was left whole and has no part for a server"
-                if server is not None
-                else "this bundle is one part of a model; name the server that holds the other"
-            )
-        self._executor = Executor(party, Engine(threads, trusted=trusted))
+        self._engine = Engine(threads, provider=provider, trusted=trusted)
+        self._executor = Executor(party, self._engine)
         self._kept = {spec.tensor.name for spec in party.manifest.state}
         self._kept.update(party.manifest.remote_states)
         self._run = TrainingRun.open(self._executor, resume=resume)
@@ -143,12 +141,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -165,6 +158,11 @@ class Client:
     def terms(self) -> SharingTerms:
         """Return whether and how the server joins what its clients learn."""
         return self._runner.terms
+
+    @property
+    def placement(self) -> Placement | None:
+        """Return what the provider left to the CPU, once it is known; ``None`` for ``cpu``."""
+        return self._engine.describe_placement()
 
     @property
     def session(self) -> str:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from splitonnx.errors import UnusableData, UsageError
 from splitonnx.manifests import PartyManifest, Phase, Role
-from splitonnx.names import COUNTED, EVALUATE, PREDICT, TOTAL, WEIGHT
+from splitonnx.names import CLIENT, COUNTED, EVALUATE, PREDICT, TOTAL, WEIGHT
 from splitonnx.runtime.client.datasets import Batch, Dataset, DataSource, open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric, choose_metrics
@@ -43,6 +43,24 @@ class FitOptions:
     save: bool
     on_step: Callable[[StepRecord], None] | None
     on_epoch: Callable[[Evaluation], None] | None
+
+
+def check_client(manifest: PartyManifest, *, has_server: bool, seed: int) -> None:
+    """Check that a part is the client's, and that a server was named if it needs one.
+
+    Raises:
+        UsageError: the part is another party's, ``has_server`` is wrong, or the seed is negative.
+    """
+    if seed < 0:
+        raise UsageError(f"the seed must not be negative, not {seed}")
+    if manifest.party != CLIENT:
+        raise UsageError(f"this is the {manifest.party}'s part; name the client's folder")
+    if has_server != any(phase.wires for phase in manifest.phases):
+        raise UsageError(
+            "this model was left whole and has no part for a server"
+            if has_server
+            else "this bundle is one part of a model; name the server that holds the other"
+        )
 
 
 def require_positive(**counts: int | None) -> None:

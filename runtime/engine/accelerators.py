@@ -54,7 +54,9 @@ _PROBE = (
 )
 """A model that adds two numbers to themselves, to see whether a provider starts."""
 
-_logger = logging.getLogger("splitonnx.engine")
+LOGGER = "splitonnx.engine"
+"""The name of the logger that says of each stage where it runs."""
+_logger = logging.getLogger(LOGGER)
 
 _Open = Callable[[], Any]
 """A function that opens a session on the CPU."""
@@ -141,7 +143,7 @@ class Accelerator:
                 graph, options, providers=self._providers, enable_fallback=0
             )
         if self.provider.runtime_name not in session.get_providers():
-            raise RuntimeError("ONNX Runtime cannot load the provider's libraries")
+            raise RuntimeError("ONNX Runtime leaves it out without a reason")
         return session
 
     def _start(self, installed: str) -> None:

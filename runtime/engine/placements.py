@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from splitonnx.runtime.engine.providers import PROVIDERS
 
@@ -55,6 +56,18 @@ class Placement:
         """Return the share of the time that the CPU's nodes take, or ``None`` if it is unknown."""
         seconds = sum(stage.seconds for stage in self.stages)
         return sum(stage.cpu_seconds for stage in self.stages) / seconds if seconds else None
+
+    def summarize(self) -> dict[str, Any]:
+        """Return the same as :meth:`describe` for programs: values that JSON has."""
+        return {
+            "provider": self.provider,
+            "sentence": self.describe(),
+            "cpu_share": self.cpu_share,
+            "stages": [
+                {"stage": stage.stage, "reason": stage.reason, "left": dict(stage.left)}
+                for stage in self.stages
+            ],
+        }
 
     def describe(self) -> str:
         """Return one line that says what is left to the CPU, why, and how much time it takes."""

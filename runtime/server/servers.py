@@ -21,7 +21,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from splitonnx.bundles import PartyBundle
@@ -38,6 +37,7 @@ from splitonnx.runtime.edge.websockets import Peer, serve
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.engine.providers import CPU
 from splitonnx.runtime.limits import GIB, Limits
 from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.scheduling.turns import Turns
@@ -88,6 +88,7 @@ class Server:
         host: the address to listen on.
         port: the port to listen on; 0 selects any free port.
         threads: number of threads per operator; by default, all cores are used.
+        provider: what computes the stages; see :class:`~splitonnx.runtime.client.clients.Client`.
         resume: resume the sessions that an earlier server left in the folder.
         limits: the server's limits.
         tokens: the accepted tokens; without them, every client is admitted.
@@ -108,7 +109,7 @@ class Server:
         FolderInUse: another server is using the folder.
         UsageError: ``bundle`` is not a server's part, ``client`` does not belong to it, unknown
             clients could connect over the network, or another argument is invalid.
-        WrongRuntime, StageFailed: a stage cannot be loaded.
+        WrongRuntime, StageFailed: a stage cannot be loaded, or the provider does not start.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Server:
         host: str = "127.0.0.1",
         port: int = DEFAULT_PORT,
         threads: int | None = None,
+        provider: str = CPU,
         resume: bool = False,
         limits: Limits | None = None,
         tokens: Tokens | None = None,
@@ -137,9 +139,11 @@ class Server:
         with ExitStack() as undo:
             if self._lock is not None:
                 undo.callback(self._lock.release)
-            if not isinstance(bundle, PartyBundle):
-                bundle = PartyBundle.load(bundle, is_held=True)
-            party = bundle
+            party = (
+                bundle
+                if isinstance(bundle, PartyBundle)
+                else PartyBundle.load(bundle, is_held=True)
+            )
             if party.manifest.party != SERVER:
                 raise UsageError(f"this is the {party.manifest.party}'s part; serve the server's")
             _check_room(policy, limits or Limits())
@@ -151,10 +155,13 @@ class Server:
             self._tokens = tokens
             self._tls = tls
             self._origins = tuple(origins)
-            self._engine = Engine(threads, stage_seconds=self._limits.stage_seconds)
+            self._engine = Engine(
+                threads, provider=provider, stage_seconds=self._limits.stage_seconds
+            )
             self._metrics = Metrics(phase.name for phase in party.manifest.phases)
             if isolate is None:
-                isolate = tokens is not None or _asks_for_certificates(tls) or not is_loopback(host)
+                asks = tls is not None and tls.verify_mode is ssl.CERT_REQUIRED
+                isolate = tokens is not None or asks or not is_loopback(host)
             self._workers = None
             if isolate:
                 shared = SharedTensors.make(party.weights)
@@ -201,6 +208,7 @@ class Server:
             party=party,
             weights=weights,
             threads=threads,
+            provider=str(self._engine.provider),
             stage_seconds=limits.stage_seconds,
             memory_bytes=limits.memory + limits.tasks + GIB,
             kept_bytes=limits.tasks // 2,
@@ -244,12 +252,7 @@ class Server:
         started.result()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -386,10 +389,6 @@ class Server:
         _logger.warning(
             "%s refused: %s", name, refusal, extra={"peer": name, "reason": str(refusal)}
         )
-
-
-def _asks_for_certificates(tls: ssl.SSLContext | None) -> bool:
-    return tls is not None and tls.verify_mode is ssl.CERT_REQUIRED
 
 
 def _check_room(policy: PolicyOptions | None, limits: Limits) -> None:

@@ -7,6 +7,7 @@ bundle and the sessions of one owner, but no tokens, keys or sockets.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from splitonnx.errors import SplitonnxError, StageFailed, StageStopped, StageToo
 from splitonnx.manifests import PartyManifest, decode_manifest
 from splitonnx.messages import TaskKey
 from splitonnx.names import PREDICT, TRAIN
+from splitonnx.runtime.engine.accelerators import LOGGER
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.workers.blocks import Block, Place, look_up, measure, open_block, put, take
@@ -133,6 +135,7 @@ class Host:
         self._seconds = start.stage_seconds
         engine = Engine(
             start.threads,
+            provider=start.provider,
             arena=False,
             stage_seconds=start.stage_seconds,
             on_stuck=self._end_for_stuck,
@@ -223,6 +226,13 @@ def _end_with_server(number: int) -> None:
     os._exit(0)
 
 
+def _log_to_stderr(name: str) -> None:
+    """Write a logger's messages to stderr, which the server reads and logs."""
+    logger = logging.getLogger(name)
+    logger.addHandler(logging.StreamHandler(sys.stderr))
+    logger.setLevel(logging.INFO)
+
+
 def main() -> None:
     """Answer the requests of the server that started this process, until the server exits."""
     _leave_no_core()
@@ -238,6 +248,7 @@ def main() -> None:
     if sys.platform == "linux":
         threading.Thread(target=_end_with_server, args=(inlet.fileno(),), daemon=True).start()
     exempt_loaded()
+    _log_to_stderr(LOGGER)
     try:
         Host(inlet, outlet).serve()
     except (BrokenPipeError, KeyboardInterrupt):  # the server is gone, or is about to be

@@ -53,8 +53,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     ``file`` is the descriptor of an inherited file with the weights; if it is ``None``, the weights
     are in the shared memory block.  ``weights`` lists their positions.  ``threads`` is the number
-    of threads per operator.  ``stage_seconds`` limits the time of each stage, and ``memory_bytes``
-    limits the memory of the process.
+    of threads per operator, and ``provider`` the execution provider.  ``stage_seconds`` limits the
+    time of each stage, and ``memory_bytes`` limits the memory of the process.
     """
 
     manifest: bytes
@@ -62,6 +62,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     file: int | None
     weights: tuple[Slot, ...]
     threads: int | None
+    provider: str
     stage_seconds: float
     memory_bytes: int | None
 

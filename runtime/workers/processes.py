@@ -69,6 +69,7 @@ START_SECONDS = 600.0
 END_SECONDS = 1.0
 """Seconds within which a worker must exit by itself; then it is killed."""
 KEPT_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
     "DYLD_LIBRARY_PATH",
     "LANG",
     "LC_ALL",
@@ -113,6 +114,7 @@ class WorkerOptions:
     party: PartyBundle
     weights: SharedTensors | None = None
     threads: int | None
+    provider: str
     stage_seconds: float
     memory_bytes: int | None
     kept_bytes: int
@@ -296,6 +298,7 @@ class Worker:
             file=None if shared is None else shared.number,
             weights=() if shared is None else shared.slots,
             threads=options.threads,
+            provider=options.provider,
             stage_seconds=options.stage_seconds,
             memory_bytes=options.memory_bytes,
         )

@@ -16,6 +16,7 @@ from splitonnx.commands.options import (
     GiveUpAfterOption,
     JsonOption,
     MetricOption,
+    ProviderOption,
     ServerOption,
     ThreadsOption,
     TrustedOption,
@@ -33,6 +34,7 @@ def evaluate(
     give_up_after: GiveUpAfterOption = None,
     batch_size: BatchSizeOption = None,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "cpu",
     trusted: TrustedOption = False,
     as_json: JsonOption = False,
     *,
@@ -50,12 +52,15 @@ def evaluate(
         bundle,
         server,
         threads=threads,
+        provider=provider,
         credentials=security.make_credentials(server),
         give_up_after=give_up_after,
         share=True,  # only training shares anything
         trusted=trusted,
     ) as client:
         results = client.evaluate(dataset, batch_size=samples, metrics=metric or ())
+        if client.placement is not None:
+            printing.print_remark(client.placement.describe())
     if as_json:
         printing.print_json(results)
         return

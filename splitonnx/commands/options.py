@@ -171,6 +171,14 @@ ShareOption = Annotated[
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads of one operator; all cores by default.")
 ]
+ProviderOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:DEVICE]",
+        help="What computes this part: cpu, cuda, openvino, coreml or dml; other than cpu for "
+        "portable parts only.",
+    ),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite existing output.")]
 RawStatesOption = Annotated[
     bool,

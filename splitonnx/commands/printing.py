@@ -293,3 +293,8 @@ def open_console(file: TextIO) -> Console:
 def print_item(item: Table | str, *, markup: bool = False) -> None:
     """Print a table or a line of text to stdout; ``markup`` means that it contains styles."""
     open_console(sys.stdout).print(item, markup=markup, soft_wrap=isinstance(item, str))
+
+
+def print_remark(sentence: str) -> None:
+    """Print a remark to stderr as one line."""
+    print(f"remark: {escape(sentence)}", file=sys.stderr)

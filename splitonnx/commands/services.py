@@ -19,6 +19,7 @@ from splitonnx.commands.options import (
     ForceOption,
     GiveUpAfterOption,
     LogOptions,
+    ProviderOption,
     QuietOption,
     ServerOption,
     ThreadsOption,
@@ -44,6 +45,7 @@ def serve(
         int, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")
     ] = 8765,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "cpu",
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Resume sessions that an earlier server left here."),
@@ -86,6 +88,7 @@ def serve(
             host=host,
             port=port,
             threads=threads,
+            provider=provider,
             resume=resume,
             limits=limits,
             tokens=security.read_tokens(),
@@ -120,6 +123,7 @@ def predict(
     give_up_after: GiveUpAfterOption = None,
     batch_size: BatchSizeOption = None,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "cpu",
     trusted: TrustedOption = False,
     force: ForceOption = False,
     quiet: QuietOption = False,
@@ -143,6 +147,7 @@ def predict(
         bundle,
         server,
         threads=threads,
+        provider=provider,
         credentials=security.make_credentials(server),
         give_up_after=give_up_after,
         share=True,  # only training shares anything
@@ -152,6 +157,8 @@ def predict(
             _predict_files(client, dataset, output)
         else:
             _predict_arrays(client, dataset, samples, output, quiet=quiet)
+        if client.placement is not None and not quiet:
+            printing.print_remark(client.placement.describe())
     if isinstance(dataset, FileDataset) and not quiet:
         printing.print_output_files(output, dataset.size)
 

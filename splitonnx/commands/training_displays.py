@@ -8,13 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from splitonnx.commands.printing import make_table, open_console, print_item, print_json_lines
+from splitonnx.commands.printing import (
+    make_table,
+    open_console,
+    print_item,
+    print_json_lines,
+    print_remark,
+)
 from splitonnx.commands.rows import format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from splitonnx.runtime.client.clients import Client
     from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
+    from splitonnx.runtime.engine.placements import Placement
 
 
 class TrainingDisplay(ABC):
@@ -37,6 +45,10 @@ class TrainingDisplay(ABC):
         """Show the evaluation at the end of an epoch."""
 
     @abstractmethod
+    def show_placement(self, placement: Placement) -> None:
+        """Show which nodes an execution provider leaves to the CPU, and the time they take."""
+
+    @abstractmethod
     def summarize(self, history: History, saved: str) -> None:
         """Show the result of the training; ``saved`` describes where it was saved."""
 
@@ -48,6 +60,34 @@ def choose_display(*, as_json: bool, quiet: bool, epochs: int) -> TrainingDispla
     return Lines() if as_json else Bar(epochs)
 
 
+class PlacementNote:
+    """Shows once what a client's execution provider left to the CPU; nothing for the CPU itself.
+
+    The second step of a training is the first one that takes as long as those after it.
+    """
+
+    def __init__(self, client: Client, display: TrainingDisplay) -> None:
+        self._client = client
+        self._display = display
+        self._steps = 0
+
+    def add_step(self, record: StepRecord) -> None:
+        """Show it after the second step."""
+        self._steps += 1
+        if self._steps == 2:
+            self._show()
+
+    def finish(self) -> None:
+        """Show at the end of a training with a single step what is known."""
+        if self._steps < 2:
+            self._show()
+
+    def _show(self) -> None:
+        placement = self._client.placement
+        if placement is not None:
+            self._display.show_placement(placement)
+
+
 class Silence(TrainingDisplay):
     """A display that prints nothing."""
 
@@ -55,6 +95,9 @@ class Silence(TrainingDisplay):
         """Show nothing."""
 
     def show_evaluation(self, evaluation: Evaluation) -> None:
+        """Show nothing."""
+
+    def show_placement(self, placement: Placement) -> None:
         """Show nothing."""
 
     def summarize(self, history: History, saved: str) -> None:
@@ -71,6 +114,10 @@ class Lines(TrainingDisplay):
     def show_evaluation(self, evaluation: Evaluation) -> None:
         """Print the evaluation's record as a JSON line."""
         print_json_lines([evaluation])
+
+    def show_placement(self, placement: Placement) -> None:
+        """Print what is known of the provider as a JSON line."""
+        print_json_lines([{"placement": placement.summarize()}])
 
     def summarize(self, history: History, saved: str) -> None:
         """Print the evaluation whose state was kept, if there is one; the rest was printed."""
@@ -138,6 +185,10 @@ class Bar(TrainingDisplay):
         assert self._progress is not None
         metrics = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.metrics.items())
         self._progress.print(f"{self._name_epoch(evaluation.epoch)}  held out: {metrics}")
+
+    def show_placement(self, placement: Placement) -> None:
+        """Print a remark above the bar."""
+        print_remark(placement.describe())
 
     def summarize(self, history: History, saved: str) -> None:
         """Print the totals of the training, and where the result was saved."""

@@ -35,6 +35,7 @@ from splitonnx.commands.options import (
     OptimizerOption,
     OutputOption,
     ParamGroupOption,
+    ProviderOption,
     QuietOption,
     RawStatesOption,
     SeedOption,
@@ -52,7 +53,7 @@ from splitonnx.commands.options import (
 from splitonnx.commands.schedules import ScheduleOptions
 from splitonnx.commands.security import ClientSecurity
 from splitonnx.commands.stopping import StoppingOptions
-from splitonnx.commands.training_displays import choose_display
+from splitonnx.commands.training_displays import PlacementNote, choose_display
 from splitonnx.commands.training_logs import TrainingLogOptions, call_both
 from splitonnx.errors import UsageError
 from splitonnx.names import CLIENT
@@ -220,6 +221,7 @@ def train(
     logs: TrainingLogOptions,
     give_up_after: GiveUpAfterOption = None,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "cpu",
     share: ShareOption = False,
     trusted: TrustedOption = False,
     as_json: JsonOption = False,
@@ -260,6 +262,7 @@ def train(
         server,
         credentials=security.make_credentials(server),
         threads=threads,
+        provider=provider,
         seed=run.seed,
         resume=run.resume,
         give_up_after=give_up_after,
@@ -276,6 +279,8 @@ def train(
             epochs=run.epochs,
             batch_size=batch_size,
         )
+        note = PlacementNote(client, display)
+        show_step = call_both(display.show_step, note.add_step)
         has_checkpoints = not local and run.checkpoint_every > 0
         exempt_loaded()
         with (
@@ -298,11 +303,12 @@ def train(
                 restart=run.restart,
                 save=bundle is None,
                 on_start=None if local or quiet else partial(disclosure.show, as_json=as_json),
-                on_step=call_both(display.show_step, log.add_step) if log else display.show_step,
+                on_step=call_both(show_step, log.add_step) if log else show_step,
                 on_epoch=call_both(display.show_evaluation, log.add_evaluation)
                 if log
                 else display.show_evaluation,
             )
+        note.finish()
         if bundle is not None:
             whole.write(bundle, client)
     display.summarize(history, _describe_saved(source, local, whole.merged))

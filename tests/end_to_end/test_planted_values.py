@@ -122,7 +122,7 @@ def test_the_kernels_do_read_beyond_a_small_gradient(party: PartyBundle) -> None
 def test_no_owner_is_given_what_another_owner_planted(party: PartyBundle) -> None:
     """On earlier versions 3,968 of 4,096 values of another owner's gradient came back."""
     options = WorkerOptions(
-        party=party, threads=1, stage_seconds=60.0, memory_bytes=None, kept_bytes=0
+        party=party, threads=1, provider="cpu", stage_seconds=60.0, memory_bytes=None, kept_bytes=0
     )
     pool = WorkerPool(options, workers=2)
     try:

@@ -106,5 +106,5 @@ def train_in_process(bundle: Bundle) -> dict[str, np.ndarray]:
 
 def make_options(party: PartyBundle) -> WorkerOptions:
     return WorkerOptions(
-        party=party, threads=1, stage_seconds=60.0, memory_bytes=None, kept_bytes=0
+        party=party, threads=1, provider="cpu", stage_seconds=60.0, memory_bytes=None, kept_bytes=0
     )

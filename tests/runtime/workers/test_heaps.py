@@ -38,7 +38,12 @@ def party() -> PartyBundle:
 @contextmanager
 def open_pool(party: PartyBundle, *, workers: int, kept_bytes: int) -> Iterator[WorkerPool]:
     options = WorkerOptions(
-        party=party, threads=1, stage_seconds=60.0, memory_bytes=None, kept_bytes=kept_bytes
+        party=party,
+        threads=1,
+        provider="cpu",
+        stage_seconds=60.0,
+        memory_bytes=None,
+        kept_bytes=kept_bytes,
     )
     pool = WorkerPool(options, workers=workers)
     try:

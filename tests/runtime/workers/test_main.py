@@ -200,6 +200,7 @@ class Server:
                 file=shared.number,
                 weights=shared.slots,
                 threads=1,
+                provider="cpu",
                 stage_seconds=60.0,
                 memory_bytes=None,
             )
