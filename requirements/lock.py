@@ -31,6 +31,7 @@ LOCKS: dict[str, list[str]] = {
     "sbom": ["--only-group", "sbom"],
     "serve-training": ["--extra", "cpu"],
     "serve-portable": ["--extra", "portable"],
+    "openvino": ["--extra", "openvino"],
 }
 """By the file's name, what of pyproject.toml goes into it; the tools go into each."""
 
