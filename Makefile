@@ -30,7 +30,7 @@ install = $(install_wheels)
 install += && PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 endif
 
-.PHONY: demo hospitals test lock dist sbom container-steps test-clients test-early test-js test-mobile test-torch test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep shipped clean
+.PHONY: demo hospitals test lock dist sbom container-steps test-clients test-early test-js test-mobile test-torch test-openvino test-browser page web lint bench device-cost taps chaos attack fuzz fuzz-bytes sweep shipped clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py demo-output
@@ -44,7 +44,7 @@ hospitals: $(VENV)/.demo
 # longest, and beside it those without Chromium, the linters, and what is marked early.  What
 # measures memory has the machine to itself; the rest runs in three processes, since each often
 # waits for others that it started.  pytest's closing line is to be the last, that of the larger part.
-HERE := not sweep and not browser
+HERE := not sweep and not browser and not openvino
 find_marked = $(shell grep -rl --include='test_*.py' 'mark\.$(1)' tests)
 test:
 	$(MAKE) --no-print-directory --jobs 2 $(VENV)/.test $(BROWSER) \
@@ -91,6 +91,14 @@ $(TORCH)/.made: $(VENV)/.test
 		> "$$($(TORCH)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/splitonnx-tests.pth"
 	$(TORCH)/bin/python -m pip install --quiet --no-compile torch==2.13.0 onnxscript==0.7.2
 	@touch $@
+
+# The zoo on a second execution provider, on the build of ONNX Runtime that carries it, which would
+# overwrite the one in .venv.
+OPENVINO := $(VENV)/tools/openvino
+
+test-openvino: $(VENV)/.test $(OPENVINO)/.done
+	SPLITONNX_OPENVINO_PYTHON=$(abspath $(OPENVINO)/bin/python) \
+		$(BIN)/python -m pytest -m openvino $(call find_marked,openvino)
 
 test-mobile: $(if $(NODE_20),runtime/js/dist/index.js $(RN_MODULES))
 ifeq ($(NODE_20),yes)

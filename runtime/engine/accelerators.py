@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
-from weakref import finalize
+from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class Accelerator:
         self._ort = ort
         settings = provider.list_settings(threads)
         self._providers = [(provider.runtime_name, settings), PROVIDERS["cpu"].runtime_name]
-        self._sessions: list[AcceleratedSession] = []
+        self._sessions: WeakValueDictionary[int, AcceleratedSession] = WeakValueDictionary()
         self._numbers = count()
         self._folder = Path(tempfile.mkdtemp(prefix="splitonnx-profiles-"))
         finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -104,7 +104,8 @@ class Accelerator:
             options.graph_optimization_level = self._ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_mem_pattern = self.provider.has_memory_patterns
         options.enable_profiling = True
-        options.profile_file_prefix = str(self._folder / str(next(self._numbers)))
+        number = next(self._numbers)
+        options.profile_file_prefix = str(self._folder / str(number))
         opened: Any = None
         reason = ""
         try:
@@ -112,7 +113,7 @@ class Accelerator:
         except self.failures as error:
             reason = f"it refuses the graph: {_shorten(error)}"
         session = AcceleratedSession(stage, self, opened, open_here, reason=reason)
-        self._sessions.append(session)
+        self._sessions[number] = session
         return session
 
     def describe(self) -> Placement | None:
@@ -120,7 +121,7 @@ class Accelerator:
 
         It is known of a stage that ran twice, or that was left to the CPU.
         """
-        found = (session.placement for session in self._sessions)
+        found = (session.placement for session in self._sessions.values())
         stages = [placement for placement in found if placement is not None]
         return Placement(provider=str(self.provider), stages=stages) if stages else None
 

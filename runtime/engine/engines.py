@@ -236,7 +236,7 @@ class Engine:
             threads=self._threads,
             installed=str(installed_runtime()),
             failures=_exceptions(),
-            to_array=lambda value: self.to_array(Tensor(value)),
+            to_array=lambda value: _view(Tensor(value)),
         )
 
     def _complete(self, options: Any) -> Any:
@@ -274,10 +274,7 @@ class Engine:
         """
         if self._accelerator is not None:
             tensor = Tensor(self._accelerator.take(tensor._value), tensor._session)
-        if 0 in tensor._value.shape():  # it has no memory to share
-            interface = tensor.__array_interface__
-            return np.empty(interface["shape"], interface["typestr"])
-        return np.asarray(tensor)
+        return _view(tensor)
 
     def run(self, stage: LoadedStage, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run a stage with the inputs in ``feeds``, and return all its outputs by name.
@@ -361,6 +358,13 @@ def _import_onnxruntime() -> Any:
 
 def _bindings() -> Any:
     return _import_onnxruntime().capi.onnxruntime_pybind11_state
+
+
+def _view(tensor: Tensor) -> np.ndarray:
+    if 0 in tensor._value.shape():  # it has no memory to share
+        interface = tensor.__array_interface__
+        return np.empty(interface["shape"], interface["typestr"])
+    return np.asarray(tensor)
 
 
 def _detach(value: Any) -> Any:
