@@ -23,6 +23,11 @@ def test_a_port_in_use_is_one_line(
     assert f"port {port}" in command.fail("serve", tmp_path / "copy", "--port", port)
 
 
+def test_a_provider_that_is_not_there_is_one_line(command: Command, bundle: Path) -> None:
+    error = command.fail("serve", bundle / "server", "--port", 0, "--provider", "npu")
+    assert "choose cpu, cuda, openvino, coreml or dml" in error
+
+
 def test_a_folder_in_use_is_one_line(command: Command, bundle: Path, url: str) -> None:
     assert "is in use by" in command.fail("serve", bundle / "server", "--port", 0)
 

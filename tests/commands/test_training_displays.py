@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from splitonnx.commands.training_displays import Bar, Lines, Silence, choose_display
+from splitonnx.commands.training_displays import Bar, Lines, PlacementNote, Silence, choose_display
+from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
+from splitonnx.runtime.engine.placements import Placement, StagePlacement
 
 Capture = pytest.CaptureFixture[str]
 
@@ -29,6 +31,21 @@ def record(step: int, *, traffic: int = 2_000) -> StepRecord:
 
 EVALUATION = Evaluation(epoch=0, metrics={"accuracy": 0.75}, seconds=1.0)
 HISTORY = History(steps=[record(1), record(2)], evaluations=[EVALUATION])
+
+
+PLACEMENT = Placement(provider="cuda", stages=[StagePlacement(stage="a", left={"Size": 1})])
+REMARK = "the provider cuda leaves to the CPU: 1 node of 'a' (1 Size)"
+
+
+class Accelerated(Client):
+    """A client whose provider left one node."""
+
+    def __init__(self, placement: Placement | None) -> None:
+        self._found = placement
+
+    @property
+    def placement(self) -> Placement | None:
+        return self._found
 
 
 def test_training_is_shown_as_was_asked_for() -> None:
@@ -82,3 +99,38 @@ def test_a_run_that_resumes_does_not_begin_at_0(capsys: Capture) -> None:
     with bar.showing(8):
         bar.show_step(resumed)
     assert "5/8" in capsys.readouterr().err
+
+
+def test_what_a_provider_leaves_is_a_json_line_or_a_remark_or_not_shown(capsys: Capture) -> None:
+    Lines().show_placement(PLACEMENT)
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["placement"]["sentence"], err) == (REMARK, "")
+    Bar(1).show_placement(PLACEMENT)
+    assert capsys.readouterr() == ("", f"remark: {REMARK}\n")
+    Silence().show_placement(PLACEMENT)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_it_is_shown_once_after_the_second_step(capsys: Capture) -> None:
+    note = PlacementNote(Accelerated(PLACEMENT), Bar(1))
+    note.add_step(record(1))
+    assert capsys.readouterr().err == ""
+    for step in (2, 3):
+        note.add_step(record(step))
+    note.finish()
+    assert capsys.readouterr().err == f"remark: {REMARK}\n"
+
+
+def test_after_a_single_step_it_is_shown_at_the_end(capsys: Capture) -> None:
+    note = PlacementNote(Accelerated(PLACEMENT), Bar(1))
+    note.add_step(record(1))
+    note.finish()
+    assert capsys.readouterr().err == f"remark: {REMARK}\n"
+
+
+def test_nothing_is_shown_of_the_cpu(capsys: Capture) -> None:
+    note = PlacementNote(Accelerated(None), Bar(1))
+    note.add_step(record(1))
+    note.add_step(record(2))
+    note.finish()
+    assert capsys.readouterr() == ("", "")

@@ -157,6 +157,16 @@ def test_data_and_warmup_are_refused_before_a_model_is_prepared(
     assert "missing.npz" in command.fail("train", model, "--local", "--data", missing)
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_a_provider_that_is_not_installed_is_one_line_with_what_to_install(
+    name: str, command: Command, bundle: Path, url: str, data: Path, tmp_path: Path
+) -> None:
+    output = ["-o", tmp_path / "out.npz"] if name == "predict" else []
+    given = ["--server", url, "--data", data, "--provider", "openvino", *output]
+    error = command.fail(name, bundle / "client", *given)
+    assert "install splitonnx[openvino] in an environment of its own" in error
+
+
 def test_a_server_that_is_not_there_is_one_line(command: Command, bundle: Path, data: Path) -> None:
     line = command.fail("train", bundle / "client", "--server", "ws://127.0.0.1:1", "--data", data)
     assert "ws://127.0.0.1:1" in line

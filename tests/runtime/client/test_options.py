@@ -15,6 +15,7 @@ from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.datasets import open_dataset
 from splitonnx.runtime.client.options import (
     FitOptions,
+    check_client,
     check_stopping,
     choose_measures,
     fit_schedule,
@@ -32,6 +33,18 @@ from tests.support.scored_manifests import make_manifest
 def test_counts_from_one_on_are_taken() -> None:
     require_positive(epochs=1, batch_size=32)
     require_positive()
+
+
+def test_a_client_needs_its_own_part_a_server_where_that_is_split_and_a_seed() -> None:
+    parties = tiny.split_bundle().parties
+    client, server = (parties[name].manifest for name in ("client", "server"))
+    check_client(client, has_server=True, seed=0)
+    with pytest.raises(UsageError, match="name the client's folder"):
+        check_client(server, has_server=True, seed=0)
+    with pytest.raises(UsageError, match="name the server that holds the other"):
+        check_client(client, has_server=False, seed=0)
+    with pytest.raises(UsageError, match="must not be negative, not -1"):
+        check_client(client, has_server=True, seed=-1)
 
 
 @pytest.mark.parametrize("count", [0, -1, -100])
