@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle
-from splitonnx.errors import ProcessFailed, RemoteFault
+from splitonnx.errors import ProcessFailed, RemoteFault, WrongRuntime
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.histories import StepRecord
@@ -182,3 +183,9 @@ def test_a_worker_for_which_no_file_is_left_cannot_start(
     monkeypatch.setattr(processes, "make_block", fail)
     with pytest.raises(ProcessFailed, match="Too many open files"):
         Worker(make_options(bundle.server), lambda: 0)
+
+
+def test_a_worker_computes_on_the_server_s_provider() -> None:
+    party = tiny.split_bundle().parties["server"]
+    with pytest.raises(WrongRuntime, match=r"splitonnx\[openvino\]"):
+        Worker(replace(make_options(party), provider="openvino"), lambda: 0)
