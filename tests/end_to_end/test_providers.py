@@ -26,12 +26,7 @@ from tests.support.zoo import ZOO
 
 pytestmark = pytest.mark.openvino
 
-WHOLLY_THERE = frozenset(
-    {
-        "chain", "residual", "two_inputs", "two_streams", "shared_constant", "batchnorm_trained",
-        "convolutions", "pools", "mse", "l1", "bce",
-    }
-)  # fmt: skip
+WHOLLY_THERE = frozenset({"two_inputs", "pools", "shape_paths"})
 """The models of which this build leaves no stage as a whole to the CPU."""
 U_SHAPED = frozenset({"chain", "batchnorm_trained", "dropout", "attention", "embedding"})
 """The models that are also cut U-shaped."""
