@@ -19,8 +19,8 @@ def multiply_by_slope(node: ir.Node) -> None:
     """Replace a ReluGrad of float32 by ``dy * HardSigmoid(y)``; leave others unchanged.
 
     Here dy is the gradient of the output y.  ``min(1, max(0, STEEP * y + NOTHING))`` is 1 for every
-    positive number but those below 3e-39, which are denormal.  HardSigmoid has no kernel for other types.
-    Where dy is infinite and y is not positive, the product is NaN.
+    positive number but those below 3e-39, which are denormal.  HardSigmoid has no kernel for other
+    types.  Where dy is infinite and y is not positive, the product is NaN.
     """
     dy, y = take_inputs(node, 2)
     if dy.dtype != ir.DataType.FLOAT or y.dtype != ir.DataType.FLOAT:
