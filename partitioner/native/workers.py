@@ -58,6 +58,7 @@ class _Worker:
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(paths),
+                    "OPENBLAS_NUM_THREADS": "1",  # numpy's, of which the others wait in a loop
                     "ORT_DISABLE_TELEMETRY": "1",  # of ONNX Runtime from 1.29 on
                 },
                 cwd=sys.prefix,  # a folder that will not be deleted
