@@ -95,8 +95,10 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'splitonnx' has no attribute '{name}'")
     from splitonnx.extras import load
+    from splitonnx.imports import UNUSED, postponing
 
-    value: object = getattr(load(f"splitonnx.{_HOMES[name]}", name), name)
+    with postponing(*UNUSED):
+        value: object = getattr(load(f"splitonnx.{_HOMES[name]}", name), name)
     globals()[name] = value
     return value
 

@@ -10,6 +10,13 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
+UNUSED = ("sympy", "onnx_ir._symbolic_shapes")
+"""Modules that are imported only if they are used, because their import is slow.
+
+The onnx_ir package imports them for arithmetic on symbolic dimensions, which splitonnx does not use.
+Importing SymPy takes as long as everything else that ``splitonnx.cut`` imports.
+"""
+
 
 class _Postponed(ModuleType):
     """Stand in for a module that is imported when one of its attributes is first used."""
@@ -32,6 +39,22 @@ def postpone(*names: str) -> None:
         package = name.partition(".")[0]
         if name not in sys.modules and (package in sys.modules or find_spec(package)):
             sys.modules[name] = _Postponed(name)
+
+
+@contextmanager
+def postponing(*names: str) -> Iterator[None]:
+    """Postpone imports like :func:`postpone`, but only those made inside a ``with`` block.
+
+    Whoever imports such a module after the block gets the module itself, so this can also be used
+    in a process that runs other code.
+    """
+    postpone(*names)
+    try:
+        yield
+    finally:
+        for name in names:
+            if type(sys.modules.get(name)) is _Postponed:
+                del sys.modules[name]
 
 
 @contextmanager

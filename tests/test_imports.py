@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from splitonnx.imports import leaving_out, postpone
+from splitonnx.imports import leaving_out, postpone, postponing
 from tests.conftest import ROOT, run
 from tests.support.commands import AT, MODEL
 
@@ -66,6 +66,37 @@ def test_a_command_leaves_out_what_it_does_not_use(tmp_path: Path) -> None:
     script = USING.format(model=str(MODEL), at=AT, folder=f"{tmp_path}/bundle")
     printed = run(sys.executable, "-c", script, cwd=ROOT).splitlines()
     assert printed[-2:] == ["False", "N + 1 True"]
+
+
+LIBRARY = """
+import sys, splitonnx
+splitonnx.cut({model!r}, at={at!r}, send_labels=True)
+print("sympy" in sys.modules)
+import sympy, onnx_ir
+print(sympy is sys.modules["sympy"], sympy.__name__, type(sympy).__name__)
+print(onnx_ir.SymbolicDim("N") + 1)
+"""
+
+
+def test_a_cut_from_python_imports_no_sympy_and_leaves_it_to_others_as_it_is() -> None:
+    printed = run(sys.executable, "-c", LIBRARY.format(model=str(MODEL), at=AT), cwd=ROOT)
+    assert printed.splitlines() == ["False", "True sympy module", "N + 1"]
+
+
+def test_what_was_postponed_in_a_block_can_be_imported_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "colorsys", None)  # restored at the end
+    del sys.modules["colorsys"]
+    with postponing("colorsys", "no_such_module"):
+        standing_in = import_module("colorsys")
+    assert "colorsys" not in sys.modules
+    real = import_module("colorsys")
+    assert standing_in is not real
+    assert standing_in.rgb_to_hls is real.rgb_to_hls
+    with postponing("colorsys"):
+        assert import_module("colorsys") is real
+    assert sys.modules["colorsys"] is real
 
 
 def test_what_is_left_out_is_refused_to_its_package_and_to_nobody_later(

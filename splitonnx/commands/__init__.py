@@ -35,17 +35,11 @@ from splitonnx.commands.streams import (
 )
 from splitonnx.errors import SplitonnxError
 from splitonnx.faults import LOGGER
-from splitonnx.imports import postpone
+from splitonnx.imports import UNUSED, postpone
 from splitonnx.interrupts import keep_exit_code, noting_interrupts
 
 TRACEBACK = "SPLITONNX_TRACEBACK"
 """If this environment variable is set, errors are shown with their traceback."""
-UNUSED = ("sympy", "onnx_ir._symbolic_shapes")
-"""Modules that are imported only if they are used, because their import is slow.
-
-The onnx_ir package imports them for arithmetic on symbolic dimensions, which no command uses.
-Importing SymPy takes a third of the time of ``splitonnx check`` for a small model.
-"""
 
 app = typer.Typer(
     name="splitonnx",
