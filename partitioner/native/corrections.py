@@ -1,4 +1,4 @@
-"""Implement operators that onnx's reference evaluator lacks or computes incorrectly.
+"""Implement operators that onnx's reference evaluator lacks, computes incorrectly or slowly.
 
 Each class computes an operator with numpy as the ONNX standard describes it.  The evaluator uses
 these classes instead of its own in every opset.
@@ -16,6 +16,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops import op_conv_transpose, op_loop
 from onnx.reference.ops.op_dequantize_linear import DequantizeLinear_25
 
+from splitonnx.partitioner.native.convolutions import Conv
 from splitonnx.partitioner.native.poolings import POOLINGS
 from splitonnx.partitioner.native.recurrent_layers import RECURRENT_LAYERS
 
@@ -232,6 +233,7 @@ def _find_axes(op: OpRun, rank: int) -> tuple[int, ...]:
 
 CORRECTIONS: tuple[type[OpRun], ...] = (
     BatchNormalization,
+    Conv,
     ConvTranspose,
     DequantizeLinear,
     LRN,
