@@ -84,6 +84,7 @@ from splitonnx.partitioner.loss_files import read_loss_files
 from splitonnx.partitioner.lowerings.centred_normalizations import describe_narrow
 from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.model_losses import list_predicted, separate_losses
+from splitonnx.partitioner.native.requests import keeping_contents
 from splitonnx.partitioner.normalization.constants.kept import describe_kept, describe_numbers
 from splitonnx.partitioner.normalization.dequantized import untrained
 from splitonnx.partitioner.normalization.dequantized.stored import (
@@ -204,6 +205,7 @@ def cut(
     return bundle
 
 
+@keeping_contents()
 @attribute_errors_to_pass("compared with the model given")
 def _compare(
     source: ModelSource, prepared: PreparedModel, bundle: Bundle, check: bool | None

@@ -13,8 +13,8 @@ from typing import Any
 UNUSED = ("sympy", "onnx_ir._symbolic_shapes")
 """Modules that are imported only if they are used, because their import is slow.
 
-The onnx_ir package imports them for arithmetic on symbolic dimensions, which splitonnx does not use.
-Importing SymPy takes as long as everything else that ``splitonnx.cut`` imports.
+The onnx_ir package imports them for arithmetic on symbolic dimensions, which splitonnx does not
+use.  Importing SymPy takes as long as everything else that ``splitonnx.cut`` imports.
 """
 
 

@@ -2,8 +2,7 @@
 
 The native code assumes that a model is well-formed, but no checker verifies all of its assumptions,
 so a malformed model can crash or corrupt the process.  The functions therefore run in a separate
-process.  :mod:`workers` starts that process, which runs this module with ``python -m``, and sends
-it requests.
+process.  :mod:`workers` starts that process, which runs :mod:`main`, and sends it requests.
 
 This is the only module of the partitioner that imports onnxruntime-training.  It uses only the
 pybind layer of version 1.19.2, so torch is not needed.  The functions do not check their arguments.
@@ -11,44 +10,31 @@ pybind layer of version 1.19.2, so torch is not needed.  The functions do not ch
 
 from __future__ import annotations
 
-import faulthandler
-import os
 import signal
-import struct
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 
 from splitonnx.imports import leaving_out
+from splitonnx.partitioner.native.stored_tensors import Stored, decode_stored, fill_weights
 from splitonnx.session_settings import EXACT_SETTINGS
 
-SECONDS = 300
-"""Time limit of one request; the process exits if a request takes longer."""
 _AGAIN = 0.5
 """Seconds of processor time after which a time limit takes effect again, if it was discarded."""
-BASE_BYTES = 4 << 30
-"""Extra address space for every request, beyond the space that the process uses already."""
-BYTES_PER_BYTE = 64
-"""Extra address space per byte of the request, because graphs need more memory than their bytes."""
-
-MISTAKES = frozenset({"AttributeError", "NameError", "TypeError", "UnboundLocalError"})
-"""Names of exceptions that indicate a bug in the code, not an invalid model."""
-
-_LENGTH = struct.Struct("<Q")
-"""The prefix of each request and response: its length in bytes."""
 _FAILURES = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError
 )  # fmt: skip
 """Exceptions that Python code raises over wrong values or by mistake."""
 _NATIVE = "splitonnx.partitioner.native"
-_CORRECTIONS = [f"{_NATIVE}.{name}" for name in ("corrections", "poolings", "recurrent_layers")]
+_CORRECTIONS = [
+    f"{_NATIVE}.{name}" for name in ("corrections", "convolutions", "poolings", "recurrent_layers")
+]
 
 
 class CorrectionFailed(Exception):
@@ -150,11 +136,15 @@ def list_types(content: bytes) -> dict[str, str]:
 
 
 def run_session(
-    content: bytes, batches: Sequence[Mapping[str, bytes]], level: str
+    content: bytes,
+    batches: Sequence[Mapping[str, bytes | Stored]],
+    level: str,
+    weights: Mapping[str, Stored] | None = None,
 ) -> list[dict[str, bytes]]:
     """Run a serialized model with ONNX Runtime, and return its outputs for each batch.
 
-    Inputs and outputs map names to serialized tensors; outputs of other types are left out.
+    Inputs and outputs map names to serialized tensors; outputs of other types are left out.  An
+    input can also be a stored tensor.  ``weights`` are initializers that the model lacks.
     ``level`` is the level of graph optimizations: ``none``, ``basic``, ``all`` or ``usual``.  Level
     ``usual`` is ``all`` without splitonnx's own settings, as in a session that a user makes.
     """
@@ -169,6 +159,8 @@ def run_session(
     }[level]
     for entry in EXACT_SETTINGS.items() if level != "usual" else ():
         options.add_session_config_entry(*entry)
+    if weights:
+        content = fill_weights(content, weights).SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     results = []
@@ -179,11 +171,14 @@ def run_session(
 
 
 def run_reference(
-    content: bytes, batches: Sequence[Mapping[str, bytes]], seconds: float
+    content: bytes,
+    batches: Sequence[Mapping[str, bytes | Stored]],
+    seconds: float,
+    weights: Mapping[str, Stored] | None = None,
 ) -> list[dict[str, bytes]]:
     """Run a serialized model with onnx's reference evaluator; return its outputs for each batch.
 
-    Inputs and outputs have the same form as those of :func:`run_session`.
+    Inputs, outputs and weights have the same form as those of :func:`run_session`.
 
     Raises:
         TimeoutError: all batches together take more than ``seconds`` of processor time.  There is
@@ -197,7 +192,7 @@ def run_reference(
 
     with _limit_time(seconds), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy warns of what overflows
-        model = onnx.ModelProto.FromString(content)
+        model = fill_weights(content, weights or {})
         evaluator = ReferenceEvaluator(model, new_ops=list(CORRECTIONS))
         names = evaluator.output_names
         try:
@@ -250,11 +245,13 @@ def _limit_time(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def decode_arrays(tensors: Mapping[str, bytes]) -> dict[str, np.ndarray]:
-    """Decode arrays from serialized ``TensorProto`` messages."""
+def decode_arrays(tensors: Mapping[str, bytes | Stored]) -> dict[str, np.ndarray]:
+    """Decode arrays from serialized ``TensorProto`` messages, or from stored tensors."""
     return {
-        name: onnx.numpy_helper.to_array(onnx.TensorProto.FromString(content))
-        for name, content in tensors.items()
+        name: onnx.numpy_helper.to_array(onnx.TensorProto.FromString(tensor))
+        if isinstance(tensor, bytes)
+        else decode_stored(tensor)
+        for name, tensor in tensors.items()
     }
 
 
@@ -308,94 +305,3 @@ NATIVES: Mapping[str, tuple[Callable[..., Any], str]] = {
     "run_session": (run_session, "ONNX Runtime"),
 }
 """Maps a function's name to the function and to the name of the native code that it runs."""
-
-
-def write_frame(sink: BinaryIO, content: bytes) -> None:
-    """Write a request or response, preceded by its length."""
-    sink.write(_LENGTH.pack(len(content)))
-    sink.write(content)
-    sink.flush()
-
-
-def read_frame(source: BinaryIO) -> bytes:
-    """Read a request or response and return its content.
-
-    Raises:
-        EOFError: the other process has closed its end of the pipe.
-    """
-    head = source.read(_LENGTH.size)
-    content = source.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
-    if len(head) < _LENGTH.size or len(content) < _LENGTH.unpack(head)[0]:
-        raise EOFError
-    return content
-
-
-def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Process the requests from ``source`` one after the other, until ``source`` ends.
-
-    The responses are written to ``sink``.
-    """
-    write_frame(sink, b"")  # ready
-    while True:
-        try:
-            request = read_frame(source)
-        except EOFError:
-            return
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        _limit_memory(len(request))
-        answer = _answer(request)
-        faulthandler.cancel_dump_traceback_later()
-        write_frame(sink, answer)
-
-
-def _limit_memory(size: int) -> None:
-    """Limit the memory for a request of ``size`` bytes, if the system supports it (Linux).
-
-    macOS accepts the limit but does not enforce it; Windows has no such limit.
-    """
-    try:
-        import resource
-
-        with open("/proc/self/statm", encoding="ascii") as file:
-            taken = int(file.read().split()[0]) * resource.getpagesize()
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        wanted = taken + BASE_BYTES + BYTES_PER_BYTE * size
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    except (ImportError, OSError, ValueError):
-        return
-
-
-def _answer(request: bytes) -> bytes:
-    """Call the requested function and return its result, or a description of its exception.
-
-    If the exception indicates a bug, the description contains the traceback.
-    """
-    try:
-        name, arguments = msgspec.msgpack.decode(request)
-        return msgspec.msgpack.encode([NATIVES[name][0](*arguments)])
-    except Exception as error:  # noqa: BLE001
-        kind, told = type(error).__name__, [str(error)]
-        if kind in MISTAKES:
-            told.append("".join(traceback.format_exception(error)))
-        texts = (text.encode(errors="replace").decode() for text in told)
-        return msgspec.msgpack.encode([kind, *texts])
-
-
-def main() -> None:
-    """Process requests from the parent process until it closes this process's standard input.
-
-    Requests are read from standard input, and responses are written to standard output.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
-    if sys.platform != "win32":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no core file
-    source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # native code's prints must not reach the pipe
-    serve(source, sink)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,8 @@
 
 The first call starts the process, and later calls reuse it.  If a model crashes the process, the
 next call starts a new one.  The process exits together with the caller's process.  This module
-handles processes and pipes; the functions that run in the process are in :mod:`natives`.
+handles processes and pipes; the process runs :mod:`main`, and its functions are in
+:mod:`natives`.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
 
 import msgspec
 
 from splitonnx.errors import InternalModelError, NativeCrash, ProcessFailed
 from splitonnx.faults import log_mistake
 from splitonnx.interrupts import check_interrupt
-from splitonnx.partitioner.native import natives
+from splitonnx.partitioner.native import main, natives
+from splitonnx.partitioner.native.requests import RequestWriter, read_frame, write_frame
 
 _MOST_KEPT = 1 << 26
-"""After a request or response with more bytes, the process is ended to free its memory."""
+"""After a request or response with more bytes, the process is ended to free its memory.
+
+The same goes for a process that keeps contents with more than twice as many bytes.
+"""
 
 _ADVICE = "check how the model was exported"
 _STOPPED = ("SIGKILL", "SIGTERM", "SIGINT", "SIGXCPU")
@@ -51,7 +56,7 @@ class _Worker:
         paths = [os.path.abspath(path) for path in sys.path]  # the same modules as here
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", natives.__name__],
+                [sys.executable, "-P", "-m", main.__name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # crash output is not fit for users
@@ -64,14 +69,14 @@ class _Worker:
                 cwd=sys.prefix,  # a folder that will not be deleted
             )
         except (OSError, ValueError) as error:
-            raise ProcessFailed(natives.__name__, str(error)) from error
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._requests, self._answers = self._process.stdin, self._process.stdout
+            raise ProcessFailed(main.__name__, str(error)) from error
+        self.writer = RequestWriter()
+        self._requests = cast(BinaryIO, self._process.stdin)
+        self._answers = cast(BinaryIO, self._process.stdout)
         try:
-            natives.read_frame(self._answers)  # type: ignore[arg-type]
+            read_frame(self._answers)
         except EOFError as error:
-            raise ProcessFailed(natives.__name__, self.end()) from error
+            raise ProcessFailed(main.__name__, self.end()) from error
         except BaseException:
             self.end()
             raise
@@ -85,8 +90,8 @@ class _Worker:
 
     def ask(self, request: bytes) -> bytes:
         """Send a request and return the response; raise ``EOFError`` or ``OSError`` on failure."""
-        natives.write_frame(self._requests, request)  # type: ignore[arg-type]
-        return natives.read_frame(self._answers)  # type: ignore[arg-type]
+        write_frame(self._requests, request)
+        return read_frame(self._answers)
 
     def end(self) -> str:
         """End the process and return its exit code or signal, which shows whether it crashed."""
@@ -146,7 +151,7 @@ class Isolation:
         check_interrupt()  # long work on a model consists of many calls
         name = function.__name__
         with self._lock:
-            answer = self._ask(name, msgspec.msgpack.encode([name, arguments]), subject)
+            answer = self._ask(name, arguments, subject)
         result: list[Any] = msgspec.msgpack.decode(answer)
         if len(result) > 1 and result[0] == "MemoryError":
             code = natives.NATIVES[name][1]
@@ -159,24 +164,26 @@ class Isolation:
         made: R = result[0]
         return made
 
-    def _ask(self, name: str, request: bytes, subject: str) -> bytes:
+    def _ask(self, name: str, arguments: tuple[Any, ...], subject: str) -> bytes:
         if self._worker is None or not self._worker.is_alive():
             self.end()
             self._worker = _Worker()
+        request = self._worker.writer.write(name, arguments)
         started = time.monotonic()
         try:
             answer = self._worker.ask(request)
         except (EOFError, OSError) as error:
-            late = time.monotonic() - started >= natives.SECONDS
+            late = time.monotonic() - started >= main.SECONDS
             how = self.end()
-            reason = f"took over {natives.SECONDS} s" if late else f"broke down over it ({how})"
+            reason = f"took over {main.SECONDS} s" if late else f"broke down over it ({how})"
             code = natives.NATIVES[name][1]
             is_breakdown = not late and how not in _STOPPED
             raise NativeCrash(subject, f"{code} {reason}", _ADVICE, is_breakdown) from error
         except BaseException:  # the next call would read this call's late response
             self.end()
             raise
-        if max(len(request), len(answer)) > _MOST_KEPT:
+        most = max(len(request), len(answer), self._worker.writer.kept_bytes // 2)
+        if most > _MOST_KEPT:
             self.end()
         return answer
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from threading import Barrier, Thread
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +22,7 @@ from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.pauses import pause_collection
 from splitonnx.partitioner.inference import node_types
 from splitonnx.partitioner.lowerings import lower
-from splitonnx.partitioner.native.workers import Isolation
+from splitonnx.partitioner.native.requests import RequestWriter
 from splitonnx.partitioner.partitions import cut
 from splitonnx.partitioner.reports.checks import check
 from splitonnx.partitioner.reports.inspections import inspect
@@ -50,13 +51,14 @@ def build_row(nodes: int) -> bytes:
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Bytes that native code was asked with, by function."""
     sizes: Counter[str] = Counter()
-    ask = Isolation._ask
+    write = RequestWriter.write
 
-    def spy(self: Isolation, name: str, request: bytes, subject: str) -> bytes:
+    def spy(self: RequestWriter, name: str, arguments: Sequence[Any]) -> bytes:
+        request = write(self, name, arguments)
         sizes[name] += len(request)
-        return ask(self, name, request, subject)
+        return request
 
-    monkeypatch.setattr(Isolation, "_ask", spy)
+    monkeypatch.setattr(RequestWriter, "write", spy)
     return sizes
 
 

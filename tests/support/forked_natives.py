@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from unittest.mock import patch
 
-from splitonnx.partitioner.native import natives
+from splitonnx.partitioner.native import main
 
 _LOADED = ("onnxruntime", "onnxruntime.capi._pybind_state")
 """What the process imports at its first use; it starts no thread."""
@@ -36,7 +36,7 @@ class ForkedNatives:
     """A running process for native code: what workers use of ``subprocess.Popen``."""
 
     def __init__(self, command: Sequence[str], **settings: object) -> None:
-        assert command[-1] == natives.__name__
+        assert command[-1] == main.__name__
         asked, asking = os.pipe()
         answered, answering = os.pipe()
 
@@ -47,7 +47,7 @@ class ForkedNatives:
             for given, place in ((asked, 0), (answering, 1), (quiet, 2)):
                 os.dup2(given, place)
                 os.close(given)
-            natives.main()
+            main.main()
 
         faulthandler.cancel_dump_traceback_later()  # pytest's, whose lock it would hold for good
         self._process = multiprocessing.get_context("fork").Process(target=serve)
@@ -69,7 +69,7 @@ class ForkedNatives:
         code = self._process.exitcode
         if code is None:
             assert timeout is not None
-            raise subprocess.TimeoutExpired(natives.__name__, timeout)
+            raise subprocess.TimeoutExpired(main.__name__, timeout)
         return code
 
     def kill(self) -> None:

@@ -184,7 +184,7 @@ def _describe_untrained(batch: FreedBatch) -> str:
 
 
 def _list_forms(
-    inlined: onnx.ModelProto, prepared: PreparedModel, bundle: Bundle, merged: bytes, subject: str
+    inlined: onnx.ModelProto, prepared: PreparedModel, bundle: Bundle, joined: bytes, subject: str
 ) -> list[_Form]:
     """List the forms to compare, without the training form if its results are random.
 
@@ -194,7 +194,7 @@ def _list_forms(
     def run(model: ir.Model, is_traced: bool, batches: Sequence[Arrays]) -> list[Arrays]:
         return run_prepared(model, prepared.weights, batches, subject, is_traced=is_traced)
 
-    inference = copy_original(inlined)
+    inference, merged = copy_original(inlined), onnx.load_from_string(joined)
     set_inference_modes(inference)
     trace = partial(run, prepared.inference, True)
     predict, infer = partial(run_split, bundle), partial(run_merged, bundle, merged)
@@ -364,7 +364,7 @@ def _describe_choices(
     too.  An example is a MaxPool that returns the places of almost equal numbers.  Return an empty
     string otherwise.
     """
-    model, content = expectation.model, expectation.model.SerializeToString()
+    model = expectation.model
     choices = find_choices(model)
     others = [{n: a for n, a in batch.items() if n not in choices} for batch in found]
     if not choices or made.plain is None or expectation.find_difference(others).size:
@@ -378,7 +378,7 @@ def _describe_choices(
             if drawn.find_difference(made.plain(drawn.batches)).size:
                 return ""
             for level in _OPTIMIZED:
-                optimized = run_session(content, drawn.batches, subject, level=level)
+                optimized = run_session(model, drawn.batches, subject, level=level)
                 chosen = [{n: a for n, a in b.items() if n in choices} for b in optimized]
                 own = find_largest([own, drawn.find_difference(chosen)])
     except NotRun:

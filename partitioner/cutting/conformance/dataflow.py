@@ -25,12 +25,19 @@ from splitonnx.partitioner.gate.walks import label_node, list_nodes
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.native import natives, workers
 from splitonnx.partitioner.native.loadings import find_unloadable, is_unloadable
+from splitonnx.partitioner.native.stored_tensors import Stored, separate_weights, store_arrays
 from splitonnx.partitioner.normalization.weights import read_array
 
 Level: TypeAlias = Literal["none", "basic", "all", "usual"]
 """A level of ONNX Runtime's graph optimizations.
 
 Sessions of level ``usual`` are those that users make: without splitonnx's own settings.
+"""
+Runnable: TypeAlias = bytes | onnx.ModelProto
+"""A model, serialized or as a message.
+
+Of a message, large weights are sent to the worker process only if equal ones were not sent before,
+inside a block of :func:`native.requests.keeping_contents`.
 """
 Run: TypeAlias = Callable[[Sequence[Arrays]], list[Arrays]]
 """A function that runs a model on batches of inputs, and returns the outputs of each batch."""
@@ -85,8 +92,8 @@ class EvaluatorFailed(NotRun):
     """Raised if onnx's reference evaluator makes a mistake of its own, which tells no one else."""
 
 
-def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> list[Arrays]:
-    """Run a serialized model with onnx's reference evaluator, and return each batch's outputs.
+def run_reference(model: Runnable, batches: Sequence[Arrays], subject: str) -> list[Arrays]:
+    """Run a model with onnx's reference evaluator, and return each batch's outputs.
 
     ``subject`` names the model in error messages.
 
@@ -95,10 +102,10 @@ def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> li
         EvaluatorFailed: the evaluator cannot run such a model.
         CorrectionFailed: an operator of :mod:`native.corrections` fails.
     """
-    given = [natives.encode_arrays(batch) for batch in batches]
+    given, (content, weights) = _encode(batches), _separate(model)
     try:
         return _decode(
-            lambda: workers.call(natives.run_reference, subject, content, given, SECONDS),
+            lambda: workers.call(natives.run_reference, subject, content, given, SECONDS, weights)
         )
     except NotRun as error:
         if getattr(error.__cause__, "kind", "") != RuntimeError.__name__:
@@ -109,9 +116,9 @@ def run_reference(content: bytes, batches: Sequence[Arrays], subject: str) -> li
 
 
 def run_session(
-    content: bytes, batches: Sequence[Arrays], subject: str, *, level: Level
+    model: Runnable, batches: Sequence[Arrays], subject: str, *, level: Level
 ) -> list[Arrays]:
-    """Run a serialized model with ONNX Runtime, and return the outputs of each batch by name.
+    """Run a model with ONNX Runtime, and return the outputs of each batch by name.
 
     ``subject`` names the model in error messages.
 
@@ -119,11 +126,14 @@ def run_session(
         NotRun: ONNX Runtime refuses the model or the inputs.
         NotLoaded: it refuses a node whatever the inputs are.
     """
-    given = [natives.encode_arrays(batch) for batch in batches]
+    given, (content, weights) = _encode(batches), _separate(model)
     try:
-        return _decode(lambda: workers.call(natives.run_session, subject, content, given, level))
+        return _decode(
+            lambda: workers.call(natives.run_session, subject, content, given, level, weights)
+        )
     except NotRun as error:
-        node = find_unloadable(content, subject) if is_unloadable(error) else None
+        whole = model if isinstance(model, bytes) else model.SerializeToString()
+        node = find_unloadable(whole, subject) if is_unloadable(error) else None
         if node is None:
             raise
         raise NotLoaded(
@@ -131,10 +141,25 @@ def run_session(
         ) from error
 
 
+def _separate(model: Runnable) -> tuple[bytes, dict[str, Stored]]:
+    return (model, {}) if isinstance(model, bytes) else separate_weights(model)
+
+
+def _encode(batches: Sequence[Arrays]) -> list[dict[str, bytes | Stored]]:
+    """Encode the arrays of batches to send them to another process, large ones only once."""
+    stored = store_arrays(array for batch in batches for array in batch.values())
+    encoded: list[dict[str, bytes | Stored]] = []
+    for batch in batches:
+        large = {name: stored[id(array)] for name, array in batch.items() if id(array) in stored}
+        small = {name: array for name, array in batch.items() if name not in large}
+        encoded.append({**natives.encode_arrays(small), **large})
+    return encoded
+
+
 def run_original(
-    content: bytes, batches: Sequence[Arrays], subject: str, *, is_pooled: bool
+    model: Runnable, batches: Sequence[Arrays], subject: str, *, is_pooled: bool
 ) -> list[Arrays]:
-    """Run a serialized model without optimizations, and return each batch's outputs.
+    """Run a model without optimizations, and return each batch's outputs.
 
     If ``is_pooled`` is true (:func:`has_poolings`), it also runs with optimizations, so that inputs
     over which those end the process are refused: nobody can use the model for them.
@@ -143,10 +168,10 @@ def run_original(
         NotRun: ONNX Runtime refuses the model or the inputs.
         BrokeDown: ONNX Runtime ends its process.
     """
-    made = run_session(content, batches, subject, level="none")
+    made = run_session(model, batches, subject, level="none")
     if is_pooled:
         try:
-            run_session(content, batches, subject, level="all")
+            run_session(model, batches, subject, level="all")
         except BrokeDown:
             raise
         except NotRun:
@@ -211,7 +236,7 @@ def run_split(
 
 
 def run_merged(
-    bundle: Bundle, merged: bytes, batches: Sequence[Arrays], subject: str, *, level: Level
+    bundle: Bundle, merged: Runnable, batches: Sequence[Arrays], subject: str, *, level: Level
 ) -> list[Arrays]:
     """Run the merged model, which may lack the labels of the model's own loss."""
     labels = list_labels(bundle.client.manifest)
@@ -288,10 +313,11 @@ def refuse_breakdowns(run: Run, label: str, subject: str) -> Run:
     return run_all
 
 
-def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> bytes:
-    """Replace the inputs that are weights by initializers, and return the serialized model.
+def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """Replace the inputs that are weights by initializers.
 
-    ``weights`` maps the names of these inputs to their values.  The model is changed in place.
+    ``weights`` maps the names of these inputs to their values.  The model is changed in place and
+    returned.
     """
     kept = [value for value in model.graph.input if value.name not in weights]
     types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input}
@@ -301,8 +327,7 @@ def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) ->
         if name in types:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(types[name])
             model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(dtype), name))
-    content: bytes = model.SerializeToString()
-    return content
+    return model
 
 
 def expose(model: onnx.ModelProto) -> onnx.ModelProto:

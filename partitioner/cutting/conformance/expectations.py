@@ -212,9 +212,11 @@ def expect(model: onnx.ModelProto, subject: str, seed: int, draw: Draw = iter_dr
 def find_overflow(expectation: Expectation, subject: str) -> str:
     """Return the name of the original's first tensor that is not finite, or an empty string."""
     found: list[Arrays] = []
-    traced = expose(onnx.ModelProto.FromString(expectation.model.SerializeToString()))
+    traced = onnx.ModelProto()
+    traced.CopyFrom(expectation.model)
+    expose(traced)
     with suppress(NotRun):
-        found = run_session(traced.SerializeToString(), expectation.batches, subject, level="none")
+        found = run_session(traced, expectation.batches, subject, level="none")
     made = [name for node in traced.graph.node for name in node.output]
     return next((n for n in made if not all(is_finite(b[n]) for b in found if n in b)), "")
 
@@ -232,12 +234,11 @@ def expect_smaller(expectation: Expectation, subject: str, seed: int) -> Expecta
 def _expect(
     model: onnx.ModelProto, subject: str, seed: int, scale: float, draw: Draw
 ) -> Expectation:
-    content = model.SerializeToString()
     runs: dict[str, Callable[[Sequence[Arrays]], list[Arrays]]] = {
-        "session": partial(run_original, content, subject=subject, is_pooled=has_poolings(model))
+        "session": partial(run_original, model, subject=subject, is_pooled=has_poolings(model))
     }
-    if len(content) <= _MOST_REFERENCE:
-        runs["reference"] = partial(run_reference, content, subject=subject)
+    if model.ByteSize() <= _MOST_REFERENCE:
+        runs["reference"] = partial(run_reference, model, subject=subject)
     refusal = NotRun("no input could be drawn for its inputs' types")
     has_masks = bool(find_masks(model))
     has_indices = has_masks or has_integers(model)
@@ -357,10 +358,9 @@ def describe_false_size(
 
 def draw_accepted(model: onnx.ModelProto, subject: str, seed: int) -> Sequence[Arrays]:
     """Return random inputs that ONNX Runtime accepts, or nothing if none are found."""
-    content = model.SerializeToString()
     for batches in iter_draws(model, seed):
         with suppress(NotRun):
-            run_session(content, batches, subject, level="none")
+            run_session(model, batches, subject, level="none")
             return batches
     return ()
 

@@ -89,7 +89,7 @@ class Trials:
             return ""
         set_inference_modes(original)
         subject = name_source(self.source)
-        run = partial(run_session, original.SerializeToString(), subject=subject, level="none")
+        run = partial(run_session, original, subject=subject, level="none")
         return describe_single(original, draw_accepted(original, subject, 0), run, subject)
 
     def free(self, adjustments: Adjustments, inputs: Sequence[str]) -> list[str] | SplitonnxError:

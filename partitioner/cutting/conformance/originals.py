@@ -184,7 +184,7 @@ def refuse_false_sizes(expectation: Expectation, subject: str) -> None:
 
     What follows from such sizes is computed in advance, so the results are wrong then.
     """
-    traced = expose(copy_original(expectation.model)).SerializeToString()
+    traced = expose(copy_original(expectation.model))
     with suppress(NotRun):
         run = run_session(traced, expectation.batches[:1], subject, level="none")
         if (found := find_false_sizes(expectation.model, run[0])) is not None:
@@ -197,7 +197,7 @@ def find_first(expectation: Expectation, trace: Run, output: str, subject: str) 
 
     If no tensor differs before the cut, return ``output``, which differs after it.
     """
-    traced = expose(copy_original(expectation.model)).SerializeToString()
+    traced = expose(copy_original(expectation.model))
     try:
         found = trace(expectation.batches)
         expected = run_session(traced, expectation.batches, subject, level="none")

@@ -253,12 +253,11 @@ def _mixes_itself(batch: FreedBatch, subject: Subject, expectation: Expectation)
     for name, axis in batch.axes.items():
         row, rest = np.split(first[name], [1], axis)[0], np.split(second[name], [1], axis)[1]
         mixed[name] = np.concatenate([row, rest], axis)
-    content = expectation.model.SerializeToString()
     try:
-        (found,) = run_session(content, [mixed], subject.name, level="none")
+        (found,) = run_session(expectation.model, [mixed], subject.name, level="none")
         outcome = expectation.session or expectation.reference or ()
     except NotRun:
-        (found,) = run_reference(content, [mixed], subject.name)
+        (found,) = run_reference(expectation.model, [mixed], subject.name)
         outcome = expectation.reference or expectation.session or ()
     return any(
         not _is_from_either(array, outcome[0][name], outcome[1][name])
@@ -370,7 +369,7 @@ def _trace(
     batch: FreedBatch, subject: Subject, expectation: Expectation, made: Made
 ) -> tuple[Sequence[Arrays], Arrays]:
     """Return all tensors of the original for each piece, and of the prepared model for a batch."""
-    traced = expose(copy_original(expectation.model)).SerializeToString()
+    traced = expose(copy_original(expectation.model))
     try:
         expected = run_session(traced, expectation.batches, subject.name, level="none")
         (found,) = made.trace(_stack(batch, expectation.batches)[:1])

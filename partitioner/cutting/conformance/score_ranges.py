@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from splitonnx.manifests import KEY
@@ -157,7 +156,7 @@ def _draw(
     prepared: PreparedModel, weights: Mapping[str, np.ndarray]
 ) -> tuple[list[Arrays], list[Arrays]]:
     """Return random batches that a model accepts, and its results for them."""
-    model = onnx.load_from_string(inline_weights(write_model(prepared.inference), weights))
+    model = inline_weights(write_model(prepared.inference), weights)
     refusal = NotRun("no input could be drawn for its inputs' types")
     for batches in islice(iter_draws(model, _SEEDS[0]), _MOST_DRAWS):
         try:
@@ -170,8 +169,8 @@ def _draw(
 def _run(
     prepared: PreparedModel, weights: Mapping[str, np.ndarray], batches: Sequence[Arrays]
 ) -> list[Arrays]:
-    content = inline_weights(write_model(prepared.inference), weights)
-    return run_session(content, batches, "the model", level="none")
+    model = inline_weights(write_model(prepared.inference), weights)
+    return run_session(model, batches, "the model", level="none")
 
 
 def _select(results: Sequence[Arrays], output: str) -> Iterator[np.ndarray]:

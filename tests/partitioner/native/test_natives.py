@@ -1,14 +1,10 @@
-"""Native code behind functions of bytes, and the frames in which it is asked; here in process."""
+"""Native code behind functions of bytes, here in process."""
 
 from __future__ import annotations
 
-import faulthandler
 import gc
-import io
 import os
-from collections.abc import Sequence
 
-import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -25,9 +21,6 @@ from splitonnx.partitioner.native.natives import (
     infer_node,
     infer_shapes,
     list_types,
-    read_frame,
-    serve,
-    write_frame,
 )
 
 FLOAT = TensorProto.FLOAT
@@ -53,62 +46,6 @@ def make_type(*dims: int | str) -> bytes:
 def read_shape(content: bytes) -> list[int]:
     kind = onnx.TypeProto.FromString(content)
     return [dim.dim_value for dim in kind.tensor_type.shape.dim]
-
-
-def ask(requests: Sequence[bytes], monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Let ``serve`` answer requests, without the limits that are for a process of its own."""
-    monkeypatch.setattr(natives, "_limit_memory", lambda size: None)
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: None)
-    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: None)
-    source, sink = io.BytesIO(), io.BytesIO()
-    for request in requests:
-        write_frame(source, request)
-    source.seek(0)
-    serve(source, sink)
-    sink.seek(0)
-    assert read_frame(sink) == b""  # ready
-    answers = [read_frame(sink) for _ in requests]
-    assert sink.read() == b""
-    return answers
-
-
-@pytest.mark.parametrize("content", [b"", b"x", bytes(range(256)) * 300])
-def test_a_frame_is_read_as_it_was_written(content: bytes) -> None:
-    stream = io.BytesIO()
-    write_frame(stream, content)
-    write_frame(stream, b"next")
-    stream.seek(0)
-    assert read_frame(stream) == content
-    assert read_frame(stream) == b"next"
-
-
-@pytest.mark.parametrize("length", [0, 3, 8, 11])
-def test_a_frame_that_ends_early_means_that_the_other_side_is_gone(length: int) -> None:
-    stream = io.BytesIO()
-    write_frame(stream, b"content")
-    with pytest.raises(EOFError):
-        read_frame(io.BytesIO(stream.getvalue()[:length]))
-
-
-def test_requests_are_answered_in_order_and_errors_in_words(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model = make_model(helper.make_node("Relu", ["x"], ["y"]))
-    requests = [
-        msgspec.msgpack.encode(["check_form", [model]]),
-        msgspec.msgpack.encode(["check_form", [b"no model"]]),
-        msgspec.msgpack.encode(["explode", []]),
-        b"\xc1 no request",
-        msgspec.msgpack.encode(["list_types", [model]]),
-    ]
-    good, bad, unknown, broken, types = [
-        msgspec.msgpack.decode(answer) for answer in ask(requests, monkeypatch)
-    ]
-    assert good == [None]
-    assert len(bad) == 2
-    assert unknown[0] == "KeyError"
-    assert len(broken) == 2
-    assert types == [{"y": "tensor(float)"}]
 
 
 def test_onnxs_checker_refuses_what_contradicts_itself() -> None:

@@ -20,7 +20,7 @@ from splitonnx.interrupts import noting_interrupts
 from splitonnx.partitioner.differentiation.derived import derivations
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.inference.shapes import infer_shapes
-from splitonnx.partitioner.native import natives, workers
+from splitonnx.partitioner.native import main, natives, workers
 from splitonnx.partitioner.native.workers import Isolation, Refused, call
 from splitonnx.partitioner.partitions import cut
 from tests.conftest import ROOT
@@ -99,7 +99,7 @@ def test_one_process_serves_until_a_large_request() -> None:
 def test_an_interrupted_call_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     infer(build_split(3))
     with monkeypatch.context() as patch:
-        patch.setattr(natives, "read_frame", interrupt)
+        patch.setattr(workers, "read_frame", interrupt)
         with pytest.raises(KeyboardInterrupt):
             call(natives.check_form, "the split", build_split(3))
     assert infer(build_split(3)) == [2, 3]
@@ -111,7 +111,7 @@ def interrupt(source: io.BytesIO) -> bytes:
 
 def test_serving_ends_with_the_one_who_asks() -> None:
     answers = io.BytesIO()
-    natives.serve(io.BytesIO(b"\1\0\0\0\0\0\0\0"), answers)  # cut off within a request
+    main.serve(io.BytesIO(b"\1\0\0\0\0\0\0\0"), answers)  # cut off within a request
     assert answers.getvalue() == bytes(8)  # ready, and nothing else
 
 
@@ -210,9 +210,9 @@ def test_what_needs_too_much_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps the limit")
 def test_a_request_is_limited_in_memory() -> None:
     script = """
-from splitonnx.partitioner.native import natives
-natives.BASE_BYTES = 1 << 28
-natives._limit_memory(1 << 20)
+from splitonnx.partitioner.native import main
+main.BASE_BYTES = 1 << 28
+main._limit_memory(1 << 20)
 bytearray(1 << 28)
 try:
     bytearray(1 << 30)
