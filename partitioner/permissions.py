@@ -32,6 +32,7 @@ from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.native.workers import start
 
 _log = logging.getLogger(__name__)
 
@@ -283,6 +284,7 @@ def cut(
         ForbiddenOperator: an internal error; the bundle would not run.
         DifferentResult: an internal error; the parts compute other results than the model.
     """
+    start()  # so that it is ready when the model has been read
     named = (send_inputs,) if isinstance(send_inputs, str) else tuple(send_inputs)
     return partitions.cut(
         model,

@@ -123,11 +123,15 @@ def test_nothing_is_refused_where_the_package_is_loaded_already() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["splitonnx.runtime.engine.engines", "splitonnx.partitioner.native.natives"]
+    ("module", "load"),
+    [
+        ("splitonnx.runtime.engine.engines", "_import_onnxruntime"),
+        ("splitonnx.partitioner.native.natives", "import_onnxruntime"),
+    ],
 )
-def test_onnx_runtime_is_loaded_without_its_code_for_training(module: str) -> None:
+def test_onnx_runtime_is_loaded_without_its_code_for_training(module: str, load: str) -> None:
     script = (
-        f"import sys, {module} as module; print(module._import_onnxruntime().InferenceSession, "
+        f"import sys, {module} as module; print(module.{load}().InferenceSession, "
         "'onnxruntime.training' in sys.modules)"
     )
     assert run(sys.executable, "-c", script, cwd=ROOT).endswith("InferenceSession'> False\n")

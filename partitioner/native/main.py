@@ -10,15 +10,14 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from typing import BinaryIO
 
 import msgspec
 
-from splitonnx.partitioner.native.natives import NATIVES
-from splitonnx.partitioner.native.requests import RequestReader, read_frame, write_frame
+from splitonnx.partitioner.native.natives import NATIVES, import_onnxruntime
+from splitonnx.partitioner.native.requests import SECONDS, RequestReader, read_frame, write_frame
 
-SECONDS = 300
-"""Time limit of one request; the process exits if a request takes longer."""
 BASE_BYTES = 4 << 30
 """Extra address space for every request, beyond the space that the process uses already."""
 BYTES_PER_BYTE = 64
@@ -95,6 +94,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no core file
     source, sink = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # native code's prints must not reach the pipe
+    with suppress(ImportError):  # a function that needs it says that it is missing
+        import_onnxruntime()
     serve(source, sink)
 
 

@@ -129,7 +129,7 @@ def list_types(content: bytes) -> dict[str, str]:
 
     The types are written as ONNX Runtime writes them.
     """
-    session = _import_onnxruntime().InferenceSession(
+    session = import_onnxruntime().InferenceSession(
         content, _make_options(), providers=["CPUExecutionProvider"]
     )
     return {output.name: output.type for output in session.get_outputs()}
@@ -148,7 +148,7 @@ def run_session(
     ``level`` is the level of graph optimizations: ``none``, ``basic``, ``all`` or ``usual``.  Level
     ``usual`` is ``all`` without splitonnx's own settings, as in a session that a user makes.
     """
-    onnxruntime = _import_onnxruntime()
+    onnxruntime = import_onnxruntime()
     levels = onnxruntime.GraphOptimizationLevel
     options = _make_options()
     options.graph_optimization_level = {
@@ -271,21 +271,22 @@ def _encode(names: Sequence[str], values: Any) -> dict[str, bytes]:
     return encode_arrays(dict(zip(names, values, strict=True)))
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime, without its Python code for training, and return it."""
     with leaving_out("onnxruntime.training"):  # its Python code, which takes long to import
         import onnxruntime
     return onnxruntime
 
 
 def _import_builder() -> Any:
-    bindings = _import_onnxruntime().capi._pybind_state
+    bindings = import_onnxruntime().capi._pybind_state
     if not hasattr(bindings, "GradientGraphBuilder"):
         raise StockRuntime("it has no GradientGraphBuilder")
     return bindings
 
 
 def _make_options() -> Any:
-    runtime = _import_onnxruntime()
+    runtime = import_onnxruntime()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL

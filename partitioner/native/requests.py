@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+SECONDS = 300
+"""Time limit of one request; the process exits if a request takes longer."""
 _LENGTH = struct.Struct("<Q")
 """The prefix of each request and response: its length in bytes."""
 _KEPT = 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,18 +46,40 @@ def store_arrays(arrays: Iterable[Any]) -> dict[int, Stored]:
     return stored
 
 
-def separate_weights(model: onnx.ModelProto) -> tuple[bytes, dict[str, Stored]]:
-    """Serialize a model without its large initializers, and return those beside it, by name."""
+@dataclass(frozen=True, kw_only=True)
+class Separated:
+    """A serialized model without its large initializers, and these, by name."""
+
+    content: bytes
+    weights: Mapping[str, Stored] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Return how many bytes the whole model takes, but for a few for each initializer."""
+        return len(self.content) + sum(len(kept.content) for _, _, kept in self.weights.values())
+
+    def join(self) -> bytes:
+        """Return the whole model, serialized."""
+        given = {
+            name: (kind, dims, kept.content) for name, (kind, dims, kept) in self.weights.items()
+        }
+        content: bytes = fill_weights(self.content, given).SerializeToString()
+        return content
+
+
+def separate_weights(model: onnx.ModelProto) -> Separated:
+    """Serialize a model without its large initializers, which are kept beside it."""
     light = onnx.ModelProto()
     _copy_fields(model, light, "graph")
     _copy_fields(model.graph, light.graph, "initializer")
     weights: dict[str, Stored] = {}
     for tensor in model.graph.initializer:
-        if len(tensor.raw_data) >= _LARGE and tensor.data_type in _PLAIN:
-            weights[tensor.name] = tensor.data_type, list(tensor.dims), keep(tensor.raw_data)
+        raw = tensor.raw_data if tensor.data_type in _PLAIN else b""  # a copy
+        if len(raw) >= _LARGE:
+            weights[tensor.name] = tensor.data_type, list(tensor.dims), keep(raw)
         else:
             light.graph.initializer.append(tensor)
-    return light.SerializeToString(), weights
+    return Separated(content=light.SerializeToString(), weights=weights)
 
 
 def fill_weights(content: bytes, weights: Mapping[str, Stored]) -> onnx.ModelProto:
@@ -75,12 +98,12 @@ def decode_stored(tensor: Stored) -> np.ndarray:
 
 def _copy_fields(source: Any, target: Any, left_out: str) -> None:
     """Copy the fields of a message to another one, except for the field named ``left_out``."""
-    for field, value in source.ListFields():
-        if field.name == left_out:
+    for entry, value in source.ListFields():
+        if entry.name == left_out:
             continue
         if hasattr(value, "extend"):
-            getattr(target, field.name).extend(value)
+            getattr(target, entry.name).extend(value)
         elif hasattr(value, "CopyFrom"):
-            getattr(target, field.name).CopyFrom(value)
+            getattr(target, entry.name).CopyFrom(value)
         else:
-            setattr(target, field.name, value)
+            setattr(target, entry.name, value)

@@ -3,7 +3,8 @@
 The first call starts the process, and later calls reuse it.  If a model crashes the process, the
 next call starts a new one.  The process exits together with the caller's process.  This module
 handles processes and pipes; the process runs :mod:`main`, and its functions are in
-:mod:`natives`.
+:mod:`natives`.  Both import onnx.  This module does not, so that it can start the process while
+the caller still imports it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ import msgspec
 from splitonnx.errors import InternalModelError, NativeCrash, ProcessFailed
 from splitonnx.faults import log_mistake
 from splitonnx.interrupts import check_interrupt
-from splitonnx.partitioner.native import main, natives
-from splitonnx.partitioner.native.requests import RequestWriter, read_frame, write_frame
+from splitonnx.partitioner.native.requests import (
+    SECONDS,
+    RequestWriter,
+    read_frame,
+    write_frame,
+)
 
 _MOST_KEPT = 1 << 26
 """After a request or response with more bytes, the process is ended to free its memory.
@@ -33,6 +38,8 @@ _MOST_KEPT = 1 << 26
 The same goes for a process that keeps contents with more than twice as many bytes.
 """
 
+_MAIN = "splitonnx.partitioner.native.main"
+"""The module that the process runs."""
 _ADVICE = "check how the model was exported"
 _STOPPED = ("SIGKILL", "SIGTERM", "SIGINT", "SIGXCPU")
 """Signals by which a user or the system stops a process, whatever it runs."""
@@ -50,13 +57,13 @@ class Refused(RuntimeError):
 
 
 class _Worker:
-    """A running process for native code; the constructor returns when the process is ready."""
+    """A running process for native code, which still imports what it needs at first."""
 
     def __init__(self) -> None:
         paths = [os.path.abspath(path) for path in sys.path]  # the same modules as here
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", main.__name__],
+                [sys.executable, "-P", "-m", _MAIN],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # crash output is not fit for users
@@ -69,17 +76,17 @@ class _Worker:
                 cwd=sys.prefix,  # a folder that will not be deleted
             )
         except (OSError, ValueError) as error:
-            raise ProcessFailed(main.__name__, str(error)) from error
+            raise ProcessFailed(_MAIN, str(error)) from error
         self.writer = RequestWriter()
         self._requests = cast(BinaryIO, self._process.stdin)
         self._answers = cast(BinaryIO, self._process.stdout)
-        try:
+        self._is_ready = False
+
+    def wait(self) -> None:
+        """Wait until the process is ready; raise ``EOFError`` if it ends before."""
+        if not self._is_ready:
             read_frame(self._answers)
-        except EOFError as error:
-            raise ProcessFailed(main.__name__, self.end()) from error
-        except BaseException:
-            self.end()
-            raise
+            self._is_ready = True
 
     @property
     def pid(self) -> int:
@@ -154,7 +161,7 @@ class Isolation:
             answer = self._ask(name, arguments, subject)
         result: list[Any] = msgspec.msgpack.decode(answer)
         if len(result) > 1 and result[0] == "MemoryError":
-            code = natives.NATIVES[name][1]
+            code = _name_code(name)
             reason = f"{code} needs more memory than it may take for a model of this size"
             raise NativeCrash(subject, reason, _ADVICE)
         if len(result) > 1:
@@ -165,18 +172,24 @@ class Isolation:
         return made
 
     def _ask(self, name: str, arguments: tuple[Any, ...], subject: str) -> bytes:
-        if self._worker is None or not self._worker.is_alive():
+        self._start()
+        assert self._worker is not None
+        try:
+            self._worker.wait()
+        except EOFError as error:
+            raise ProcessFailed(_MAIN, self.end()) from error
+        except BaseException:
             self.end()
-            self._worker = _Worker()
+            raise
         request = self._worker.writer.write(name, arguments)
         started = time.monotonic()
         try:
             answer = self._worker.ask(request)
         except (EOFError, OSError) as error:
-            late = time.monotonic() - started >= main.SECONDS
+            late = time.monotonic() - started >= SECONDS
             how = self.end()
-            reason = f"took over {main.SECONDS} s" if late else f"broke down over it ({how})"
-            code = natives.NATIVES[name][1]
+            reason = f"took over {SECONDS} s" if late else f"broke down over it ({how})"
+            code = _name_code(name)
             is_breakdown = not late and how not in _STOPPED
             raise NativeCrash(subject, f"{code} {reason}", _ADVICE, is_breakdown) from error
         except BaseException:  # the next call would read this call's late response
@@ -186,6 +199,25 @@ class Isolation:
         if most > _MOST_KEPT:
             self.end()
         return answer
+
+    def start(self) -> None:
+        """Start the process if none is running, and do not wait until it is ready.
+
+        The first call then waits for less time, or not at all.
+
+        Raises:
+            ProcessFailed: the process cannot be started.
+        """
+        if self._lock.acquire(blocking=False):  # else another thread is starting or using it
+            try:
+                self._start()
+            finally:
+                self._lock.release()
+
+    def _start(self) -> None:
+        if self._worker is None or not self._worker.is_alive():
+            self.end()
+            self._worker = _Worker()
 
     def end(self) -> str:
         """Stop the process, and return its exit code or the signal that ended it.
@@ -207,11 +239,18 @@ class Isolation:
             worker.forget()
 
 
+def _name_code(name: str) -> str:
+    """Return the name of the native code that a function runs."""
+    from splitonnx.partitioner.native.natives import NATIVES
+
+    return NATIVES[name][1]
+
+
 def _own_up(subject: str, name: str, error: Refused, trace: str) -> InternalModelError:
     """Log where a function failed in the process, and return an error that asks for a report."""
     error.add_note(trace)
     log_mistake(f"{subject}, in {name}", error)
-    work = f"given to {natives.NATIVES[name][1]}"
+    work = f"given to {_name_code(name)}"
     made = InternalModelError(subject, work, f"{error.kind}: {' '.join(str(error).split())[:160]}")
     made.__cause__ = error
     return made
@@ -219,6 +258,7 @@ def _own_up(subject: str, name: str, error: Refused, trace: str) -> InternalMode
 
 _HERE = Isolation()
 call = _HERE.call
+start = _HERE.start
 atexit.register(_HERE.end)
 if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_HERE.forget)

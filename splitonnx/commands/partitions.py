@@ -54,7 +54,15 @@ from splitonnx.commands.options import (
 from splitonnx.commands.pairs import print_pairs
 from splitonnx.commands.rows import describe_no_cuts
 from splitonnx.errors import UsageError
-from splitonnx.partitioner.graphs.pauses import pause_to_the_end
+
+
+def _begin() -> None:
+    """Prepare this process, which exits after it has processed a model, for that work."""
+    from splitonnx.partitioner.graphs.pauses import pause_to_the_end
+    from splitonnx.partitioner.native.workers import start
+
+    start()  # it imports what it needs while this process does
+    pause_to_the_end()
 
 
 @spread
@@ -79,7 +87,7 @@ def check(
     The exit code is 1 if the model cannot be trained.
     """
     groups = read_groups(param_group)
-    pause_to_the_end()
+    _begin()
     found = splitonnx.check(
         model,
         loss=losses.read_chosen(),
@@ -158,7 +166,7 @@ def inspect(
     if u_shape or is_end_named:
         if batch is not None:
             raise UsageError("pairs are listed with their bytes per sample; leave out --batch")
-        pause_to_the_end()
+        _begin()
         pairs = splitonnx.inspect_pairs(
             model,
             at=at or (),
@@ -179,7 +187,7 @@ def inspect(
         else:
             print_pairs(pairs, is_end_named=is_end_named)
         return
-    pause_to_the_end()
+    _begin()
     cuts = splitonnx.inspect(
         model,
         batch=batch,
@@ -291,7 +299,7 @@ def cut(
     batchnorm, ties = means.read_batchnorm(), means.read_ties()
     dims, bindings = read_dims(means.dim), read_bindings(means.bind)
     refuse_existing(bundle, force=force, is_folder=True)
-    pause_to_the_end()
+    _begin()
     made = splitonnx.cut(
         model,
         at=at,

@@ -25,7 +25,12 @@ from splitonnx.partitioner.gate.walks import label_node, list_nodes
 from splitonnx.partitioner.graphs.transcripts import write_model
 from splitonnx.partitioner.native import natives, workers
 from splitonnx.partitioner.native.loadings import find_unloadable, is_unloadable
-from splitonnx.partitioner.native.stored_tensors import Stored, separate_weights, store_arrays
+from splitonnx.partitioner.native.stored_tensors import (
+    Separated,
+    Stored,
+    separate_weights,
+    store_arrays,
+)
 from splitonnx.partitioner.normalization.weights import read_array
 
 Level: TypeAlias = Literal["none", "basic", "all", "usual"]
@@ -33,11 +38,11 @@ Level: TypeAlias = Literal["none", "basic", "all", "usual"]
 
 Sessions of level ``usual`` are those that users make: without splitonnx's own settings.
 """
-Runnable: TypeAlias = bytes | onnx.ModelProto
-"""A model, serialized or as a message.
+Runnable: TypeAlias = bytes | onnx.ModelProto | Separated
+"""A model, serialized or as a message, or with its large weights apart.
 
-Of a message, large weights are sent to the worker process only if equal ones were not sent before,
-inside a block of :func:`native.requests.keeping_contents`.
+Unless it is serialized, large weights are sent to the worker process only if equal ones were not
+sent before, inside a block of :func:`native.requests.keeping_contents`.
 """
 Run: TypeAlias = Callable[[Sequence[Arrays]], list[Arrays]]
 """A function that runs a model on batches of inputs, and returns the outputs of each batch."""
@@ -102,10 +107,12 @@ def run_reference(model: Runnable, batches: Sequence[Arrays], subject: str) -> l
         EvaluatorFailed: the evaluator cannot run such a model.
         CorrectionFailed: an operator of :mod:`native.corrections` fails.
     """
-    given, (content, weights) = _encode(batches), _separate(model)
+    given, light = _encode(batches), _separate(model)
     try:
         return _decode(
-            lambda: workers.call(natives.run_reference, subject, content, given, SECONDS, weights)
+            lambda: workers.call(
+                natives.run_reference, subject, light.content, given, SECONDS, light.weights
+            )
         )
     except NotRun as error:
         if getattr(error.__cause__, "kind", "") != RuntimeError.__name__:
@@ -126,14 +133,15 @@ def run_session(
         NotRun: ONNX Runtime refuses the model or the inputs.
         NotLoaded: it refuses a node whatever the inputs are.
     """
-    given, (content, weights) = _encode(batches), _separate(model)
+    given, light = _encode(batches), _separate(model)
     try:
         return _decode(
-            lambda: workers.call(natives.run_session, subject, content, given, level, weights)
+            lambda: workers.call(
+                natives.run_session, subject, light.content, given, level, light.weights
+            )
         )
     except NotRun as error:
-        whole = model if isinstance(model, bytes) else model.SerializeToString()
-        node = find_unloadable(whole, subject) if is_unloadable(error) else None
+        node = find_unloadable(light.join(), subject) if is_unloadable(error) else None
         if node is None:
             raise
         raise NotLoaded(
@@ -141,8 +149,10 @@ def run_session(
         ) from error
 
 
-def _separate(model: Runnable) -> tuple[bytes, dict[str, Stored]]:
-    return (model, {}) if isinstance(model, bytes) else separate_weights(model)
+def _separate(model: Runnable) -> Separated:
+    if isinstance(model, bytes):
+        return Separated(content=model)
+    return model if isinstance(model, Separated) else separate_weights(model)
 
 
 def _encode(batches: Sequence[Arrays]) -> list[dict[str, bytes | Stored]]:
@@ -326,7 +336,9 @@ def inline_weights(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) ->
     for name, array in weights.items():
         if name in types:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(types[name])
-            model.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(dtype), name))
+            model.graph.initializer.append(
+                onnx.numpy_helper.from_array(array.astype(dtype, copy=False), name)
+            )
     return model
 
 

@@ -43,6 +43,7 @@ from splitonnx.partitioner.cutting.conformance.samples import (
     repeat_sample,
 )
 from splitonnx.partitioner.graphs.faults import report_mistake
+from splitonnx.partitioner.native.stored_tensors import separate_weights
 
 EXACT = 1e-5
 """Relative differences up to this size are ignored, and larger ones if rounding explains them."""
@@ -234,11 +235,12 @@ def expect_smaller(expectation: Expectation, subject: str, seed: int) -> Expecta
 def _expect(
     model: onnx.ModelProto, subject: str, seed: int, scale: float, draw: Draw
 ) -> Expectation:
+    light = separate_weights(model)
     runs: dict[str, Callable[[Sequence[Arrays]], list[Arrays]]] = {
-        "session": partial(run_original, model, subject=subject, is_pooled=has_poolings(model))
+        "session": partial(run_original, light, subject=subject, is_pooled=has_poolings(model))
     }
-    if model.ByteSize() <= _MOST_REFERENCE:
-        runs["reference"] = partial(run_reference, model, subject=subject)
+    if light.size <= _MOST_REFERENCE:
+        runs["reference"] = partial(run_reference, light, subject=subject)
     refusal = NotRun("no input could be drawn for its inputs' types")
     has_masks = bool(find_masks(model))
     has_indices = has_masks or has_integers(model)

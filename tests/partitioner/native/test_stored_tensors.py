@@ -47,12 +47,14 @@ def test_a_model_is_the_same_after_its_weights_were_taken_out() -> None:
     model = build(numpy_helper.from_array(np.arange(3), "small"), text, numbers)
     model.graph.initializer.append(numpy_helper.from_array(LARGE, "large"))  # the order stays
     before = model.SerializeToString()
-    content, weights = separate_weights(model)
+    light = separate_weights(model)
     assert model.SerializeToString() == before
-    assert list(weights) == ["large"]
-    assert LARGE.tobytes() not in content
-    made = fill_weights(content, {name: receive(tensor) for name, tensor in weights.items()})
-    assert made == model
+    assert list(light.weights) == ["large"]
+    assert LARGE.tobytes() not in light.content
+    received = {name: receive(tensor) for name, tensor in light.weights.items()}
+    assert fill_weights(light.content, received) == model
+    assert light.join() == before
+    assert 0 <= len(before) - light.size < 50
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,9 @@ def test_an_array_is_stored_once_and_small_or_unusual_ones_are_not() -> None:
 def test_equal_weights_of_two_models_and_of_a_batch_are_one_within_a_block() -> None:
     first, second = (build(numpy_helper.from_array(LARGE.copy(), name)) for name in "ab")
     with keeping_contents():
-        tensors = [*separate_weights(first)[1].values(), *separate_weights(second)[1].values()]
+        tensors = [
+            *separate_weights(first).weights.values(),
+            *separate_weights(second).weights.values(),
+        ]
         tensors += store_arrays([LARGE.copy()]).values()
         assert len({id(kept) for _, _, kept in tensors}) == 1
