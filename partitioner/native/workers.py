@@ -16,8 +16,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
 
 import msgspec
@@ -113,6 +114,10 @@ class _Worker:
         except ValueError:
             return f"exit code {code}"
 
+    def kill(self) -> None:
+        """End the process at once, also while another thread waits for its response."""
+        self._process.kill()
+
     def release(self) -> None:
         """Close the pipes; the process then exits unless another process has them open."""
         for pipe in (self._requests, self._answers):
@@ -134,6 +139,7 @@ class Isolation:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
+        self._is_abandoned = False
 
     @property
     def pid(self) -> int | None:
@@ -215,6 +221,8 @@ class Isolation:
                 self._lock.release()
 
     def _start(self) -> None:
+        if self._is_abandoned:
+            raise ProcessFailed(_MAIN, "what it was for has ended")
         if self._worker is None or not self._worker.is_alive():
             self.end()
             self._worker = _Worker()
@@ -226,6 +234,13 @@ class Isolation:
         """
         worker, self._worker = self._worker, None
         return worker.end() if worker is not None else ""
+
+    def abandon(self) -> None:
+        """Have a call that another thread makes fail, and every later call as well."""
+        self._is_abandoned = True
+        worker = self._worker
+        if worker is not None:
+            worker.kill()
 
     def forget(self) -> None:
         """Stop using the parent's worker process; call this in a child process after a fork.
@@ -257,8 +272,26 @@ def _own_up(subject: str, name: str, error: Refused, trace: str) -> InternalMode
 
 
 _HERE = Isolation()
-call = _HERE.call
+_CURRENT = ContextVar("isolation", default=_HERE)
 start = _HERE.start
+
+
+def call(function: Callable[P, R], subject: str, *arguments: P.args, **named: P.kwargs) -> R:
+    """Call a function of :mod:`natives` in the process of this context (:meth:`Isolation.call`)."""
+    return _CURRENT.get().call(function, subject, *arguments, **named)
+
+
+@contextmanager
+def using(isolation: Isolation) -> Iterator[None]:
+    """Have :func:`call` use another process inside a ``with`` block, which is ended behind it."""
+    token = _CURRENT.set(isolation)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+        isolation.end()
+
+
 atexit.register(_HERE.end)
 if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_HERE.forget)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import onnx
@@ -72,6 +72,7 @@ from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.gate.walks import label_node
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.native.companions import run_together
 from splitonnx.session_settings import FUSION
 
 MOST_BYTES = 1 << 30
@@ -84,6 +85,8 @@ USUAL_BYTES = 1 << 26
 
 Comparing a larger model takes several seconds, so the user has to ask for it.
 """
+_WORTH_A_PROCESS = 1 << 23
+"""The total size of weights, in bytes, from which both forms are compared at the same time."""
 _SEEDS = (0, 1, 2)
 """Seeds for random inputs.
 
@@ -147,10 +150,8 @@ def compare_with_original(
     if not JOINING.isdisjoint(changed):
         for batch in freed:  # the original runs with other batches, but joins or drops samples
             inlined = batch.fix(inlined)
-    forms = [
-        _refuse_breakdowns(form, subject)
-        for form in _list_forms(inlined, prepared, bundle, merge(), subject)
-    ]
+    listed = _list_forms(inlined, prepared, bundle, merge(), subject)
+    forms = [_refuse_breakdowns(form, subject) for form in listed]
     model = Subject(
         name=subject,
         original=forms[0].original,
@@ -167,10 +168,10 @@ def compare_with_original(
         return list(dict.fromkeys([*remarks, *mixed, *map(_describe_untrained, fixed)]))
     sizes = _list_sizes(prepared.skeleton.graph)
     is_doubled = not freed and not prepared.states  # of those, others say which batches they take
-    remarks += [
-        remark for form in forms for remark in _hold(form, sizes, subject, is_doubled=is_doubled)
-    ]
-    return list(dict.fromkeys([*remarks, *mixed]))
+    holds = [partial(_hold, form, sizes, subject, is_doubled=is_doubled) for form in forms]
+    large = _WORTH_A_PROCESS <= sum(w.nbytes for w in prepared.weights.values()) <= USUAL_BYTES
+    found = run_together(holds) if large else [hold() for hold in holds]
+    return list(dict.fromkeys([*remarks, *chain(*found), *mixed]))
 
 
 def _describe_untrained(batch: FreedBatch) -> str:
