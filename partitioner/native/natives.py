@@ -22,7 +22,12 @@ import numpy as np
 import onnx
 
 from splitonnx.imports import leaving_out
-from splitonnx.partitioner.native.stored_tensors import Stored, decode_stored, fill_weights
+from splitonnx.partitioner.native.stored_tensors import (
+    Stored,
+    declare_weights,
+    decode_stored,
+    fill_weights,
+)
 from splitonnx.session_settings import EXACT_SETTINGS
 
 _AGAIN = 0.5
@@ -160,7 +165,11 @@ def run_session(
     for entry in EXACT_SETTINGS.items() if level != "usual" else ():
         options.add_session_config_entry(*entry)
     if weights:
-        content = fill_weights(content, weights).SerializeToString()
+        content = declare_weights(content, weights)
+        values = [
+            onnxruntime.OrtValue.ortvalue_from_numpy(decode_stored(w)) for w in weights.values()
+        ]
+        options.add_external_initializers(list(weights), values)
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     results = []

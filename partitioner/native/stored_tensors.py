@@ -90,6 +90,21 @@ def fill_weights(content: bytes, weights: Mapping[str, Stored]) -> onnx.ModelPro
     return model
 
 
+def declare_weights(content: bytes, weights: Mapping[str, Stored]) -> bytes:
+    """Declare in a serialized model that its weights are elsewhere: in memory.
+
+    A session must be given all of them before it loads the model; it then reads no file, and is
+    spared a copy of the weights in the model.
+    """
+    model = onnx.ModelProto.FromString(content)
+    for name, (kind, dims, _) in weights.items():
+        tensor = model.graph.initializer.add(name=name, data_type=kind, dims=dims)
+        tensor.data_location = TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="memory")
+    declared: bytes = model.SerializeToString()
+    return declared
+
+
 def decode_stored(tensor: Stored) -> np.ndarray:
     """Return a stored tensor as an array, which cannot be written to."""
     kind, dims, raw = tensor

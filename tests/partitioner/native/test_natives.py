@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from splitonnx.partitioner.native.natives import (
     infer_shapes,
     list_types,
 )
+from splitonnx.partitioner.native.stored_tensors import Stored, separate_weights
 
 FLOAT = TensorProto.FLOAT
 
@@ -101,6 +103,37 @@ def test_models_run_in_both_evaluators_on_serialized_tensors() -> None:
         for outputs in made:
             found = numpy_helper.to_array(onnx.TensorProto.FromString(outputs["y"]))
             np.testing.assert_array_equal(found, np.maximum(array, 0))
+
+
+@pytest.mark.parametrize("level", ["none", "basic", "all", "usual", "reference"])
+def test_a_model_whose_weights_are_stored_beside_it_gives_the_same_bits(level: str) -> None:
+    """ONNX Runtime may merge the normalization into the weights of the convolution."""
+    random = np.random.default_rng(0)
+    shapes = {"w": (32, 64, 3, 3), "scale": (32,), "bias": (32,), "mean": (32,), "var": (32,)}
+    weights = [
+        numpy_helper.from_array(random.random(shape, np.float32), name)
+        for name, shape in shapes.items()
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["conv"]),
+        helper.make_node("BatchNormalization", ["conv", *list(shapes)[1:]], ["y"]),
+    ]
+    value = helper.make_tensor_value_info("x", FLOAT, [None, 64, 5, 5])
+    graph = helper.make_graph(nodes, "g", [value], [onnx.ValueInfoProto(name="y")], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    batch = encode_arrays({"x": random.standard_normal((2, 64, 5, 5), np.float32)})
+    light = separate_weights(model)
+    stored = {n: (kind, dims, kept.content) for n, (kind, dims, kept) in light.weights.items()}
+    assert list(stored) == ["w"]
+
+    def run(content: bytes, weights: Mapping[str, Stored]) -> bytes:
+        if level == "reference":
+            (made,) = natives.run_reference(content, [batch], 10.0, weights)
+        else:
+            (made,) = natives.run_session(content, [batch], level, weights)
+        return made["y"]
+
+    assert run(light.content, stored) == run(model.SerializeToString(), {})
 
 
 def test_arrays_are_the_same_after_encoding_and_decoding() -> None:
