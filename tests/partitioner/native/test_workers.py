@@ -21,6 +21,7 @@ from splitonnx.partitioner.differentiation.derived import derivations
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.native import main, natives, workers
+from splitonnx.partitioner.native.requests import Kept
 from splitonnx.partitioner.native.workers import Isolation, Refused, call
 from splitonnx.partitioner.partitions import cut
 from tests.conftest import ROOT
@@ -94,6 +95,38 @@ def test_one_process_serves_until_a_large_request() -> None:
     first, second, third, fourth = pids
     assert first == second != fourth
     assert third is None
+
+
+def test_a_process_that_was_started_is_the_one_that_is_called() -> None:
+    isolation = Isolation()
+    isolation.start()
+    started = isolation.pid
+    assert started is not None
+    isolation.start()
+    isolation.call(natives.check_form, "the split", build_split(3))
+    isolation.start()
+    assert isolation.pid == started
+    assert isolation.end() == "exit code 0"
+    isolation.start()
+    assert isolation.pid not in (None, started)
+    isolation.end()
+
+
+def test_a_process_that_ends_before_it_is_ready_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_MAIN", "this_module_is_nowhere")
+    isolation = Isolation()
+    isolation.start()
+    with pytest.raises(ProcessFailed, match="exit code 1"):
+        isolation.call(natives.check_form, "the split", build_split(3))
+
+
+def test_a_content_is_kept_until_its_process_ends() -> None:
+    isolation, kept = Isolation(), Kept(build_split(3))
+    types = [isolation.call(natives.list_types, "it", kept) for _ in range(2)]  # type: ignore[arg-type]
+    isolation.end()
+    types.append(isolation.call(natives.list_types, "it", kept))  # type: ignore[arg-type]
+    isolation.end()
+    assert types == [dict.fromkeys("abc", "tensor(float)")] * 3
 
 
 def test_an_interrupted_call_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
