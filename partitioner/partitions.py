@@ -355,19 +355,17 @@ def _say_kept_scalings(prepared: PreparedModel) -> None:
         and not any(re.search(pattern, name) for pattern in prepared.freeze)
     ]
     if kept:
+        names = (quote(kept), make_pattern(kept), make_pattern(kept))
         _log.warning(
             "%s: not trained, because only raw inputs are scaled or shifted by it, as by an "
             "image's mean and deviation; --train '%s' trains it, --freeze '%s' silences this",
-            quote(kept),
-            make_pattern(kept),
-            make_pattern(kept),
+            *names,
         )
 
 
 def _list_bound(adjustments: Adjustments) -> dict[str, list[float]]:
-    return {
-        name: np.asarray(value).ravel().tolist() for name, value in adjustments.bindings.items()
-    }
+    bound = adjustments.bindings
+    return {name: np.asarray(value).ravel().tolist() for name, value in bound.items()}
 
 
 def _say_class_axis(prepared: PreparedModel, output: str, axis: int) -> None:
