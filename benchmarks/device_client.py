@@ -37,7 +37,7 @@ class PatientTransport:
         self._inner.send(chunks)
         self.bytes_sent = self._inner.bytes_sent
 
-    def receive(self) -> Chunk:
+    def receive(self) -> Chunk | bytearray:
         start = time.perf_counter()
         message = self._inner.receive()
         self.waited += time.perf_counter() - start

@@ -83,7 +83,7 @@ def decode_tensors(
     data = view[start:]
     tensors: dict[str, np.ndarray] = {}
     end = 0
-    for name, entry in sorted(header.items(), key=lambda item: _read_start(*item)):
+    for name, entry in sorted(header.items(), key=lambda item: _read_offsets(*item)):
         dtype, shape, stop = _check_entry(name, entry, end)
         if stop > len(data):
             raise _malformed(f"tensor '{name}' ends at byte {stop} of {len(data)}")
@@ -104,6 +104,21 @@ def decode_metadata(content: Chunk | bytearray, *, max_header: int) -> dict[str,
     """
     header, _ = _read_header(memoryview(content).toreadonly().cast("B"), max_header)
     return _check_metadata(header.pop(_METADATA, {}))
+
+
+def measure_encoded(content: Chunk | bytearray, *, max_header: int) -> int | None:
+    """Return the size in bytes that a message must have by its header, from its first bytes.
+
+    The result is ``None`` if ``content`` does not contain the whole header, or if the header is
+    malformed.
+    """
+    try:
+        header, start = _read_header(memoryview(content).toreadonly().cast("B"), max_header)
+        header.pop(_METADATA, None)
+        ends = [_read_offsets(name, entry)[1] for name, entry in header.items()]
+    except FormatError:
+        return None
+    return start + max(ends, default=0)
 
 
 def _malformed(reason: str) -> FormatError:
@@ -157,7 +172,7 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_SIZE
 
 
-def _read_start(name: str, entry: object) -> tuple[int, int]:
+def _read_offsets(name: str, entry: object) -> tuple[int, int]:
     """Return a tensor's offsets as a key for sorting.
 
     An empty tensor sorts before another tensor that starts at the same byte.
@@ -171,7 +186,7 @@ def _read_start(name: str, entry: object) -> tuple[int, int]:
 def _check_entry(
     name: str, entry: object, start: int
 ) -> tuple[np.dtype[np.generic], tuple[int, ...], int]:
-    assert isinstance(entry, dict)  # checked by _read_start
+    assert isinstance(entry, dict)  # checked by _read_offsets
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _malformed(f"tensor '{name}' has the fields {sorted(entry)}")
     dtype, shape = entry["dtype"], entry["shape"]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from splitonnx.codecs import decode_metadata, decode_tensors, encode_tensors
+from splitonnx.codecs import decode_metadata, decode_tensors, encode_tensors, measure_encoded
 from splitonnx.errors import FormatError
 from splitonnx.tensors import DTYPES
 
@@ -201,3 +201,24 @@ def test_metadata_are_decoded_without_the_tensors() -> None:
 def test_a_beginning_without_a_header_has_no_metadata(content: bytes) -> None:
     with pytest.raises(FormatError):
         decode_metadata(content, max_header=LIMIT)
+
+
+def test_a_header_tells_the_size_of_its_message() -> None:
+    tensors: dict[str, np.ndarray]
+    tensors = {"a": np.zeros((3, 5), np.float32), "b": np.zeros(0, np.int64), "c": np.ones(7, "b")}
+    for names in ("abc", ""):
+        sent = {name: tensors[name] for name in names}
+        head, *rest = encode_tensors(sent, {"kind": "test"})
+        size = len(head) + sum(map(len, rest))
+        assert measure_encoded(head, max_header=1000) == size
+        assert measure_encoded(b"".join([head, *rest]), max_header=1000) == size
+        assert measure_encoded(head[:-1], max_header=1000) is None
+        assert measure_encoded(head, max_header=10) is None
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, {"data_offsets": [0, -1]}, {"data_offsets": [0, 2**63]}, {"data_offsets": 5}, 5]
+)
+def test_a_header_without_valid_offsets_tells_no_size(entry: object) -> None:
+    text = json.dumps({"x": entry}).encode()
+    assert measure_encoded(struct.pack("<Q", len(text)) + text, max_header=1000) is None

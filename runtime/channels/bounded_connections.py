@@ -1,44 +1,73 @@
 """A client's websocket connection that limits buffering and does not follow redirects.
 
 The websockets library reads ahead in a separate thread.  The library limits the number of buffered
-frames, but not their size.  This module limits the number of buffered bytes.  Other modules handle
-time limits and the contents of messages.
+frames, but not their size.  This module limits the number of buffered bytes.  It also joins the
+frames of a message in that thread, each as it arrives, so that the library only counts messages.
+Other modules handle time limits and the contents of messages.
 """
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
+from websockets.client import ClientProtocol
 from websockets.datastructures import HeadersLike
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import (
+    ConcurrencyError,
+    ConnectionClosed,
+    InvalidHandshake,
+    InvalidStatus,
+)
 from websockets.frames import CloseCode, Frame, Opcode
-from websockets.protocol import Event
+from websockets.protocol import OPEN, Event
 from websockets.sync.client import ClientConnection
 
+from splitonnx.codecs import Chunk
 from splitonnx.errors import Redirected
+from splitonnx.runtime.wire.buffers import BufferPool
+from splitonnx.runtime.wire.fragments import JoinedFragments
+from splitonnx.runtime.wire.payloads import (
+    DATA_FRAMES,
+    measure_waiting,
+    read_payloads,
+    write_fragment,
+)
 
 READ_AHEAD = 16 << 20
-"""Bytes of complete unread messages above which reading from the socket pauses."""
-
-_DATA = (Opcode.TEXT, Opcode.BINARY, Opcode.CONT)
+"""Bytes of unread messages above which reading from the socket pauses."""
+MAX_FRAGMENTS = 4096
+"""Most fragments of one message."""
+READ_BYTES = 1 << 18
+"""Bytes that are read from the socket at a time; four times the library's number."""
 
 
 class BoundedConnection(ClientConnection):
     """A client's connection that buffers at most ``READ_AHEAD`` bytes plus one message.
 
-    Only complete messages count towards the limit.  Therefore, a message that is still arriving is
-    always read to its end, even if it is larger than ``READ_AHEAD``.
+    A message that is still arriving counts only while nobody waits for it.  Therefore, a message
+    that is waited for is always read to its end, even if it is larger than ``READ_AHEAD``.
     """
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
+    recv_bufsize = READ_BYTES
+
+    def __init__(self, sock: socket.socket, protocol: ClientProtocol, **settings: Any) -> None:
         self._flow_mutex = threading.Lock()
         self._pauses: set[str] = set()
         self._is_over = False
+        self._is_awaited = False
         self._whole = 0  # bytes of complete messages that were not taken yet
-        self._arriving = 0  # bytes of the message that is arriving
-        super().__init__(*arguments, **settings)
+        self._fragments = 0  # of the message that is arriving
+        self._messages: deque[Chunk | bytearray] = deque()
+        self._most = protocol.max_message_size
+        self._buffers = BufferPool()
+        self._arriving = JoinedFragments(self._buffers, self._most)
+        self._reader = read_payloads(protocol, self._place)
+        super().__init__(sock, protocol, **settings)
         self.recv_messages.pause = lambda: self._pause("frames")
         self.recv_messages.resume = lambda: self._resume("frames")
 
@@ -74,18 +103,80 @@ class BoundedConnection(ClientConnection):
                 raise Redirected(error.response.status_code, target) from error
             raise
 
+    @property
+    def is_underway(self) -> bool:
+        """Return whether part of a message has arrived; another thread writes that value."""
+        return self.protocol.current_size is not None or self._reader.is_underway
+
+    def send_fragments(self, fragments: Sequence[memoryview]) -> None:
+        """Send a message in fragments, which are masked one after the other.
+
+        Raises:
+            ConnectionClosed: the connection has ended.
+            ConcurrencyError: another thread is sending a message.
+        """
+        last = len(fragments) - 1
+        for number, fragment in enumerate(fragments):
+            with self.send_context():
+                if self.send_in_progress and number == 0:
+                    raise ConcurrencyError("another thread is sending a message")
+                self.send_in_progress = number < last
+                write_fragment(
+                    self.protocol, fragment, is_first=number == 0, is_last=number == last
+                )
+
+    def receive(self, timeout: float) -> Chunk | bytearray:
+        """Wait for the next message and return it.
+
+        Raises:
+            TimeoutError: it was not complete within ``timeout`` seconds.
+            ConnectionClosed: the connection has ended.
+        """
+        with self._flow_mutex:
+            self._is_awaited = True
+            if self._whole <= READ_AHEAD:
+                self._drop_pause("bytes")
+        try:
+            self.recv(timeout, decode=False)  # it only tells that there is one
+        finally:
+            self._is_awaited = False
+        content = self._messages.popleft()
+        with self._flow_mutex:
+            self._whole -= len(content)
+            if self._whole <= READ_AHEAD:
+                self._drop_pause("bytes")
+        return content
+
     def process_event(self, event: Event) -> None:
         """Process a received frame, and pause reading if there are too many unread bytes."""
-        super().process_event(event)
-        if not isinstance(event, Frame) or event.opcode not in _DATA:
+        if not isinstance(event, Frame) or event.opcode not in DATA_FRAMES:
+            super().process_event(event)
             return
-        self._arriving += len(event.data)
+        self._arriving.add(event.data)
+        self._fragments += 1
         if event.fin:
+            content = self._arriving.join()
+            self._arriving, self._fragments = JoinedFragments(self._buffers, self._most), 0
+            self._messages.append(content)
             with self._flow_mutex:
-                self._whole += self._arriving
-                self._arriving = 0
-                if self._whole > READ_AHEAD:
-                    self._add_pause("bytes")
+                self._whole += len(content)
+            super().process_event(Frame(Opcode.BINARY, b""))  # the library counts the messages
+        elif self._fragments >= MAX_FRAGMENTS:
+            self._refuse_fragments()
+        with self._flow_mutex:
+            unread = self._whole if self._is_awaited else self._whole + self._arriving.size
+            if unread > READ_AHEAD:
+                self._add_pause("bytes")
+
+    def _place(self, size: int) -> memoryview | None:
+        waiting = measure_waiting(self.protocol)
+        return None if waiting is None else self._arriving.place(size, waiting)
+
+    def _refuse_fragments(self) -> None:
+        with self.protocol_mutex:
+            if self.protocol.state is OPEN:
+                self.protocol.fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+                self.send_data()
 
     def close(self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
         """Close the connection; skip the closing handshake if there is too much unread data."""
@@ -101,13 +192,6 @@ class BoundedConnection(ClientConnection):
             for reason in tuple(self._pauses):
                 self._drop_pause(reason)
         super().close_socket()
-
-    def take(self, size: int) -> None:
-        """Record that the caller has read ``size`` bytes, and resume receiving if possible."""
-        with self._flow_mutex:
-            self._whole -= size
-            if self._whole <= READ_AHEAD:
-                self._drop_pause("bytes")
 
     def _pause(self, reason: str) -> None:
         with self._flow_mutex:

@@ -124,12 +124,16 @@ class WebSocketTransport:
             ConnectionLost: the message cannot be sent.
         """
         try:
-            self._socket.send(split_message(chunks))
+            match split_message(chunks):
+                case bytes() as content:
+                    self._socket.send(content)
+                case fragments:
+                    self._socket.send_fragments(fragments)
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
         self.bytes_sent += sum(map(len, chunks))
 
-    def receive(self) -> bytes:
+    def receive(self) -> Chunk | bytearray:
         """Wait for the next message and return it.
 
         One time limit applies until the message starts, and another until it is complete.
@@ -143,10 +147,10 @@ class WebSocketTransport:
             deadline = begin_by if end_by is None else end_by
             patience = min(deadline - time.monotonic(), self._message_seconds / 4)
             try:
-                content = self._socket.recv(max(patience, 0), decode=False)
+                content = self._socket.receive(max(patience, 0))
             except TimeoutError:
                 check_interrupt()
-                if not self._is_underway():
+                if not self._socket.is_underway:
                     end_by = None
                 elif end_by is None:
                     end_by = time.monotonic() + self._message_seconds
@@ -154,18 +158,12 @@ class WebSocketTransport:
             except (OSError, WebSocketException) as error:
                 raise self._explain(error) from error
             else:
-                self._socket.take(len(content))
                 self.bytes_received += len(content)
                 return content
 
     def close(self) -> None:
         """Close the connection; may be called twice."""
         self._opened.close()
-
-    def _is_underway(self) -> bool:
-        """Return whether part of a message has arrived; another thread writes that value."""
-        protocol = self._socket.protocol
-        return protocol.current_size is not None or bool(protocol.reader.buffer)
 
     def _check_patience(self, begin_by: float, end_by: float | None) -> None:
         now = time.monotonic()

@@ -30,11 +30,15 @@ from splitonnx.runtime.edge.origins import Origins
 from splitonnx.runtime.edge.request_policies import RequestPolicy
 from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.wire.buffers import BufferPool
 
 SHORT_ANSWER = 64 << 10
 """Largest HTTP response, in bytes, that must be read within the time limit of the handshake."""
 ANSWERS_BYTES = 256 << 20
 """Most bytes of longer responses that are buffered at the same time, for all clients together."""
+
+SCRATCH = 64 << 10
+"""Most bytes that are received at a time, but for those of large payloads."""
 
 
 class Connection(Protocol):
@@ -89,6 +93,10 @@ class Admission:
         host: str = "",
     ) -> None:
         self.limits = limits
+        self.buffers = BufferPool()
+        """Memory for received messages, for all clients together."""
+        self.scratch = memoryview(bytearray(SCRATCH))
+        """Memory for received bytes that are processed at once, for all clients together."""
         # An unfinished TLS handshake takes much memory.  Without TLS, a connection only
         # waits for the event loop to start it, so the quota can allow more connections at a time.
         self.quota = HandshakeQuota(

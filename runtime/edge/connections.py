@@ -7,6 +7,8 @@ limits apply before data are buffered.  :mod:`admissions` decides who may connec
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 
@@ -16,10 +18,13 @@ from websockets.frames import CloseCode, Frame, Opcode
 from websockets.protocol import OPEN, Event
 from websockets.server import ServerProtocol
 
+from splitonnx.codecs import Chunk
 from splitonnx.runtime.edge.admissions import Admission
 from splitonnx.runtime.edge.http import STATUSES, Refusal, deny
 from splitonnx.runtime.edge.rate_limits import Timers, TokenBucket
 from splitonnx.runtime.edge.tokens import Identity
+from splitonnx.runtime.wire.fragments import JoinedFragments
+from splitonnx.runtime.wire.payloads import DATA_FRAMES, read_payloads, write_fragment
 
 REQUEST_BYTES = 16 << 10
 """Largest HTTP request of a handshake, in bytes."""
@@ -41,7 +46,7 @@ ANSWER_CHECKS = 10
 _TLS_HELLO = b"\x16\x03"
 
 
-class LimitedConnection(ServerConnection):
+class LimitedConnection(ServerConnection, asyncio.BufferedProtocol):
     """A connection that limits what the client may send and how long it may take.
 
     ``identity`` is ``None`` until the client has been admitted.
@@ -77,9 +82,14 @@ class LimitedConnection(ServerConnection):
         self._timers = Timers(self.loop)
         self._pauses: set[str] = set()
         self._bytes = 0  # received in total
+        self._is_direct = False  # whether bytes are being received into the reader's memory
         self.kept = 0  # bytes of unread messages
         self._frames = 0  # since the last call of the bucket
         self._fragments = 0  # of the message being received
+        self._arriving = self._expect_message()
+        self._messages: deque[Chunk | bytearray] = deque()  # complete and unread
+        self._on_begin: Callable[[], object] | None = None  # while the server waits for a message
+        self._reader = read_payloads(protocol, lambda _: None)  # masked, they cannot stay there
         self.is_underway = False  # whether part of a message has arrived
         self._heard = self.loop.time()
 
@@ -106,13 +116,35 @@ class LimitedConnection(ServerConnection):
         self._admission.leave(self)
         super().connection_lost(exc)
 
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return the memory to receive into: that of a large payload, if one is underway."""
+        self._is_direct = bool(self._reader.gap)
+        return (self._is_direct and self._reader.gap) or self._admission.scratch
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Process bytes that were received into the memory from :meth:`get_buffer`."""
+        if not self._is_direct:
+            self.data_received(bytes(self._admission.scratch[:nbytes]))
+            return
+        self._reader.fill(nbytes)
+        is_admitted = self.owner is not None and self.protocol.state is OPEN
+        if self._reader.gap and is_admitted:  # nothing else can have happened
+            self._bytes += nbytes
+            self._heard = self.loop.time()
+            return
+        self._receive(b"", nbytes)
+
     def data_received(self, data: bytes) -> None:
         """Process received bytes, and enforce the limits on their size and rate."""
         if not self._bytes and data.startswith(_TLS_HELLO):
             # an HTTP response makes the client's TLS library report the actual problem
             self.refuse(Refusal.TLS, CloseCode.PROTOCOL_ERROR, "this server speaks no TLS")
             return
-        self._bytes += len(data)
+        self._receive(data, len(data))
+
+    def _receive(self, data: bytes, size: int) -> None:
+        """Process ``size`` received bytes: ``data``, or bytes that the reader has already."""
+        self._bytes += size
         self._heard = self.loop.time()
         if self.owner is None and self._bytes > REQUEST_BYTES + self._limits.unauthenticated_bytes:
             self.refuse(
@@ -129,9 +161,7 @@ class LimitedConnection(ServerConnection):
             return
         protocol = self.protocol
         self.is_underway = (
-            self._frames == before
-            or protocol.current_size is not None
-            or bool(protocol.reader.buffer)
+            self._frames == before or protocol.current_size is not None or self._reader.is_underway
         )
         self._watch()
         wait = self._bucket.count(self._frames, self._heard)
@@ -146,21 +176,81 @@ class LimitedConnection(ServerConnection):
         If there are too many unread bytes, reading pauses.  If a message has too many fragments,
         the client is refused.
         """
-        super().process_event(event)
-        if not isinstance(event, Frame):
+        if isinstance(event, Frame):
+            self._frames += 1
+        if not isinstance(event, Frame) or event.opcode not in DATA_FRAMES:
+            super().process_event(event)
             return
-        self._frames += 1
-        if event.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
-            self._fragments += 1
-            self.kept += len(event.data)
-            if self.kept > KEPT_BYTES:
-                self._pause("kept")
-            if event.fin:
-                self._fragments = 0
-                self._timers.stop("message")
-            elif self._fragments > MAX_FRAGMENTS:
-                reason = f"more than {MAX_FRAGMENTS} fragments"
-                self.refuse(Refusal.TOO_MANY_FRAGMENTS, CloseCode.MESSAGE_TOO_BIG, reason)
+        self._fragments += 1
+        self._arriving.add(event.data)
+        self.kept += len(event.data)
+        if self._on_begin is not None:
+            self._on_begin()
+            self.kept -= len(event.data)
+        if self.kept > KEPT_BYTES:
+            self._pause("kept")
+        if event.fin:
+            self._fragments = 0
+            self._timers.stop("message")
+            self._end_message()
+            super().process_event(Frame(Opcode.BINARY, b""))  # the library counts the messages
+        elif self._fragments > MAX_FRAGMENTS:
+            reason = f"more than {MAX_FRAGMENTS} fragments"
+            self.refuse(Refusal.TOO_MANY_FRAGMENTS, CloseCode.MESSAGE_TOO_BIG, reason)
+
+    def _expect_message(self) -> JoinedFragments:
+        return JoinedFragments(self._admission.buffers, self.protocol.max_message_size)
+
+    def _end_message(self) -> None:
+        content = self._arriving.join()
+        self._messages.append(content)
+        self._arriving = self._expect_message()
+        if self._on_begin is not None:  # what comes next is not waited for
+            self.kept += len(content)
+            self._on_begin = None
+
+    async def receive(self, on_begin: Callable[[], object]) -> Chunk | bytearray:
+        """Wait for the next message and return it; call ``on_begin`` as its fragments arrive.
+
+        Raises:
+            ConnectionClosed: the connection has ended.
+        """
+        if not self._messages:
+            self._on_begin = on_begin
+            if self._fragments:
+                on_begin()
+            self._take(self._arriving.size)
+        try:
+            await self.recv(decode=False)  # it only tells that there is one
+        finally:
+            if self._on_begin is not None:  # it has not come
+                self._on_begin = None
+                self.kept += self._arriving.size
+        content = self._messages.popleft()
+        self._take(len(content))
+        return content
+
+    async def send_fragments(self, fragments: Sequence[memoryview]) -> None:
+        """Send a message in fragments, after any message that is being sent.
+
+        Do not cancel this, unless the connection is closed then.
+
+        Raises:
+            ConnectionClosed: the connection has ended.
+        """
+        while self.send_in_progress is not None:
+            await asyncio.shield(self.send_in_progress)
+        sending = self.send_in_progress = self.loop.create_future()
+        last = len(fragments) - 1
+        try:
+            for number, fragment in enumerate(fragments):
+                async with self.send_context():
+                    write_fragment(
+                        self.protocol, fragment, is_first=number == 0, is_last=number == last
+                    )
+        finally:
+            sending.set_result(None)
+            self.send_in_progress = None
 
     @property
     def owner(self) -> str | None:
@@ -176,7 +266,7 @@ class LimitedConnection(ServerConnection):
         self.protocol.max_message_size = self._limits.message_bytes
         self._timers.stop("login")
 
-    def take(self, size: int) -> None:
+    def _take(self, size: int) -> None:
         """Record that the server has read ``size`` bytes, and resume receiving if possible."""
         self.kept -= size
         if self.kept <= KEPT_BYTES and "kept" in self._pauses:

@@ -30,7 +30,7 @@ from splitonnx.runtime.edge.origins import check_origins
 from splitonnx.runtime.edge.tokens import Identity, Role
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import POLICY, RESTART, describe_loss
-from splitonnx.runtime.wire.fragments import JoinedFragments, split_message
+from splitonnx.runtime.wire.fragments import split_message
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -118,7 +118,11 @@ class Peer:
         seconds = self._admission.limits.idle_seconds
         try:
             async with asyncio.timeout(seconds):
-                await self._connection.send(split_message(chunks))
+                match split_message(chunks):
+                    case bytes() as content:
+                        await self._connection.send(content)
+                    case fragments:
+                        await self._connection.send_fragments(fragments)
         except TimeoutError as error:
             self._connection.cut_off(Refusal.REPLY_TOO_SLOW)
             reason = f"it did not take a reply within {seconds:g} s"
@@ -126,24 +130,18 @@ class Peer:
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
 
-    async def receive(self) -> bytes | bytearray:
+    async def receive(self) -> Chunk | bytearray:
         """Wait for the next message; disconnect the client if it stays silent for too long."""
-        fragments = self._connection.recv_streaming(decode=False)
-        content = JoinedFragments()
         idle_seconds = self._admission.limits.idle_seconds
         try:
             async with asyncio.timeout(idle_seconds) as idle:
-                async for part in fragments:
-                    idle.reschedule(None)  # the connection limits the time of a started message
-                    content.add(part)
-                    self._connection.take(len(part))
+                return await self._connection.receive(partial(_stop_timeout, idle))
         except TimeoutError as error:
             reason = f"silent for {idle_seconds:g} s"
             self._connection.refuse(Refusal.IDLE, CloseCode.GOING_AWAY, reason)
             raise ConnectionLost(self.name, reason) from error
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
-        return content.join()
 
     async def wait_closed(self) -> None:
         """Wait until either side has closed the connection."""
@@ -162,6 +160,12 @@ class Peer:
         if self._connection.refusal is not None:
             lost.reason = f"ended here: {self._connection.refusal}"
         return lost
+
+
+def _stop_timeout(idle: asyncio.Timeout) -> None:
+    """Let a message that has begun take longer; the connection limits its time."""
+    if not idle.expired():
+        idle.reschedule(None)
 
 
 def _ignore(refusal: Refusal, name: str) -> None:

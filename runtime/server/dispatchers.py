@@ -174,7 +174,7 @@ class Dispatcher:
         return ReceivedMessage(
             message=message,
             tensors=tensors,
-            fingerprint=Fingerprint(content),
+            fingerprint=Fingerprint(content, self.registry.contents),
             needed=self._estimate(message) if isinstance(message, Tensors) else 0,
         )
 

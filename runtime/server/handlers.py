@@ -170,14 +170,14 @@ class ConnectionHandler:
             self._seconds["receive"] += time.perf_counter() - begun
             await self._handle(dispatcher, content)
 
-    async def _receive(self) -> bytes | bytearray:
+    async def _receive(self) -> Chunk | bytearray:
         content = await self._peer.receive()
         self._has_message = True
         return content
 
     async def _next_message(
         self, stopping: asyncio.Task[Literal[True]]
-    ) -> bytes | bytearray | None:
+    ) -> Chunk | bytearray | None:
         """Wait for a message; once the server stops, for one of an open step or a goodbye."""
         receiving = asyncio.ensure_future(self._receive())
         try:

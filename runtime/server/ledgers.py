@@ -10,6 +10,8 @@ runs nor sends anything.
 from __future__ import annotations
 
 import hashlib
+import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -19,6 +21,9 @@ from splitonnx.errors import RemoteProtocolError, StepConflict
 from splitonnx.messages import TaskKey, Tensors
 
 Reply = list[Chunk]
+
+KEPT_BYTES = 128 << 20
+"""Bytes of handled messages that a server keeps, for all clients together, instead of hashing."""
 
 
 class Verdict(Enum):
@@ -32,20 +37,63 @@ class Verdict(Enum):
 class Fingerprint:
     """The SHA-256 hash of a message's bytes, computed when it is first needed.
 
-    Computing it earlier would delay the reply by 0.6 ms per MiB.  The bytes are kept until the hash
-    has been computed.
+    It is needed if a message with the same number arrives, which is rare, and computing it takes as
+    long as receiving the bytes.  The bytes are kept until the hash has been computed.  ``contents``
+    limits how many are kept; without it, :meth:`settle` computes the hash at once.
     """
 
-    def __init__(self, content: Chunk | bytearray) -> None:
+    def __init__(self, content: Chunk | bytearray, contents: KeptContents | None = None) -> None:
+        self.size = len(content)
         self._content: Chunk | bytearray | None = content
+        self._contents = contents
         self._digest = b""
 
     def take(self) -> bytes:
         """Return the hash and release the bytes; the first call computes the hash."""
-        if self._content is not None:
-            self._digest = hashlib.sha256(self._content).digest()
+        content = self._content  # two threads may compute it, and get the same
+        if content is not None:
+            self._digest = hashlib.sha256(content).digest()
             self._content = None
         return self._digest
+
+    def settle(self) -> None:
+        """Keep the bytes if there is room for them, and compute the hash otherwise."""
+        if self._contents is None or self._content is None:
+            self.take()
+        else:
+            self._contents.add(self)
+
+
+class KeptContents:
+    """A limit on the bytes of handled messages that are kept because they were not hashed yet.
+
+    ``most`` is the largest number of bytes.  Above it, the oldest messages are hashed.  Messages
+    may be added in any thread, and leave when they are hashed or when their ledger forgets them.
+    """
+
+    def __init__(self, most: int = KEPT_BYTES) -> None:
+        self.size = 0
+        self._most = most
+        self._sizes: dict[weakref.ref[Fingerprint], int] = {}  # the oldest first
+        self._mutex = threading.RLock()  # a fingerprint may go while this thread holds it
+
+    def add(self, fingerprint: Fingerprint) -> None:
+        """Count a message's bytes, and compute the hashes of the oldest messages if necessary."""
+        due: list[Fingerprint | None] = []
+        with self._mutex:
+            self._sizes[weakref.ref(fingerprint, self._forget)] = fingerprint.size
+            self.size += fingerprint.size
+            while self.size > self._most:
+                oldest = next(iter(self._sizes))
+                due.append(oldest())
+                self._forget(oldest)
+        for found in due:
+            if found is not None:
+                found.take()
+
+    def _forget(self, reference: weakref.ref[Fingerprint]) -> None:
+        with self._mutex:
+            self.size -= self._sizes.pop(reference, 0)
 
 
 @dataclass(kw_only=True)

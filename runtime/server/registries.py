@@ -27,6 +27,7 @@ from splitonnx.errors import (
 from splitonnx.messages import Hello
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.capacities import Capacity, Occupant
+from splitonnx.runtime.server.ledgers import KeptContents
 from splitonnx.runtime.server.policies.choices import make_policy
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.policies import Policy
@@ -83,6 +84,7 @@ class Registry:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = executor.manifest
+        self.contents = KeptContents()
         self._folder = executor.party.path
         self._resume = resume
         self._clock = clock

@@ -205,7 +205,7 @@ class Session:
                     yield delivery
                 else:
                     yield from self._answer_step(message, delivery, encode)
-        fingerprint.take()  # after the replies, so that they need not wait for the hash
+        fingerprint.settle()  # after the replies, so that they need not wait for a hash
 
     def hold(self, delivery: Delivery) -> None:
         """Keep the result of a step, which another session's task caused, until the client asks.

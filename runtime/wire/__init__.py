@@ -1,4 +1,4 @@
-"""Code for both sides of a connection: protocol, fragments, close codes, TLS and validation.
+"""Code for both sides of a connection: protocol, fragments, buffers, close codes, TLS, validation.
 
 The messages themselves, including greetings, are in ``splitonnx/messages.py``.  Code that only a
 server or only a client needs belongs to the packages ``edge``, ``server`` or ``channels``.  Modules

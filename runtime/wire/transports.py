@@ -24,7 +24,7 @@ class Transport(Protocol):
             ConnectionLost: the message cannot be sent.
         """
 
-    def receive(self) -> Chunk:
+    def receive(self) -> Chunk | bytearray:
         """Wait for the next message and return it.
 
         Raises:

@@ -138,7 +138,7 @@ class Recorder:
         self._transport.send(chunks)
 
     def receive(self) -> bytes:
-        self.received.append(self._transport.receive())
+        self.received.append(bytes(self._transport.receive()))
         return self.received[-1]
 
     def close(self) -> None:

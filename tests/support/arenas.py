@@ -195,7 +195,7 @@ class Attacker:
         """Send a message or bytes; give the answer, read and raw."""
         chunks = [message] if isinstance(message, bytes) else encode_message(message, tensors)
         self._transport.send(chunks)
-        content = self._transport.receive()
+        content = bytes(self._transport.receive())
         return decode_message(content)[0], content
 
     def expect_fault(
@@ -219,7 +219,7 @@ class Attacker:
     def ask_raw(self, content: bytes) -> bytes:
         """Send bytes, give the bytes of the answer."""
         self._transport.send([content])
-        return self._transport.receive()
+        return bytes(self._transport.receive())
 
     def greet(self, session: str | None = None, generation: int = 1, step: int = 0) -> None:
         """Take up a session, a new one unless named."""

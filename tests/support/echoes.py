@@ -108,7 +108,7 @@ class Echo:
 
     async def _log_in(self, peer: Peer) -> bool:
         assert self._authorize is not None
-        identity = self._authorize((await peer.receive()).decode())
+        identity = self._authorize(bytes(await peer.receive()).decode())
         if identity is None:
             await peer.close(POLICY, "unknown token")
             return False

@@ -16,7 +16,7 @@ _ELEMENTWISE |= {"GreaterOrEqual", "LessOrEqual", "Equal", "Where", "Sum", "PRel
 
 
 def fit_scalars(node: ir.Node) -> None:
-    """Give the scalars that a node reads as many dimensions as its largest operand has.
+    """Reshape the scalars that a node reads to as many dimensions as its largest operand has.
 
     A node is left unchanged if this makes no difference, or if a shape is not known.
     """

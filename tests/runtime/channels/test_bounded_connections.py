@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from splitonnx.errors import Redirected
+from splitonnx.errors import ConnectionLost, MessageTooLarge, Redirected
 from splitonnx.runtime.channels import bounded_connections
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
@@ -21,7 +21,7 @@ SESAME = Credentials(token="open sesame")
 
 def ask(transport: WebSocketTransport, *chunks: bytes) -> bytes:
     transport.send(chunks)
-    return transport.receive()
+    return bytes(transport.receive())
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308, 300])
@@ -111,4 +111,53 @@ def test_what_was_taken_makes_room_for_more(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(8):
             assert len(transport.receive()) == 9_000
         assert transport._socket.waiting_bytes == 0
+        transport.close()
+
+
+@pytest.mark.alone
+def test_a_message_that_nobody_waits_for_is_not_read_to_its_end() -> None:
+    stalled = threading.Event()
+
+    def announce(connection: socket.socket) -> None:
+        accept(connection)
+        connection.settimeout(1)
+        try:
+            connection.sendall(b"\x02\x7f" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20))
+            for _ in range(60):
+                connection.sendall(b"\0\x7f" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20))
+        except TimeoutError:
+            stalled.set()
+
+    with pretending(announce) as url:
+        transport = connect(url)
+        assert stalled.wait(PATIENCE)
+        assert transport._socket.is_underway
+        assert transport._socket.waiting_bytes == 0
+        transport.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"x"])
+def test_a_message_of_too_many_fragments_is_refused(content: bytes) -> None:
+    def crumble(connection: socket.socket) -> None:
+        accept(connection)
+        crumb = bytes([len(content)]) + content
+        connection.sendall(b"\x02" + crumb + (b"\0" + crumb) * bounded_connections.MAX_FRAGMENTS)
+        while connection.recv(1 << 16):
+            continue
+
+    with pretending(crumble) as url:
+        transport = connect(url)
+        with pytest.raises(MessageTooLarge, match="too many fragments"):
+            transport.receive()
+        transport.close()
+
+
+def test_fragments_are_sent_one_after_the_other_by_one_thread_alone() -> None:
+    with Echo() as echo:
+        transport = connect(echo.url)
+        transport._socket.send_in_progress = True
+        with pytest.raises(ConnectionLost, match="another thread"):
+            transport.send([bytes(2 * FRAGMENT)])
+        transport._socket.send_in_progress = False
+        assert ask(transport, bytes(2 * FRAGMENT)) == bytes(2 * FRAGMENT)
         transport.close()

@@ -71,7 +71,7 @@ SESAME = Credentials(token="open sesame")
 
 def ask(transport: WebSocketTransport, *chunks: bytes) -> bytes:
     transport.send(chunks)
-    return transport.receive()
+    return bytes(transport.receive())
 
 
 def test_a_reply_that_does_not_begin_is_a_lost_connection() -> None:

@@ -36,7 +36,7 @@ HASTY = Limits(handshake_seconds=0.2, login_seconds=0.2, message_seconds=0.2, id
 
 def ask(transport: WebSocketTransport, *chunks: bytes) -> bytes:
     transport.send(chunks)
-    return transport.receive()
+    return bytes(transport.receive())
 
 
 def test_not_more_than_a_token_may_come_before_it() -> None:
@@ -184,3 +184,27 @@ def test_who_has_gone_without_a_word_is_noticed(monkeypatch: pytest.MonkeyPatch)
         shake(connection)
         trickle(connection, frame(bytes(100)))  # for a second, byte by byte: it is there
         assert connection.recv(1 << 16)
+
+
+def test_large_messages_that_wait_to_be_read_stop_the_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that is waited for is read to its end, however large it is."""
+    monkeypatch.setattr(connections, "KEPT_BYTES", 1000)
+    sizes = [3 << 20, 2000, 3 << 20, 0, 500, 2 << 20]
+    with Echo() as echo:
+        transport = connect(echo.url)
+        for size in sizes:
+            transport.send([bytes(size)])
+        assert [len(transport.receive()) for _ in sizes] == sizes
+        transport.close()
+    assert echo.refusals.empty()
+
+
+def test_a_large_frame_that_trickles_is_cut_off() -> None:
+    with Echo(limits=HASTY) as echo, dial(echo.port) as connection:
+        shake(connection)
+        connection.sendall(frame(bytes(1 << 20))[: 1 << 19])
+        trickle(connection, bytes(1 << 19), step=1000)
+        read_close(connection)
+        echo.expect(Refusal.MESSAGE_TOO_SLOW)

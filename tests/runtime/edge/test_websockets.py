@@ -17,7 +17,7 @@ SESAME = Credentials(token="open sesame")
 
 def ask(transport: WebSocketTransport, *chunks: bytes) -> bytes:
     transport.send(chunks)
-    return transport.receive()
+    return bytes(transport.receive())
 
 
 @pytest.mark.parametrize("size", [0, 1, FRAGMENT - 1, FRAGMENT, FRAGMENT + 1, 5 * FRAGMENT + 3])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import msgspec
 import numpy as np
 import pytest
+from websockets.protocol import Event
 from websockets.sync.client import connect as connect_websocket
 
 from splitonnx.bundles import Bundle
@@ -25,6 +26,7 @@ from splitonnx.runtime.server.servers import Server
 from splitonnx.runtime.wire.fragments import FRAGMENT
 from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 from tests.support.callers import SESSION, make_task
+from tests.support.echoes import PATIENCE
 from tests.support.zoo import ZOO
 
 DATA = ZOO["chain"].data(24)
@@ -95,7 +97,7 @@ def test_a_client_that_vanishes_within_a_step_goes_on_with_it(
             def receive_some() -> bytes:
                 if next(left, None) is None:
                     transport.close()
-                return receive()
+                return bytes(receive())
 
             transport.receive = receive_some  # type: ignore[method-assign]
         return transport
@@ -122,7 +124,9 @@ def test_messages_larger_than_a_fragment_arrive_whole() -> None:
     np.testing.assert_array_equal(predicted, expected)
 
 
-def test_a_connection_that_is_stuck_does_not_keep_the_next_one_waiting() -> None:
+def test_a_connection_that_is_stuck_does_not_keep_the_next_one_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The first client reads nothing, so the server cannot get rid of its reply."""
     bundle = cut(ZOO["mse"].build(), at="act0", loss="mse")
     assert bundle.server is not None
@@ -147,8 +151,15 @@ def test_a_connection_that_is_stuck_does_not_keep_the_next_one_waiting() -> None
         stuck.receive()
         protocol.state = State.OPEN
         task = msgspec.structs.replace(make_task(), phase="predict")
+        begun, process = threading.Event(), stuck._socket.process_event
+
+        def note(event: Event) -> None:
+            process(event)
+            begun.set()
+
+        monkeypatch.setattr(stuck._socket, "process_event", note)
         stuck.send(protocol.send(task, activation))
-        next(iter(stuck._socket.recv_streaming(decode=False)))  # the reply has begun
+        assert begun.wait(PATIENCE)  # the reply has begun
         impatient = WebSocketTransport(server.url, reply_seconds=15)
         protocol = say_hello(impatient, 2)
         assert isinstance(protocol.receive(impatient.receive())[0], Welcome)

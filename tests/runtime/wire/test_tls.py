@@ -7,8 +7,10 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from splitonnx.codecs import encode_tensors
 from splitonnx.errors import ConnectionLost, ProtocolError, UntrustedPeer, UnusableFile, UsageError
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import connect
@@ -29,7 +31,7 @@ def greet(echo: Echo, credentials: Credentials) -> bytes:
     transport = connect(echo.url, credentials=credentials)
     try:
         transport.send([b"hello"])
-        return transport.receive()
+        return bytes(transport.receive())
     finally:
         transport.close()
 
@@ -39,6 +41,17 @@ def test_a_server_that_the_authority_signed_is_trusted(files: Files) -> None:
         trusting = Credentials(token="open sesame", tls=make_client_tls(authority=files.authority))
         assert echo.url.startswith("wss://")
         assert greet(echo, trusting) == b"hello"
+
+
+def test_a_large_message_arrives_whole_there_and_back(files: Files) -> None:
+    sent = encode_tensors({"x": np.random.default_rng(0).standard_normal(1 << 20)})  # 8 MiB
+    with Echo(tls=make_server_tls(*files.server)) as echo:
+        trusting = Credentials(tls=make_client_tls(authority=files.authority))
+        transport = connect(echo.url, credentials=trusting)
+        for _ in range(3):
+            transport.send(sent)
+            assert transport.receive() == b"".join(sent)
+        transport.close()
 
 
 def test_a_server_of_another_authority_is_not(files: Files) -> None:
