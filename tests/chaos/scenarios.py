@@ -87,8 +87,13 @@ class Scenario:
         return turns * steps // self.local_steps
 
     def count_epochs(self, number: int, steps: int) -> int:
-        """How many epochs a client needs for its steps."""
-        return math.ceil(steps / math.ceil(self.count_samples(number) / BATCH))
+        """How many epochs a client needs for its steps.
+
+        Where clients take turns, there are some to spare: one that is killed may make a turn that
+        is not counted, and would leave before the last round.
+        """
+        spare = steps // 2 if self.policy == SEQUENTIAL else 0
+        return math.ceil((steps + spare) / math.ceil(self.count_samples(number) / BATCH))
 
     def count_made(self, number: int, steps: int) -> int | None:
         """How many steps a client makes in all; without rounds, its last epoch is whole.
