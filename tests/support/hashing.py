@@ -17,6 +17,7 @@ import numpy as np
 
 from splitonnx.manifests import PartyManifest
 from splitonnx.runtime.engine.engines import Engine, LoadedStage
+from splitonnx.runtime.engine.providers import CPU, PROVIDERS
 from splitonnx.tensors import DTYPES, TensorSpec
 
 ROWS = 2
@@ -34,6 +35,7 @@ class HashingEngine(Engine):
     """
 
     def __init__(self, manifests: Iterable[PartyManifest], *, drifts: bool = False) -> None:
+        self.provider = PROVIDERS[CPU]
         self._runs = itertools.count() if drifts else itertools.repeat(0)
         self._outputs: dict[tuple[str, str], tuple[str, ...]] = {}
         self._specs: dict[str, TensorSpec] = {}

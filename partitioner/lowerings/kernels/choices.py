@@ -11,11 +11,7 @@ from splitonnx.partitioner.lowerings.kernels.convolution_gradients import separa
 from splitonnx.partitioner.lowerings.kernels.relu_gradients import multiply_by_slope
 from splitonnx.partitioner.lowerings.kernels.scalars import fit_scalars
 
-_CHOICES = {
-    "And": compare_with_output,
-    "ConvGrad": separate_input_gradient,
-    "ReluGrad": multiply_by_slope,
-}
+_CHOICES = {"ConvGrad": separate_input_gradient, "ReluGrad": multiply_by_slope}
 
 
 def choose_kernels(graph: ir.Graph) -> None:
@@ -23,6 +19,7 @@ def choose_kernels(graph: ir.Graph) -> None:
 
     Call this function after differentiation.  The values that replace others keep their names.
     """
+    clips: set[ir.Node] = set()  # those that come before the node
     for node in list(graph):
         for body in list_bodies(node):
             choose_kernels(body)
@@ -31,3 +28,7 @@ def choose_kernels(graph: ir.Graph) -> None:
             choose = _CHOICES.get(node.op_type)
             if choose is not None:
                 choose(node)
+            elif node.op_type == "Clip":
+                clips.add(node)
+            elif node.op_type == "And":
+                compare_with_output(node, clips)

@@ -6,15 +6,18 @@ exactly where Clip returned its input.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import onnx_ir as ir
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder, known_array
 
 
-def compare_with_output(node: ir.Node) -> None:
-    """Replace ``And(low <= x, x <= high)`` by ``x == Clip(x, low, high)``, if that is in the graph.
+def compare_with_output(node: ir.Node, clips: Collection[ir.Node]) -> None:
+    """Replace ``And(low <= x, x <= high)`` by ``x == y``, if y is the output of one of ``clips``.
 
-    Nodes whose limits are not constants, or not in this order, are left unchanged.
+    ``clips`` are the Clips that come before the node.  Nodes whose limits are not constants, or not
+    in this order, are left unchanged.
     """
     above, below = (None if value is None else value.producer() for value in node.inputs)
     if above is None or below is None:
@@ -22,7 +25,7 @@ def compare_with_output(node: ir.Node) -> None:
     if (above.op_type, below.op_type) != ("GreaterOrEqual", "LessOrEqual"):
         return
     x, low = above.inputs
-    clip = _find_clip(x, low, below.inputs[1])
+    clip = _find_clip(x, low, below.inputs[1], clips)
     if below.inputs[0] is not x or clip is None:
         return
     builder = NodeBuilder(f"{node.outputs[0].name}/equal")
@@ -33,10 +36,15 @@ def compare_with_output(node: ir.Node) -> None:
             graph.remove(unused, safe=True)
 
 
-def _find_clip(x: ir.Value | None, low: ir.Value | None, high: ir.Value | None) -> ir.Node | None:
+def _find_clip(
+    x: ir.Value | None,
+    low: ir.Value | None,
+    high: ir.Value | None,
+    clips: Collection[ir.Node],
+) -> ir.Node | None:
     """Return the Clip of a value between two constants, if the first is not above the second."""
     least, most = known_array(low), known_array(high)
     if x is None or least is None or most is None or not (least <= most).all():
         return None
-    readers = (reader for reader in x.consumers() if reader.op_type == "Clip")
+    readers = (reader for reader in x.consumers() if reader in clips)
     return next((reader for reader in readers if tuple(reader.inputs) == (x, low, high)), None)

@@ -12,7 +12,9 @@ from tests.partitioner.lowerings.kernels.chosen import choose, run
 X = np.array([-np.inf, -1.5, -1, -0.5, 0.0, 2.0, 2.5, np.inf, np.nan], np.float32)
 
 
-def build(low: float, high: float, *, clip_high: float | None = None) -> ir.Model:
+def build(
+    low: float, high: float, *, clip_high: float | None = None, is_last: bool = False
+) -> ir.Model:
     """A Clip, and the mask of its gradient as the gradient builder writes it."""
     numbers = {"low": low, "high": high, "other": high if clip_high is None else clip_high}
     nodes = [
@@ -23,7 +25,7 @@ def build(low: float, high: float, *, clip_high: float | None = None) -> ir.Mode
         helper.make_node("Cast", ["inside"], ["mask"], to=TensorProto.FLOAT),
     ]
     graph = helper.make_graph(
-        nodes,
+        [*nodes[1:], nodes[0]] if is_last else nodes,
         "case",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N"])],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "mask")],
@@ -49,3 +51,10 @@ def test_limits_in_the_wrong_order_are_left_to_both_comparisons() -> None:
 
 def test_a_clip_with_another_limit_is_not_taken() -> None:
     assert "And" in choose(build(-1, 2, clip_high=3))
+
+
+def test_a_clip_that_comes_later_is_not_read() -> None:
+    model = build(-1, 2, is_last=True)
+    assert "And" in choose(model)
+    expected = ((X >= -1) & (X <= 2)).astype(np.float32)
+    np.testing.assert_array_equal(run(model, {"x": X})["mask"], expected)
