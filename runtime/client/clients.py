@@ -234,7 +234,7 @@ class Client:
                 the resumed run started with a different seed, batch size, shuffling, number of
                 samples, schedule or early stopping.
             NotSaved: a checkpoint or the trained state cannot be saved.
-            StepsLost: the server lost steps that were performed before this call, or repeatedly
+            StepsLost: the server lost steps of an earlier training, or repeatedly
                 lost the same steps.
             ConnectionLost, RemoteFault: the connection was lost, or the server reported an internal
                 error.

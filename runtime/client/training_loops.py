@@ -51,10 +51,11 @@ class TrainingLoop:
     def fit(self, options: FitOptions, start: DataPosition) -> History:
         """Train from a position in the data to the end of the last epoch, and return the history.
 
-        If the server lost steps, both sides go back and repeat the lost steps.
+        If the server lost steps, both sides go back and repeat the lost steps, also those that were
+        made before the training was resumed here.
 
         Raises:
-            StepsLost: the lost steps were performed before this call, or steps are lost repeatedly.
+            StepsLost: the lost steps belong to an earlier training, or steps are lost repeatedly.
             SplitonnxError: see :meth:`Client.fit`.
         """
         policy = self._runner.terms.policy
@@ -86,6 +87,8 @@ class TrainingLoop:
                 if returns == MOST_RETURNS:
                     raise
                 kept = self._runner.position
+                if kept is not None and _is_before(kept, start):
+                    first = min(first, lost.step)  # before this run resumed the training
                 if lost.step < first or (lost.step > first and kept is None):
                     raise
                 self._has_left = False
@@ -335,6 +338,16 @@ class TrainingLoop:
         if options.rates is None:
             return rate
         return rate * options.rates.get_factor(position.epoch, position.batch)
+
+
+def _is_before(one: DataPosition, other: DataPosition) -> bool:
+    """Return whether a position comes before another one in the same data."""
+    if (one.epoch, one.batch) >= (other.epoch, other.batch):
+        return False
+    return all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("batch_size", "seed", "shuffle", "samples", "schedule")
+    )
 
 
 def _begin_next_epoch(position: DataPosition) -> DataPosition:

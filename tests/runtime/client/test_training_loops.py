@@ -276,6 +276,33 @@ def test_steps_from_before_the_fit_are_not_its_to_make_again(loop: Loop) -> None
         loop.fit()
 
 
+def test_a_resumed_training_makes_steps_again_from_before_it_was_resumed(loop: Loop) -> None:
+    loop.executor.step = 2
+    lost = iter([True])
+
+    def lose_once(step: int) -> None:
+        if next(lost, False):
+            loop.runner.position = replace_batch(1)
+            loop.runner.go_back(1)
+
+    loop.runner.fails = lose_once
+    history = loop.fit(start=replace_batch(2))
+    assert [record.step for record in history.steps] == [2, 3, 4, 5]
+    assert [record.batch for record in history.steps] == [2, 3, 4, 5]
+
+
+def test_a_position_of_another_training_is_not_gone_back_to(loop: Loop) -> None:
+    loop.executor.step = 2
+
+    def lose(step: int) -> None:
+        loop.runner.position = msgspec.structs.replace(replace_batch(1), seed=9)
+        loop.runner.go_back(1)
+
+    loop.runner.fails = lose
+    with pytest.raises(StepsLost):
+        loop.fit(start=replace_batch(2))
+
+
 def test_a_server_that_loses_every_step_is_given_up_in_the_end(loop: Loop) -> None:
     asked = 0
 
