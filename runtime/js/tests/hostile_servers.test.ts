@@ -267,6 +267,42 @@ test("a client that gives up lets others train with its storage before it closes
   await trained.close();
 });
 
+test("a resumed training makes steps again from before it was resumed", async (t) => {
+  const liar = await startLiar(t);
+  const folder = await mkdtemp(join(tmpdir(), "splitonnx-"));
+  t.after(() => rm(folder, { recursive: true }));
+  const run = { batchSize: 6, epochs: 4, checkpointEvery: 1 };
+  const stop = new AbortController();
+  const first = await connectTo(liar, { storage: new FolderStorage(folder) });
+  const begun = await first.fit(DATA, {
+    ...run,
+    signal: stop.signal,
+    onStep: ({ step }) => {
+      if (step === 2) stop.abort();
+    },
+  });
+  assert.equal(begun.steps.length, 2);
+  await first.close();
+  const lost = [3];
+  let isLost = false;
+  liar.lies = {
+    welcome: (hello) => welcome(hello, isLost ? { step: Math.min(...hello.kept) } : {}),
+    reply: (asked) => {
+      if (asked.step + 1 !== lost[0]) return reply(asked);
+      lost.shift();
+      isLost = true;
+      return HANG_UP;
+    },
+  };
+  const again = await connectTo(liar, { storage: new FolderStorage(folder), resume: true });
+  const { steps } = await again.fit(DATA, run);
+  assert.deepEqual(
+    steps.map(({ step }) => step),
+    [2, 3, 4],
+  );
+  await again.close();
+});
+
 test("a server that loses each step often is trained with as long as new ones come", async (t) => {
   const liar = await startLiar(t);
   const losses = [1, 2].flatMap((made) => Array<number>(MOST_RETURNS).fill(made));

@@ -34,14 +34,15 @@ export class TrainingLoop {
   /**
    * Train from a position in the data until all epochs are made, and return what happened.
    *
-   * Where the server lost steps, both sides go back and make them again.
+   * Where the server lost steps, both sides go back and make them again, also those that were made
+   * before the training was resumed here.
    *
-   * @throws StepsLost: they were made before this call, or are lost again and again.
+   * @throws StepsLost: they are of an earlier training, or are lost again and again.
    * @throws SplitonnxError: see `SplitClient.fit`.
    */
   async fit(options: ResolvedFitOptions, start: DataPosition): Promise<History> {
     const history = new History();
-    const first = this.#step;
+    let first = this.#step;
     let position = start;
     let [farthest, returns] = [first, 0];
     const isAbsent = options.signal?.aborted ?? false; // it does not even begin
@@ -65,6 +66,7 @@ export class TrainingLoop {
         farthest = Math.max(farthest, reached);
         if (returns === MOST_RETURNS) throw error;
         const kept = this.#runner.position;
+        if (kept && isBefore(kept, start)) first = Math.min(first, error.step);
         if (error.step < first || (error.step > first && !kept)) throw error;
         position = kept ?? start;
         history.forget(error.step, position.epoch);
@@ -274,4 +276,11 @@ export class TrainingLoop {
   #checkCourse(): void {
     if (this.#step !== this.#expected) throw new StepsLost(this.#step);
   }
+}
+
+/** Say whether a position comes before another one in the same data. */
+function isBefore(one: DataPosition, other: DataPosition): boolean {
+  if ((one.epoch - other.epoch || one.batch - other.batch) >= 0) return false;
+  const keys = ["batchSize", "seed", "shuffle", "samples", "schedule"] as const;
+  return keys.every((key) => one[key] === other[key]);
 }
