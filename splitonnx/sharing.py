@@ -63,6 +63,16 @@ def list_joined(manifest: PartyManifest) -> tuple[str, ...]:
     return tuple(manifest.phase(SHARE).commits)
 
 
+def list_carried(manifest: PartyManifest) -> tuple[str, ...]:
+    """List the states that a party's part hands itself from step to step.
+
+    They are computed from the data of whoever trained or predicted last.
+    """
+    joined = set(list_joined(manifest))
+    buffers = [spec.tensor.name for spec in manifest.state if spec.role is Role.BUFFER]
+    return tuple(name for name in buffers if name not in joined)
+
+
 def _list_shareable(manifest: PartyManifest, carried: Collection[str]) -> tuple[TensorSpec, ...]:
     return tuple(
         spec.tensor

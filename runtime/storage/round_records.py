@@ -47,8 +47,8 @@ class RoundRecord:
     ``members`` are the sessions that the next round waits for, in their order, and ``holder`` is
     the one whose turn it is if they train one after the other.  ``adoptions`` says for each session
     at which of its steps it received the tensors of which round, newest first.  If all sessions
-    train one model, its state is among the tensors, ``version`` is the number of its updates, and
-    ``owners`` are the sessions' owners.
+    train one model, its state is among the tensors, ``version`` is the number of its updates,
+    ``owners`` are the sessions' owners, and ``savers`` those whose clients write checkpoints.
     """
 
     number: int
@@ -58,6 +58,7 @@ class RoundRecord:
     adoptions: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     version: int = 0
     owners: Mapping[str, str] = field(default_factory=dict)
+    savers: tuple[str, ...] = ()
 
 
 class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +70,7 @@ class _Facts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     adoptions: dict[str, tuple[tuple[_Count, _Count], ...]]
     version: _Count = 0
     owners: dict[str, str] = {}
+    savers: tuple[str, ...] = ()
 
 
 # msgspec ends the process if two threads use a type for the first time at the same time
@@ -101,6 +103,7 @@ class RoundRecords:
             adoptions=dict(record.adoptions),
             version=record.version,
             owners=dict(record.owners),
+            savers=record.savers,
         )
         metadata = {_FACTS: msgspec.json.encode(facts).decode()}
         check_home(self._home, self._digest)
@@ -166,6 +169,7 @@ class RoundRecords:
             adoptions=facts.adoptions,
             version=facts.version,
             owners=facts.owners,
+            savers=facts.savers,
         )
 
     def _list(self) -> list[int]:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest
-from splitonnx.names import ASYNCHRONOUS, ONE_MODEL, PER_CLIENT, SEQUENTIAL, SHARE, SYNCHRONOUS
+from splitonnx.names import (
+    ASYNCHRONOUS,
+    ONE_MODEL,
+    PER_CLIENT,
+    SEQUENTIAL,
+    SHARE,
+    SPLITFED_V1,
+    SYNCHRONOUS,
+)
 from splitonnx.runtime.server.policies.joining.asynchronous import Asynchronous
 from splitonnx.runtime.server.policies.joining.relay import Relay
 from splitonnx.runtime.server.policies.joining.rounds import RoundRules, Rounds
@@ -18,6 +26,7 @@ from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.policies.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.shared_training import SharedSource, SharedTraining
 from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
+from splitonnx.sharing import list_carried
 
 
 def make_policy(
@@ -34,8 +43,8 @@ def make_policy(
     one; with ``resume``, training continues after the newest of them, otherwise they are deleted.
 
     Raises:
-        UsageError: the bundle does not declare how parameters are shared, or its tensors cannot be
-            joined to one batch.
+        UsageError: the bundle does not declare how parameters are shared, its tensors cannot be
+            joined to one batch, or one model for all clients would hold a client's data.
         BundleError: the records of an earlier training cannot be deleted.
     """
     copies = PerClient(source)
@@ -46,6 +55,8 @@ def make_policy(
             f"this bundle does not say how clients share parameters, which the policy "
             f"'{options.name}' needs; cut the model again with this version"
         )
+    if options.name in ONE_MODEL:
+        _check_carried(options.name, manifest)
     records = None if folder is None else RoundRecords(folder, manifest.digest)
     layout = BatchLayout(manifest) if options.name == SYNCHRONOUS else None
     rounds = _make_rounds(options, _open(records, resume=resume))
@@ -62,6 +73,16 @@ def make_policy(
         record=record,
         read_before=None if records is None else records.read_before,
     )
+
+
+def _check_carried(policy: str, manifest: PartyManifest) -> None:
+    """Refuse a model that hands itself a state, which would pass from one client to another."""
+    if carried := list_carried(manifest):
+        raise UsageError(
+            f"the server's part hands '{carried[0]}' from step to step (--state), and with the "
+            f"policy '{policy}' one client's data would reach another in it, as all train one "
+            f"model; take '{SPLITFED_V1}' or '{SEQUENTIAL}', where each client has a copy of it"
+        )
 
 
 def _make_rounds(options: PolicyOptions, newest: RoundRecord | None) -> Rounds:

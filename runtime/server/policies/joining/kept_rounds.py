@@ -41,6 +41,9 @@ class KeptRounds:
         self._is_restored = newest is not None  # from disk, and no round was closed since
         self._candidates: dict[str, tuple[int, ...]] = {}  # steps of those that came since
         self._durable: Adoptions = {} if newest is None else dict(newest.adoptions)
+        self._savers = set(
+            () if newest is None else newest.savers
+        )  # whose clients keep checkpoints
         self._ends: dict[str, RoundRecord | None] = {}  # of sessions that leave
 
     def write(self, joint: RoundRecord) -> None:
@@ -50,6 +53,7 @@ class KeptRounds:
             StateNotFinite: the model contains NaN or infinity.
             BundleError, NotSaved: it cannot be written.
         """
+        joint = replace(joint, savers=tuple(sorted(self._savers & joint.adoptions.keys())))
         self.newest, self._is_restored = joint, False
         self._candidates.clear()
         check_finite_state(Path(f"round {joint.number}"), joint.tensors, self._specs)
@@ -71,6 +75,7 @@ class KeptRounds:
         if self.newest is None or step not in dict(adoptions.get(session, ())):
             reason = "with this server's policy, only the end of a round can be restored"
             raise NotSaved(f"step {step}", reason)
+        self._savers.add(session)
         if step not in dict(self._durable.get(session, ())):
             known = {name: owner for name, owner in owners.items() if name in adoptions}
             self.write(replace(self.newest, adoptions=adoptions, owners=known))
@@ -96,8 +101,12 @@ class KeptRounds:
         earlier = self._read_before(self.newest.number)
         if earlier is None or earlier.adoptions.keys() != adoptions.keys():
             return None  # a client came or left in between
-        steps = {session: entries[0][0] for session, entries in earlier.adoptions.items()}
-        can_return = all(steps.get(name) in found for name, found in self._candidates.items())
+        can_return = all(
+            entries[0][0] in self._candidates[name]
+            if name in self._candidates
+            else name in self._savers
+            for name, entries in earlier.adoptions.items()
+        )
         return earlier if can_return else None
 
     def return_to(self, earlier: RoundRecord) -> None:

@@ -7,12 +7,18 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from onnx import helper
 
+from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Phase
 from splitonnx.names import SHARE, TRAIN
+from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.choices import make_policy
 from splitonnx.runtime.server.policies.joint_training import JointTraining
+from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.policies.policy_options import POLICIES, PolicyOptions
 from splitonnx.runtime.server.policies.shared_training import SharedTraining
@@ -20,6 +26,7 @@ from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
 from splitonnx.tensors import TensorSpec
 from tests.support import tiny
 from tests.support.sharing import greet, share_task, sharing_bundle, source_of
+from tests.support.zoo import FLOAT, Net
 
 KINDS = {
     "per-client": PerClient,
@@ -55,6 +62,34 @@ def test_only_asynchronous_answers_a_share_alone_as_often_as_its_staleness_allow
         list(policy.submit(share_task(session, 0, 1.0)))
     answered = [len(list(policy.submit(share_task("a" * 32, n, 1.0, samples=1)))) for n in (1, 2)]
     assert answered == [1, 0]
+
+
+@pytest.fixture(scope="module")
+def recurrent() -> PartyBundle:
+    """The server's part of a network that hands itself a state from step to step."""
+    net = Net()
+    projected = net.op("MatMul", "x", net.weight("w0", 2, 3), out="projected")
+    kept = net.op("MatMul", "h_0", net.weight("wh", 3, 3), out="kept")
+    state = net.op("Tanh", net.op("Add", projected, kept, out="sum"), out="h_n")
+    net.op("MatMul", state, net.weight("w2", 3, 2), out="y")
+    model = net.finish({"x": (FLOAT, (4, 2)), "h_0": (FLOAT, (4, 3))}, "y", 2)
+    model.graph.output.append(helper.make_tensor_value_info("h_n", FLOAT, (4, 3)))
+    bundle = cut(model, at="projected", output="y", states={"h_n": "h_0"})
+    assert bundle.server is not None
+    return bundle.server
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_one_model_for_all_clients_keeps_no_client_s_state_for_another(
+    name: str, recurrent: PartyBundle
+) -> None:
+    manifest, options = recurrent.manifest, PolicyOptions(name=name)
+    source = ModelMaker(Executor(recurrent, Engine(threads=1)), None, None)
+    if KINDS[name] is not SharedTraining:
+        assert make_policy(options, source, manifest, None, resume=False)
+        return
+    with pytest.raises(UsageError, match=r"'h_0'.*one client's data would reach another"):
+        make_policy(options, source, manifest, None, resume=False)
 
 
 def test_a_bundle_whose_batches_cannot_be_joined_is_refused_for_joint_steps_alone() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from splitonnx.messages import Save
 from splitonnx.names import SPLITFED_V2, SYNCHRONOUS
 from splitonnx.runtime.server.policies.tasks import Delivery
 from tests.support.registries import ANN, BOB
@@ -20,12 +23,16 @@ def make_round(scene: Scene, step: int) -> list[Delivery]:
     ]
 
 
-def restarted(name: str = SYNCHRONOUS, rounds: int = 2) -> Scene:
+def restarted(
+    name: str = SYNCHRONOUS, rounds: int = 2, savers: Sequence[str] = (ANN, BOB)
+) -> Scene:
     """Return a server that failed after some rounds and runs again."""
     scene = Scene(name)
     scene.begin(ANN, BOB)
     for step in range(rounds):
         make_round(scene, step)
+        for session in savers:
+            scene.policy.save(Save(session=session, step=step + 1))
     scene.restart()
     return scene
 
@@ -85,6 +92,18 @@ def test_nobody_goes_back_if_a_client_cannot() -> None:
     assert come_back(scene, ANN, 0, 1) == 2
     assert not scene.policy.is_lost(BOB)
     assert scene.policy.list_steps(ANN) == (2, 1, 0)
+
+
+def test_nobody_goes_back_if_one_that_has_not_come_yet_writes_no_checkpoints() -> None:
+    scene = restarted(savers=[ANN])
+    assert come_back(scene, ANN, 0, 1) == 2
+    assert come_back(scene, BOB, 2) == 2
+
+
+def test_all_go_back_with_one_that_has_not_come_yet_but_writes_checkpoints() -> None:
+    scene = restarted()
+    assert come_back(scene, ANN, 0, 1) == 1
+    assert come_back(scene, BOB, 1, 2) == 1
 
 
 def test_nobody_goes_back_once_a_joint_step_was_made_since_the_server_started() -> None:
