@@ -104,6 +104,11 @@ class JoiningOptions:
             )
         if "--staleness" in given and self.policy is not PolicyName.ASYNCHRONOUS:
             raise UsageError(f"--staleness: with --policy {ASYNCHRONOUS} only")
+        if "--quorum" in given and self.policy.value in (SEQUENTIAL, ASYNCHRONOUS):
+            raise UsageError(
+                f"--quorum: with policies that join several clients in a round only; in a round of "
+                f"{self.policy.value} there is one"
+            )
         return PolicyOptions(
             name=self.policy.value,
             clients_min=self.clients_min,

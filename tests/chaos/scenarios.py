@@ -155,8 +155,10 @@ def serve_command(scenario: Scenario, bundle: Path, steps: int) -> list[str]:
     joining = [
         "--policy", scenario.policy, "--clients-min", str(scenario.clients),
         "--local-steps", str(scenario.local_steps), "--rounds", str(scenario.count_rounds(steps)),
-        "--round-timeout", str(PATIENCE), "--quorum", str(scenario.clients),
+        "--round-timeout", str(PATIENCE),
     ]  # fmt: skip
+    if scenario.policy not in (SEQUENTIAL, ASYNCHRONOUS):
+        joining += ["--quorum", str(scenario.clients)]
     return [
         *_splitonnx("serve"), str(bundle / "server"), "--resume", "--port", "0", "--threads", "1",
         *(joining if scenario.joins else ()),

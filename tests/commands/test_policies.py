@@ -65,6 +65,16 @@ def test_an_option_that_the_policy_does_not_have_is_refused(
     assert f"{option}: with a policy that joins clients only" in told
 
 
+@pytest.mark.parametrize("name", ["sequential", "asynchronous"])
+def test_where_a_round_has_one_client_there_is_no_quorum(
+    command: Command, tmp_path: Path, name: str
+) -> None:
+    tiny.split_bundle().save(tmp_path / "bundle")
+    told = command.fail("serve", tmp_path / "bundle" / "server", "--policy", name, "--quorum", 2)
+    assert "--quorum: with policies that join several clients in a round only" in told
+    assert f"in a round of {name} there is one" in told
+
+
 def test_a_bundle_of_an_earlier_version_is_refused(command: Command, tmp_path: Path) -> None:
     tiny.split_bundle().save(tmp_path / "bundle")
     told = command.fail(
