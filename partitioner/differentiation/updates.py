@@ -21,7 +21,6 @@ import onnx_ir as ir
 from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.manifests import LEARNING_RATE, STEP, Role, StateSpec
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup, assign_groups
-from splitonnx.partitioner.differentiation.tiles import Formula, choose_tile, compute_in_tiles
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.tensors import TensorSpec
 
@@ -96,10 +95,10 @@ def build_update(
 
     ``gradients`` maps each parameter of the model to the name of its gradient.  If
     ``optimizer.clip_norm`` is set, the graph also reads the squared norms that ``norms`` describes.
-    A ``portable`` graph uses double precision only if a parameter has double precision, and does
-    not compute in tiles, because ONNX Runtime has no such kernels for GPUs in browsers.
+    A ``portable`` graph uses double precision only if a parameter has double precision, because
+    ONNX Runtime has no such kernels for GPUs in browsers.
     """
-    builder = _Graph("update", tiles=not portable)
+    builder = _Graph("update")
     rate = builder.input(LEARNING_RATE, "F32", ())
     clip = _clip_factor(builder, optimizer, norms)
     is_single = portable and all(spec.dtype != "F64" for spec in parameters)
@@ -284,73 +283,40 @@ def _update_adam(
     optimizer: Optimizer,
     rule: _Rule,
 ) -> dict[str, ir.Value]:
-    assert isinstance(optimizer, Adam)
-    names = (f"{spec.name}#exp_avg", f"{spec.name}#exp_avg_sq")
-    moments = [builder.input(name, spec.dtype, spec.shape) for name in names]
-    operands = [parameter, gradient, *moments]
-    tile = choose_tile(spec.shape) if builder.tiles else None
-    if tile is None:
-        new = _build_adam(builder, spec, optimizer, rule)(builder, operands)
-    else:
-        flat = TensorSpec(name=spec.name, dtype=spec.dtype, shape=(tile,))
-        formula = _build_adam(builder, flat, optimizer, rule)
-        new = compute_in_tiles(builder, operands, tile, formula)
-    return dict(zip((spec.name, *names), new, strict=True))
-
-
-def _build_adam(builder: _Graph, spec: TensorSpec, optimizer: Adam, rule: _Rule) -> Formula:
-    """Return the formula of Adam or AdamW for one parameter.
+    """Build the update of one parameter by Adam or AdamW.
 
     It subtracts ``lr / (1 - b1**t) * m / (sqrt(v) / sqrt(1 - b2**t) + eps)``, where ``m`` and ``v``
     are the running averages of the gradient and its square, and ``t`` is the number of the update.
-    The scalars become nodes of ``builder``.
     """
-    decay = rule.weight_decay
-    keep = penalty = None
-    if decay and isinstance(optimizer, AdamW):
-        keep = rule.get("keep", spec)
-    elif decay:
-        penalty = builder.constant(decay, spec)
-    first, second = (
-        (builder.constant(beta, spec), builder.constant(1.0 - beta, spec))
-        for beta in (optimizer.beta1, optimizer.beta2)
+    assert isinstance(optimizer, Adam)
+    if isinstance(optimizer, AdamW):
+        if rule.weight_decay:
+            parameter = builder.op("Mul", parameter, rule.get("keep", spec))
+    else:
+        gradient = _decay_gradient(builder, spec, parameter, gradient, rule.weight_decay)
+
+    def blend(name: str, beta: float, value: ir.Value) -> ir.Value:
+        old = builder.input(name, spec.dtype, spec.shape)
+        kept = builder.op("Mul", old, builder.constant(beta, spec))
+        return builder.op("Add", kept, builder.op("Mul", value, builder.constant(1.0 - beta, spec)))
+
+    first, second = f"{spec.name}#exp_avg", f"{spec.name}#exp_avg_sq"
+    mean = blend(first, optimizer.beta1, gradient)
+    square = blend(second, optimizer.beta2, builder.op("Mul", gradient, gradient))
+    spread = builder.op("Div", builder.op("Sqrt", square), rule.get("spread", spec))
+    ratio = builder.op(
+        "Div", mean, builder.op("Add", spread, builder.constant(optimizer.eps, spec))
     )
-    spread, step_size = rule.get("spread", spec), rule.get("step_size", spec)
-    epsilon = builder.constant(optimizer.eps, spec)
-
-    def compute(inner: NodeBuilder, operands: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        parameter, gradient, mean, square = operands
-        if keep is not None:
-            parameter = inner.op("Mul", parameter, keep)
-        if penalty is not None:
-            gradient = inner.op("Add", gradient, inner.op("Mul", operands[0], penalty))
-        mean = _blend(inner, mean, gradient, first)
-        square = _blend(inner, square, inner.op("Mul", gradient, gradient), second)
-        rooted = inner.op("Div", inner.op("Sqrt", square), spread)
-        ratio = inner.op("Div", mean, inner.op("Add", rooted, epsilon))
-        change = inner.op("Mul", ratio, step_size)
-        return [inner.op("Sub", parameter, change), mean, square]
-
-    return compute
-
-
-def _blend(
-    inner: NodeBuilder, old: ir.Value, new: ir.Value, factors: tuple[ir.Value, ir.Value]
-) -> ir.Value:
-    kept = inner.op("Mul", old, factors[0])
-    return inner.op("Add", kept, inner.op("Mul", new, factors[1]))
+    change = builder.op("Mul", ratio, rule.get("step_size", spec))
+    return {spec.name: builder.op("Sub", parameter, change), first: mean, second: square}
 
 
 class _Graph(NodeBuilder):
-    """A graph that is being built: its nodes and its inputs.
+    """A graph that is being built: its nodes and its inputs."""
 
-    ``tiles`` says whether large parameters are updated tile by tile (:mod:`tiles`).
-    """
-
-    def __init__(self, name: str, *, tiles: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__(name)
         self._name = name
-        self.tiles = tiles
         self._inputs: dict[str, ir.Value] = {}
         self._fitted: dict[tuple[ir.Value, int], ir.Value] = {}
 
