@@ -105,12 +105,19 @@ def portable_python(
 
     SPLITONNX_PORTABLE_PYTHON names one that stands already.
     """
-    given = os.environ.get("SPLITONNX_PORTABLE_PYTHON")
+    return find_python("portable", request, tmp_path_factory)
+
+
+def find_python(
+    extra: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the python of an environment with an extra, as a variable names it, or build one."""
+    given = os.environ.get(f"SPLITONNX_{extra.upper()}_PYTHON")
     if given:
         return Path(given)
     wheel: Path = request.getfixturevalue("wheel")
     return build_once(
         tmp_path_factory,
-        "shared-portable",
-        lambda folder: make_environment(folder / "venv", f"{wheel}[portable]"),
+        f"shared-{extra}",
+        lambda folder: make_environment(folder / "venv", f"{wheel}[{extra}]"),
     )

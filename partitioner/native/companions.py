@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from contextvars import copy_context
 from typing import TypeVar
 
@@ -25,15 +26,15 @@ def run_together(tasks: Sequence[Callable[[], R]]) -> list[R]:
         with using(isolation):
             return task()
 
-    with ThreadPoolExecutor(max_workers=max(1, len(isolations))) as threads:
-        try:
-            futures = [
-                threads.submit(copy_context().run, run, task, isolation)
-                for task, isolation in zip(tasks[1:], isolations, strict=True)
-            ]
-            results = [task() for task in tasks[:1]]
-            return [*results, *(future.result() for future in futures)]
-        except BaseException:
-            for isolation in isolations:
-                isolation.abandon()
-            raise
+    workers = max(1, len(isolations))
+    with ThreadPoolExecutor(max_workers=workers) as threads, ExitStack() as undo:
+        for isolation in isolations:
+            undo.callback(isolation.abandon)
+        futures = [
+            threads.submit(copy_context().run, run, task, isolation)
+            for task, isolation in zip(tasks[1:], isolations, strict=True)
+        ]
+        results = [task() for task in tasks[:1]]
+        results += [future.result() for future in futures]
+        undo.pop_all()
+        return results

@@ -19,8 +19,8 @@ from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut_prepared
 from splitonnx.partitioner.reports.inspections import list_cuts
-from tests.conftest import ROOT, build_once, make_environment
-from tests.end_to_end.test_portability import RTOL, STEPS, train_whole
+from tests.conftest import ROOT, find_python
+from tests.end_to_end.test_portability import STEPS, check_trained
 from tests.support import portable_training
 from tests.support.zoo import ZOO
 
@@ -43,15 +43,7 @@ def openvino_python(
 
     SPLITONNX_OPENVINO_PYTHON names one that stands already.
     """
-    given = os.environ.get("SPLITONNX_OPENVINO_PYTHON")
-    if given:
-        return Path(given)
-    wheel: Path = request.getfixturevalue("wheel")
-    return build_once(
-        tmp_path_factory,
-        "shared-openvino",
-        lambda folder: make_environment(folder / "venv", f"{wheel}[openvino]"),
-    )
+    return find_python("openvino", request, tmp_path_factory)
 
 
 def train_there(python: Path, provider: str, folders: list[Path]) -> str:
@@ -109,13 +101,7 @@ def read_placement(folder: Path) -> list[dict[str, Any]]:
 def test_the_zoo_trains_on_openvino_as_whole_models_train_on_the_cpu(
     trained: dict[Path, str],
 ) -> None:
-    expected = {name: train_whole(name) for name in ZOO}
-    for folder, name in trained.items():
-        found = np.load(folder / "trained.npz")
-        for key, value in expected[name].items():
-            scale = float(np.abs(value).max()) or 1.0
-            difference = float(np.abs(found[key] - value).max())
-            assert difference <= RTOL * scale, (name, folder.name, key, difference / scale)
+    check_trained(trained)
 
 
 def test_most_models_leave_no_whole_stage_to_the_cpu(trained: dict[Path, str]) -> None:

@@ -29,7 +29,7 @@ from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.runtime.storage.round_records import RoundRecord
 from splitonnx.sharing import name_joined
-from tests.support.registries import ANN
+from tests.support.registries import ANN, BOB
 from tests.support.shared_models import draw, step_task, tell
 from tests.support.sharing import greet, share_task, sharing_bundle
 
@@ -137,6 +137,16 @@ class Scene:
         """Submit a step, the same each time, and tell what comes of it."""
         seed = step * 3 + ord(session[0]) if seed is None else seed
         return tell(self.submit(step_task(session, draw(seed), step=step)))
+
+    def make_round(self, step: int) -> list[Delivery]:
+        """Have Ann and Bob make the step and share; return what is delivered."""
+        for session in (ANN, BOB):
+            self.train(session, step)
+        return [
+            delivery
+            for session, value in ((ANN, 0.1), (BOB, 0.7))
+            for delivery in self.share(session, step + 1, value * step, samples=1 + step)
+        ]
 
     def predict(self, session: str, step: int = 0) -> np.ndarray:
         key = TaskKey(session, PREDICT, step, 0)

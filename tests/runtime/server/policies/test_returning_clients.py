@@ -6,21 +6,9 @@ from collections.abc import Sequence
 
 from splitonnx.messages import Save
 from splitonnx.names import SPLITFED_V2, SYNCHRONOUS
-from splitonnx.runtime.server.policies.tasks import Delivery
 from tests.support.registries import ANN, BOB
 from tests.support.shared_models import tell
 from tests.support.shared_scenes import EVE, JOINED, Scene
-
-
-def make_round(scene: Scene, step: int) -> list[Delivery]:
-    """Have Ann and Bob make the step and share; return what is delivered."""
-    for session in (ANN, BOB):
-        scene.train(session, step)
-    return [
-        delivery
-        for session, value in ((ANN, 0.1), (BOB, 0.7))
-        for delivery in scene.share(session, step + 1, value * step, samples=1 + step)
-    ]
 
 
 def restarted(
@@ -30,7 +18,7 @@ def restarted(
     scene = Scene(name)
     scene.begin(ANN, BOB)
     for step in range(rounds):
-        make_round(scene, step)
+        scene.make_round(step)
         for session in savers:
             scene.policy.save(Save(session=session, step=step + 1))
     scene.restart()
@@ -45,14 +33,14 @@ def come_back(scene: Scene, session: str, *kept: int) -> int:
 def test_all_repeat_the_round_that_a_client_has_lost_with_the_server() -> None:
     calm, rough = Scene(SYNCHRONOUS), restarted()
     calm.begin(ANN, BOB)
-    ends = [make_round(calm, step) for step in (0, 1, 2)]
+    ends = [calm.make_round(step) for step in (0, 1, 2)]
     assert come_back(rough, BOB, 1, 2) == 2
     assert rough.train(BOB, 2) == []  # waits for Ann
     assert come_back(rough, ANN, 0, 1) == 1
     assert tell(rough.tick()) == [("b", "WorkerLost")]
     assert rough.policy.is_lost(BOB)
     assert come_back(rough, BOB, 1, 2) == 1
-    again = [make_round(rough, step) for step in (1, 2)]
+    again = [rough.make_round(step) for step in (1, 2)]
     for one, other in zip(ends[1:], again, strict=True):
         assert [(d.key, d.version, d.tensors[JOINED].tobytes()) for d in one] == [
             (d.key, d.version, d.tensors[JOINED].tobytes()) for d in other
@@ -69,11 +57,11 @@ def test_all_go_back_if_a_client_fails_after_it_had_returned_to_the_new_server()
     assert not rough.policy.is_lost(ANN)
     assert rough.policy.is_lost(BOB)
     assert come_back(rough, BOB, 1, 2) == 1
-    make_round(rough, 1)
+    rough.make_round(1)
     calm = Scene(SYNCHRONOUS)
     calm.begin(ANN, BOB)
     for step in (0, 1):
-        make_round(calm, step)
+        calm.make_round(step)
     assert rough.state() == calm.state()
 
 
@@ -119,7 +107,7 @@ def test_nobody_goes_back_once_a_round_was_closed_since_the_server_started() -> 
     scene = restarted()
     for session in (ANN, BOB):
         come_back(scene, session, 1, 2)
-    make_round(scene, 2)
+    scene.make_round(2)
     assert scene.join(ANN, "a", generation=3, step=2, kept=(1, 2)).step == 3
     assert not scene.policy.is_lost(BOB)
 
@@ -127,7 +115,7 @@ def test_nobody_goes_back_once_a_round_was_closed_since_the_server_started() -> 
 def test_nobody_goes_back_if_a_client_came_in_the_newest_round() -> None:
     scene = Scene(SYNCHRONOUS)
     scene.begin(ANN, BOB)
-    make_round(scene, 0)
+    scene.make_round(0)
     scene.join(EVE, "e")
     scene.share(EVE, 0, 0.0)
     for session in (ANN, BOB, EVE):

@@ -10,7 +10,6 @@ import pytest
 from splitonnx.errors import BundleError, ForeignSession, NotSaved, WorkerLost
 from splitonnx.messages import Save, TaskKey
 from splitonnx.names import ASYNCHRONOUS, SPLITFED_V2, SYNCHRONOUS, TRAIN
-from splitonnx.runtime.server.policies.tasks import Delivery
 from splitonnx.states import read_state
 from tests.support.registries import ANN, BOB
 from tests.support.shared_models import draw, step_task, tell
@@ -23,17 +22,6 @@ def save(scene: Scene, session: str, step: int) -> None:
     scene.policy.save(Save(session=session, step=step))
 
 
-def make_round(scene: Scene, step: int) -> list[Delivery]:
-    """Have two clients make the step and share; return what is delivered."""
-    for session in (ANN, BOB):
-        scene.train(session, step)
-    return [
-        delivery
-        for session, value in ((ANN, 0.1), (BOB, 0.7))
-        for delivery in scene.share(session, step + 1, value * step, samples=len(session) + step)
-    ]
-
-
 # --- records ----------------------------------------------------------------------------------
 
 
@@ -43,7 +31,7 @@ def test_a_round_records_the_whole_model_with_its_version_and_the_sessions_owner
 ) -> None:
     scene = Scene(name)
     scene.begin(ANN, BOB)
-    make_round(scene, 0)
+    scene.make_round(0)
     joint = scene.recorded[-1]
     state = scene.model().executor.state()
     assert set(joint.tensors) == {"W1@own", *state}
@@ -58,14 +46,14 @@ def test_a_training_that_continues_from_a_record_ends_with_the_same_bits(name: s
     calm, rough = Scene(name), Scene(name)
     for scene in (calm, rough):
         scene.begin(ANN, BOB)
-        make_round(scene, 0)
+        scene.make_round(0)
     rough.train(ANN, 1)  # is lost with the server
     rough.restart()
     for session in (ANN, BOB):
         assert rough.join(session, session[0], generation=2, step=1).step == 1
     ends = []
     for scene in (calm, rough):
-        told = [delivery for step in (1, 2) for delivery in make_round(scene, step)]
+        told = [delivery for step in (1, 2) for delivery in scene.make_round(step)]
         joined = [(d.key, d.version, d.tensors[JOINED].tobytes()) for d in told]
         ends.append((joined, scene.state(), scene.model().version))
     assert ends[0] == ends[1]
@@ -74,7 +62,7 @@ def test_a_training_that_continues_from_a_record_ends_with_the_same_bits(name: s
 def test_after_a_crash_a_client_that_lost_its_answer_receives_it_again() -> None:
     scene = Scene()
     scene.begin(ANN, BOB)
-    first = {d.key.session: d for d in make_round(scene, 0)}
+    first = {d.key.session: d for d in scene.make_round(0)}
     scene.restart()
     scene.join(ANN, "a", generation=2)
     (again,) = scene.share(ANN, 1, 99.0, samples=5)
@@ -101,7 +89,7 @@ def test_a_session_goes_back_to_the_steps_at_which_it_received_a_round() -> None
     for session in (ANN, BOB):
         scene.share(session, 0, 1.0)
     for step in (0, 1):
-        make_round(scene, step)
+        scene.make_round(step)
     assert scene.policy.list_steps(ANN) == (2, 1, 0)
     scene.policy.rewind(ANN, 1)
     assert scene.policy.list_steps(ANN) == (1, 0)
@@ -144,7 +132,7 @@ def test_a_round_that_could_not_be_recorded_is_saved_when_there_is_room_again() 
     scene = Scene()
     scene.begin(ANN, BOB)
     scene.refusal = BundleError("rounds", "the disk is full")
-    assert len(make_round(scene, 0)) == 2
+    assert len(scene.make_round(0)) == 2
     with pytest.raises(BundleError, match="the disk is full"):
         save(scene, ANN, 1)
     scene.refusal = None
@@ -170,7 +158,7 @@ def test_a_client_s_own_model_is_saved_before_the_first_round(tmp_path: Path) ->
 def test_publishing_writes_the_model_as_the_outcome_of_the_client_s_step(tmp_path: Path) -> None:
     scene = Scene(folder=tmp_path / "server")
     scene.begin(ANN, BOB)
-    make_round(scene, 0)
+    scene.make_round(0)
     scene.train(BOB, 1)
     scene.policy.save(Save(session=ANN, step=1, publish=True))
     written = read_state(tmp_path / "server", scene.bundle.parties["server"].manifest)
@@ -194,7 +182,7 @@ def test_a_model_that_is_lost_is_restored_as_it_was_recorded(name: str) -> None:
     calm, rough = Scene(name), Scene(name)
     for scene in (calm, rough):
         scene.begin(ANN, BOB)
-        make_round(scene, 0)
+        scene.make_round(0)
     rough.train(ANN, 1)
     rough.kill()
     for session in (ANN, BOB):
@@ -203,7 +191,7 @@ def test_a_model_that_is_lost_is_restored_as_it_was_recorded(name: str) -> None:
         assert rough.join(session, session[0], generation=2).step == 1
         assert not rough.policy.is_lost(session)
     for scene in (calm, rough):
-        make_round(scene, 1)
+        scene.make_round(1)
     assert rough.state() == calm.state()
     assert rough.recorded[-1].version == calm.recorded[-1].version
 
@@ -211,7 +199,7 @@ def test_a_model_that_is_lost_is_restored_as_it_was_recorded(name: str) -> None:
 def test_a_session_that_has_not_come_back_yet_does_not_go_on_with_the_restored_model() -> None:
     scene = Scene()
     scene.begin(ANN, BOB)
-    make_round(scene, 0)
+    scene.make_round(0)
     scene.train(BOB, 1)
     scene.kill()
     scene.policy.leave(ANN)
@@ -245,7 +233,7 @@ def test_where_a_share_finds_the_model_lost_its_round_is_not_closed_and_all_go_b
     """Otherwise, those that wait would wait forever, for a round that nobody has."""
     scene = Scene()
     scene.begin(ANN, BOB)
-    make_round(scene, 0)
+    scene.make_round(0)
     for session in (ANN, BOB):
         scene.train(session, 1)
     assert scene.share(ANN, 2, 1.0, samples=1) == []
@@ -257,7 +245,7 @@ def test_where_a_share_finds_the_model_lost_its_round_is_not_closed_and_all_go_b
     for session in (ANN, BOB):
         scene.policy.leave(session)
         assert scene.join(session, session[0], generation=2).step == 1
-    assert len(make_round(scene, 1)) == 2
+    assert len(scene.make_round(1)) == 2
     assert [joint.number for joint in scene.recorded] == [0, 1, 2]
 
 
