@@ -6,6 +6,10 @@ This is start-time fair queuing (Goyal, Vin and Cheng, 1996).  How long a piece 
 when it is done.  An owner that returns after a pause starts level with the others and gets no
 credit for the pause.
 
+Very short pieces count as equally long.  What is measured of them is mostly how long the thread
+waited for a CPU or for the interpreter's lock, so that owners with equal work would get unequal
+turns.
+
 The number of pieces that run at the same time is limited, and running pieces are not interrupted.
 One more piece may run if its owner's pieces are short, so that the long pieces of other owners
 cannot block that owner.
@@ -25,6 +29,12 @@ from typing import Any, Generic, TypeVar
 
 SHORT = 0.1
 """Longest time in seconds of a short piece; owners with only short pieces share an extra place."""
+LEAST_COUNTED = 0.01
+"""Time in seconds that a piece counts for at least.
+
+With 200 clients on two CPUs, pieces of 0.6 ms were measured as 0.1 to 10 ms.  Ten milliseconds are
+above 99.9 % of these, and short enough for the others to wait.
+"""
 _MOST_IDLE = 1024
 """Most owners that are remembered; above that, owners that do not wait are forgotten."""
 _FADING = 0.9
@@ -103,10 +113,13 @@ class FairQueue(Generic[_Piece]):
         return owner, line.pieces.popleft()[1]
 
     def finish(self, owner: Hashable, seconds: float) -> None:
-        """Record that an owner's running piece is done, and that it took ``seconds``."""
+        """Record that an owner's running piece is done, and that it took ``seconds``.
+
+        It counts as at least :data:`LEAST_COUNTED`.
+        """
         line = self._lines[owner]
         line.is_running = False
-        line.start += seconds
+        line.start += max(seconds, LEAST_COUNTED)
         line.longest = max(seconds, (line.longest or 0.0) * _FADING)
         if line.is_beside:
             self._is_beside = line.is_beside = False

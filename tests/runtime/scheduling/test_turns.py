@@ -9,9 +9,10 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 
-from splitonnx.runtime.scheduling.turns import SHORT, FairQueue, Turns
+from splitonnx.runtime.scheduling.turns import LEAST_COUNTED, SHORT, FairQueue, Turns
 
 
 def serve(queue: FairQueue[str], seconds: Mapping[str, float], pieces: int) -> list[str]:
@@ -65,6 +66,20 @@ def test_owners_get_the_same_time_whatever_their_pieces_take() -> None:
     served = Counter(serve(queue, seconds, 800))
     used = [count * seconds[owner] for owner, count in served.items()]
     assert max(used) - min(used) <= 10.0
+
+
+def test_short_pieces_count_alike_however_long_they_waited_for_a_cpu() -> None:
+    queue: FairQueue[str] = FairQueue(1)
+    owners = [f"client{number}" for number in range(20)]
+    for owner in owners:
+        fill(queue, owner, 100)
+    measured = np.random.default_rng(0).exponential(LEAST_COUNTED / 8, 1000).clip(0, LEAST_COUNTED)
+    turns = Counter[str]()
+    for seconds in measured:
+        owner = _take_owner(queue)
+        queue.finish(owner, float(seconds))
+        turns[owner] += 1
+    assert [turns[owner] for owner in owners] == [50] * 20
 
 
 def test_an_owner_that_comes_back_starts_level_and_has_saved_nothing_up() -> None:
