@@ -152,10 +152,23 @@ def _convolve_gradient(
 
 
 def _mirror_weights(builder: NodeBuilder, w: ir.Value, window: _Window) -> ir.Value:
-    """Rearrange weights [M, C/g, k...] to [C, M/g, k...], flipped along the kernel axes."""
+    """Rearrange weights [M, C/g, k...] to [C, M/g, k...], flipped along the kernel axes.
+
+    The shape is declared, as the runtime chooses a convolution's layout by it.
+    """
     outputs, inputs, *kernel = known_dims(w) or []
     assert outputs is not None
     assert inputs is not None
+    mirrored = _turn_weights(builder, w, (outputs, inputs), window)
+    mirrored.type = w.type
+    mirrored.shape = ir.Shape([window.groups * inputs, outputs // window.groups, *kernel])
+    return mirrored
+
+
+def _turn_weights(
+    builder: NodeBuilder, w: ir.Value, channels: tuple[int, int], window: _Window
+) -> ir.Value:
+    (outputs, inputs), kernel = channels, window.kernel
     groups, rank = window.groups, len(window.kernel)
     spatial = list(range(rank))
     if any(extent != 1 for extent in kernel):

@@ -25,6 +25,8 @@ from splitonnx.imports import leaving_out
 from splitonnx.kernel_errors import describe_kernel_error
 from splitonnx.runtime.engine.accelerators import Accelerator
 from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
+from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
+from splitonnx.runtime.engine.layouts.convolutions import block_convolutions
 from splitonnx.runtime.engine.placements import Placement
 from splitonnx.runtime.engine.providers import CPU, PROVIDERS, choose_provider
 from splitonnx.runtime.engine.runs import Runs
@@ -37,11 +39,9 @@ _ELEMENT_TYPES: Mapping[str, np.dtype[np.generic]] = {
 _UNKNOWN_OPERATOR = re.compile(
     r"No Op registered for (\w+)|(\S+?)(?:\(-?\d+\))? is not a registered"
 )
+_CPU = PROVIDERS[CPU].runtime_name
 _SILENT = 4
-"""ONNX Runtime's log severity "fatal".
-
-Errors are raised as exceptions anyway, and ONNX Runtime's own log lines would bypass our log.
-"""
+"""ONNX Runtime's log severity "fatal": errors are raised anyway, and its lines bypass our log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,19 +157,16 @@ class Engine:
         self._accelerator = self._accelerate() if self.provider.name != CPU else None
 
     def describe_placement(self) -> Placement | None:
-        """Return what the provider left to the CPU in the stages that ran so far.
-
-        Return ``None`` if the provider is the CPU, or as long as nothing is known.
-        """
+        """Return what the provider left to the CPU so far; ``None`` for the CPU or if unknown."""
         return None if self._accelerator is None else self._accelerator.describe()
 
     def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
 
-        ``training`` means that the graph belongs to a training step.  ONNX Runtime then does not
-        optimize it, because it was already optimized before it was differentiated, and because
-        split and unsplit runs must use the same kernels.  A graph in ORT format always runs as it
-        is, and is accepted only if the engine is ``trusted``.
+        ``training`` means that ONNX Runtime does not optimize the graph, because it was already
+        optimized before it was differentiated, and because split and unsplit runs must use the same
+        kernels.  Convolutions run on blocked images (:mod:`layouts.convolutions`).  A graph in ORT
+        format always runs as it is, and is accepted only if the engine is ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -179,6 +176,8 @@ class Engine:
         own_format = self._trusted and is_ort_format(graph)
         if not own_format:
             check_graph(name, graph)
+            if self._accelerator is None:
+                graph = block_convolutions(graph, find_block_size(self._ort))
         make_options = partial(self._make_options, training=training, own_format=own_format)
         open_here = partial(self._open, name, graph, make_options)
         session = (
@@ -240,7 +239,7 @@ class Engine:
         )
 
     def _complete(self, options: Any) -> Any:
-        """Add the settings that every session has."""
+        """Add every session's settings."""
         options.log_severity_level = _SILENT
         for entry in EXACT_SETTINGS.items():
             options.add_session_config_entry(*entry)
@@ -249,10 +248,9 @@ class Engine:
         return options
 
     def _open(self, name: str, graph: bytes, make_options: Callable[[], Any]) -> Any:
-        providers = [PROVIDERS[CPU].runtime_name]
         try:
             with flushing_denormals():  # otherwise the first session would set it for good
-                return self._ort.InferenceSession(graph, make_options(), providers=providers)
+                return self._ort.InferenceSession(graph, make_options(), providers=[_CPU])
         except _exceptions() as error:
             _refuse(name, error)
 

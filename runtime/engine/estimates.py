@@ -30,6 +30,8 @@ FIXED = 1 << 20
 FRAGMENTATION = 1.35
 """Measured ratio between the memory that ONNX Runtime's arenas allocate and the memory in use."""
 
+_LEAST_BLOCK = 8
+"""Channels of a block on most processors (:mod:`layouts.convolutions`); others have 16."""
 _ALIASES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators whose output shares the memory of their first input."""
 _KEEPS = """
@@ -156,7 +158,7 @@ class _Walk:
         return by_node
 
     def _count_scratch(self, node: Node) -> int:
-        """Estimate a kernel's own memory: an image's unfolded columns, or a body's values."""
+        """Estimate a kernel's own memory: unfolded columns, a copy in blocks, or a body's values."""
         if node.has_body:
             return 2 * self._largest
         place = _IMAGES.get(node.operator)
@@ -166,7 +168,11 @@ class _Walk:
         names = node.results if image < 0 else node.arguments
         dims = self._resolve(names[0 if image < 0 else image])
         window = self._resolve(node.arguments[kernel])
-        return 4 * prod(window[1:]) * prod(dims[2:])
+        columns = 4 * prod(window[1:]) * prod(dims[2:])
+        if node.operator != "Conv" or not window or window[0] % _LEAST_BLOCK:
+            return columns
+        copies = (self.bytes.get(name, 0) for name in (node.arguments[0], node.results[0]))
+        return max(columns, *copies)
 
     def _resolve(self, name: str) -> tuple[int, ...]:
         extent = self._graph.values.get(name)

@@ -116,6 +116,14 @@ def test_a_convolution_spreads_one_image_into_columns_and_weights_are_not_counte
     assert found == scaled(4 * (IMAGE + 4 * 5 * 8 * 8) + columns)
 
 
+def test_a_convolution_that_may_run_in_blocks_has_a_copy_of_its_larger_image() -> None:
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1])]
+    weight = np.zeros((16, 3, 3, 3), np.float32)
+    made = 4 * 4 * 16 * 8 * 8
+    found = measure(nodes, [shaped("y", "N", 16, 8, 8)], {"N": 4}, w=weight)
+    assert found == scaled(4 * IMAGE + made + made)
+
+
 def test_an_expression_of_dimensions_is_computed() -> None:
     nodes = [helper.make_node("Tile", ["x", "r"], ["y"])]
     repeats = np.array([2, 1, 1, 1])

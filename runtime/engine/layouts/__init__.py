@@ -1,0 +1,1 @@
+"""Blocked layouts of images: which nodes of a stage graph run on them, and the graphs' bytes."""

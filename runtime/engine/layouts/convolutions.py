@@ -1,0 +1,224 @@
+"""Have convolutions run on images in blocked layout, which ONNX Runtime computes fastest.
+
+In that layout, called NCHWc, the values of 8 or 16 channels lie side by side for each pixel.  A
+Conv becomes three nodes: one brings its input into the layout, one convolves, and one brings the
+output back.  Weights are rearranged by standard operators, as there is no operator for it.  ONNX
+Runtime does the same by itself only where weights are constants.
+
+A node's choice depends on nothing but its own weights' shape and groups, which are the same
+wherever the model is cut.  Each output is thus the same to the bit in a split and an unsplit run.
+(Source: the kernels in onnxruntime, core/mlas/lib/snchwc.cpp, and core/optimizer/
+nchwc_transformer.cc, version 1.19.2.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph, PlacedNode, Shape
+from splitonnx.runtime.engine.layouts.messages import (
+    write_attribute,
+    write_constant,
+    write_field,
+    write_integer,
+    write_node,
+    write_opset,
+)
+
+DOMAIN = "com.microsoft.nchwc"
+WIDE = 512
+"""Input channels from which the plain kernel, one product of matrices, is the faster one.
+
+That is so for kernels of several points.
+"""
+_PREFIX = "splitonnx.blocked/"
+_IR_VERSION, _GRAPH, _OPSET, _NODE, _INITIALIZER = 1, 7, 8, 1, 5
+_FIELDS = {
+    "node": _NODE, "name": 2, "initializer": _INITIALIZER, "text": 10, "input": 11, "output": 12,
+    "value": 13, "metadata": 16,
+}  # fmt: skip
+
+
+def block_convolutions(content: bytes, block: int) -> bytes:
+    """Return the graph with blocks of ``block`` channels where that is faster.
+
+    ``content`` is a serialized model that has passed the gate.  It is returned as it is if no node
+    of it can run so, or if ``block`` is 0.
+    """
+    if not block:
+        return content
+    graph = PlacedGraph(content)
+    writer = _Writer(graph, block)
+    chosen = {node.place for node in graph.nodes if can_block(node, graph.shapes, block)}
+    if not chosen:
+        return content
+    return writer.write(chosen)
+
+
+def can_block(node: PlacedNode, shapes: dict[str, Shape], block: int) -> bool:
+    """Return whether a node is a convolution that runs in blocks of ``block`` channels."""
+    if node.operator != "Conv" or node.domain:
+        return False
+    shape = shapes.get(node.arguments[1], ())
+    if len(shape) != 4 or shape[0] % block:
+        return False
+    outputs, inputs, *kernel = shape
+    groups = node.integers.get("group", (1,))[0]
+    if groups == 1:
+        return inputs < block or (inputs % block == 0 and (inputs < WIDE or kernel == [1, 1]))
+    return groups == outputs and inputs == 1
+
+
+class _Writer:
+    """The rewritten graph's fields, in the order of the graph that was given."""
+
+    def __init__(self, graph: PlacedGraph, block: int) -> None:
+        self._graph = graph
+        self._block = block
+        self._makers = {name: node for node in graph.nodes for name in node.results if name}
+        self._uses = Counter(graph.uses)
+        self._nodes: list[tuple[PlacedNode | None, bytes]] = []
+        self._constants: dict[tuple[int, ...], str] = {}
+        self._made: set[str] = set()
+
+    def write(self, chosen: set[tuple[int, int]]) -> bytes:
+        """Return the whole model, where the nodes at the places ``chosen`` are blocked."""
+        graph, content = self._graph, self._graph.content
+        for node in graph.nodes:
+            if node.place in chosen:
+                self._block_convolution(node)
+            else:
+                start, stop = node.place
+                self._nodes.append((node, content[start:stop]))
+        others = [
+            write_field(_FIELDS[name], content[start:stop])
+            for name, start, stop in graph.fields
+            if name != "node"
+        ]
+        nodes = [write_field(_NODE, written) for written in self._list_used()]
+        made = [write_constant(name, numbers) for numbers, name in self._constants.items()]
+        constants = [write_field(_INITIALIZER, constant) for constant in made]
+        opsets = [content[start:stop] for start, stop in graph.opsets] + [write_opset(DOMAIN, 1)]
+        return b"".join(
+            [
+                write_integer(_IR_VERSION, graph.ir_version),
+                *(write_field(_OPSET, opset) for opset in opsets),
+                write_field(_GRAPH, b"".join([*others, *nodes, *constants])),
+            ]
+        )
+
+    def _list_used(self) -> list[bytes]:
+        """Leave out nodes that only rearranged weights for nodes that are blocked now."""
+        if self._graph.has_bodies:
+            return [written for _, written in self._nodes]
+        kept = []
+        for node, written in reversed(self._nodes):
+            moves = node is not None and node.operator in ("Slice", "Transpose")
+            if node is not None and moves and not self._uses[node.results[0]]:
+                self._uses.subtract(node.arguments)
+                continue
+            kept.append(written)
+        return kept[::-1]
+
+    def _block_convolution(self, node: PlacedNode) -> None:
+        content = self._graph.content
+        shape = self._graph.shapes[node.arguments[1]]
+        outputs, inputs, *_ = shape
+        groups = node.integers.get("group", (1,))[0]
+        image, weights, *bias = node.arguments
+        if groups > 1 or inputs >= self._block:
+            image = self._reorder(image)
+        name = f"{_PREFIX}{node.results[0]}"
+        self._add(
+            "Conv",
+            [image, self._arrange(weights, shape), *bias],
+            name,
+            label=node.name,
+            domain=DOMAIN,
+            attributes=[content[start:stop] for start, stop in node.attributes],
+        )
+        channels = [write_attribute("channels", outputs)]
+        self._add("ReorderOutput", [name], node.results[0], domain=DOMAIN, attributes=channels)
+        self._uses.subtract(node.arguments)
+
+    def _arrange(self, weights: str, shape: Shape) -> str:
+        """Bring weights into the order in which the kernel reads them."""
+        name = f"{_PREFIX}weights/{weights}"
+        if name in self._made:
+            return name
+        block, (outputs, inputs, *kernel) = self._block, shape
+        points = kernel[0] * kernel[1]
+        source = self._find_mirrored(weights)
+        if inputs < block:
+            value = self._swap(weights, name, [outputs // block, block, inputs * points])
+        elif source is None or outputs % block:
+            value = self._reorder(weights)
+            value = self._swap(value, name, [outputs // block, block, inputs * points])
+        else:  # [inputs, outputs, ...], mirrored: blocks change places, and points within them
+            value = self._reorder(source)
+            split = [inputs // block, block, outputs // block, points, block]
+            value = self._reshape(value, f"{name}/split", split)
+            order = [write_attribute("perm", [2, 0, 3, 1, 4])]
+            value = self._add("Transpose", [value], f"{name}/turned", attributes=order)
+            if points > 1:
+                backwards = self._hold(list(range(points - 1, -1, -1)))
+                axis = [write_attribute("axis", 2)]
+                value = self._add("Gather", [value, backwards], f"{name}/back", attributes=axis)
+        return self._reshape(value, name, shape)
+
+    def _swap(self, value: str, name: str, split: Sequence[int]) -> str:
+        """Exchange the last two of three axes."""
+        value = self._reshape(value, f"{name}/split", split)
+        order = [write_attribute("perm", [0, 2, 1])]
+        return self._add("Transpose", [value], f"{name}/turned", attributes=order)
+
+    def _find_mirrored(self, weights: str) -> str | None:
+        """Return the weights of which these are the mirror image, with inputs for outputs.
+
+        That is how the gradient of a convolution's input has them.
+        """
+        turned = self._makers.get(weights)
+        if turned is None or turned.integers.get("perm") != (1, 0, 2, 3):
+            return None
+        cut = self._makers.get(turned.arguments[0])
+        points = self._graph.shapes[weights][2:]
+        if points == (1, 1):
+            return turned.arguments[0]
+        if cut is None or cut.operator != "Slice" or len(cut.arguments) != 5:
+            return None
+        read = [self._graph.constants.get(name) for name in cut.arguments[1:]]
+        reaches_start = read[1] is not None and max(read[1]) < -max(points)
+        is_mirrored = read[0] == read[3] == (-1, -1) and read[2] == (2, 3) and reaches_start
+        return cut.arguments[0] if is_mirrored else None
+
+    def _reorder(self, value: str) -> str:
+        return self._add("ReorderInput", [value], f"{_PREFIX}{value}/image", domain=DOMAIN)
+
+    def _reshape(self, value: str, name: str, shape: Sequence[int]) -> str:
+        return self._add("Reshape", [value, self._hold(shape)], name)
+
+    def _hold(self, numbers: Sequence[int]) -> str:
+        return self._constants.setdefault(
+            tuple(numbers), f"{_PREFIX}constants/{'x'.join(map(str, numbers))}"
+        )
+
+    def _add(
+        self,
+        operator: str,
+        arguments: Sequence[str],
+        result: str,
+        *,
+        label: str = "",
+        domain: str = "",
+        attributes: Sequence[bytes] = (),
+    ) -> str:
+        """Add a node, unless it is there already, and return its output."""
+        if result not in self._made:
+            self._made.add(result)
+            self._uses.update(arguments)
+            written = write_node(
+                operator, arguments, result, name=label, domain=domain, attributes=attributes
+            )
+            self._nodes.append((None, written))
+        return result

@@ -1,0 +1,220 @@
+"""Convolutions in blocks give what onnx's reference evaluator gives, and are chosen by the node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from splitonnx.errors import StageFailed
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
+from splitonnx.runtime.engine.layouts.convolutions import DOMAIN, WIDE, block_convolutions
+
+BLOCK = 16
+ENGINE = Engine(threads=1)
+needs_blocks = pytest.mark.skipif(
+    find_block_size(onnxruntime) != BLOCK, reason="this machine's ONNX Runtime has other blocks"
+)
+
+
+def build(
+    *nodes: onnx.NodeProto,
+    shapes: Mapping[str, Any],
+    constants: Mapping[str, np.ndarray] | None = None,
+    output: str = "y",
+) -> bytes:
+    """Serialize a graph; the shape of ``x`` is left open."""
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None if name == "x" else shape)
+        for name, shape in shapes.items()
+    ]
+    held = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
+    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, held)
+    opsets = [helper.make_opsetid("", 18)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def list_operators(model: bytes) -> list[str]:
+    nodes = onnx.load_from_string(model).graph.node
+    return [f"{node.domain}/{node.op_type}".removeprefix("/") for node in nodes]
+
+
+def compare(model: bytes, shapes: Mapping[str, tuple[int, ...]], *, training: bool = True) -> None:
+    """Compare a graph on the engine with the reference evaluator."""
+    random = np.random.default_rng(0)
+    feeds = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    (expected,) = ReferenceEvaluator(model).run(None, feeds)
+    stage = ENGINE.load("s", model, training=training)
+    values = {name: ENGINE.from_array(array) for name, array in feeds.items()}
+    found = ENGINE.to_array(ENGINE.run(stage, values)["y"])
+    np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-4, atol=1e-4)
+
+
+CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "dense": ((32, 16, 3, 3), {"pads": [1, 1, 1, 1]}),
+    "strided": ((16, 32, 3, 3), {"strides": [2, 1], "pads": [1, 0, 2, 1]}),
+    "dilated": ((16, 16, 3, 2), {"dilations": [2, 3]}),
+    "pointwise": ((16, 48, 1, 1), {}),
+    "wide pointwise": ((16, WIDE, 1, 1), {"strides": [2, 2]}),
+    "from few channels": ((32, 3, 5, 5), {"pads": [2, 2, 2, 2]}),
+    "depthwise": ((32, 1, 3, 3), {"group": 32, "pads": [1, 1, 1, 1]}),
+    "strided depthwise": ((16, 1, 3, 3), {"group": 16, "strides": [2, 2]}),
+    "same size": ((16, 16, 2, 2), {"auto_pad": "SAME_UPPER"}),
+}
+
+
+@needs_blocks
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_blocked_convolution_gives_the_reference_s_results(
+    name: str, has_bias: bool, training: bool
+) -> None:
+    weights, attributes = CASES[name]
+    channels = weights[1] * attributes.get("group", 1)
+    shapes = {"x": (2, channels, 9, 7), "w": weights}
+    if has_bias:
+        shapes["b"] = weights[:1]
+    model = build(helper.make_node("Conv", list(shapes), ["y"], **attributes), shapes=shapes)
+    assert f"{DOMAIN}/Conv" in list_operators(block_convolutions(model, BLOCK))
+    compare(model, shapes, training=training)
+
+
+def mirror(weights: str, *, axes: tuple[int, ...] = (2, 3)) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Slice", [weights, "starts", "ends", "axes", "steps"], ["cut"]),
+        helper.make_node("Transpose", ["cut"], ["v"], perm=[1, 0, *axes]),
+    ]
+
+
+def list_bounds(**changes: list[int]) -> dict[str, np.ndarray]:
+    bounds = {"starts": [-1, -1], "ends": [-(2**62)] * 2, "axes": [2, 3], "steps": [-1, -1]}
+    return {name: np.array(numbers) for name, numbers in (bounds | changes).items()}
+
+
+def build_mirrored(nodes: list[onnx.NodeProto], bounds: dict[str, np.ndarray]) -> bytes:
+    conv = helper.make_node("Conv", ["x", "v"], ["y"], pads=[1, 2, 1, 2])
+    model = onnx.load_from_string(
+        build(*nodes, conv, shapes={"x": None, "w": (32, 16, 3, 2)}, constants=bounds)
+    )
+    shape = helper.make_tensor_value_info("v", TensorProto.FLOAT, (16, 32, 3, 2))
+    model.graph.value_info.append(shape)
+    return bytes(model.SerializeToString())
+
+
+@needs_blocks
+def test_mirrored_weights_are_taken_from_where_they_come_from() -> None:
+    model = build_mirrored(mirror("w"), list_bounds())
+    found = list_operators(block_convolutions(model, BLOCK))
+    assert "Slice" not in found
+    assert "Gather" in found
+    compare(model, {"x": (2, 32, 6, 5), "w": (32, 16, 3, 2)})
+
+
+@needs_blocks
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        list_bounds(starts=[-2, -1]),
+        list_bounds(steps=[-2, -1]),
+        list_bounds(ends=[-3, -(2**62)]),
+        list_bounds(axes=[3, 2], starts=[-1, -2]),
+    ],
+    ids=["other start", "other step", "other end", "other axes"],
+)
+def test_weights_that_are_cut_otherwise_are_left_as_they_are(bounds: dict[str, np.ndarray]) -> None:
+    model = build_mirrored(mirror("w"), bounds)
+    assert "Slice" in list_operators(block_convolutions(model, BLOCK))
+
+
+@needs_blocks
+def test_turned_weights_of_one_point_are_taken_from_where_they_come_from() -> None:
+    nodes = [
+        helper.make_node("Transpose", ["w"], ["v"], perm=[1, 0, 2, 3]),
+        helper.make_node("Conv", ["x", "v"], ["y"]),
+    ]
+    shapes = {"x": (2, 32, 4, 3), "w": (32, 16, 1, 1)}
+    model = onnx.load_from_string(build(*nodes, shapes=shapes))
+    declared = helper.make_tensor_value_info("v", TensorProto.FLOAT, (16, 32, 1, 1))
+    model.graph.value_info.append(declared)
+    compare(bytes(model.SerializeToString()), shapes)
+
+
+@needs_blocks
+def test_rearranged_weights_that_are_wanted_elsewhere_are_kept() -> None:
+    nodes = [*mirror("w"), helper.make_node("Abs", ["v"], ["other"])]
+    model = onnx.load_from_string(build_mirrored(nodes, list_bounds()))
+    model.graph.output.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, None))
+    assert "Slice" in list_operators(block_convolutions(model.SerializeToString(), BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("weights", "attributes"),
+    [
+        ((16, WIDE, 3, 3), {}),
+        ((16, 24, 3, 3), {}),
+        ((24, 16, 3, 3), {}),
+        ((32, 8, 3, 3), {"group": 4}),
+        ((32, 1, 3, 3), {"group": 16}),
+        ((16, 16, 3), {}),
+        ((16, 16, 3, 3, 3), {}),
+    ],
+    ids=["wide", "odd inputs", "odd outputs", "groups", "several each", "a line", "a cube"],
+)
+def test_other_convolutions_stay_as_they_are(
+    weights: tuple[int, ...], attributes: dict[str, Any]
+) -> None:
+    node = helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
+    model = build(node, shapes={"x": None, "w": weights})
+    assert block_convolutions(model, BLOCK) == model
+
+
+@pytest.mark.parametrize("kind", [TensorProto.DOUBLE, TensorProto.FLOAT16])
+def test_other_types_stay_as_they_are(kind: int) -> None:
+    model = onnx.load_from_string(
+        build(helper.make_node("Conv", ["x", "w"], ["y"]), shapes={"x": None, "w": (16, 16, 3, 3)})
+    )
+    for value in model.graph.input:
+        value.type.tensor_type.elem_type = kind
+    content = bytes(model.SerializeToString())
+    assert block_convolutions(content, BLOCK) == content
+
+
+def test_without_blocks_graphs_stay_as_they_are() -> None:
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    model = build(node, shapes={"x": None, "w": (16, 16, 3, 3)})
+    assert block_convolutions(model, 0) == model
+
+
+@needs_blocks
+def test_an_image_and_weights_that_two_convolutions_read_are_rearranged_once() -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["x", "w"], ["b"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+    ]
+    shapes = {"x": (1, 16, 4, 4), "w": (16, 16, 3, 3)}
+    model = build(*nodes, shapes=shapes)
+    found = list_operators(block_convolutions(model, BLOCK))
+    assert found.count(f"{DOMAIN}/ReorderInput") == 2
+    assert found.count(f"{DOMAIN}/Conv") == 2
+    compare(model, shapes)
+
+
+@needs_blocks
+@pytest.mark.parametrize("shape", [(1, 32, 5, 5), (1, 3, 5, 5), (1, 16, 5), (1, 16, 0, 0)])
+def test_an_image_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    stage = ENGINE.load("s", build(node, shapes={"x": None, "w": (16, 16, 3, 3)}), training=True)
+    feeds = {"x": np.ones(shape, np.float32), "w": np.ones((16, 16, 3, 3), np.float32)}
+    with pytest.raises(StageFailed):
+        ENGINE.run(stage, {name: ENGINE.from_array(array) for name, array in feeds.items()})
