@@ -158,7 +158,7 @@ class _Walk:
         return by_node
 
     def _count_scratch(self, node: Node) -> int:
-        """Estimate a kernel's own memory: unfolded columns, a copy in blocks, or a body's values."""
+        """Estimate a kernel's own memory: columns, a copy in blocks, or a body's values."""
         if node.has_body:
             return 2 * self._largest
         place = _IMAGES.get(node.operator)
