@@ -28,10 +28,7 @@ from splitonnx.runtime.engine.layouts.messages import (
 
 DOMAIN = "com.microsoft.nchwc"
 WIDE = 512
-"""Input channels from which the plain kernel, one product of matrices, is the faster one.
-
-That is so for kernels of several points.
-"""
+"""Input channels from which the plain kernel, one product of matrices, is the faster one."""
 _PREFIX = "splitonnx.blocked/"
 _IR_VERSION, _GRAPH, _OPSET, _NODE, _INITIALIZER = 1, 7, 8, 1, 5
 _FIELDS = {
@@ -65,8 +62,10 @@ def can_block(node: PlacedNode, shapes: dict[str, Shape], block: int) -> bool:
         return False
     outputs, inputs, *kernel = shape
     groups = node.integers.get("group", (1,))[0]
+    if kernel == [1, 1]:
+        return False  # a product of matrices, which is as fast without the way in and out
     if groups == 1:
-        return inputs < block or (inputs % block == 0 and (inputs < WIDE or kernel == [1, 1]))
+        return inputs < block or (inputs % block == 0 and inputs < WIDE)
     return groups == outputs and inputs == 1
 
 
@@ -161,10 +160,9 @@ class _Writer:
             value = self._reshape(value, f"{name}/split", split)
             order = [write_attribute("perm", [2, 0, 3, 1, 4])]
             value = self._add("Transpose", [value], f"{name}/turned", attributes=order)
-            if points > 1:
-                backwards = self._hold(list(range(points - 1, -1, -1)))
-                axis = [write_attribute("axis", 2)]
-                value = self._add("Gather", [value, backwards], f"{name}/back", attributes=axis)
+            backwards = self._hold(list(range(points - 1, -1, -1)))
+            axis = [write_attribute("axis", 2)]
+            value = self._add("Gather", [value, backwards], f"{name}/back", attributes=axis)
         return self._reshape(value, name, shape)
 
     def _swap(self, value: str, name: str, split: Sequence[int]) -> str:
@@ -183,8 +181,6 @@ class _Writer:
             return None
         cut = self._makers.get(turned.arguments[0])
         points = self._graph.shapes[weights][2:]
-        if points == (1, 1):
-            return turned.arguments[0]
         if cut is None or cut.operator != "Slice" or len(cut.arguments) != 5:
             return None
         read = [self._graph.constants.get(name) for name in cut.arguments[1:]]

@@ -63,8 +63,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "dense": ((32, 16, 3, 3), {"pads": [1, 1, 1, 1]}),
     "strided": ((16, 32, 3, 3), {"strides": [2, 1], "pads": [1, 0, 2, 1]}),
     "dilated": ((16, 16, 3, 2), {"dilations": [2, 3]}),
-    "pointwise": ((16, 48, 1, 1), {}),
-    "wide pointwise": ((16, WIDE, 1, 1), {"strides": [2, 2]}),
+    "a line": ((16, 48, 1, 3), {}),
     "from few channels": ((32, 3, 5, 5), {"pads": [2, 2, 2, 2]}),
     "depthwise": ((32, 1, 3, 3), {"group": 32, "pads": [1, 1, 1, 1]}),
     "strided depthwise": ((16, 1, 3, 3), {"group": 16, "strides": [2, 2]}),
@@ -137,19 +136,6 @@ def test_weights_that_are_cut_otherwise_are_left_as_they_are(bounds: dict[str, n
 
 
 @needs_blocks
-def test_turned_weights_of_one_point_are_taken_from_where_they_come_from() -> None:
-    nodes = [
-        helper.make_node("Transpose", ["w"], ["v"], perm=[1, 0, 2, 3]),
-        helper.make_node("Conv", ["x", "v"], ["y"]),
-    ]
-    shapes = {"x": (2, 32, 4, 3), "w": (32, 16, 1, 1)}
-    model = onnx.load_from_string(build(*nodes, shapes=shapes))
-    declared = helper.make_tensor_value_info("v", TensorProto.FLOAT, (16, 32, 1, 1))
-    model.graph.value_info.append(declared)
-    compare(bytes(model.SerializeToString()), shapes)
-
-
-@needs_blocks
 def test_rearranged_weights_that_are_wanted_elsewhere_are_kept() -> None:
     nodes = [*mirror("w"), helper.make_node("Abs", ["v"], ["other"])]
     model = onnx.load_from_string(build_mirrored(nodes, list_bounds()))
@@ -161,6 +147,7 @@ def test_rearranged_weights_that_are_wanted_elsewhere_are_kept() -> None:
     ("weights", "attributes"),
     [
         ((16, WIDE, 3, 3), {}),
+        ((16, 16, 1, 1), {}),
         ((16, 24, 3, 3), {}),
         ((24, 16, 3, 3), {}),
         ((32, 8, 3, 3), {"group": 4}),
@@ -168,7 +155,16 @@ def test_rearranged_weights_that_are_wanted_elsewhere_are_kept() -> None:
         ((16, 16, 3), {}),
         ((16, 16, 3, 3, 3), {}),
     ],
-    ids=["wide", "odd inputs", "odd outputs", "groups", "several each", "a line", "a cube"],
+    ids=[
+        "wide",
+        "one point",
+        "odd inputs",
+        "odd outputs",
+        "groups",
+        "several each",
+        "one axis",
+        "a cube",
+    ],
 )
 def test_other_convolutions_stay_as_they_are(
     weights: tuple[int, ...], attributes: dict[str, Any]
