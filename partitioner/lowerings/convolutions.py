@@ -29,8 +29,8 @@ _MANY_WINDOWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Window:
-    """The attributes of a convolution, with one entry per spatial dimension.
+class Window:
+    """The attributes of a convolution, each with one entry per spatial dimension.
 
     ``before`` and ``after`` are the padding.  ``size`` is the extent of the input, ``None`` if it
     is not known.
@@ -67,7 +67,7 @@ def lower_conv_grad(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value | 
     assert dy is not None
     assert x is not None
     assert w is not None
-    window = _read_window(node, x, w)
+    window = read_window(node, x, w)
     wanted = [bool(v.name) and (bool(v.uses()) or v.is_graph_output()) for v in node.outputs]
     wanted += [False] * (3 - len(wanted))
     spatial = range(2, 2 + len(window.kernel))
@@ -80,7 +80,12 @@ def lower_conv_grad(builder: NodeBuilder, node: ir.Node) -> Sequence[ir.Value | 
     ]
 
 
-def _read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> _Window:
+def read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> Window:
+    """Read the attributes of a ConvGrad of the input ``x`` and the weights ``w``.
+
+    Raises:
+        UnsupportedModel: the shape of the weights, or the rank of the input, is not known.
+    """
     shape, size = known_dims(w), known_dims(x)
     if shape is None or None in shape or size is None:
         raise UnsupportedModel(
@@ -92,7 +97,7 @@ def _read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> _Window:
     strides = tuple(node.attributes.get_ints("strides", ones))
     dilations = tuple(node.attributes.get_ints("dilations", ones))
     pads = tuple(node.attributes.get_ints("pads", (0,) * (2 * rank)))
-    return _Window(
+    return Window(
         kernel=kernel,
         strides=strides,
         dilations=dilations,
@@ -104,7 +109,7 @@ def _read_window(node: ir.Node, x: ir.Value, w: ir.Value) -> _Window:
 
 
 def _grad_input(
-    builder: NodeBuilder, node: ir.Node, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
+    builder: NodeBuilder, node: ir.Node, dy: ir.Value, x: ir.Value, w: ir.Value, window: Window
 ) -> ir.Value:
     convolved = _convolve_gradient(builder, dy, w, window)
     if convolved is not None:
@@ -131,11 +136,11 @@ def convolve_gradient(builder: NodeBuilder, node: ir.Node) -> ir.Value | None:
     shape = known_dims(w)
     if shape is None or None in shape or known_dims(x) is None:
         return None
-    return _convolve_gradient(builder, dy, w, _read_window(node, x, w))
+    return _convolve_gradient(builder, dy, w, read_window(node, x, w))
 
 
 def _convolve_gradient(
-    builder: NodeBuilder, dy: ir.Value, w: ir.Value, window: _Window
+    builder: NodeBuilder, dy: ir.Value, w: ir.Value, window: Window
 ) -> ir.Value | None:
     mirrored = [r - b for r, b in zip(window.reach, window.before, strict=True)]
     mirrored += [r - a for r, a in zip(window.reach, window.after, strict=True)]
@@ -151,7 +156,7 @@ def _convolve_gradient(
     )
 
 
-def _mirror_weights(builder: NodeBuilder, w: ir.Value, window: _Window) -> ir.Value:
+def _mirror_weights(builder: NodeBuilder, w: ir.Value, window: Window) -> ir.Value:
     """Rearrange weights [M, C/g, k...] to [C, M/g, k...], flipped along the kernel axes.
 
     The shape is declared, as the runtime chooses a convolution's layout by it.
@@ -166,7 +171,7 @@ def _mirror_weights(builder: NodeBuilder, w: ir.Value, window: _Window) -> ir.Va
 
 
 def _turn_weights(
-    builder: NodeBuilder, w: ir.Value, channels: tuple[int, int], window: _Window
+    builder: NodeBuilder, w: ir.Value, channels: tuple[int, int], window: Window
 ) -> ir.Value:
     (outputs, inputs), kernel = channels, window.kernel
     groups, rank = window.groups, len(window.kernel)
@@ -191,7 +196,7 @@ def _turn_weights(
     )
 
 
-def _crop_input(builder: NodeBuilder, whole: ir.Value, x: ir.Value, window: _Window) -> ir.Value:
+def _crop_input(builder: NodeBuilder, whole: ir.Value, x: ir.Value, window: Window) -> ir.Value:
     """Cut the input's part out of ``whole``; elements outside all windows are 0."""
     rank = len(window.kernel)
     axes = builder.integers(range(2, 2 + rank))
@@ -207,7 +212,7 @@ def _crop_input(builder: NodeBuilder, whole: ir.Value, x: ir.Value, window: _Win
 
 
 def _grad_weights(
-    builder: NodeBuilder, dy: ir.Value, x: ir.Value, w: ir.Value, window: _Window
+    builder: NodeBuilder, dy: ir.Value, x: ir.Value, w: ir.Value, window: Window
 ) -> ir.Value:
     """Return the gradient [M, C/g, k...] by the form that is fastest for the sizes."""
     outputs, inputs, *_ = known_dims(w) or []
@@ -225,9 +230,7 @@ def _grad_weights(
     return builder.op("Reshape", products, builder.integers([outputs, inputs, *window.kernel]))
 
 
-def _convolve_channels(
-    builder: NodeBuilder, dy: ir.Value, x: ir.Value, window: _Window
-) -> ir.Value:
+def _convolve_channels(builder: NodeBuilder, dy: ir.Value, x: ir.Value, window: Window) -> ir.Value:
     """Convolve each channel of the input with its gradient, summed over the images.
 
     The images are the channels of a convolution with as many groups as channels, whose kernel is
@@ -253,7 +256,7 @@ def _convolve_channels(
 
 
 def _multiply_each_image(
-    builder: NodeBuilder, dy: ir.Value, x: ir.Value, outputs: int, inputs: int, window: _Window
+    builder: NodeBuilder, dy: ir.Value, x: ir.Value, outputs: int, inputs: int, window: Window
 ) -> ir.Value:
     """Multiply [C, L] by [L, M] for each image and kernel element, and add; return [M, C, k]."""
     count = math.prod(window.kernel)
@@ -277,7 +280,7 @@ def _multiply_each_image(
 
 
 def _multiply_images(
-    builder: NodeBuilder, dy: ir.Value, x: ir.Value, outputs: int, inputs: int, window: _Window
+    builder: NodeBuilder, dy: ir.Value, x: ir.Value, outputs: int, inputs: int, window: Window
 ) -> ir.Value:
     """Multiply [M, N * L] by [N * L, C] for each kernel element; return [M, C, k]."""
     count, spatial = math.prod(window.kernel), range(2, 2 + len(window.kernel))
@@ -299,7 +302,7 @@ def _multiply_images(
 
 
 def _multiply_groups(
-    builder: NodeBuilder, dy: ir.Value, x: ir.Value, outputs: int, inputs: int, window: _Window
+    builder: NodeBuilder, dy: ir.Value, x: ir.Value, outputs: int, inputs: int, window: Window
 ) -> ir.Value:
     """Multiply [C/g, N * L] by [N * L, M/g] for each group and kernel element."""
     groups, count = window.groups, math.prod(window.kernel)
@@ -321,7 +324,7 @@ def _multiply_groups(
 
 
 def _gather_windows(
-    builder: NodeBuilder, x: ir.Value, dy: ir.Value, window: _Window, *, first: int
+    builder: NodeBuilder, x: ir.Value, dy: ir.Value, window: Window, *, first: int
 ) -> list[ir.Value]:
     """Return, for each kernel element, the elements of ``x`` that it multiplies.
 

@@ -8,10 +8,14 @@ from splitonnx.partitioner.graphs.traversals import list_bodies
 from splitonnx.partitioner.inference.node_faults import attribute_errors_to
 from splitonnx.partitioner.lowerings.kernels.clip_gradients import compare_with_output
 from splitonnx.partitioner.lowerings.kernels.convolution_gradients import separate_input_gradient
+from splitonnx.partitioner.lowerings.kernels.depthwise_gradients import stack_images
 from splitonnx.partitioner.lowerings.kernels.relu_gradients import multiply_by_slope
 from splitonnx.partitioner.lowerings.kernels.scalars import fit_scalars
 
-_CHOICES = {"ConvGrad": separate_input_gradient, "ReluGrad": multiply_by_slope}
+_CHOICES = {
+    "ConvGrad": (separate_input_gradient, stack_images),
+    "ReluGrad": (multiply_by_slope,),
+}
 
 
 def choose_kernels(graph: ir.Graph) -> None:
@@ -25,10 +29,9 @@ def choose_kernels(graph: ir.Graph) -> None:
             choose_kernels(body)
         with attribute_errors_to(node, "given a faster kernel", is_valid=True):
             fit_scalars(node)
-            choose = _CHOICES.get(node.op_type)
-            if choose is not None:
+            for choose in _CHOICES.get(node.op_type, ()):
                 choose(node)
-            elif node.op_type == "Clip":
+            if node.op_type == "Clip":
                 clips.add(node)
             elif node.op_type == "And":
                 compare_with_output(node, clips)

@@ -29,6 +29,8 @@ from splitonnx.runtime.engine.layouts.messages import (
 DOMAIN = "com.microsoft.nchwc"
 WIDE = 512
 """Input channels from which the plain kernel, one product of matrices, is the faster one."""
+_MOVES = frozenset({"Reshape", "Slice", "Transpose"})
+"""Operators that only rearrange what blocked nodes take from where it comes from."""
 _PREFIX = "splitonnx.blocked/"
 _IR_VERSION, _GRAPH, _OPSET, _NODE, _INITIALIZER = 1, 7, 8, 1, 5
 _FIELDS = {
@@ -58,15 +60,17 @@ def can_block(node: PlacedNode, shapes: dict[str, Shape], block: int) -> bool:
     if node.operator != "Conv" or node.domain:
         return False
     shape = shapes.get(node.arguments[1], ())
-    if len(shape) != 4 or shape[0] % block:
+    if len(shape) != 4:
         return False
     outputs, inputs, *kernel = shape
+    if outputs is None or inputs is None or outputs % block:
+        return False
     groups = node.integers.get("group", (1,))[0]
-    if kernel == [1, 1]:
-        return False  # a product of matrices, which is as fast without the way in and out
-    if groups == 1:
-        return inputs < block or (inputs % block == 0 and inputs < WIDE)
-    return groups == outputs and inputs == 1
+    if groups > 1:
+        return groups == outputs and inputs == 1
+    if None in kernel or kernel == [1, 1]:  # a product of matrices, for which blocks gain nothing
+        return False
+    return inputs < block or (inputs % block == 0 and inputs < WIDE)
 
 
 class _Writer:
@@ -108,12 +112,12 @@ class _Writer:
         )
 
     def _list_used(self) -> list[bytes]:
-        """Leave out nodes that only rearranged weights for nodes that are blocked now."""
+        """Leave out what only rearranged values for nodes that are blocked now."""
         if self._graph.has_bodies:
             return [written for _, written in self._nodes]
         kept = []
         for node, written in reversed(self._nodes):
-            moves = node is not None and node.operator in ("Slice", "Transpose")
+            moves = node is not None and node.operator in _MOVES
             if node is not None and moves and not self._uses[node.results[0]]:
                 self._uses.subtract(node.arguments)
                 continue
@@ -122,16 +126,22 @@ class _Writer:
 
     def _block_convolution(self, node: PlacedNode) -> None:
         content = self._graph.content
-        shape = self._graph.shapes[node.arguments[1]]
-        outputs, inputs, *_ = shape
-        groups = node.integers.get("group", (1,))[0]
         image, weights, *bias = node.arguments
-        if groups > 1 or inputs >= self._block:
+        outputs, inputs, *kernel = self._graph.shapes[weights]
+        assert outputs is not None
+        assert inputs is not None
+        if node.integers.get("group", (1,))[0] > 1:
             image = self._reorder(image)
+            arranged = self._arrange_channels(weights, outputs)
+        else:
+            if inputs >= self._block:
+                image = self._reorder(image)
+            points = [extent for extent in kernel if extent is not None]
+            arranged = self._arrange(weights, [outputs, inputs, *points])
         name = f"{_PREFIX}{node.results[0]}"
         self._add(
             "Conv",
-            [image, self._arrange(weights, shape), *bias],
+            [image, arranged, *bias],
             name,
             label=node.name,
             domain=DOMAIN,
@@ -141,7 +151,15 @@ class _Writer:
         self._add("ReorderOutput", [name], node.results[0], domain=DOMAIN, attributes=channels)
         self._uses.subtract(node.arguments)
 
-    def _arrange(self, weights: str, shape: Shape) -> str:
+    def _arrange_channels(self, weights: str, channels: int) -> str:
+        """Bring depthwise weights into the kernel's order, which is that of an image."""
+        if self._find_stacked(weights) is not None:
+            return self._reorder(weights)
+        name = f"{_PREFIX}weights/{weights}"
+        image = self._reshape(weights, f"{name}/split", [1, channels, 0, 0])
+        return self._reshape(self._reorder(image), name, [channels, 1, 0, 0])
+
+    def _arrange(self, weights: str, shape: Sequence[int]) -> str:
         """Bring weights into the order in which the kernel reads them."""
         name = f"{_PREFIX}weights/{weights}"
         if name in self._made:
@@ -180,7 +198,7 @@ class _Writer:
         if turned is None or turned.integers.get("perm") != (1, 0, 2, 3):
             return None
         cut = self._makers.get(turned.arguments[0])
-        points = self._graph.shapes[weights][2:]
+        points = [extent or 0 for extent in self._graph.shapes[weights][2:]]
         if cut is None or cut.operator != "Slice" or len(cut.arguments) != 5:
             return None
         read = [self._graph.constants.get(name) for name in cut.arguments[1:]]
@@ -189,7 +207,35 @@ class _Writer:
         return cut.arguments[0] if is_mirrored else None
 
     def _reorder(self, value: str) -> str:
-        return self._add("ReorderInput", [value], f"{_PREFIX}{value}/image", domain=DOMAIN)
+        """Bring an image into blocks, before images are stacked where they are."""
+        name = f"{_PREFIX}{value}/image"
+        source = self._find_stacked(value)
+        if source is None:
+            return self._add("ReorderInput", [value], name, domain=DOMAIN)
+        outputs, inputs, _, columns = [extent or -1 for extent in self._graph.shapes[value]]
+        blocks = outputs * inputs // self._block
+        split = self._reshape(self._reorder(source), f"{name}/split", [0, blocks, -1])
+        order = [write_attribute("perm", [1, 0, 2])]
+        turned = self._add("Transpose", [split], f"{name}/turned", attributes=order)
+        return self._reshape(turned, name, [outputs, inputs, -1, columns])
+
+    def _find_stacked(self, value: str) -> str | None:
+        """Find the images [N, C, H, W] that a value has below each other, as [1, C, N * H, W].
+
+        It may also have them as [C, 1, N * H, W].
+        """
+        stacked, shapes = self._makers.get(value), self._graph.shapes
+        if stacked is None or stacked.operator != "Reshape":
+            return None
+        turned = self._makers.get(stacked.arguments[0])
+        if turned is None or turned.integers.get("perm") != (1, 0, 2, 3):
+            return None
+        target = self._graph.constants.get(stacked.arguments[1], ())
+        channels, *_, columns = shapes.get(turned.results[0], (None, None))
+        if channels is None or columns is None:
+            return None
+        wanted = ((1, channels, -1, columns), (channels, 1, -1, columns))
+        return turned.arguments[0] if target in wanted else None
 
     def _reshape(self, value: str, name: str, shape: Sequence[int]) -> str:
         return self._add("Reshape", [value, self._hold(shape)], name)

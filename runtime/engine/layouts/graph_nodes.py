@@ -22,7 +22,8 @@ _LONGEST = 1024
 """Most bytes of a list of numbers that is read."""
 _FLOAT, _INT64 = 1, 7
 
-Shape = tuple[int, ...]
+Shape = tuple[int | None, ...]
+"""Dimensions, each ``None`` if it is not fixed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,8 @@ class PlacedGraph:
     """A stage's graph, field by field.
 
     ``opsets`` are the places of the operator sets' bytes within ``content``, and ``fields`` those
-    of the graph's fields, each with its name.  ``shapes`` are of float32 values with fixed
-    dimensions.  ``constants`` are one-dimensional lists of 64-bit integers.  ``uses`` counts how
+    of the graph's fields, each with its name.  ``shapes`` are the declared ones of float32
+    values.  ``constants`` are one-dimensional lists of 64-bit integers.  ``uses`` counts how
     often nodes and outputs mention a value; ``has_bodies`` is true if bodies might mention more.
     """
 
@@ -153,16 +154,14 @@ class PlacedGraph:
         return label
 
     def _read_type(self, place: Place) -> Shape | None:
-        """Return the shape of a float32 tensor with fixed dimensions."""
+        """Return the shape of a float32 tensor, if it is declared."""
         dtype, shape = 0, None
         for name, start, stop in self._reader.read(place, schemas.TENSOR_TYPE):
             if name == "dtype":
                 dtype = start
             else:
                 entries = list(self._reader.read((start, stop), schemas.SHAPE))
-                sizes = [self._read_dimension((a, b)) for _, a, b in entries]
-                shape = tuple(size for size in sizes if size is not None)
-                shape = shape if len(shape) == len(sizes) else None
+                shape = tuple(self._read_dimension((a, b)) for _, a, b in entries)
         return shape if dtype == _FLOAT else None
 
     def _read_dimension(self, place: Place) -> int | None:

@@ -61,6 +61,9 @@ def make_case(
         ((5, 4, 3, 3), [2, 2, 2, 2], [2, 1], 1),
         ((6, 2, 3, 3), [1, 1, 1, 1], [1, 1], 2),
         ((4, 1, 3, 3), [1, 1, 1, 1], [1, 1], 4),
+        ((4, 1, 3, 2), [0, 1, 2, 0], [1, 1], 4),
+        ((4, 1, 2, 3), [1, 0, 0, 2], [1, 1], 4),
+        ((4, 1, 1, 3), [0, 0, 0, 0], [1, 1], 4),
         ((8, 1, 3, 3), [1, 1, 1, 1], [1, 1], 4),
         ((5, 4, 1, 1), [0, 0, 0, 0], [1, 1], 1),
     ],
@@ -71,7 +74,8 @@ def test_a_convolution_computes_the_gradient_of_the_input(
     arrays, attributes = make_case(weight, pads, dilations, group, [1, 1])
     model = build("ConvGrad", arrays, NAMES, domain="com.microsoft", **attributes)
     kinds = choose(model)
-    assert {"Conv", "ConvGrad"} <= set(kinds)
+    assert "Conv" in kinds
+    assert ("ConvGrad" in kinds) == (group < weight[0] or group == 1)  # else of small images
     found = run(model, arrays)
     assert list(found) == list(NAMES)
     expected = differentiate(**arrays, pads=pads, dilations=dilations, group=group, strides=[1, 1])

@@ -214,3 +214,46 @@ def test_an_image_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     feeds = {"x": np.ones(shape, np.float32), "w": np.ones((16, 16, 3, 3), np.float32)}
     with pytest.raises(StageFailed):
         ENGINE.run(stage, {name: ENGINE.from_array(array) for name, array in feeds.items()})
+
+
+def build_stacked(columns: int, channels: int = 32) -> bytes:
+    """Convolve stacked images with stacked gradients; images [N, 32, 4, 5] declare ``columns``."""
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["tx"], perm=[1, 0, 2, 3]),
+        helper.make_node("Reshape", ["tx", "below"], ["sx"]),
+        helper.make_node("Transpose", ["d"], ["td"], perm=[1, 0, 2, 3]),
+        helper.make_node("Reshape", ["td", "kernel"], ["sd"]),
+        helper.make_node("Conv", ["sx", "sd"], ["y"], group=channels, pads=[1, 1, 1, 1]),
+    ]
+    constants = {
+        "below": np.array([1, channels, -1, columns]),
+        "kernel": np.array([channels, 1, -1, columns]),
+    }
+    shapes = {"x": None, "d": ["N", 32, 4, 5]}
+    model = onnx.load_from_string(build(*nodes, shapes=shapes, constants=constants))
+    declared_dims: dict[str, list[int | str]] = {
+        "tx": [32, "N", 4, 5], "td": [32, "N", 4, 5], "sx": [1, channels, "M", columns],
+        "sd": [channels, 1, "M", columns],
+    }  # fmt: skip
+    for name, dims in declared_dims.items():
+        declared = helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+        model.graph.value_info.append(declared)
+    return bytes(model.SerializeToString())
+
+
+@needs_blocks
+def test_images_are_stacked_in_blocks() -> None:
+    model = build_stacked(5)
+    found = list_operators(block_convolutions(model, BLOCK))
+    assert found.count("Transpose") == 2
+    assert found.index(f"{DOMAIN}/ReorderInput") < found.index("Transpose")
+    compare(model, {"x": (3, 32, 4, 5), "d": (3, 32, 4, 5)})
+
+
+@needs_blocks
+@pytest.mark.parametrize(("columns", "channels"), [(4, 32), (5, 16)])
+def test_images_in_another_order_are_stacked_before(columns: int, channels: int) -> None:
+    model = build_stacked(columns, channels)
+    found = list_operators(block_convolutions(model, BLOCK))
+    assert found.index("Transpose") < found.index(f"{DOMAIN}/ReorderInput")
+    compare(model, {"x": (4, 32, 4, 5), "d": (4, 32, 4, 5)})

@@ -24,9 +24,10 @@ def read(*nodes: onnx.NodeProto, constants: list[TensorProto] | None = None) -> 
     return PlacedGraph(model.SerializeToString())
 
 
-def test_shapes_are_those_of_float_values_with_fixed_dimensions() -> None:
+def test_shapes_are_those_declared_of_float_values() -> None:
     held = numpy_helper.from_array(np.zeros((2, 5), np.float32), "held")
-    assert read(constants=[held]).shapes == {"w": (4, 3), "s": (), "y": (2, 2), "held": (2, 5)}
+    expected = {"x": (None, 3), "w": (4, 3), "s": (), "y": (2, 2), "held": (2, 5)}
+    assert read(constants=[held]).shapes == expected
 
 
 def test_lists_of_numbers_are_read_from_initializers_and_constants() -> None:
