@@ -11,10 +11,14 @@ from splitonnx.partitioner.lowerings.kernels.convolution_gradients import separa
 from splitonnx.partitioner.lowerings.kernels.depthwise_gradients import stack_images
 from splitonnx.partitioner.lowerings.kernels.relu_gradients import multiply_by_slope
 from splitonnx.partitioner.lowerings.kernels.scalars import fit_scalars
+from splitonnx.partitioner.lowerings.kernels.turned_products import read_turned, write_turned
 
 _CHOICES = {
     "ConvGrad": (separate_input_gradient, stack_images),
+    "FusedMatMul": (read_turned,),
+    "MatMul": (read_turned,),
     "ReluGrad": (multiply_by_slope,),
+    "Transpose": (write_turned,),
 }
 
 

@@ -22,7 +22,7 @@ from tests.support.zoo import ZOO
 
 KERNELS = frozenset({
     "And", "BatchNormInternal", "BatchNormalization", "BatchNormalizationGrad", "Conv", "ConvGrad",
-    "ConvTranspose", "HardSigmoid", "ReluGrad", f"{DOMAIN}/Conv",
+    "ConvTranspose", "FusedMatMul", "Gemm", "HardSigmoid", "MatMul", "ReluGrad", f"{DOMAIN}/Conv",
 })  # fmt: skip
 """The operators that are chosen, and those that they stand for."""
 BLOCK = 16
