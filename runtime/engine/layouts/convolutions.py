@@ -57,20 +57,24 @@ def block_convolutions(content: bytes, block: int) -> bytes:
 
 def can_block(node: PlacedNode, shapes: dict[str, Shape], block: int) -> bool:
     """Return whether a node is a convolution that runs in blocks of ``block`` channels."""
-    if node.operator != "Conv" or node.domain:
+    if node.operator != "Conv" or node.domain or len(node.results) != 1:
         return False
-    shape = shapes.get(node.arguments[1], ())
+    shape = shapes.get(node.argument(1), ())
     if len(shape) != 4:
         return False
     outputs, inputs, *kernel = shape
     if outputs is None or inputs is None or outputs % block:
         return False
-    groups = node.integers.get("group", (1,))[0]
+    groups = _count_groups(node)
     if groups > 1:
         return groups == outputs and inputs == 1
     if None in kernel or kernel == [1, 1]:  # a product of matrices, for which blocks gain nothing
         return False
     return inputs < block or (inputs % block == 0 and inputs < WIDE)
+
+
+def _count_groups(node: PlacedNode) -> int:
+    return next(iter(node.integers.get("group", ())), 1)
 
 
 class _Writer:
@@ -118,7 +122,7 @@ class _Writer:
         kept = []
         for node, written in reversed(self._nodes):
             moves = node is not None and node.operator in _MOVES
-            if node is not None and moves and not self._uses[node.results[0]]:
+            if node is not None and moves and not any(self._uses[name] for name in node.results):
                 self._uses.subtract(node.arguments)
                 continue
             kept.append(written)
@@ -130,7 +134,7 @@ class _Writer:
         outputs, inputs, *kernel = self._graph.shapes[weights]
         assert outputs is not None
         assert inputs is not None
-        if node.integers.get("group", (1,))[0] > 1:
+        if _count_groups(node) > 1:
             image = self._reorder(image)
             arranged = self._arrange_channels(weights, outputs)
         else:
@@ -197,14 +201,14 @@ class _Writer:
         turned = self._makers.get(weights)
         if turned is None or turned.integers.get("perm") != (1, 0, 2, 3):
             return None
-        cut = self._makers.get(turned.arguments[0])
+        cut = self._makers.get(turned.argument(0))
         points = [extent or 0 for extent in self._graph.shapes[weights][2:]]
         if cut is None or cut.operator != "Slice" or len(cut.arguments) != 5:
             return None
         read = [self._graph.constants.get(name) for name in cut.arguments[1:]]
         reaches_start = read[1] is not None and max(read[1]) < -max(points)
         is_mirrored = read[0] == read[3] == (-1, -1) and read[2] == (2, 3) and reaches_start
-        return cut.arguments[0] if is_mirrored else None
+        return cut.argument(0) if is_mirrored else None
 
     def _reorder(self, value: str) -> str:
         """Bring an image into blocks, before images are stacked where they are."""
@@ -227,15 +231,15 @@ class _Writer:
         stacked, shapes = self._makers.get(value), self._graph.shapes
         if stacked is None or stacked.operator != "Reshape":
             return None
-        turned = self._makers.get(stacked.arguments[0])
+        turned = self._makers.get(stacked.argument(0))
         if turned is None or turned.integers.get("perm") != (1, 0, 2, 3):
             return None
-        target = self._graph.constants.get(stacked.arguments[1], ())
-        channels, *_, columns = shapes.get(turned.results[0], (None, None))
+        target = self._graph.constants.get(stacked.argument(1), ())
+        channels, *_, columns = shapes.get(stacked.argument(0)) or (None, None)
         if channels is None or columns is None:
             return None
         wanted = ((1, channels, -1, columns), (channels, 1, -1, columns))
-        return turned.arguments[0] if target in wanted else None
+        return turned.argument(0) if target in wanted else None
 
     def _reshape(self, value: str, name: str, shape: Sequence[int]) -> str:
         return self._add("Reshape", [value, self._hold(shape)], name)

@@ -42,6 +42,10 @@ class PlacedNode:
     attributes: tuple[Place, ...]
     integers: dict[str, tuple[int, ...]]
 
+    def argument(self, position: int) -> str:
+        """Return the name of an input, or ``""`` if the node has fewer."""
+        return self.arguments[position] if position < len(self.arguments) else ""
+
 
 class PlacedGraph:
     """A stage's graph, field by field.
@@ -56,9 +60,9 @@ class PlacedGraph:
         self.content = content
         self._reader = Reader(content, max_fields=_MOST_FIELDS * STAGE.fields)
         model = list(self._reader.read((0, len(content)), schemas.MODEL))
-        self.ir_version = next(number for name, number, _ in model if name == "ir_version")
+        self.ir_version = next((number for name, number, _ in model if name == "ir_version"), 0)
         self.opsets = [(start, stop) for name, start, stop in model if name == "opset"]
-        graph = next((start, stop) for name, start, stop in model if name == "graph")
+        graph = next(((start, stop) for name, start, stop in model if name == "graph"), (0, 0))
         self.fields = list(self._reader.read(graph, schemas.GRAPH))
         self.shapes: dict[str, Shape] = {}
         self.constants: dict[str, tuple[int, ...]] = {}

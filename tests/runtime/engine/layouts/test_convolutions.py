@@ -12,10 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from splitonnx.errors import StageFailed
+from splitonnx.errors import ForbiddenGraph, StageFailed
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
 from splitonnx.runtime.engine.layouts.convolutions import DOMAIN, WIDE, block_convolutions
+from splitonnx.runtime.gate.gates import check_graph
 
 BLOCK = 16
 ENGINE = Engine(threads=1)
@@ -257,3 +258,20 @@ def test_images_in_another_order_are_stacked_before(columns: int, channels: int)
     found = list_operators(block_convolutions(model, BLOCK))
     assert found.index("Transpose") < found.index(f"{DOMAIN}/ReorderInput")
     compare(model, {"x": (4, 32, 4, 5), "d": (4, 32, 4, 5)})
+
+
+def test_whatever_passes_the_gate_is_rewritten_or_left_without_an_error() -> None:
+    random = np.random.default_rng(0)
+    graphs = [build_stacked(5), build_mirrored(mirror("w"), list_bounds())]
+    passed = 0
+    for number in range(3000):
+        content = bytearray(graphs[number % 2])
+        for place in random.integers(0, len(content), random.integers(1, 4)):
+            content[place] = random.integers(0, 256)
+        try:
+            check_graph("s", bytes(content))
+        except ForbiddenGraph:
+            continue
+        passed += 1
+        block_convolutions(bytes(content), BLOCK)
+    assert passed > 300
