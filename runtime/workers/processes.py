@@ -108,7 +108,7 @@ class WorkerOptions:
     ``party`` is the party that the workers run.  ``weights`` are its weights in a shared file, or
     ``None`` if each worker gets its own copy.  ``memory_bytes`` limits each worker's memory.  After
     their tasks, all workers together may keep ``kept_bytes`` of freed private memory, and as much
-    of the memory that they share with the server.
+    of the memory that they share with the server.  ``norm`` limits the norm of decoded gradients.
     """
 
     party: PartyBundle
@@ -118,6 +118,7 @@ class WorkerOptions:
     stage_seconds: float
     memory_bytes: int | None
     kept_bytes: int
+    norm: float | None = None
 
 
 class _Kill:
@@ -301,6 +302,7 @@ class Worker:
             provider=options.provider,
             stage_seconds=options.stage_seconds,
             memory_bytes=options.memory_bytes,
+            norm=options.norm,
         )
         self.ask(start, dict(party.weights) if shared is None else None)
 
