@@ -111,6 +111,7 @@ test("stages run as their inputs come, and values go when nothing needs them", (
     wires: [wire("a", "client", "server"), wire("back", "server", "client")],
     results: [],
     commits: new Map([["w", "w.new"]]),
+    encoded: [],
   };
   const progress = new Dataflow(phase, "client").start();
   assert.equal(progress.nextStage(), undefined);
