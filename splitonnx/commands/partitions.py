@@ -46,6 +46,7 @@ from splitonnx.commands.options import (
     Target,
     TrainOption,
     WeightDecayOption,
+    WireOption,
     choose_batch_size,
     make_optimizer,
     read_groups,
@@ -279,6 +280,7 @@ def cut(
     train: TrainOption = None,
     freeze: FreezeOption = None,
     means: ModelOptions,
+    wire: WireOption = None,
     client_target: ClientTargetOption = None,
     server_target: ServerTargetOption = None,
     check: CheckOption = None,
@@ -324,6 +326,7 @@ def cut(
         send_inputs=send_input or (),
         send_labels=send_labels,
         check=check,
+        wire=wire,
     )
     made.save(bundle, overwrite=force)
     if as_json:

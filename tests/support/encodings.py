@@ -75,3 +75,12 @@ def _run(graph: ir.Graph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     names = [value.name for value in session.get_outputs()]
     given = {name: array for name, array in feeds.items() if name in wanted}
     return dict(zip(names, session.run(names, given), strict=True))
+
+
+def run_nodes(build: Callable[[NodeBuilder, ir.Value], ir.Value], x: np.ndarray) -> np.ndarray:
+    """Return what a few nodes make of an array."""
+    value, builder = _make_value("x", 1, [None] * x.ndim), NodeBuilder("nodes")
+    made = build(builder, value)
+    made.type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([value], [made], nodes=builder.nodes, opset_imports={"": 18}, name="nodes")
+    return _run(graph, {"x": x})[made.name or ""]

@@ -7,9 +7,9 @@ model that once went wrong at one place, and one model with each codec.  For eac
 ``FOLDER/NAME/bundle``,
 ``data.safetensors``, or ``data-0.safetensors`` and so on with a batch each, and
 ``trained.safetensors``: the losses, the state and the evaluation of the unsplit model, trained by
-the training wheel; with a codec those of the split model.  Then it prints a line of JSON with all names, and serves: for each
-line with a name on its standard input it prints the address of that bundle's server, untrained, and
-ends the one before.
+the training wheel; with a codec those of the split model.  Then it prints a line of JSON with all
+names, and serves: for each line with a name on its standard input it prints the address of that
+bundle's server, untrained, and ends the one before.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def describe_codec_error(
 ) -> Iterator[str]:
     """Yield a remark on the codecs' error in predictions from random inputs.
 
-    ``plain`` is the same bundle without codecs, and ``merged`` its model.  A bundle with more than 64 MiB of weights, or one
-    that takes no random inputs, yields a remark that says so, or none.
+    ``plain`` is the same bundle without codecs, and ``merged`` its model.  Nothing is yielded if
+    the model has more than 64 MiB, or takes no random inputs.
     """
     if len(merged) > _MOST_BYTES:
         return

@@ -31,7 +31,7 @@ from splitonnx.manifests import (
 )
 from splitonnx.names import PORTABLE, PREDICT, TRAIN
 from splitonnx.partitioner.cutting.assemblies import write_stage
-from splitonnx.partitioner.cutting.transforms.encodings import FLOATS, Encoding
+from splitonnx.partitioner.cutting.transforms.encodings import Encoding
 from splitonnx.partitioner.cutting.transforms.quantizations import (
     BlockInt4,
     BrainFloat16,
@@ -106,7 +106,7 @@ class _Coded:
 def encode_crossings(bundle: Bundle, codecs: WireCodecs) -> Bundle:
     """Return a bundle whose activations and gradients are sent as ``codecs`` say.
 
-    Only floats are encoded, and neither inputs nor labels, outputs, losses, norms or weights.
+    Only float32 is encoded, and neither inputs nor labels, outputs, losses, norms or weights.
 
     Raises:
         UsageError: a codec cannot encode a tensor, or there is none to encode.
@@ -152,9 +152,7 @@ def _plan_phase(bundle: Bundle, phase: str, codecs: WireCodecs) -> dict[str, _Pl
     for wire in bundle.client.manifest.phase(phase).wires:
         codec = chosen.get(wire.kind)
         is_made = (wire.sender, wire.tensor.name) in made
-        if codec is None or codec.is_plain or wire.tensor.dtype not in FLOATS or not is_made:
-            continue
-        if codec.kind is CodecKind.FP16 and wire.tensor.dtype == "F16":
+        if codec is None or codec.is_plain or wire.tensor.dtype != "F32" or not is_made:
             continue
         plan = _Plan(wire=wire, codec=codec, is_random=phase == TRAIN)
         if reason := plan.make_encoding(None).refuse(wire.tensor):
@@ -198,9 +196,7 @@ def _declare(party: PartyBundle, phase: str, coded: Mapping[str, _Coded]) -> Par
     return _replace_phase(party, changed, {})
 
 
-def _replace_phase(
-    party: PartyBundle, phase: Phase, graphs: Mapping[str, bytes]
-) -> PartyBundle:
+def _replace_phase(party: PartyBundle, phase: Phase, graphs: Mapping[str, bytes]) -> PartyBundle:
     """Return a party with another phase of the same name, and with new or changed graphs."""
     manifest = party.manifest
     files = {file: hashlib.sha256(graph).hexdigest() for file, graph in graphs.items()}
@@ -255,7 +251,7 @@ def _encode_stage(
         value = values[plan.name]
         builder = NodeBuilder(f"{plan.name}/encoded")
         pieces = plan.make_encoding(key if plan.needs_key else None).encode(
-            builder, _as_float32(builder, value, plan.wire.tensor), plan.wire.tensor
+            builder, value, plan.wire.tensor
         )
         wires = []
         for piece in pieces:
@@ -281,10 +277,6 @@ def _encode_stage(
     return changed, write_stage(stage.name, graph, is_portable=is_portable), coded
 
 
-def _as_float32(builder: NodeBuilder, value: ir.Value, tensor: TensorSpec) -> ir.Value:
-    return value if tensor.dtype == "F32" else builder.op("Cast", value, to=ir.DataType.FLOAT.value)
-
-
 def _declare_value(value: ir.Value, tensor: TensorSpec) -> None:
     """Set a value's name, type and shape to those of its declaration."""
     value.name = tensor.name
@@ -293,7 +285,8 @@ def _declare_value(value: ir.Value, tensor: TensorSpec) -> None:
 
 
 _TYPES: Mapping[str, ir.DataType] = {
-    **FLOATS,
+    "F16": ir.DataType.FLOAT16,
+    "F32": ir.DataType.FLOAT,
     "I8": ir.DataType.INT8,
     "U8": ir.DataType.UINT8,
     "U16": ir.DataType.UINT16,
@@ -346,8 +339,6 @@ def _build_decoder(coded: Sequence[_Coded]) -> ir.Graph:
         tensor = one.plan.wire.tensor
         builder = NodeBuilder(f"{tensor.name}/decoded")
         made = one.plan.make_encoding(None).decode(builder, pieces, tensor)
-        if tensor.dtype != "F32":
-            made = builder.op("Cast", made, to=FLOATS[tensor.dtype].value)
         _declare_value(made, tensor)
         inputs += pieces
         outputs.append(made)

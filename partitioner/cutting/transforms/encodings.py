@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,12 +12,6 @@ import onnx_ir as ir
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.tensors import TensorSpec
 
-FLOATS: Mapping[str, ir.DataType] = {
-    "F16": ir.DataType.FLOAT16,
-    "F32": ir.DataType.FLOAT,
-    "F64": ir.DataType.DOUBLE,
-}
-"""The element types that codecs encode; all compute in 32 bits."""
 TINIEST = 2.0**-126
 """The smallest scale; smaller numbers are denormal, and some processors take them for zero."""
 

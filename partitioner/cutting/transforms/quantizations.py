@@ -54,8 +54,8 @@ class BrainFloat16:
 
     Neither numpy nor the packages for JavaScript have the type bfloat16, and no operator reads the
     bits of a float.  They are computed: for ``2**e <= |x| < 2**(e + 1)``, and ``e`` at least -126,
-    they are ``128 (e + 126) + round(128 |x| / 2**e)``, which is the same for ``e - 1`` and ``e + 1``
-    where rounding leaves it open which of them it is.
+    they are ``128 (e + 126) + round(128 |x| / 2**e)``.  Beside a power of two, where the logarithm
+    may be rounded to the wrong ``e``, both give the same.
     """
 
     def refuse(self, tensor: TensorSpec) -> str:

@@ -46,8 +46,8 @@ class TopK:
         return (
             ""
             if is_smaller
-            else f"{self._count(width)} of {width} elements of a sample, with their places, take no "
-            "less than all without; keep a smaller part"
+            else f"{self._count(width)} of {width} elements of a sample with their places take no "
+            "less than all of them; keep a smaller part"
         )
 
     def _count(self, width: int) -> int:
@@ -108,9 +108,7 @@ class RandomTopK(TopK):
         words = draw_words(builder, self._key, self._name, builder.op("Shape", sizes))
         steps = builder.op("Div", words, builder.integer(2**8))  # below 2**24, exact as a float
         chances = builder.op("Cast", steps, to=_F32.value)
-        above = builder.op(
-            "Expand", builder.number(float(2**25), _F32), builder.op("Shape", first)
-        )
+        above = builder.op("Expand", builder.number(float(2**25), _F32), builder.op("Shape", first))
         ranked = builder.op("ScatterElements", chances, first, above, axis=1)
         return _find_largest(builder, ranked, count)
 

@@ -40,7 +40,9 @@ def test_fp16_is_the_nearest_float16(shape: tuple[int, ...]) -> None:
     x = draw(shape)
     sent = encode(lambda key: Float16(), x)
     np.testing.assert_array_equal(sent["fp16"], x.astype(np.float16))
-    np.testing.assert_array_equal(decode(lambda key: Float16(), sent, x), x.astype("f2").astype("f4"))
+    np.testing.assert_array_equal(
+        decode(lambda key: Float16(), sent, x), x.astype("f2").astype("f4")
+    )
 
 
 def test_fp16_makes_what_it_cannot_hold_infinite() -> None:
@@ -77,7 +79,8 @@ def round_int8(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return codes and scales, as the docstring of the codec says, in numpy."""
     axes = tuple(axis for axis in range(x.ndim) if axis != 1)
     scale = np.abs(x).max(axes) / np.float32(127)
-    scale = np.clip(scale, np.float32(2.0**-126), np.nextafter(LARGEST / np.float32(127), np.float32(0)))
+    largest = np.nextafter(LARGEST / np.float32(127), np.float32(0))
+    scale = np.clip(scale, np.float32(2.0**-126), largest)
     along = scale.reshape([-1 if axis == 1 else 1 for axis in range(x.ndim)])
     return np.clip(np.rint(x / along), -127, 127).astype(np.int8), scale
 
@@ -148,7 +151,7 @@ def test_int4_keeps_zeros_and_the_largest_numbers_finite() -> None:
 
 def test_every_byte_of_int4_is_decoded() -> None:
     codes = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    sent = {"int4": codes, "scale": np.ones((8, 1), np.float32)}
+    sent: dict[str, np.ndarray] = {"int4": codes, "scale": np.ones((8, 1), np.float32)}
     found = decode(lambda key: BlockInt4(), sent, np.zeros((8, 64), np.float32))
     wanted = np.stack([codes % 16, codes // 16], -1).reshape(8, 64).astype(np.float32) - 8
     np.testing.assert_array_equal(found, wanted)

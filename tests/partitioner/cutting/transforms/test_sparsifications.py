@@ -23,9 +23,7 @@ def keep_largest(x: np.ndarray, count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("shape", "count"), [((4, 30), 3), ((2, 3, 5, 7), 11), ((1, 2), 1)])
-def test_topk_sends_the_largest_numbers_of_each_sample(
-    shape: tuple[int, ...], count: int
-) -> None:
+def test_topk_sends_the_largest_numbers_of_each_sample(shape: tuple[int, ...], count: int) -> None:
     x, make = draw(shape), lambda key: TopK(0.1)
     sent = encode(make, x)
     assert sent["values"].shape == (shape[0], count)
