@@ -31,7 +31,7 @@ from tests.support.callers import Caller, make_task
 from tests.support.links import make_bundle
 from tests.support.zoo import ZOO
 
-LARGEST = np.finfo(np.float32).max
+LARGEST = float(np.finfo(np.float32).max)
 ROWS, WIDTH = 2, 100
 """Of what crosses the cut of the convolutions at r1: 4 channels of 5 by 5."""
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
