@@ -1,11 +1,10 @@
-"""What each codec saves and costs: bytes and time of a step, and the accuracy that training reaches.
+"""What each codec saves and costs: bytes and time of a step, and the accuracy that is reached.
 
 The demo's digits are trained U-shaped, client and server in one process with one thread each, once
-for each seed and codec.  Bytes are those of the tensors of one step of 32 digits, both ways and
-after what the manifest declares; the ratio is to ``fp32``.  Seconds are the median over the steps
+for each seed and codec.  Bytes are those of the tensors of one step of 32 digits, both ways, as
+the manifest declares them; the ratio is to ``fp32``.  Seconds are the median over the steps
 of all seeds, without any network.  Accuracy is that of the 360 digits held out, after the epochs
-given; its difference to ``fp32`` is over the means of the seeds.  With ``--resnet`` a ResNet-18's
-bytes are counted, too, without training it.
+given; its difference to ``fp32`` is over the means of the seeds.
 
 Exit code 1 if ``int8`` sends less than 3.9 times fewer bytes, or loses more than 0.5 points.
 

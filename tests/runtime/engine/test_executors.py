@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -22,22 +22,13 @@ from splitonnx.errors import (
     StageFailed,
     UsageError,
 )
-from splitonnx.manifests import (
-    KEY,
-    LEARNING_RATE,
-    STEP,
-    Encoded,
-    Phase,
-    Source,
-    Stage,
-    StageInput,
-    WireKind,
-)
+from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source, WireKind
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.tensors import TensorSpec
 from tests.support import tiny
+from tests.support.decodings import Decoding
 
 ENGINE = Engine(threads=1)
 
@@ -308,69 +299,6 @@ def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(tmp_path: 
     train(second, range(2, 4))
     for name, array in first.state().items():
         np.testing.assert_array_equal(second.state()[name], array)
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """The tiny server's part, whose h arrives as codes, which a stage decodes to ten times them."""
-
-    server: PartyBundle
-
-    @classmethod
-    def make(cls, kind: WireKind = WireKind.ACTIVATION) -> Decoding:
-        bundle = tiny.split_bundle()
-        assert bundle.server is not None
-        party, manifest = bundle.server, bundle.server.manifest
-        phase = manifest.phase("train")
-        codes = TensorSpec(name="h#codes", dtype="F32", shape=("N", 4))
-        wires = [
-            msgspec.structs.replace(w, tensor=codes) if w.tensor.name == "h" else w
-            for w in phase.wires
-        ]
-        stages = [
-            msgspec.structs.replace(
-                stage,
-                inputs=tuple(
-                    StageInput(name="h", source=Source.STASH) if i.name == "h" else i
-                    for i in stage.inputs
-                ),
-            )
-            for stage in phase.stages
-        ]
-        inputs = (StageInput(name="h#codes", source=Source.WIRE),)
-        decoder = Stage(name="decode", graph="decode.onnx", inputs=inputs, outputs=("h",))
-        nodes = [
-            helper.make_node("Constant", [], ["ten"], value_float=10.0),
-            helper.make_node("Mul", ["h#codes", "ten"], ["h"]),
-        ]
-        encoded = Encoded(
-            tensor=tiny.spec("h"),
-            sender="client",
-            receiver="server",
-            kind=kind,
-            codec="tenth",
-            wires=("h#codes",),
-        )
-        changed = msgspec.structs.replace(
-            phase, stages=(decoder, *stages), wires=tuple(wires), encoded=(encoded,)
-        )
-        phases = tuple(changed if p.name == "train" else p for p in manifest.phases)
-        return cls(
-            replace(
-                party,
-                manifest=msgspec.structs.replace(manifest, phases=phases),
-                graphs={**party.graphs, "decode.onnx": tiny.make_graph(nodes, inputs, ("h",))},
-            )
-        )
-
-    def run(self, codes: np.ndarray, norm: float | None = None) -> dict[str, np.ndarray]:
-        executor, data = Executor(self.server, ENGINE, norm=norm), tiny.batch(0)
-        begin(executor, key())
-        executor.deliver(key(), {"h#codes": codes, "labels": data["labels"]})
-        groups = list(executor.advance(key()))
-        executor.finish(key())
-        assert executor.step == 1
-        return {name: array for group in groups for name, array in group.items()}
 
 
 def test_a_stage_may_decode_what_was_received() -> None:
