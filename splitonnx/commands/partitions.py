@@ -154,6 +154,7 @@ def inspect(
     dropout: DropoutOption = None,
     train: TrainOption = None,
     freeze: FreezeOption = None,
+    wire: WireOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the tensors at which a model can be cut, and how much data each cut sends per step.
@@ -167,6 +168,8 @@ def inspect(
     if u_shape or is_end_named:
         if batch is not None:
             raise UsageError("pairs are listed with their bytes per sample; leave out --batch")
+        if wire is not None:
+            raise UsageError("pairs are listed without codecs; leave out --wire")
         _begin()
         pairs = splitonnx.inspect_pairs(
             model,
@@ -202,6 +205,7 @@ def inspect(
         dropout=None if dropout is None else dropout.value,
         train=train or (),
         freeze=freeze or (),
+        wire=wire,
     )
     if as_json:
         printing.print_json(cuts)

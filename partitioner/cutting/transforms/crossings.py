@@ -31,14 +31,8 @@ from splitonnx.manifests import (
 )
 from splitonnx.names import PORTABLE, PREDICT, TRAIN
 from splitonnx.partitioner.cutting.assemblies import write_stage
+from splitonnx.partitioner.cutting.transforms.choices import make_encoding
 from splitonnx.partitioner.cutting.transforms.encodings import Encoding
-from splitonnx.partitioner.cutting.transforms.quantizations import (
-    BlockInt4,
-    BrainFloat16,
-    ChannelInt8,
-    Float16,
-)
-from splitonnx.partitioner.cutting.transforms.sparsifications import RandomTopK, TopK
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.random_numbers import find_key
@@ -64,19 +58,7 @@ class _Plan:
         return self.wire.tensor.name
 
     def make_encoding(self, key: ir.Value | None) -> Encoding:
-        fraction = self.codec.fraction or 0.0
-        match self.codec.kind:
-            case CodecKind.FP16:
-                return Float16()
-            case CodecKind.BF16:
-                return BrainFloat16()
-            case CodecKind.INT8:
-                return ChannelInt8()
-            case CodecKind.INT4:
-                return BlockInt4()
-            case CodecKind.RANDTOPK if key is not None:
-                return RandomTopK(fraction, key, self.name)
-        return TopK(fraction)
+        return make_encoding(self.codec, self.name, key)
 
     @property
     def needs_key(self) -> bool:
