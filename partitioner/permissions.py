@@ -280,6 +280,8 @@ def cut(
         wire: the codecs of what crosses the cut: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4``,
             ``topk=0.1`` or ``randtopk=0.1``, for activations and gradients alike, or for each its
             own, as ``fwd=int8,bwd=bf16`` or a dictionary.  Predictions use the forward codec, too.
+            ``bwd=topk=0.1+ef`` adds what a gradient's codec leaves out to the gradient of the next
+            step, which takes a fixed batch.
             By default tensors are sent as they are.  What is compared with the original are the
             parts without codecs; a warning says by how much the codec changes predictions.
 

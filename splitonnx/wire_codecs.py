@@ -16,6 +16,9 @@ from splitonnx.errors import UsageError, quote
 FORWARD, BACKWARD = "fwd", "bwd"
 """The names of the directions: of activations, and of their gradients."""
 
+FEEDBACK = "+ef"
+"""The end of the name of a codec with error feedback."""
+
 
 class CodecKind(StrEnum):
     """What a codec does with the numbers of a tensor."""
@@ -34,13 +37,18 @@ _WITH_FRACTION = frozenset({CodecKind.TOPK, CodecKind.RANDTOPK})
 
 @dataclass(frozen=True, kw_only=True)
 class Codec:
-    """A codec of one direction; ``fraction`` is the part of the numbers that ``topk`` keeps."""
+    """A codec of one direction; ``fraction`` is the part of the numbers that ``topk`` keeps.
+
+    ``has_feedback`` means that what is left out of a tensor is added to that of the next step.
+    """
 
     kind: CodecKind
     fraction: float | None = None
+    has_feedback: bool = False
 
     def __str__(self) -> str:
-        return self.kind if self.fraction is None else f"{self.kind}={self.fraction:g}"
+        named = self.kind if self.fraction is None else f"{self.kind}={self.fraction:g}"
+        return f"{named}{FEEDBACK if self.has_feedback else ''}"
 
     @property
     def is_plain(self) -> bool:
@@ -107,12 +115,13 @@ def _split(text: str) -> Iterator[tuple[str, str]]:
 
 
 def read_codec(text: str) -> Codec:
-    """Read one codec, such as ``int8`` or ``topk=0.1``.
+    """Read one codec, such as ``int8``, ``topk=0.1``, or ``topk=0.1+ef`` with error feedback.
 
     Raises:
         UsageError: there is no such codec, or its fraction is missing or out of range.
     """
-    name, mark, rest = text.partition("=")
+    has_feedback = text.endswith(FEEDBACK)
+    name, mark, rest = text.removesuffix(FEEDBACK).partition("=")
     if name not in {kind.value for kind in CodecKind}:
         raise UsageError(
             f"--wire: there is no codec '{text}'; choose one of {quote(CodecKind)}, the last two "
@@ -122,7 +131,9 @@ def read_codec(text: str) -> Codec:
     if kind not in _WITH_FRACTION:
         if mark:
             raise UsageError(f"--wire: the codec {kind} takes no number, but '{text}' has one")
-        return Codec(kind=kind)
+        if has_feedback and kind is CodecKind.FP32:
+            raise UsageError(f"--wire: {kind} leaves nothing out, so '{text}' has no feedback")
+        return Codec(kind=kind, has_feedback=has_feedback)
     try:
         fraction = float(rest)
     except ValueError:
@@ -132,4 +143,4 @@ def read_codec(text: str) -> Codec:
             f"--wire: '{text}' should say which part of the numbers is kept, between 0 and 1, as "
             f"{kind}=0.1"
         )
-    return Codec(kind=kind, fraction=fraction)
+    return Codec(kind=kind, fraction=fraction, has_feedback=has_feedback)

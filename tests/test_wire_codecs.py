@@ -24,6 +24,8 @@ TENTH = Codec(kind=CodecKind.TOPK, fraction=0.1)
         ("fp32", PLAIN, PLAIN),
         ({"fwd": "int8", "bwd": "topk=0.1"}, INT8, TENTH),
         ({"bwd": "bf16"}, PLAIN, BF16),
+        ("bwd=topk=0.1+ef", PLAIN, Codec(kind=CodecKind.TOPK, fraction=0.1, has_feedback=True)),
+        ("bwd=int4+ef", PLAIN, Codec(kind=CodecKind.INT4, has_feedback=True)),
         (None, PLAIN, PLAIN),
         ({}, PLAIN, PLAIN),
     ],
@@ -34,7 +36,7 @@ def test_a_codec_is_for_both_directions_or_each_has_its_own(
     assert read_wire(text) == WireCodecs(forward=forward, backward=backward)
 
 
-@pytest.mark.parametrize("text", ["int8", "fwd=int8,bwd=bf16", "fwd=topk=0.05,bwd=randtopk=0.1"])
+@pytest.mark.parametrize("text", ["int8", "fwd=int8,bwd=bf16", "fwd=topk=0.05,bwd=randtopk=0.1+ef"])
 def test_codecs_are_written_as_they_are_read(text: str) -> None:
     assert str(read_wire(text)) == text
 
@@ -55,6 +57,7 @@ def test_what_sends_tensors_as_they_are_is_plain() -> None:
         ("topk", "'topk' should say which part of the numbers is kept, between 0 and 1"),
         ("topk=2", "between 0 and 1, as topk=0.1"),
         ("topk=nan", "between 0 and 1"),
+        ("bwd=fp32+ef", "fp32 leaves nothing out, so 'fp32+ef' has no feedback"),
         ("fwd=randtopk=x", "between 0 and 1, as randtopk=0.1"),
     ],
 )

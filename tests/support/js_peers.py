@@ -208,7 +208,15 @@ def write_case(folder: Path, name: str) -> str:
     return name
 
 
-CODECS = ("fp16", "fwd=int8,bwd=bf16", "int8", "int4", "topk=0.25", "randtopk=0.25")
+CODECS = (
+    "fp16",
+    "fwd=int8,bwd=bf16",
+    "int8",
+    "int4",
+    "topk=0.25",
+    "randtopk=0.25",
+    "fwd=bf16,bwd=topk=0.25+ef",
+)
 """What crosses the cut of one model is encoded by each of these."""
 
 
@@ -220,6 +228,7 @@ def write_coded(folder: Path, wire: str) -> str:
         at="r1",
         tail_at="flat",
         loss=entry.loss,
+        dims={"N": BATCH} if wire.endswith("+ef") else {},
         client_target="portable",
         server_target="portable",
     )

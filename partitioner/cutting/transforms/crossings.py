@@ -29,10 +29,16 @@ from splitonnx.manifests import (
     Wire,
     WireKind,
 )
-from splitonnx.names import PORTABLE, PREDICT, TRAIN
+from splitonnx.names import PORTABLE, PREDICT, TRAIN, name_carried
 from splitonnx.partitioner.cutting.assemblies import write_stage
 from splitonnx.partitioner.cutting.transforms.choices import make_encoding
 from splitonnx.partitioner.cutting.transforms.encodings import Encoding
+from splitonnx.partitioner.cutting.transforms.feedbacks import (
+    add_feedback,
+    declare_residual,
+    make_residual,
+    refuse_feedback,
+)
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.random_numbers import find_key
@@ -47,11 +53,14 @@ _OPSET = 18
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """A wire that is encoded, and its codec; in predictions nothing is drawn at random."""
+    """A wire that is encoded, and its codec.
+
+    Only in training numbers are drawn at random, and are residuals kept.
+    """
 
     wire: Wire
     codec: Codec
-    is_random: bool
+    is_training: bool
 
     @property
     def name(self) -> str:
@@ -60,9 +69,19 @@ class _Plan:
     def make_encoding(self, key: ir.Value | None) -> Encoding:
         return make_encoding(self.codec, self.name, key)
 
+    def refuse(self) -> str:
+        reason = self.make_encoding(None).refuse(self.wire.tensor)
+        if reason or not self.codec.has_feedback or not self.is_training:
+            return reason
+        return refuse_feedback(self.wire)
+
+    @property
+    def has_feedback(self) -> bool:
+        return self.is_training and self.codec.has_feedback
+
     @property
     def needs_key(self) -> bool:
-        return self.is_random and self.codec.kind is CodecKind.RANDTOPK
+        return self.is_training and self.codec.kind is CodecKind.RANDTOPK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +155,8 @@ def _plan_phase(bundle: Bundle, phase: str, codecs: WireCodecs) -> dict[str, _Pl
         is_made = (wire.sender, wire.tensor.name) in made
         if codec is None or codec.is_plain or wire.tensor.dtype != "F32" or not is_made:
             continue
-        plan = _Plan(wire=wire, codec=codec, is_random=phase == TRAIN)
-        if reason := plan.make_encoding(None).refuse(wire.tensor):
+        plan = _Plan(wire=wire, codec=codec, is_training=phase == TRAIN)
+        if reason := plan.refuse():
             name = wire.tensor.name.rpartition("@")[0]
             kind = "the gradient of " if wire.kind is WireKind.GRADIENT else ""
             raise UsageError(
@@ -214,7 +233,22 @@ def _add_encoders(
             coded |= found
         stages.append(stage)
     changed = msgspec.structs.replace(part, stages=tuple(stages))
-    return _replace_phase(party, changed, graphs), coded
+    fed = [one.plan.wire.tensor for one in coded.values() if one.plan.has_feedback]
+    return _keep_residuals(_replace_phase(party, changed, graphs), phase, fed), coded
+
+
+def _keep_residuals(party: PartyBundle, phase: str, fed: Sequence[TensorSpec]) -> PartyBundle:
+    """Add the residuals of gradients to a party's state, to be replaced by each step."""
+    specs = [declare_residual(tensor) for tensor in fed]
+    weights = {spec.tensor.name: make_residual(spec.tensor) for spec in specs}
+    part = party.manifest.phase(phase)
+    commits = {**part.commits, **{name: name_carried(name) for name in weights}}
+    changed = _replace_phase(party, msgspec.structs.replace(part, commits=commits), {})
+    return replace(
+        changed,
+        weights={**party.weights, **weights},
+        manifest=msgspec.structs.replace(changed.manifest, state=(*party.manifest.state, *specs)),
+    )
 
 
 def _encode_stage(
@@ -226,15 +260,21 @@ def _encode_stage(
     """
     graph = read_model(onnx.load_from_string(content)).graph
     values = map_values(graph)
-    coded = {}
+    coded, inputs = {}, stage.inputs
     needs_key = any(plan.needs_key for plan in plans)
     key = find_key(graph) if needs_key else None
     for plan in plans:
         value = values[plan.name]
         builder = NodeBuilder(f"{plan.name}/encoded")
-        pieces = plan.make_encoding(key if plan.needs_key else None).encode(
-            builder, value, plan.wire.tensor
-        )
+        encoding = plan.make_encoding(key if plan.needs_key else None)
+        if plan.has_feedback:
+            fed = add_feedback(builder, value, plan.wire.tensor, encoding)
+            pieces = fed.pieces
+            graph.inputs.append(fed.kept)
+            graph.outputs.append(fed.next)
+            inputs += (StageInput(name=fed.kept.name or "", source=Source.STATE),)
+        else:
+            pieces = encoding.encode(builder, value, plan.wire.tensor)
         wires = []
         for piece in pieces:
             tensor = TensorSpec(
@@ -250,7 +290,6 @@ def _encode_stage(
         coded[plan.name] = _Coded(plan=plan, wires=tuple(wires))
     dropped = {plan.name for plan in plans} - kept
     graph.outputs[:] = [value for value in graph.outputs if value.name not in dropped]
-    inputs = stage.inputs
     if needs_key and all(i.name != KEY for i in inputs):
         inputs = (*inputs, StageInput(name=KEY, source=Source.SCALAR))
     changed = msgspec.structs.replace(
