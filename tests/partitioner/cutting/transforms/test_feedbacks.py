@@ -23,6 +23,7 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.choices import make_policy
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.tensors import TensorSpec
+from splitonnx.torch import loads
 from splitonnx.wire_codecs import read_wire
 from tests.support.links import link
 from tests.support.zoo import ZOO
@@ -130,6 +131,13 @@ def test_training_goes_on_from_a_saved_residual(tmp_path: Path) -> None:
 
 def test_the_merged_model_knows_no_residual() -> None:
     assert merge(encode()) == merge(make_plain())
+
+
+def test_a_residual_is_no_weight_of_a_network() -> None:
+    bundle = encode_crossings(make_plain(tail_at="act3"), read_wire(WIRE))
+    weights, _ = loads._read(bundle)
+    assert not [name for name in weights.arrays if "#" in name]
+    assert [name for name in bundle.client.weights if "#" in name] == ["act3@client_grad#residual"]
 
 
 def test_explain_follows_a_residual_of_the_client_to_the_next_step() -> None:
