@@ -142,7 +142,7 @@ def encode(manifest: PartyManifest) -> PartyManifest:
     hidden = spec("h@server", "F32", "N", 16)
     carried = (
         send(spec("h@server#int8", "I8", "N", 16), WireKind.ACTIVATION),
-        send(spec("h@server#scale", "F32", 16), WireKind.ACTIVATION),
+        send(spec("h@server#scale", "F32", 1, 16), WireKind.ACTIVATION),
     )
     encoded = Encoded(
         tensor=hidden,

@@ -29,7 +29,7 @@ from splitonnx.runtime.server.servers import Server
 from splitonnx.wire_codecs import read_wire
 from tests.support.callers import Caller, make_task
 from tests.support.links import make_bundle
-from tests.support.zoo import ZOO
+from tests.support.zoo import FLOAT, ZOO, Net
 
 LARGEST = float(np.finfo(np.float32).max)
 ROWS, WIDTH = 2, 100
@@ -70,15 +70,18 @@ def fill(shape: tuple[int, ...], value: float, dtype: str = "f4") -> np.ndarray:
 @pytest.mark.parametrize(
     ("wire", "changed", "subject"),
     [
-        ("int8", {"r1@server#scale": fill((4,), np.nan)}, "r1@server#scale"),
-        ("int8", {"r1@server#scale": fill((4,), np.inf)}, "r1@server#scale"),
+        ("int8", {"r1@server#scale": fill((1, 4), np.nan)}, "r1@server#scale"),
+        ("int8", {"r1@server#scale": fill((1, 4), np.inf)}, "r1@server#scale"),
         ("fp16", {"r1@server#fp16": fill((2, 4, 5, 5), np.inf, "f2")}, "r1@server#fp16"),
         ("topk=0.1", {"r1@server#values": fill((2, 10), np.nan)}, "r1@server#values"),
         ("int4", {"r1@server#scale": fill((2, 2), np.nan)}, "r1@server#scale"),
         # finite numbers on the wire that are not finite when they are decoded
         (
             "int8",
-            {"r1@server#scale": fill((4,), LARGEST), "r1@server#int8": fill((2, 4, 5, 5), 9, "i1")},
+            {
+                "r1@server#scale": fill((1, 4), LARGEST),
+                "r1@server#int8": fill((2, 4, 5, 5), 9, "i1"),
+            },
             "r1@server",
         ),
         ("bf16", {"r1@server#bf16": fill((2, 4, 5, 5), 0x7F80, "u2")}, "r1@server"),
@@ -104,7 +107,7 @@ def test_what_is_not_finite_is_refused_before_the_step_encoded_or_decoded(
     [
         ("int8", {"r1@server#int8": fill((2, 5, 5, 5), 1, "i1")}, "ArrayMismatch"),
         ("int8", {"r1@server#int8": fill((2, 4, 5, 4), 1, "i1")}, "ArrayMismatch"),
-        ("int8", {"r1@server#scale": fill((5,), 1)}, "ArrayMismatch"),
+        ("int8", {"r1@server#scale": fill((1, 5), 1)}, "ArrayMismatch"),
         ("int8", {"r1@server#int8": fill((2, 4, 5, 5), 1)}, "ArrayMismatch"),
         ("int4", {"r1@server#int4": fill((2, 63), 1, "u1")}, "ArrayMismatch"),
         ("int4", {"r1@server#scale": fill((3, 2), 1)}, "ArrayMismatch"),
@@ -140,7 +143,7 @@ def test_codes_have_as_many_rows_as_the_labels() -> None:
             "bwd=int8",
             {
                 "act3@client_grad#int8": fill((2, 6), 2, "i1"),
-                "act3@client_grad#scale": fill((6,), 1),
+                "act3@client_grad#scale": fill((1, 6), 1),
             },
         ),
         ("bwd=fp16", {"act3@client_grad#fp16": fill((2, 6), 2, "f2")}),
@@ -181,7 +184,7 @@ def test_a_client_refuses_what_a_server_s_gradient_decodes_to() -> None:
     server.begin(key, data={}, seed=0, learning_rate=1e-3)
     server.deliver(key, sent)
     reply = {name: array for group in server.advance(key) for name, array in group.items()}
-    reply["r1@server_grad#scale"] = fill((4,), LARGEST)
+    reply["r1@server_grad#scale"] = fill((1, 4), LARGEST)
     reply["r1@server_grad#int8"] = fill((ROWS, 4, 5, 5), 3, "i1")
     client.deliver(key, reply)
     with pytest.raises(NotFinite, match=r"the gradient of 'r1' holds NaN or infinity \(step 1\)"):
@@ -271,3 +274,24 @@ def test_int8_sends_3_9_times_fewer_bytes_and_trains_the_digits_as_well() -> Non
 def test_errors_of_encoded_tensors_name_those_of_the_model() -> None:
     assert "'h' (sent to the server)" in str(NotFinite("h@server#int8", "step 1"))
     assert "the gradient of 'h'" in str(NormTooLarge("h@server_grad#scale", 2.0, 1.0))
+
+
+def test_a_long_sequence_of_scales_does_not_count_as_many_samples() -> None:
+    net = Net()
+    hidden = net.op("Tanh", net.op("MatMul", "x", net.weight("w", 2, 3), out="m"), out="h")
+    scores = net.op("MatMul", hidden, net.weight("v", 3, 2), out="each")
+    axes = net.constant("axes", np.array([1]))
+    output = net.op("ReduceMean", scores, axes, out="scores", keepdims=0)
+    model = net.finish({"x": (FLOAT, ["N", "T", 2])}, output, 2)
+    bundle = encode_crossings(cut(model, at="h", loss="mse"), read_wire("int8"))
+    random = np.random.default_rng(0)
+    data = {
+        "x": random.standard_normal((2, 5000, 2), np.float32),
+        "labels": random.standard_normal((2, 2), np.float32),
+    }
+    assert bundle.server is not None
+    with (
+        Server(bundle.server, port=0, threads=1, limits=Limits(batch=4096)) as server,
+        Client(bundle.client, connect(server.url), threads=1) as client,
+    ):
+        assert np.isfinite(client.step(data)["loss"])

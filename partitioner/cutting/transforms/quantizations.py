@@ -131,7 +131,8 @@ class BrainFloat16:
 class ChannelInt8:
     """Sends ``round(x / s)``, and for each channel its scale ``s = max|x| / 127``.
 
-    The channels are on axis 1; their scales are of this step.  Zero stays zero.
+    The channels are on axis 1; their scales are of this step.  Zero stays zero.  Scales have a
+    first dimension of 1, since a free first dimension would count as samples.
     """
 
     def refuse(self, tensor: TensorSpec) -> str:
@@ -147,9 +148,10 @@ class ChannelInt8:
         )
         codes = builder.op("QuantizeLinear", value, scale, zeros, axis=1)
         sent = builder.op("Add", scale, poison(builder, value, axes))
+        sent = builder.op("Unsqueeze", sent, builder.integers([0]))
         return [
             Piece(suffix="int8", value=codes, dtype="I8", shape=tensor.shape),
-            Piece(suffix="scale", value=sent, dtype="F32", shape=tensor.shape[1:2]),
+            Piece(suffix="scale", value=sent, dtype="F32", shape=(1, *tensor.shape[1:2])),
         ]
 
     def decode(
@@ -157,6 +159,7 @@ class ChannelInt8:
     ) -> ir.Value:
         """``s code``."""
         codes, scale = pieces
+        scale = builder.op("Squeeze", scale, builder.integers([0]))
         return builder.op("DequantizeLinear", codes, scale, axis=1)
 
 

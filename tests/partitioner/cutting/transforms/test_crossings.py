@@ -127,7 +127,7 @@ def test_the_manifest_declares_what_really_travels() -> None:
     found = {w.tensor.name: (str(w.tensor), w.kind) for w in get_phase(bundle).wires}
     assert found == {
         "r1@server#int8": ("I8[N, 4, 5, 5]", WireKind.ACTIVATION),
-        "r1@server#scale": ("F32[4]", WireKind.ACTIVATION),
+        "r1@server#scale": ("F32[1, 4]", WireKind.ACTIVATION),
         "labels@server": ("I64[N]", WireKind.INPUT),
         "r1@server_grad#bf16": ("U16[N, 4, 5, 5]", WireKind.GRADIENT),
         "loss": ("F32[]", WireKind.REPORT),
