@@ -42,7 +42,7 @@ PIECE = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class Link:
+class SlowNetwork:
     """A link's capacity in bytes per second, each way, and the seconds that a byte takes."""
 
     rate: float
@@ -76,7 +76,7 @@ async def _deliver(
 
 
 @contextmanager
-def shape(url: str, link: Link) -> Iterator[str]:
+def shape(url: str, network: SlowNetwork) -> Iterator[str]:
     """Yield the address of a proxy to a server, which carries bytes as the link does."""
     loop, ready = asyncio.new_event_loop(), threading.Event()
     address = urlsplit(url)
@@ -85,7 +85,7 @@ def shape(url: str, link: Link) -> Iterator[str]:
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(address.hostname, address.port)
         with suppress(asyncio.CancelledError):  # the proxy ends
-            await asyncio.gather(link.carry(reader, back), link.carry(there, writer))
+            await asyncio.gather(network.carry(reader, back), network.carry(there, writer))
 
     async def listen() -> None:
         nonlocal port
@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--codecs", nargs="+", default=list(CODECS))
     given = parser.parse_args()
-    link = Link(rate=given.rate * 1e6 / 8, latency=given.delay / 2e3)
+    network = SlowNetwork(rate=given.rate * 1e6 / 8, latency=given.delay / 2e3)
     random = np.random.default_rng(0)
     data: dict[str, np.ndarray] = {
         "x": random.standard_normal((BATCH, 3, 32, 32), np.float32),
@@ -143,7 +143,7 @@ def main() -> int:
             ]
             sizes[codec] = sum(size or 0 for size in sent)
             url = stack.enter_context(serve(place / "server", threads=1))
-            shaped = stack.enter_context(shape(url, link))
+            shaped = stack.enter_context(shape(url, network))
             client = Client(bundle.client, connect(shaped), threads=1)
             clients[codec] = stack.enter_context(client)
         for turn in range(given.steps + 1):
