@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
@@ -327,6 +328,6 @@ def cut(
     encoded = encode_crossings(made, codecs)
     is_checked = check is not False and (check or os.environ.get(partitions.NO_CHECK) != "1")
     if encoded is not made and is_checked:
-        for remark in describe_codec_error(made, encoded, str(codecs), merge(made)):
+        for remark in describe_codec_error(made, encoded, str(codecs), partial(merge, made)):
             _log.warning("%s", remark)
     return encoded

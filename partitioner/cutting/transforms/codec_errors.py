@@ -6,7 +6,7 @@ of the codecs, which is no mistake: it is reported, and never refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -18,21 +18,22 @@ from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 
 _SUBJECT = "the parts"
 _MOST_BYTES = 1 << 26
-"""The size of a model, in bytes, up to which predictions are made for a remark."""
+"""The size of weights, in bytes, up to which predictions are made for a remark."""
 
 
 @attribute_errors_to_pass("compared with and without codecs")
 def describe_codec_error(
-    plain: Bundle, encoded: Bundle, codecs: str, merged: bytes
+    plain: Bundle, encoded: Bundle, codecs: str, merge: Callable[[], bytes]
 ) -> Iterator[str]:
     """Yield a remark on the codecs' error in predictions from random inputs.
 
-    ``plain`` is the same bundle without codecs, and ``merged`` its model.  Nothing is yielded if
-    the model has more than 64 MiB, or takes no random inputs.
+    ``plain`` is the same bundle without codecs, and ``merge`` makes a model of it.  Nothing is
+    yielded if its weights have more than 64 MiB, or it takes no random inputs.
     """
-    if len(merged) > _MOST_BYTES:
+    weights = [array for party in plain.parties.values() for array in party.weights.values()]
+    if sum(array.nbytes for array in weights) > _MOST_BYTES:
         return
-    for batches in iter_draws(onnx.load_from_string(merged), 0):
+    for batches in iter_draws(onnx.load_from_string(merge()), 0):
         try:
             exact = run_split(plain, batches, _SUBJECT)
         except NotRun:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from tests.support.zoo import ZOO
 def measure(wire: str) -> float:
     plain = make_bundle()
     encoded = encode_crossings(plain, read_wire(wire))
-    (remark,) = describe_codec_error(plain, encoded, wire, merge(plain))
+    (remark,) = describe_codec_error(plain, encoded, wire, partial(merge, plain))
     assert remark.startswith(f"--wire {wire} changes predictions from random inputs by ")
     return float(remark.split()[-4])
 
@@ -37,9 +39,12 @@ def test_a_codec_of_gradients_alone_changes_no_prediction() -> None:
     assert measure("bwd=int8") == 0
 
 
-def test_a_large_model_is_not_run() -> None:
+def test_a_large_model_is_neither_merged_nor_run() -> None:
     plain = make_bundle()
-    assert not list(describe_codec_error(plain, plain, "int8", bytes((1 << 26) + 1)))
+    large = np.broadcast_to(np.float32(0), (1 << 24) + 1)
+    client = replace(plain.client, weights={**plain.client.weights, "w": large})
+    bundle = replace(plain, parties={**plain.parties, "client": client})
+    assert not list(describe_codec_error(bundle, plain, "int8", partial(pytest.fail, "merged")))
 
 
 def test_cut_compares_the_parts_without_codec_and_says_what_the_codec_changes(
