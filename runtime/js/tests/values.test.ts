@@ -170,6 +170,7 @@ test("a tensor that is sent is named as in the model", () => {
   const named = {
     "x": "'x'",
     "h@server": "'h' (sent to the server)",
+    "h@client_grad#int8": "the gradient of 'h'",
     "h@client_grad": "the gradient of 'h'",
     "table@2": "'table@2'",
   };

@@ -13,9 +13,12 @@ from splitonnx.errors import UsageError
 from splitonnx.manifests import KEY, Phase, Source, WireKind
 from splitonnx.messages import TaskKey
 from splitonnx.names import PREDICT, TRAIN
+from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
+from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.merges import merge
-from splitonnx.partitioner.partitions import cut
+from splitonnx.partitioner.partitions import cut, cut_prepared
+from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.wire_codecs import read_wire
@@ -201,11 +204,6 @@ def test_a_step_with_randtopk_can_be_repeated_exactly() -> None:
 @pytest.mark.parametrize("name", ["two_streams", "attention", "embedding", "dropout", "pools"])
 @pytest.mark.parametrize("wire", ["int8", "fwd=bf16,bwd=fp16"])
 def test_every_kind_of_cut_trains_close_to_the_model_without_a_codec(name: str, wire: str) -> None:
-    from splitonnx.partitioner.cutting.preparations import prepare
-    from splitonnx.partitioner.gate.gates import open_model
-    from splitonnx.partitioner.partitions import cut_prepared
-    from splitonnx.partitioner.reports.inspections import list_cuts
-
     entry = ZOO[name]
     prepared = prepare(open_model(entry.build()))
     places = entry.several or (list_cuts(prepared, None)[0].tensor,)
