@@ -261,9 +261,9 @@ $(VENV)/.test: $(VENV)/.pip pyproject.toml requirements/dev.txt
 	@touch $@ $(VENV)/.demo
 
 # Real processes, cut connections and kill -9; a finding is run again with the SEED that it shows.
-# With CLIENTS, so many train one model together.
+# With CLIENTS, so many train one model together; with WIRE, what crosses the cut is encoded.
 chaos: $(VENV)/.test
-	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) \
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(WIRE),--wire $(WIRE)) \
 	  $(if $(CLIENTS),--clients $(CLIENTS) --policy splitfed-v1 --cuts 500 --kills 30)
 
 # The attacks of a review of 0.1.0 against real processes of this checkout, or of that in CHECKOUT:

@@ -198,6 +198,7 @@ def _note_changes(model: ir.Model, bundle: Bundle) -> None:
     before, after = collect_weights(bundle, trained=False), collect_weights(bundle)
     roles = [spec for party in bundle.parties.values() for spec in party.manifest.state]
     others = {spec.tensor.name for spec in roles if spec.role in (Role.PARAMETER, Role.BUFFER)}
+    others &= {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
     changed = [
         name
         for name in after

@@ -7,8 +7,10 @@ that would send raw inputs or labels without the user's permission.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
@@ -29,10 +31,14 @@ from splitonnx.partitioner.cutting.carried_states.declarations import Pairs
 from splitonnx.partitioner.cutting.carried_states.raw_inputs import trace_raw_inputs
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.preparations import PreparedModel
+from splitonnx.partitioner.cutting.transforms.codec_errors import describe_codec_error
+from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
+from splitonnx.partitioner.merges import merge
 from splitonnx.partitioner.native.workers import start
+from splitonnx.wire_codecs import read_wire
 
 _log = logging.getLogger(__name__)
 
@@ -206,6 +212,7 @@ def cut(
     send_inputs: Sequence[str] = (),
     send_labels: bool = False,
     check: bool | None = None,
+    wire: str | Mapping[str, str] | None = None,
 ) -> Bundle:
     """Cut a model into a client part and a server part, ready for training.
 
@@ -271,6 +278,13 @@ def cut(
             warnings.  By default, models with up to 64 MiB of weights are compared, unless the
             environment variable ``SPLITONNX_NO_CHECK`` is set to 1.  An ``onnx_ir`` model cannot be
             compared, because cutting changes it.
+        wire: the codecs of what crosses the cut: ``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4``,
+            ``topk=0.1`` or ``randtopk=0.1``, for activations and gradients alike, or for each its
+            own, as ``fwd=int8,bwd=bf16`` or a dictionary.  Predictions use the forward codec, too.
+            ``bwd=topk=0.1+ef`` adds what a gradient's codec leaves out to the gradient of the next
+            step, which takes a fixed batch.
+            By default tensors are sent as they are.  What is compared with the original are the
+            parts without codecs; a warning says by how much the codec changes predictions.
 
     Returns:
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
@@ -286,7 +300,8 @@ def cut(
     """
     start()  # so that it is ready when the model has been read
     named = (send_inputs,) if isinstance(send_inputs, str) else tuple(send_inputs)
-    return partitions.cut(
+    codecs = read_wire(wire)
+    made = partitions.cut(
         model,
         at=at,
         tail_at=tail_at,
@@ -310,3 +325,9 @@ def cut(
         check=check,
         approve=Permission(inputs=named, labels=send_labels),
     )
+    encoded = encode_crossings(made, codecs)
+    is_checked = check is not False and (check or os.environ.get(partitions.NO_CHECK) != "1")
+    if encoded is not made and is_checked:
+        for remark in describe_codec_error(made, encoded, str(codecs), partial(merge, made)):
+            _log.warning("%s", remark)
+    return encoded

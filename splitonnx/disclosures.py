@@ -9,14 +9,14 @@ contain, for example, the session, the phase, the step, the seed and the learnin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from splitonnx.errors import quote
 from splitonnx.expressions import describe_size, evaluate, find_unbound, is_name, solve_for
-from splitonnx.manifests import PartyManifest, Phase, Wire, WireKind
+from splitonnx.manifests import Encoded, PartyManifest, Phase, Wire, WireKind
 from splitonnx.names import CLIENT, EVALUATE, JOINED, OWN, PREDICT, SERVER, TRAIN
 from splitonnx.tensors import DTYPES, TensorSpec
 
@@ -42,10 +42,12 @@ class SentTensor:
 
     ``wire`` is its name in messages, and ``tensor`` is its name in the model.  ``kind`` describes
     it in words, such as ``activation``.  ``declared`` is its type and shape, with all known sizes
-    filled in.  ``bytes`` is the total size of its values, or ``None`` if a dimension is unknown.
-    ``bytes_per_sample`` is the size per sample, or ``None`` if the total size is not proportional
-    to the number of samples.  ``tells_labels`` means that the tensor is a gradient from which
-    the server can compute the labels; bundles of earlier versions do not say so.
+    filled in, and its codec if it is encoded; several tensors may then be sent for it, of which
+    ``wire`` names the first.  ``bytes`` is the total size of what is sent for it, or ``None`` if a
+    dimension is unknown.  ``bytes_per_sample`` is the size per sample, or ``None`` if the size is
+    not proportional to the number of samples, but for the ``bytes_fixed`` of a codec's scales.
+    ``tells_labels`` means that the tensor is a gradient from which the server can compute the
+    labels; bundles of earlier versions do not say so.
     """
 
     wire: str
@@ -55,13 +57,15 @@ class SentTensor:
     bytes: int | None
     bytes_per_sample: int | None
     tells_labels: bool = False
+    bytes_fixed: int = 0
 
     def __str__(self) -> str:
         notes = []
         if self.bytes is not None:
             notes.append(f"{self.bytes:,} bytes")
         elif self.bytes_per_sample is not None:
-            notes.append(f"{self.bytes_per_sample:,} bytes a sample")
+            more = f" and {self.bytes_fixed:,} more" if self.bytes_fixed else ""
+            notes.append(f"{self.bytes_per_sample:,} bytes a sample{more}")
         if self.tells_labels:
             notes.append("the server can compute the labels from it")
         inner = "; ".join(notes)
@@ -108,16 +112,16 @@ def list_sent(
     part = manifest.phase(phase)
     rows = _name_rows(manifest, part)
     labels = list_labels(manifest)
-    wires = [wire for wire in part.wires if wire.sender == sender]
     return Sending(
         phase=phase,
         batch=batch,
         tensors=tuple(
             replace(
-                _describe(wire, labels, rows, batch),
+                _describe(wire, wires, labels, rows, batch),
                 tells_labels=wire.tensor.name in manifest.tells_labels,
             )
-            for wire in wires
+            for wire, wires in _list_carried(part)
+            if wire.sender == sender
         ),
     )
 
@@ -168,21 +172,50 @@ def count_run(
     return passes * (steps + 1), total
 
 
-def _describe(wire: Wire, labels: Sequence[str], rows: str | None, batch: int | None) -> SentTensor:
+def _list_carried(phase: Phase) -> Iterator[tuple[Wire | Encoded, list[Wire]]]:
+    """Yield each tensor that is sent with the wires that carry it: itself, if it is not encoded."""
+    carriers = {name: one for one in phase.list_encoded() for name in one.wires}
+    done: set[str] = set()
+    for wire in phase.wires:
+        encoded = carriers.get(wire.tensor.name)
+        if encoded is None:
+            yield wire, [wire]
+        elif encoded.tensor.name not in done:
+            done.add(encoded.tensor.name)
+            yield encoded, [w for w in phase.wires if w.tensor.name in encoded.wires]
+
+
+def _describe(
+    wire: Wire | Encoded,
+    wires: Sequence[Wire],
+    labels: Sequence[str],
+    rows: str | None,
+    batch: int | None,
+) -> SentTensor:
+    """Describe a tensor that ``wires`` carry."""
     tensor = _strip_port(wire)
     sizes = {} if batch is None else _bind(rows, batch)
     declared = msgspec.structs.replace(
         wire.tensor, shape=tuple(_write(_fill_in(dim, sizes)) for dim in wire.tensor.shape)
     )
     is_labels = wire.kind is WireKind.INPUT and tensor in labels
+    fixed = [_count_bytes(sent.tensor, {}) for sent in wires] if len(wires) > 1 else [None]
+    free = [sent.tensor for sent, size in zip(wires, fixed, strict=True) if size is None]
     return SentTensor(
-        wire=wire.tensor.name,
+        wire=wires[0].tensor.name,
         tensor=tensor,
         kind=LABELS if is_labels else _WORDS[wire.kind],
-        declared=str(declared),
-        bytes=_count_bytes(wire.tensor, sizes),
-        bytes_per_sample=count_bytes_per_sample(wire.tensor, rows),
+        declared=f"{declared} as {wire.codec}" if isinstance(wire, Encoded) else str(declared),
+        bytes=_add(_count_bytes(sent.tensor, sizes) for sent in wires),
+        bytes_per_sample=_add(count_bytes_per_sample(spec, rows) for spec in free),
+        bytes_fixed=sum(size or 0 for size in fixed) if free else 0,
     )
+
+
+def _add(sizes: Iterable[int | None]) -> int | None:
+    """Return the sum of sizes, or ``None`` if one is unknown."""
+    known = list(sizes)
+    return None if None in known else sum(size or 0 for size in known)
 
 
 def count_bytes_per_sample(spec: TensorSpec, rows: str | None) -> int | None:
@@ -204,7 +237,7 @@ def _count_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int | None:
     return dtype.itemsize * math.prod(numbers)
 
 
-def _strip_port(wire: Wire) -> str:
+def _strip_port(wire: Wire | Encoded) -> str:
     """Return the name of a tensor in the model, without the suffix that marks its direction."""
     name = wire.tensor.name
     back = CLIENT if wire.receiver == SERVER else SERVER
@@ -249,7 +282,8 @@ def _name_rows(manifest: PartyManifest, phase: Phase) -> str | None:
 
 def _list_rows(manifest: PartyManifest, phase: Phase) -> Iterable[TensorSpec]:
     """List the declarations whose first dimension counts the samples of a step."""
-    sent = [w.tensor for w in phase.wires if w.sender == CLIENT and w.kind not in _WITHOUT_ROWS]
+    carried = [wire for wire, _ in _list_carried(phase)]
+    sent = [w.tensor for w in carried if w.sender == CLIENT and w.kind not in _WITHOUT_ROWS]
     declared = phase.data if manifest.party == CLIENT else sent
     return [spec for spec in declared if spec.shape]
 

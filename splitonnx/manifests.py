@@ -105,6 +105,22 @@ class Wire(msgspec.Struct, frozen=True, kw_only=True):
     kind: WireKind
 
 
+class Encoded(msgspec.Struct, frozen=True, kw_only=True):
+    """The declaration of a tensor that is sent in an encoded form, as its receiver decodes it.
+
+    ``tensor`` is what a stage of the receiver makes from the tensors that ``wires`` names.  Its
+    name is that of the tensor which the sender encodes.  ``codec`` is the codec in words, such as
+    ``int8``; runtimes need not know it.
+    """
+
+    tensor: TensorSpec
+    sender: str
+    receiver: str
+    kind: WireKind
+    codec: str
+    wires: tuple[str, ...]
+
+
 class StageInput(msgspec.Struct, frozen=True, kw_only=True):
     """An input of a stage's graph: its name in the graph, and the source of its value."""
 
@@ -131,7 +147,8 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
     this phase, in both directions; both parties have the same list.  ``results`` are the names of
     the values that are returned to the caller.  ``commits`` maps the name of a state tensor to the
     stage output that replaces it.  All state tensors are replaced together, after every stage of
-    the phase has run.
+    the phase has run.  ``encoded`` are the tensors that some of ``wires`` carry in an encoded form;
+    it is not written if there are none.
     """
 
     name: str
@@ -140,6 +157,11 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
     wires: tuple[Wire, ...] = ()
     results: tuple[str, ...] = ()
     commits: dict[str, str] = {}
+    encoded: tuple[Encoded, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    def list_encoded(self) -> tuple[Encoded, ...]:
+        """Return the tensors that are sent in an encoded form."""
+        return () if self.encoded is msgspec.UNSET else self.encoded
 
 
 class ScoreKind(StrEnum):
@@ -218,7 +240,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     ``class_axis`` is the axis of the output that represents the classes, and ``labels`` is the name
     of the array that contains the labels.  If there are several losses, or one with other settings,
     ``losses`` contains them all, and ``loss``, ``output``, ``class_axis`` and ``labels`` describe
-    the first; otherwise ``losses`` is empty, as it is in bundles of earlier versions.
+    the first; otherwise ``losses`` is empty, as it is in bundles of earlier versions.  ``wire``
+    holds the codecs of what crosses the cut; it is not written if tensors are sent as they are.
     """
 
     at: tuple[str, ...]
@@ -241,6 +264,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     losses: tuple[Loss, ...] = ()
     client_target: Target = TRAINING
     server_target: Target = TRAINING
+    wire: str | msgspec.UnsetType = msgspec.UNSET
 
     def list_losses(self) -> tuple[Loss, ...]:
         """Return all losses with their settings."""

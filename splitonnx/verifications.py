@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from splitonnx.bundles import Bundle, PartyBundle
@@ -50,10 +51,15 @@ class StepComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The result of :func:`verify`: the comparison of each step, and the tolerance ``rtol``."""
+    """The result of :func:`verify`: the comparison of each step, and the tolerance ``rtol``.
+
+    ``wire`` are the codecs of what crosses the cut.  The model without a cut is trained without
+    them, so their error is part of the differences.
+    """
 
     steps: tuple[StepComparison, ...]
     rtol: float
+    wire: str = ""
 
     @property
     def largest_difference(self) -> float:
@@ -78,6 +84,7 @@ def verify(
     """Train a model both split and unsplit, and compare the results after each step.
 
     Both runs start from the bundle's initial weights, even if the bundle has already been trained.
+    What crosses the cut is encoded as the bundle says, and the codecs' error is part of the result.
     Nothing is written.  Both runs use one thread, so the difference is exactly 0 wherever both run
     the same kernels.
 
@@ -100,7 +107,9 @@ def verify(
     compared = tuple(compare_steps(loaded, data, steps, batch_size, seed))
     if not compared:
         raise UsageError("the data hold no sample to train with")
-    return Verification(steps=compared, rtol=rtol)
+    wire = loaded.manifest.recipe.wire
+    codecs = "" if wire is msgspec.UNSET else wire
+    return Verification(steps=compared, rtol=rtol, wire=codecs)
 
 
 def compare_steps(

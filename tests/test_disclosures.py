@@ -12,7 +12,7 @@ from splitonnx.disclosures import (
     list_labels,
     list_sent,
 )
-from splitonnx.manifests import FORMAT, PartyManifest, Phase, Wire, WireKind
+from splitonnx.manifests import FORMAT, Encoded, PartyManifest, Phase, Wire, WireKind
 from splitonnx.names import CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
 from splitonnx.tensors import TensorSpec
 
@@ -135,3 +135,43 @@ def test_a_batch_of_at_least_2_is_shown_and_counted_as_any_other() -> None:
     assert str(labels) == "labels I64[N] (8 bytes a sample)"
     hidden, *_ = list_sent(manifest, TRAIN, batch=8).tensors
     assert str(hidden) == "activation 'h' F32[8, 16] (512 bytes)"
+
+
+def encode(manifest: PartyManifest) -> PartyManifest:
+    """Have a manifest send the hidden activations of the first two phases as int8."""
+    hidden = spec("h@server", "F32", "N", 16)
+    carried = (
+        send(spec("h@server#int8", "I8", "N", 16), WireKind.ACTIVATION),
+        send(spec("h@server#scale", "F32", 1, 16), WireKind.ACTIVATION),
+    )
+    encoded = Encoded(
+        tensor=hidden,
+        sender=CLIENT,
+        receiver=SERVER,
+        kind=WireKind.ACTIVATION,
+        codec="int8",
+        wires=tuple(wire.tensor.name for wire in carried),
+    )
+    phases = [
+        msgspec.structs.replace(
+            phase,
+            encoded=(encoded,),
+            wires=(*carried, *(w for w in phase.wires if w.tensor.name != "h@server")),
+        )
+        if phase.wires
+        else phase
+        for phase in manifest.phases
+    ]
+    return msgspec.structs.replace(manifest, phases=tuple(phases))
+
+
+@pytest.mark.parametrize("party", [CLIENT, SERVER])
+def test_an_encoded_tensor_is_one_tensor_with_the_bytes_of_all_that_carries_it(party: str) -> None:
+    manifest = encode(make_manifest(party))
+    first = list_sent(manifest, TRAIN, batch=32).tensors[0]
+    assert (first.wire, first.tensor, first.bytes) == ("h@server#int8", "h", 32 * 16 + 64)
+    assert (first.bytes_per_sample, first.bytes_fixed) == (16, 64)
+    assert str(first) == "activation 'h' F32[32, 16] as int8 (576 bytes)"
+    unknown = list_sent(manifest, PREDICT).tensors[0]
+    assert str(unknown) == "activation 'h' F32[N, 16] as int8 (16 bytes a sample and 64 more)"
+    assert find_batch(manifest) is None

@@ -14,12 +14,15 @@ from splitonnx.manifests import (
     FORMAT,
     MAX_SLOTS,
     BundleManifest,
+    Encoded,
     PartyManifest,
     Role,
+    WireKind,
     decode_manifest,
     encode_manifest,
     has_valid_checksum,
 )
+from splitonnx.tensors import TensorSpec
 from tests.support import tiny
 from tests.support.bit_flips import flips
 
@@ -157,3 +160,24 @@ def test_a_wire_whose_dimension_nothing_binds_is_refused() -> None:
         decode_manifest(
             encode_manifest(msgspec.structs.replace(CLIENT, phases=phases)), PartyManifest, "here"
         )
+
+
+def test_only_a_phase_with_a_codec_says_what_is_encoded() -> None:
+    plain = tiny.split_bundle().client.manifest
+    assert b"encoded" not in encode_manifest(plain)
+    assert plain.phases[0].list_encoded() == ()
+    tensor = TensorSpec(name="h", dtype="F32", shape=("N", 4))
+    encoded = Encoded(
+        tensor=tensor,
+        sender="client",
+        receiver="server",
+        kind=WireKind.ACTIVATION,
+        codec="int8",
+        wires=("h#int8", "h#scale"),
+    )
+    phase = msgspec.structs.replace(plain.phases[0], encoded=(encoded,))
+    coded = msgspec.structs.replace(plain, phases=(phase, *plain.phases[1:]))
+    content = encode_manifest(coded)
+    found = decode_manifest(content, PartyManifest, "m")
+    assert found.phases[0].list_encoded() == (encoded,)
+    assert encode_manifest(found) == content

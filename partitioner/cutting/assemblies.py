@@ -194,9 +194,9 @@ def _share_phase(
         stages.append(_describe_stage(label, cut, joint, party))
         if portable:
             lower(graph := cut.extract())
-            graphs[f"{label}.onnx"] = _write_stage(label, graph)
+            graphs[f"{label}.onnx"] = write_stage(label, graph)
         else:
-            graphs[f"{label}.onnx"] = _write_stage(label, cut.view, is_portable=False)
+            graphs[f"{label}.onnx"] = write_stage(label, cut.view, is_portable=False)
     results = joint.results if party == CLIENT else ()
     used = {i.name for stage in stages for i in stage.inputs if i.source is Source.DATA}
     used.update(results)  # an input of the model may be an output, too
@@ -313,7 +313,7 @@ def _append(
             outputs=tuple(value.name or "" for value in graph.outputs),
         )
     )
-    graphs[f"{name}.onnx"] = _write_stage(name, graph)
+    graphs[f"{name}.onnx"] = write_stage(name, graph)
 
 
 def _name_norms(party: str) -> str:
@@ -358,11 +358,11 @@ def _share_evaluation(
         outputs=attached.results,
     )
     phase = Phase(name=EVALUATE, stages=(stage,), data=data, results=attached.results)
-    graphs_by_file = {stage.graph: _write_stage(label, model.graph)}
+    graphs_by_file = {stage.graph: write_stage(label, model.graph)}
     return _Share(phase=phase, graphs=graphs_by_file, scored=scored)
 
 
-def _write_stage(name: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool = True) -> bytes:
+def write_stage(name: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool = True) -> bytes:
     """Serialize a stage's graph after checking that the runtime knows its operators."""
     return _serialize(graph, check_operators(name, graph, is_portable=is_portable))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from splitonnx.partitioner.cutting.preparations import (
     count_trained,
     prepare,
 )
+from splitonnx.partitioner.cutting.transforms.choices import count_bytes
 from splitonnx.partitioner.gate.adjustments import Adjustments, Binding
 from splitonnx.partitioner.gate.gates import ModelSource, open_model
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -43,6 +43,7 @@ from splitonnx.partitioner.inference.shapes import infer_shapes
 from splitonnx.partitioner.legal_cuts import ReadOutputs, find_legal_cuts, find_read_outputs
 from splitonnx.partitioner.partitions import refuse_untrainable
 from splitonnx.tensors import DTYPES
+from splitonnx.wire_codecs import PLAIN, Codec, WireCodecs, read_wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ def inspect(
     dropout: DropoutMode | None = None,
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
+    wire: str | Mapping[str, str] | None = None,
 ) -> list[CutCandidate]:
     """List the single tensors at which a model can be cut, in the order of the graph.
 
@@ -103,17 +105,21 @@ def inspect(
             is itself the loss, and all other outputs have one that compares them with labels.
         dropout: whether Dropout nodes are on, as for ``cut``.
         train, freeze: regular expressions for what is trained and what is not, as for ``cut``.
+        wire: the codecs of what crosses the cut, as for ``cut``.  Bytes that depend on it are
+            ``None`` for a tensor that the codec cannot encode.
 
     Raises:
         ModelError: the model cannot be read, prepared or differentiated, so no cut is valid.
         UnknownTensor, UsageError: a name in ``sent`` is not an input of the model, ``output`` is
             not one of its outputs, or nothing can be trained.
     """
+    codecs = read_wire(wire)
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     prepared = open_prepared(
         model, adjustments, dropout=dropout, train=train, freeze=freeze, states=states
     )
-    return list_cuts(prepared, batch, sent, find_read_outputs(prepared, loss, output))
+    reads = find_read_outputs(prepared, loss, output)
+    return list_cuts(prepared, batch, sent, reads, codecs)
 
 
 def open_prepared(
@@ -147,12 +153,14 @@ def list_cuts(
     batch: int | None,
     sent: Sequence[str] = (),
     reads: ReadOutputs | None = None,
+    codecs: WireCodecs | None = None,
 ) -> list[CutCandidate]:
     """List the single tensors at which a prepared model can be cut.
 
     If ``batch`` is given, ``prepared.inference`` is modified in place: its shapes get this batch
     size.  The raw inputs in ``sent`` may be sent together with each tensor.  ``reads`` holds the
-    outputs from which the losses are computed, by default the first float output.
+    outputs from which the losses are computed, by default the first float output.  ``codecs``
+    encode the tensors.
 
     Raises:
         NotDifferentiable: a node without a gradient is between a trained parameter and the loss.
@@ -170,7 +178,7 @@ def list_cuts(
     passed = _list_passed(prepared, elements, outputs)
     makers = map_values(prepared.skeleton.graph)
     raw = _trace_raw(prepared)
-    return [_describe(each, makers, passed, raw) for each in found]
+    return [_describe(each, makers, passed, raw, codecs or WireCodecs()) for each in found]
 
 
 def _trace_raw(prepared: PreparedModel) -> dict[str, frozenset[str]]:
@@ -262,6 +270,7 @@ def _describe(
     makers: Mapping[str, ir.Value],
     passed: Collection[str],
     raw: Mapping[str, frozenset[str]],
+    codecs: WireCodecs,
 ) -> CutCandidate:
     """Describe a cut.
 
@@ -272,15 +281,14 @@ def _describe(
     value, *sent = bisection.at
     producer = value.producer()
     assert producer is not None
-    size = _measure(value)
-    sizes = [size, *(_measure(other) for other in sent)]
+    sizes = [_measure(value, codecs.forward), *(_measure(other) for other in sent)]
     made = makers.get(value.name or "", value).producer()
     return CutCandidate(
         tensor=value.name or "",
         op=made.op_type if made is not None else producer.op_type,
         shape=declare_shape(value)[0],
         bytes_up=None if None in sizes else sum(size or 0 for size in sizes),
-        bytes_down=size if value.name in passed else 0,
+        bytes_down=_measure(value, codecs.backward) if value.name in passed else 0,
         client_parameters=bisection.client,
         server_parameters=bisection.server,
         sent=tuple(other.name or "" for other in sent),
@@ -307,7 +315,10 @@ def describe_dims(dims: Sequence[int | str | None]) -> tuple[int | str | None, .
     return tuple(None if dim == "?" else dim for dim in told)
 
 
-def _measure(value: ir.Value) -> int | None:
-    shape, itemsize = declare_shape(value)
-    known = [dim for dim in shape if isinstance(dim, int)]
-    return math.prod(known) * itemsize if itemsize and len(known) == len(shape) else None
+def _measure(value: ir.Value, codec: Codec = PLAIN) -> int | None:
+    try:
+        spec = declare(value)
+    except SplitonnxError:
+        return None
+    known = all(isinstance(dim, int) for dim in spec.shape)
+    return count_bytes(codec, spec) if known else None

@@ -145,7 +145,7 @@ def _explain_phase(party: PartyBundle, phase: Phase, batch: int | None) -> Phase
             for spec in _list_arrays(manifest, phase)
         ),
         stages=tuple(stage.name for stage in phase.stages),
-        kept=len(made - {tensor.wire for tensor in leaves.tensors}),
+        kept=len(made - {wire.tensor.name for wire in phase.wires if wire.sender == CLIENT}),
     )
 
 

@@ -1,5 +1,5 @@
 """The engine, which runs a party's stages with ONNX Runtime, and estimates the memory of tasks.
 
 This is the only package that imports ONNX Runtime.  It knows nothing about connections or clients'
-sessions.  Modules here may import the package ``gate``.
+sessions.  Modules here may import the packages ``gate`` and ``wire``.
 """

@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import (
-    BundleError,
     LocalProtocolError,
     MissingArray,
     NotFinite,
@@ -33,8 +31,9 @@ from splitonnx.messages import TaskKey
 from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN, TRAINING
 from splitonnx.runtime.engine.dataflows import Dataflow, Progress
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
+from splitonnx.runtime.engine.outcomes import check_outcome, publish_state
 from splitonnx.runtime.engine.providers import check_target
-from splitonnx.states import State, check_finite_state, check_home, write_state
+from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array
 
 
@@ -99,11 +98,15 @@ class Executor:
 
     ``step`` is the number of training steps committed so far.  Several tasks may be open at the
     same time; they share the state.  Two threads must not use an executor at the same time.
+
+    ``norm`` is the largest L2 norm allowed for a gradient that this party decodes; ``None`` means
+    no limit.
     """
 
-    def __init__(self, party: PartyBundle, engine: Engine) -> None:
+    def __init__(self, party: PartyBundle, engine: Engine, *, norm: float | None = None) -> None:
         check_target(engine.provider, party.manifest.party, party.manifest.target)
         self.step = party.step
+        self._norm = norm
         self.manifest = party.manifest
         self.party = party
         self._engine = engine
@@ -202,7 +205,10 @@ class Executor:
         Raises:
             StageFailed, StageTooSlow, StageStopped: see :meth:`Engine.run`.
             InternalRuntimeError: a bug in the code that runs the stages.
-            NotFinite: the training loss is NaN or infinite; nothing that depends on it is sent.
+            NotFinite: the training loss, or what was decoded to train with, is NaN or infinite;
+                nothing that depends on it is sent.
+            NormTooLarge: the norm of a decoded gradient is too large.
+            ArrayMismatch: what was decoded does not have the declared shape.
         """
         task = self._task(key)
         while stage := task.progress.next_stage():
@@ -272,7 +278,7 @@ class Executor:
         Raises:
             BundleError, StateNotFinite, NotSaved: as raised by :meth:`publish`.
         """
-        _check_outcome(self.party, self.state())
+        check_outcome(self.party, self.state())
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
         """Write the state to the party's folder as the outcome of training.
@@ -337,8 +343,22 @@ class Executor:
             loss = self._engine.to_array(outputs[LOSS])
             if not np.isfinite(loss).all():
                 raise NotFinite(LOSS, f"{loss} at step {self.step + 1}")
+        self._check_decoded(task, outputs)
         self._keep(task, outputs)
         self._drop(task, task.flow.needs[stage.name])
+
+    def _check_decoded(self, task: _Task, outputs: Mapping[str, Tensor]) -> None:
+        """Check what a stage decoded as a received tensor that was not encoded is checked."""
+        for encoded in task.phase.list_encoded():
+            name = encoded.tensor.name
+            if encoded.receiver != self.manifest.party or name not in outputs:
+                continue
+            array = self._engine.to_array(outputs[name])
+            check_array(array, encoded.tensor, task.sizes)
+            if task.phase.name == TRAIN:
+                check_finite(name, array, f"step {self.step + 1}")
+                if self._norm is not None and encoded.kind is WireKind.GRADIENT:
+                    check_norm(name, array, self._norm)
 
     def _collect_wires(self, task: _Task, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Return outgoing tensors as arrays, and record the sizes that replies must have."""
@@ -350,38 +370,6 @@ class Executor:
     def _drop(self, task: _Task, names: Iterable[str]) -> None:
         for name in task.progress.release(names):
             del task.values[name]
-
-
-def publish_state(
-    party: PartyBundle,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    step: int,
-    session: str,
-    position: str,
-    owner: str,
-) -> None:
-    """Write a state to the party's folder as the outcome of training.
-
-    The outcome is written atomically.  :meth:`Executor.publish` explains the other arguments.
-
-    Raises:
-        BundleError: the bundle exists only in memory, or the folder cannot be written.
-        StateNotFinite: the state contains NaN or infinity.
-        NotSaved: the folder was deleted or replaced after it was loaded.
-    """
-    folder = _check_outcome(party, tensors)
-    state = State(tensors=tensors, step=step, session=session, position=position, owner=owner)
-    write_state(folder, state, party.manifest.digest)
-
-
-def _check_outcome(party: PartyBundle, tensors: Mapping[str, np.ndarray]) -> Path:
-    """Check that a state may be published, and return the folder that it goes to."""
-    if party.path is None:
-        raise BundleError("bundle in memory", "it has no folder to save the state in")
-    check_home(party.path, party.manifest.digest)
-    check_finite_state(party.path, tensors, party.manifest.state)
-    return party.path
 
 
 def _make_scalars(key: TaskKey, seed: int, learning_rate: float) -> dict[str, np.ndarray]:

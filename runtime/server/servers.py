@@ -169,7 +169,7 @@ class Server:
                     party = replace(party, weights=shared.tensors)
                 self._workers = self._make_workers(party, shared, threads)
             self._registry = Registry(
-                Executor(party, self._engine),
+                Executor(party, self._engine, norm=self._limits.norm),
                 sessions=self._limits.sessions,
                 sessions_per_owner=self._limits.sessions_per_token,
                 memory_bytes=self._limits.memory,
@@ -212,6 +212,7 @@ class Server:
             stage_seconds=limits.stage_seconds,
             memory_bytes=limits.memory + limits.tasks + GIB,
             kept_bytes=limits.tasks // 2,
+            norm=limits.norm,
         )
         return WorkerPool(
             options, workers=limits.workers, on_death=self._metrics.count_worker_death

@@ -140,7 +140,7 @@ class Host:
             stage_seconds=start.stage_seconds,
             on_stuck=self._end_for_stuck,
         )
-        self._base = Executor(self._find_party(start, manifest), engine)
+        self._base = Executor(self._find_party(start, manifest), engine, norm=start.norm)
         for phase in (TRAIN, PREDICT):
             self._base.prepare(phase)
 

@@ -54,7 +54,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     ``file`` is the descriptor of an inherited file with the weights; if it is ``None``, the weights
     are in the shared memory block.  ``weights`` lists their positions.  ``threads`` is the number
     of threads per operator, and ``provider`` the execution provider.  ``stage_seconds`` limits the
-    time of each stage, and ``memory_bytes`` limits the memory of the process.
+    time of each stage, ``memory_bytes`` the memory of the process, and ``norm`` the norm of each
+    decoded gradient.
     """
 
     manifest: bytes
@@ -65,6 +66,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     provider: str
     stage_seconds: float
     memory_bytes: int | None
+    norm: float | None = None
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -97,8 +97,7 @@ class WorkerEnded(Exception):
 
     def __init__(self, how: str, *, is_before: bool = False) -> None:
         super().__init__(how)
-        self.how = how
-        self.is_before = is_before
+        self.how, self.is_before = how, is_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +105,9 @@ class WorkerOptions:
     """The options that all workers of a server share.
 
     ``party`` is the party that the workers run.  ``weights`` are its weights in a shared file, or
-    ``None`` if each worker gets its own copy.  ``memory_bytes`` limits each worker's memory.  After
-    their tasks, all workers together may keep ``kept_bytes`` of freed private memory, and as much
-    of the memory that they share with the server.
+    ``None`` if each worker gets its own copy.  ``memory_bytes`` limits each worker's memory, and
+    ``norm`` the norm of decoded gradients.  After their tasks, all workers together may keep
+    ``kept_bytes`` of freed private memory, and as much of what they share with the server.
     """
 
     party: PartyBundle
@@ -118,6 +117,7 @@ class WorkerOptions:
     stage_seconds: float
     memory_bytes: int | None
     kept_bytes: int
+    norm: float | None = None
 
 
 class _Kill:
@@ -301,6 +301,7 @@ class Worker:
             provider=options.provider,
             stage_seconds=options.stage_seconds,
             memory_bytes=options.memory_bytes,
+            norm=options.norm,
         )
         self.ask(start, dict(party.weights) if shared is None else None)
 
@@ -391,10 +392,8 @@ def _drain(queue: deque[_T]) -> tuple[_T, ...]:
 
 def _log_lines(stream: IO[bytes], pid: int) -> None:
     """Log the first lines that a worker writes to stderr, and discard the rest."""
-    left = MAX_LINES
     with stream, suppress(OSError, ValueError):
-        while line := stream.readline(1 << 12):
-            if left > 0:
+        for number, line in enumerate(iter(lambda: stream.readline(1 << 12), b"")):
+            if number < MAX_LINES:
                 text = line.decode("utf-8", "replace").rstrip()[:MAX_LINE]
                 _logger.warning("worker %d: %s", pid, text)
-            left -= 1

@@ -26,7 +26,7 @@ from splitonnx.errors import (
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import TaskKey
 from splitonnx.names import TRAIN
-from splitonnx.runtime.engine.executors import publish_state
+from splitonnx.runtime.engine.outcomes import publish_state
 from splitonnx.runtime.workers.messages import (
     Action,
     Begin,

@@ -123,6 +123,17 @@ CheckOption = Annotated[
         rich_help_panel=RECIPE_PANEL,
     ),
 ]
+WireOption = Annotated[
+    str | None,
+    typer.Option(
+        "--wire",
+        metavar="CODEC",
+        help="Encode what crosses the cut: fp16, bf16, int8, int4, topk=0.1 or randtopk=0.1; or "
+        "each direction its own way, as fwd=int8,bwd=bf16.",
+        show_default=False,
+        rich_help_panel=RECIPE_PANEL,
+    ),
+]
 ClientTargetOption = Annotated[
     Target | None,
     typer.Option(

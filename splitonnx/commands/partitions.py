@@ -46,6 +46,7 @@ from splitonnx.commands.options import (
     Target,
     TrainOption,
     WeightDecayOption,
+    WireOption,
     choose_batch_size,
     make_optimizer,
     read_groups,
@@ -153,6 +154,7 @@ def inspect(
     dropout: DropoutOption = None,
     train: TrainOption = None,
     freeze: FreezeOption = None,
+    wire: WireOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the tensors at which a model can be cut, and how much data each cut sends per step.
@@ -166,6 +168,8 @@ def inspect(
     if u_shape or is_end_named:
         if batch is not None:
             raise UsageError("pairs are listed with their bytes per sample; leave out --batch")
+        if wire is not None:
+            raise UsageError("pairs are listed without codecs; leave out --wire")
         _begin()
         pairs = splitonnx.inspect_pairs(
             model,
@@ -201,6 +205,7 @@ def inspect(
         dropout=None if dropout is None else dropout.value,
         train=train or (),
         freeze=freeze or (),
+        wire=wire,
     )
     if as_json:
         printing.print_json(cuts)
@@ -279,6 +284,7 @@ def cut(
     train: TrainOption = None,
     freeze: FreezeOption = None,
     means: ModelOptions,
+    wire: WireOption = None,
     client_target: ClientTargetOption = None,
     server_target: ServerTargetOption = None,
     check: CheckOption = None,
@@ -324,6 +330,7 @@ def cut(
         send_inputs=send_input or (),
         send_labels=send_labels,
         check=check,
+        wire=wire,
     )
     made.save(bundle, overwrite=force)
     if as_json:

@@ -245,6 +245,7 @@ def summarize_verification(verification: Verification) -> Iterator[dict[str, Any
         "largest_difference": verification.largest_difference,
         "rtol": verification.rtol,
         "ok": verification.ok,
+        **({"wire": verification.wire} if verification.wire else {}),
     }
 
 
@@ -269,6 +270,10 @@ def print_verification(verification: Verification) -> None:
     print_item(
         f"{verdict}: largest relative difference {largest:.2g}, allowed {rtol:g}", markup=True
     )
+    if verification.wire:
+        print_item(
+            f"--wire {verification.wire} rounds what crosses the cut, which --rtol must allow"
+        )
 
 
 def make_table(*headings: str) -> Table:

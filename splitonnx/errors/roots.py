@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-_SENT = re.compile(r"(.+)@(?:(server|client)|(?:server|client)_grad)", re.DOTALL)
-"""The name of a tensor that one party sends to the other: a tensor of the model, or a gradient."""
+_SENT = re.compile(r"(.+)@(?:(server|client)|(?:server|client)_grad)(?:#\w+)?", re.DOTALL)
+"""The name of a tensor that one party sends to the other: a tensor of the model, or a gradient.
+
+What is sent for an encoded tensor has its name, and a name of its own after a ``#``.
+"""
 
 
 def quote(names: Iterable[str]) -> str:

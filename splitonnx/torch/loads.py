@@ -12,7 +12,7 @@ import numpy as np
 from splitonnx.bundles import Bundle
 from splitonnx.errors import UsageError, WeightsMismatch
 from splitonnx.manifests import Role
-from splitonnx.names import ADAPTERS
+from splitonnx.names import ADAPTERS, TRAIN, name_carried
 from splitonnx.torch.environment import import_torch
 from splitonnx.torch.matches import Weights, match
 from splitonnx.torch.networks import read_layout
@@ -91,6 +91,9 @@ def _read(source: Bundle | str | Path | bytes) -> tuple[Weights, int | None]:
     arrays: dict[str, np.ndarray] = {}
     trained: set[str] = set()
     carried = {source for _, source in bundle.manifest.recipe.states}
+    for party in bundle.parties.values():  # residuals of codecs are no weights either
+        commits = party.manifest.phase(TRAIN).commits
+        carried |= {name for name, made in commits.items() if made == name_carried(name)}
     for party in bundle.parties.values():
         roles = {spec.tensor.name: spec.role for spec in party.manifest.state}
         state = party.state()

@@ -2,7 +2,8 @@
 
 Two trainings, vanilla and U-shaped, each once without faults and once through a proxy that cuts,
 while both processes are killed and started again.  With ``--clients`` and ``--policy``, several
-clients train one model instead, U-shaped, each through a proxy of its own.  Exit code 1 where a bit
+clients train one model instead, U-shaped, each through a proxy of its own.  With ``--wire``, what
+crosses the cut is encoded.  Exit code 1 where a bit
 differs, a training hangs, or it went through fewer faults than asked for; the folder with bundles
 and logs is then kept.
 """
@@ -15,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from splitonnx.names import PER_CLIENT
@@ -31,6 +33,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="kills of each side, at least")
     parser.add_argument("--clients", type=int, default=1, help="that train one model together")
     parser.add_argument("--policy", choices=POLICIES, default=PER_CLIENT, help="of the server")
+    parser.add_argument("--wire", default="fp32", help="the codecs of what crosses the cut")
     parser.add_argument("--folder", type=Path, help="where to work; it must not exist yet")
     options = parser.parse_args()
     if (options.policy == PER_CLIENT) != (options.clients == 1):
@@ -41,7 +44,8 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="splitonnx-chaos-"))
     print(f"seed {seed}, in {folder}", flush=True)
     start = time.monotonic()
-    chosen = _choose(options.policy, options.clients)
+    listed = _choose(options.policy, options.clients)
+    chosen = tuple(replace(scenario, wire=options.wire) for scenario in listed)
     share = len(chosen)
     quota = Quota(cuts=-(-options.cuts // share), kills=-(-options.kills // share))
     outcomes = []

@@ -21,8 +21,10 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.names import ASYNCHRONOUS, PER_CLIENT, SEQUENTIAL, SPLITFED_V2, SYNCHRONOUS
 from splitonnx.optimizers import AdamW
+from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
 from splitonnx.partitioner.partitions import cut
 from splitonnx.sharing import list_joined
+from splitonnx.wire_codecs import read_wire
 from tests.support.zoo import ZOO
 
 SAMPLES, BATCH = 250, 16
@@ -54,7 +56,8 @@ ROUNDS = "rounds"
 class Scenario:
     """A way to cut the network; both parts hold BatchNormalization and a Dropout that is on.
 
-    With another ``policy`` than ``per-client``, ``clients`` train one model together.
+    With another ``policy`` than ``per-client``, ``clients`` train one model together.  ``wire`` are
+    the codecs of what crosses the cut.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Scenario:
     clip_norm: float | None = None
     clients: int = 1
     policy: str = PER_CLIENT
+    wire: str = "fp32"
 
     @property
     def joins(self) -> bool:
@@ -133,7 +137,8 @@ def prepare(scenario: Scenario, folder: Path) -> None:
     """Write the bundle and the data into ``folder``."""
     entry = ZOO["dropout"]
     optimizer = AdamW(lr=1e-3, clip_norm=scenario.clip_norm)
-    bundle = cut(entry.build(), at=scenario.at, tail_at=scenario.tail_at, optimizer=optimizer)
+    plain = cut(entry.build(), at=scenario.at, tail_at=scenario.tail_at, optimizer=optimizer)
+    bundle = encode_crossings(plain, read_wire(scenario.wire))
     bundle.save(folder / "bundle")
     for number, name in enumerate(scenario.names):
         seeds = {"seed": 100 + number} if scenario.joins else {}

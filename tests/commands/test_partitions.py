@@ -204,3 +204,32 @@ def test_a_wrong_option_is_told_before_an_output_that_exists(
 def test_check_and_inspect_take_the_mode_of_dropout(command: Command) -> None:
     assert "can be trained" in command.succeed("check", MODEL, "--dropout", "off")
     assert AT in command.succeed("inspect", MODEL, "--dropout", "keep")
+
+
+def test_cut_shows_what_travels_with_a_codec_and_refuses_what_is_none(
+    command: Command, tmp_path: Path
+) -> None:
+    line = ("cut", MODEL, "--at", AT, "--send-labels", "-o", tmp_path / "bundle", "--no-check")
+    assert "there is no codec 'int9'" in command.fail(*line, "--wire", "int9")
+    shown = command.succeed(*line, "--wire", "fwd=int8,bwd=bf16", "--force")
+    assert "as int8 (" in shown
+    summary = json.loads(command.succeed(*line, "--wire", "int8", "--force", "--json"))
+    assert summary["recipe"]["wire"] == "int8"
+    plain = json.loads(command.succeed(*line, "--force", "--json"))
+    assert "wire" not in plain["recipe"]
+    before, after = (s["leaves"]["train"]["tensors"][0] for s in (plain, summary))
+    assert after["bytes_per_sample"] * 4 == before["bytes_per_sample"]
+    assert after["bytes_fixed"] > before["bytes_fixed"] == 0
+
+
+def test_verify_says_that_a_codec_is_part_of_the_difference(
+    command: Command, data: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    splitonnx.cut(MODEL, at=AT, send_labels=True, wire="fp16", check=False).save(bundle)
+    arguments = ("verify", bundle, "--data", data, "--steps", 2, "--batch-size", 8)
+    code, out, _ = command(*arguments)
+    assert code == 1
+    assert "--wire fp16 rounds what crosses the cut, which --rtol must allow" in out
+    code, out, _ = command(*arguments, "--rtol", 0.05, "--json")
+    assert (code, json.loads(out.splitlines()[-1])["wire"]) == (0, "fp16")

@@ -37,6 +37,8 @@ def test_of_many_names_a_few_are_quoted_and_the_others_counted() -> None:
     [
         ("x", "'x'"),
         ("h@server", "'h' (sent to the server)"),
+        ("h@server#int8", "'h' (sent to the server)"),
+        ("h@client_grad#scale", "the gradient of 'h'"),
         ("/block/Add_output_0@client", "'/block/Add_output_0' (sent to the client)"),
         ("h@server_grad", "the gradient of 'h'"),
         ("h@client_grad", "the gradient of 'h'"),

@@ -3,12 +3,13 @@
     python -m tests.support.js_peers FOLDER
 
 cuts every model of the zoo into portable parts, wherever it can be cut and U-shaped, and each small
-model that once went wrong at one place.  For each it writes ``FOLDER/NAME/bundle``,
+model that once went wrong at one place, and one model with each codec.  For each it writes
+``FOLDER/NAME/bundle``,
 ``data.safetensors``, or ``data-0.safetensors`` and so on with a batch each, and
 ``trained.safetensors``: the losses, the state and the evaluation of the unsplit model, trained by
-the training wheel.  Then it prints a line of JSON with all names, and serves: for each
-line with a name on its standard input it prints the address of that bundle's server, untrained, and
-ends the one before.
+the training wheel; with a codec those of the split model.  Then it prints a line of JSON with all
+names, and serves: for each line with a name on its standard input it prints the address of that
+bundle's server, untrained, and ends the one before.
 """
 
 from __future__ import annotations
@@ -29,12 +30,17 @@ from splitonnx.codecs import encode_tensors
 from splitonnx.losses import Loss, LossSource
 from splitonnx.names import PORTABLE, TRAINING, Target
 from splitonnx.partitioner.cutting.preparations import prepare
+from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut, cut_prepared
 from splitonnx.partitioner.reports.inspections import list_cuts
 from splitonnx.runtime.client.clients import Client
+from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.server.servers import Server
 from splitonnx.states import STATE
+from splitonnx.wire_codecs import read_wire
 from tests.support.carried import (
     AVERAGES,
     RECURRENT,
@@ -202,6 +208,42 @@ def write_case(folder: Path, name: str) -> str:
     return name
 
 
+CODECS = (
+    "fp16",
+    "fwd=int8,bwd=bf16",
+    "int8",
+    "int4",
+    "topk=0.25",
+    "randtopk=0.25",
+    "fwd=bf16,bwd=topk=0.25+ef",
+)
+"""What crosses the cut of one model is encoded by each of these."""
+
+
+def write_coded(folder: Path, wire: str) -> str:
+    """Cut one model U-shaped with a codec, train its parts, and return the bundle's name."""
+    entry, name = ZOO["convolutions"], f"wire-{wire.replace('=', '-').replace(',', '-')}"
+    plain = cut(
+        entry.build(),
+        at="r1",
+        tail_at="flat",
+        loss=entry.loss,
+        dims={"N": BATCH} if wire.endswith("+ef") else {},
+        client_target="portable",
+        server_target="portable",
+    )
+    bundle, data = encode_crossings(plain, read_wire(wire)), entry.data(SAMPLES)
+    assert bundle.server is not None
+    link = connect_in_memory(Executor(bundle.server, Engine(threads=1)))
+    with Client(bundle.client, link, threads=1, seed=SEED) as client:
+        history = client.fit(data, epochs=EPOCHS, batch_size=BATCH)
+        link.drain()
+        trained = {**client.state(), **link.executor.state()}
+    trained["#losses"] = np.array([record.loss for record in history.steps])
+    write(folder / name, bundle, data, trained)
+    return name
+
+
 def train_whole(bundle: Bundle, data: Arrays | list[Arrays]) -> Arrays:
     """Train an uncut bundle, and return the losses, and the state and the evaluation after it."""
     with Client(bundle.client, threads=1, seed=SEED) as client:
@@ -242,5 +284,6 @@ if __name__ == "__main__":
     with patch("os.fsync", lambda handle: None):  # none of it has to outlive a crash
         names = [name for model in ZOO for name in write_model(root, model)]
         names += [write_case(root, name) for name in CASES]
+        names += [write_coded(root, wire) for wire in CODECS]
         print(json.dumps(names), flush=True)
         serve(root)

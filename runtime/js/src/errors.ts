@@ -14,7 +14,7 @@ export function flatten(text: string): string {
 }
 
 // What one party sends to the other: a tensor of the model, or a gradient.
-const SENT = /^(.+)@(?:(server|client)|(?:server|client)_grad)$/s;
+const SENT = /^(.+)@(?:(server|client)|(?:server|client)_grad)(?:#\w+)?$/s;
 
 /**
  * Write a tensor's name for a message: in quotes, as the model has it.

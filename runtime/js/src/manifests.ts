@@ -64,6 +64,15 @@ export const readWire = readRecord({
   receiver: readText,
   kind: readOneOf("activation", "gradient", "input", "output", "report", "norm", "parameter"),
 });
+/** Reads the declaration of a tensor that `wires` carry encoded, as its receiver decodes it. */
+const readEncoded = readRecord({
+  tensor: readTensorSpec,
+  sender: readText,
+  receiver: readText,
+  kind: readOneOf("activation", "gradient"),
+  codec: readText,
+  wires: readList(readText),
+});
 const readStateSpec = readRecord({
   tensor: readTensorSpec,
   role: readOneOf("parameter", "frozen", "buffer", "optimizer"),
@@ -83,6 +92,7 @@ const readPhase = readRecord({
   wires: readOptional(readList(readWire), []),
   results: readOptional(readList(readText), []),
   commits: readOptional(readMap(readText), new Map()),
+  encoded: readOptional(readList(readEncoded), []),
 });
 const readManifest = readRecord({
   format: readText,
@@ -195,6 +205,6 @@ function checkState({ state }: PartyManifest, source: string): void {
 export function findPhase(manifest: PartyManifest, name: string): Phase {
   return (
     manifest.phases.find((phase) => phase.name === name) ??
-    { name, stages: [], data: [], wires: [], results: [], commits: new Map() }
+    { name, stages: [], data: [], wires: [], results: [], commits: new Map(), encoded: [] }
   );
 }

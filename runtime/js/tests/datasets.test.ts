@@ -146,7 +146,8 @@ describe("where the model fixes its batch, at 4 rows,", () => {
     assert.throws(open, refuse(UnusableData, /only 3 rows; give 4 or more$/));
     const buffer = (shape: number[]) => ({ tensor: spec("h", "F32", shape), role: "buffer" }) as const;
     const commits = new Map<string, string>();
-    const phases = [{ name: "train", stages: [], data: fixed, wires: [], results: [], commits }];
+    const nothing = { stages: [], wires: [], results: [], encoded: [] };
+    const phases = [{ name: "train", data: fixed, commits, ...nothing }];
     const holds = (shape: number[], remoteStates: string[] = []) =>
       hasBatchStates({ phases, state: [buffer(shape)], remoteStates });
     assert.equal(holds([1, 4, 6]), true);

@@ -5,7 +5,7 @@ import assert from "node:assert/strict";
 import type { PartyBundle } from "../src/bundles.js";
 import { Engine } from "../src/engine/engines.js";
 import { Executor } from "../src/engine/executors.js";
-import { SplitonnxError } from "../src/errors.js";
+import { NotFinite, SplitonnxError } from "../src/errors.js";
 import type { Ort } from "../src/index.js";
 import { TRAIN } from "../src/manifests.js";
 import { encodeMessage } from "../src/messages.js";
@@ -17,6 +17,11 @@ import { SESSION_OPTIONS } from "./fixtures.js";
 
 const HUGE = 2 ** 31;
 const MOST = 1 << 24; // elements of a lie; of what is larger only the header is told
+
+const MESSAGE: TensorsMessage = {
+  type: "Tensors", session: "s", phase: TRAIN, step: 0, microBatch: 0, turn: 0, seed: 0,
+  learningRate: 0,
+};
 
 /** A honest server's replies in one task, all together. */
 export interface Honest {
@@ -41,6 +46,32 @@ function makeLie({ dtype }: NdArray, shape: number[]): NdArray {
 }
 
 /**
+ * Tell the part codes and scales that are finite, and stand for numbers that are not; it must refuse
+ * them as it would refuse those numbers, before any other stage reads them.  Return how many were
+ * told.
+ */
+export async function tellScales(party: PartyBundle, ort: Ort, honest: Honest): Promise<number> {
+  const scaled = [...honest.replies.keys()].filter((name) => name.endsWith("#scale"));
+  for (const name of scaled) {
+    const executor = new Executor(party, new Engine(ort, SESSION_OPTIONS));
+    await executor.begin(MESSAGE, { data: honest.data, seed: 0, learningRate: 0 });
+    for await (const _ of executor.advance(MESSAGE)) continue;
+    const lie = new Map(honest.replies);
+    for (const [other, array] of honest.replies) {
+      const value = other.endsWith("#scale") ? 3e38 : other.includes("#int") ? 100 : undefined;
+      if (value !== undefined) lie.set(other, { ...array, data: array.data.map(() => value as never) });
+    }
+    executor.deliver(MESSAGE, lie);
+    const advance = async () => {
+      for await (const _ of executor.advance(MESSAGE)) continue;
+    };
+    await assert.rejects(advance(), (error) => error instanceof NotFinite && /step 1/.test(error.message), name);
+    await executor.release();
+  }
+  return scaled.length;
+}
+
+/**
  * Tell every lie about the tensors that the server sends in a task; each must be a defined error,
  * or in a phase that changes nothing a result.  Return how many were told.
  *
@@ -49,10 +80,7 @@ function makeLie({ dtype }: NdArray, shape: number[]): NdArray {
 export async function tellLies(party: PartyBundle, ort: Ort, honest: Honest): Promise<number> {
   const executor = new Executor(party, new Engine(ort, SESSION_OPTIONS));
   let [told, begun] = [0, false];
-  const message: TensorsMessage = {
-    type: "Tensors", session: "s", phase: honest.phase, step: 0, microBatch: 0, turn: 0, seed: 0,
-    learningRate: 0,
-  };
+  const message: TensorsMessage = { ...MESSAGE, phase: honest.phase };
   const advance = async () => {
     for await (const _ of executor.advance(message)) continue;
   };

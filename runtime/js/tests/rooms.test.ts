@@ -17,7 +17,7 @@ const USES: Readonly<Record<string, readonly string[]>> = {
   gate: [],
   wire: [],
   storage: [],
-  engine: ["gate"],
+  engine: ["gate", "wire"],
   channels: ["wire"],
   client: ["channels", "engine", "storage", "wire"],
 };

@@ -111,6 +111,7 @@ test("stages run as their inputs come, and values go when nothing needs them", (
     wires: [wire("a", "client", "server"), wire("back", "server", "client")],
     results: [],
     commits: new Map([["w", "w.new"]]),
+    encoded: [],
   };
   const progress = new Dataflow(phase, "client").start();
   assert.equal(progress.nextStage(), undefined);
@@ -169,6 +170,7 @@ test("a tensor that is sent is named as in the model", () => {
   const named = {
     "x": "'x'",
     "h@server": "'h' (sent to the server)",
+    "h@client_grad#int8": "the gradient of 'h'",
     "h@client_grad": "the gradient of 'h'",
     "table@2": "'table@2'",
   };

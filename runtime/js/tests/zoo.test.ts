@@ -16,6 +16,7 @@ import { decodeTensors } from "../src/codecs.js";
 import { giveTensor, takeTensor } from "../src/engine/engines.js";
 import { MemoryStorage, SplitClient, UsageError } from "../src/index.js";
 import type { Batch, Ort, Outputs } from "../src/index.js";
+import { TRAIN } from "../src/manifests.js";
 import { MAX_HEADER } from "../src/messages.js";
 import { openFolder } from "../src/node.js";
 import { findSampleAxis } from "../src/sample_axes.js";
@@ -23,7 +24,7 @@ import { takeRows } from "../src/tensors.js";
 import type { NdArray, NdArrays } from "../src/tensors.js";
 import { RUNTIMES, SESSION_OPTIONS, relate } from "./fixtures.js";
 import { keepSessions } from "./kept_sessions.js";
-import { tellLies } from "./lies.js";
+import { tellLies, tellScales } from "./lies.js";
 import { PythonPeer, openSocket } from "./peers.js";
 
 const [BATCH, EPOCHS, SEED] = [8, 2, 3]; // as the Python side trained
@@ -128,6 +129,7 @@ async function train(name: string, url: string, ort: Ort, party: PartyBundle): P
   let told = 0;
   for (const [phase, sent] of replies) {
     told += await tellLies(party, ort, { phase, data: first, replies: sent });
+    if (phase === TRAIN) told += await tellScales(party, ort, { phase, data: first, replies: sent });
   }
   return told;
 }

@@ -79,8 +79,8 @@ def _check_carried(policy: str, manifest: PartyManifest) -> None:
     """Refuse a model that hands itself a state, which would pass from one client to another."""
     if carried := list_carried(manifest):
         raise UsageError(
-            f"the server's part hands '{carried[0]}' from step to step (--state), and with the "
-            f"policy '{policy}' one client's data would reach another in it, as all train one "
+            f"the server's part hands '{carried[0]}' from step to step (--state, +ef), and with "
+            f"the policy '{policy}' one client's data would reach another in it, as all train one "
             f"model; take '{SPLITFED_V1}' or '{SEQUENTIAL}', where each client has a copy of it"
         )
 

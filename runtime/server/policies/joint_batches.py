@@ -23,10 +23,12 @@ class BatchLayout:
 
     Raises:
         UsageError: a tensor that crosses does not have the rows of the batch, and only these, as
-            its one free dimension, so that it is not known how to join it.
+            its one free dimension, so that it is not known how to join it; or it is encoded in
+            integers, which cannot be scaled.
     """
 
     def __init__(self, manifest: PartyManifest) -> None:
+        _refuse_codes(manifest)
         self._wires = {wire.tensor.name: wire for wire in manifest.phase(TRAIN).wires}
         rows = {wire.tensor.shape[0] for wire in self._wires.values() if _has_rows(wire)}
         for name, wire in self._wires.items():
@@ -77,6 +79,19 @@ class BatchLayout:
             return array
         factor = count / total
         return np.asarray(array * np.asarray(factor, dtype=_widen(array.dtype)), dtype=array.dtype)
+
+
+def _refuse_codes(manifest: PartyManifest) -> None:
+    """Check that no tensor is encoded in integers or with scales of a whole batch."""
+    phase = manifest.phase(TRAIN)
+    floats = {w.tensor.name for w in phase.wires if w.tensor.dtype.startswith("F")}
+    for encoded in phase.list_encoded():
+        if not floats.issuperset(encoded.wires):
+            raise UsageError(
+                "the policy 'synchronous' joins the batches of clients, and "
+                f"'{encoded.tensor.name}' ({encoded.kind}) is encoded as {encoded.codec}, which "
+                "cannot be joined; cut with --wire fp16 or without --wire, or take another policy"
+            )
 
 
 def _has_rows(wire: Wire) -> bool:

@@ -20,7 +20,8 @@ from splitonnx.errors import (
 )
 from splitonnx.messages import Hello
 from splitonnx.names import PREDICT, TRAIN
-from splitonnx.runtime.engine.executors import Executor, SessionExecutor, publish_state
+from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.engine.outcomes import publish_state
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import is_session

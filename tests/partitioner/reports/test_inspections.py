@@ -331,3 +331,13 @@ def test_sizes_that_only_inference_names_are_not_known() -> None:
     ends = {shape for pair in pairs for shape in (*pair.at_shapes, *pair.tail_shapes)}
     assert ("N", 4, None, None) in ends
     assert not [dim for shape in ends for dim in shape if isinstance(dim, str) and dim != "N"]
+
+
+def test_bytes_are_those_that_a_codec_sends() -> None:
+    model = ZOO["convolutions"].build()
+    plain = {c.tensor: c for c in inspect(model, batch=32)}
+    coded = {c.tensor: c for c in inspect(model, batch=32, wire="fwd=int8,bwd=bf16")}
+    assert plain["r1"].bytes_up == plain["r1"].bytes_down == 4 * 32 * 100
+    assert (coded["r1"].bytes_up, coded["r1"].bytes_down) == (32 * 100 + 4 * 4, 2 * 32 * 100)
+    small = {c.tensor: c for c in inspect(ZOO["chain"].build(), batch=32, wire="bwd=int4")}
+    assert (small["act1"].bytes_up, small["act1"].bytes_down) == (4 * 32 * 7, None)

@@ -1,8 +1,11 @@
+from __future__ import annotations
+
 import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from onnx import helper
@@ -10,19 +13,22 @@ from onnx import helper
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import (
     ArrayMismatch,
-    BundleError,
     InternalRuntimeError,
     LocalProtocolError,
     MissingArray,
+    NormTooLarge,
+    NotFinite,
     RemoteProtocolError,
     StageFailed,
     UsageError,
 )
-from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source
+from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source, WireKind
 from splitonnx.messages import TaskKey
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
+from splitonnx.tensors import TensorSpec
 from tests.support import tiny
+from tests.support.decodings import Decoding
 
 ENGINE = Engine(threads=1)
 
@@ -295,7 +301,42 @@ def test_training_goes_on_from_a_saved_state_as_if_it_had_not_stopped(tmp_path: 
         np.testing.assert_array_equal(second.state()[name], array)
 
 
-def test_a_bundle_in_memory_cannot_be_published_in_place() -> None:
-    client, _ = parties()
-    with pytest.raises(BundleError, match="no folder"):
-        client.publish()
+def test_a_stage_may_decode_what_was_received() -> None:
+    codes = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    plain = tiny.split_bundle().server
+    assert plain is not None
+    executor = Executor(plain, ENGINE)
+    begin(executor, key())
+    labels = tiny.batch(0)["labels"]
+    executor.deliver(key(), {"h": codes * np.float32(10), "labels": labels})
+    wanted = {name: a for group in executor.advance(key()) for name, a in group.items()}
+    for name, array in Decoding.make().run(codes).items():
+        np.testing.assert_array_equal(array, wanted[name])
+
+
+def test_decoded_numbers_that_are_not_finite_are_refused_before_a_stage_reads_them() -> None:
+    codes = np.full((6, 4), 1e38, np.float32)  # which is finite, and ten times it is not
+    with pytest.raises(NotFinite, match=r"'h' holds NaN or infinity \(step 1\)"):
+        Decoding.make().run(codes)
+
+
+def test_the_norm_of_what_was_decoded_is_limited_if_it_is_a_gradient() -> None:
+    codes = np.full((6, 4), 0.1, np.float32)  # whose norm is 0.49, and 4.9 decoded
+    assert Decoding.make(WireKind.GRADIENT).run(codes, norm=5.0)
+    assert Decoding.make().run(codes, norm=4.0)
+    with pytest.raises(NormTooLarge, match=r"norm 4\.89898, over the limit of 4;"):
+        Decoding.make(WireKind.GRADIENT).run(codes, norm=4.0)
+
+
+def test_what_was_decoded_has_the_declared_shape() -> None:
+    decoding = Decoding.make()
+    phase = decoding.server.manifest.phase("train")
+    (encoded,) = phase.list_encoded()
+    wrong = msgspec.structs.replace(
+        encoded, tensor=TensorSpec(name="h", dtype="F32", shape=("N", 5))
+    )
+    changed = msgspec.structs.replace(phase, encoded=(wrong,))
+    phases = tuple(changed if p.name == "train" else p for p in decoding.server.manifest.phases)
+    manifest = msgspec.structs.replace(decoding.server.manifest, phases=phases)
+    with pytest.raises(ArrayMismatch, match="'h'"):
+        Decoding(replace(decoding.server, manifest=manifest)).run(np.ones((6, 4), np.float32))

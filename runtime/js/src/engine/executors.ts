@@ -25,6 +25,7 @@ import { describeTask } from "../messages.js";
 import type { TaskKey } from "../messages.js";
 import { checkArray, findNotFinite } from "../tensors.js";
 import type { NdArray, NdArrays } from "../tensors.js";
+import { checkFinite } from "../wire/validation.js";
 import { Dataflow } from "./dataflows.js";
 import type { Progress } from "./dataflows.js";
 import type { Engine, LoadedStage } from "./engines.js";
@@ -150,8 +151,9 @@ export class Executor {
    * Data that travel go with the first group.  After an error the task should be abandoned.
    *
    * @throws StageFailed: an operator failed.
-   * @throws NotFinite: the training loss is NaN or infinite; nothing that follows is sent.
-   * @throws ArrayMismatch: what was computed is not as its wire declares.
+   * @throws NotFinite: the training loss, or what was decoded to train with, is NaN or infinite;
+   *   nothing that follows is sent.
+   * @throws ArrayMismatch: what was computed or decoded is not as it is declared.
    */
   async *advance(key: TaskKey): AsyncGenerator<NdArrays, void> {
     const task = this.#find(key);
@@ -244,8 +246,20 @@ export class Executor {
     if (loss && findNotFinite(this.#engine.toArray(loss)) >= 0) {
       throw new NotFinite(LOSS, `${loss.data} at step ${this.step + 1}`);
     }
+    this.#checkDecoded(task, outputs);
     this.#keep(task, outputs);
     this.#drop(task, task.flow.needs.get(stage.name)!);
+  }
+
+  /** Check what a stage decoded as a received tensor that was not encoded is checked. */
+  #checkDecoded(task: Task, outputs: ReadonlyMap<string, Tensor>): void {
+    for (const { tensor, receiver } of task.phase.encoded) {
+      const decoded = receiver === this.manifest.party ? outputs.get(tensor.name) : undefined;
+      if (!decoded) continue;
+      const array = this.#engine.toArray(decoded);
+      checkArray(array, tensor, task.sizes);
+      if (task.phase.name === TRAIN) checkFinite(tensor.name, array, `step ${this.step + 1}`);
+    }
   }
 
   #collectWires(task: Task, wires: readonly string[]): NdArrays {

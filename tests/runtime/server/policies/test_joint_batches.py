@@ -11,8 +11,10 @@ import pytest
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, Wire, WireKind
 from splitonnx.names import SERVER, TRAIN
+from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
 from splitonnx.runtime.server.policies.joint_batches import BatchLayout
 from splitonnx.tensors import TensorSpec
+from splitonnx.wire_codecs import read_wire
 from tests.support import tiny
 
 MANIFEST = tiny.split_bundle().parties[SERVER].manifest
@@ -151,3 +153,16 @@ def test_a_tensor_without_rows_of_its_own_is_refused_with_its_shape(wire: Wire, 
 def test_rows_that_are_not_those_of_one_batch_are_refused() -> None:
     with pytest.raises(UsageError, match="name their rows differently: M, N"):
         BatchLayout(change_wires(make_wire("more", ("M", 4))))
+
+
+def test_codes_of_whole_batches_are_not_joined() -> None:
+    plain = tiny.split_bundle()
+    for wire in ("int8", "bf16", "bwd=topk=0.25"):
+        coded = encode_crossings(plain, read_wire(wire)).parties[SERVER].manifest
+        with pytest.raises(UsageError, match="which cannot be joined; cut with --wire fp16"):
+            BatchLayout(coded)
+    layout = BatchLayout(encode_crossings(plain, read_wire("fp16")).parties[SERVER].manifest)
+    parts = [{"h#fp16": np.full((n, 4), n, np.float16)} for n in SIZES]
+    np.testing.assert_array_equal(
+        layout.join(parts, SIZES)["h#fp16"][:, 0], np.repeat(SIZES, SIZES)
+    )
