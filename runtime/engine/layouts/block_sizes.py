@@ -40,6 +40,8 @@ def find_block_size(runtime: Any) -> int:
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
+    # With an arena here, sessions without one would keep freed memory, too, in the same process.
+    options.enable_cpu_mem_arena = False
     options.log_severity_level = _SILENT
     load = partial(
         runtime.InferenceSession, sess_options=options, providers=["CPUExecutionProvider"]
