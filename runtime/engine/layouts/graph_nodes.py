@@ -46,9 +46,10 @@ class PlacedGraph:
     """A stage's graph, field by field.
 
     ``opsets`` are the places of the operator sets' bytes within ``content``, and ``fields`` those
-    of the graph's fields, each with its name.  ``shapes`` are of float32 values with fixed
-    dimensions.  ``constants`` are one-dimensional lists of 64-bit integers.  ``uses`` counts how
-    often nodes and outputs mention a value; ``has_bodies`` is true if bodies might mention more.
+    of the graph's fields, each with its name.  ``inputs`` and ``outputs`` are the graph's, in
+    order.  ``shapes`` are of float32 values with fixed dimensions, ``all_shapes`` of values of any
+    type.  ``constants`` are one-dimensional lists of 64-bit integers.  ``uses`` counts how often
+    nodes and outputs mention a value; ``has_bodies`` is true if bodies might mention more.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -59,7 +60,10 @@ class PlacedGraph:
         self.opsets = [(start, stop) for name, start, stop in model if name == "opset"]
         graph = next((start, stop) for name, start, stop in model if name == "graph")
         self.fields = list(self._reader.read(graph, schemas.GRAPH))
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
         self.shapes: dict[str, Shape] = {}
+        self.all_shapes: dict[str, Shape] = {}
         self.constants: dict[str, tuple[int, ...]] = {}
         self.uses: Counter[str] = Counter()
         self.has_bodies = False
@@ -77,7 +81,10 @@ class PlacedGraph:
         elif name in ("input", "output", "value"):
             label = self._read_value(place)
             if name == "output":
+                self.outputs.append(label)
                 self.uses[label] += 1
+            elif name == "input":
+                self.inputs.append(label)
 
     def _read_node(self, place: Place) -> PlacedNode:
         texts: dict[str, list[str]] = {}
@@ -132,9 +139,8 @@ class PlacedGraph:
                 numbers += map(to_signed, self._list_numbers(start, stop))
             elif name == "raw_data" and dtype == _INT64 and stop - start <= _LONGEST:
                 numbers += np.frombuffer(self.content[start:stop], "<i8").tolist()
-        if dtype == _FLOAT:
-            self.shapes[label] = tuple(dims)
-        elif dtype == _INT64 and len(dims) == 1:
+        self._note_shape(label, dtype, tuple(dims))
+        if dtype == _INT64 and len(dims) == 1:
             self.constants[label] = tuple(numbers)
 
     def _list_numbers(self, start: int, stop: int) -> list[int]:
@@ -147,13 +153,11 @@ class PlacedGraph:
                 label = self._reader.read_text((start, stop), STAGE.name_bytes)
             elif name == "type":
                 for kind, *tensor in self._reader.read((start, stop), schemas.TYPE):
-                    shape = self._read_type((tensor[0], tensor[1])) if kind == "tensor" else None
-                    if shape is not None:
-                        self.shapes[label] = shape
+                    if kind == "tensor":
+                        self._read_type(label, (tensor[0], tensor[1]))
         return label
 
-    def _read_type(self, place: Place) -> Shape | None:
-        """Return the shape of a float32 tensor with fixed dimensions."""
+    def _read_type(self, label: str, place: Place) -> None:
         dtype, shape = 0, None
         for name, start, stop in self._reader.read(place, schemas.TENSOR_TYPE):
             if name == "dtype":
@@ -163,7 +167,13 @@ class PlacedGraph:
                 sizes = [self._read_dimension((a, b)) for _, a, b in entries]
                 shape = tuple(size for size in sizes if size is not None)
                 shape = shape if len(shape) == len(sizes) else None
-        return shape if dtype == _FLOAT else None
+        if shape is not None:
+            self._note_shape(label, dtype, shape)
+
+    def _note_shape(self, label: str, dtype: int, shape: Shape) -> None:
+        self.all_shapes[label] = shape
+        if dtype == _FLOAT:
+            self.shapes[label] = shape
 
     def _read_dimension(self, place: Place) -> int | None:
         found = list(self._reader.read(place, schemas.DIMENSION))
