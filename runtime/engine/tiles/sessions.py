@@ -32,7 +32,10 @@ from splitonnx.runtime.engine.tiles.programs import (
 from splitonnx.runtime.engine.tiles.regions import Region, find_regions
 
 TILE = 1 << 17
-"""Most elements of a tile: with Adam's seven tensors, it takes as much as a core's cache has."""
+"""Most elements of a tile.
+
+Measured with 2 MiB of cache for a core: half of it costs more calls than it saves memory traffic.
+"""
 _STEP = 16
 """Tiles begin at multiples of this many elements, so that none shares a line of the cache."""
 _FLOAT = "tensor(float)"
