@@ -11,6 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,8 +98,12 @@ class _Output:
 
 @dataclass(frozen=True, kw_only=True)
 class _Addresses:
-    """Where the tensors of a part lie in one run."""
+    """Where the tensors of a part lie in one run.
 
+    ``owners`` keep that memory alive, also if a second Ctrl-C ends the wait for the other threads.
+    """
+
+    owners: object
     arrays: Sequence[int]
     scalars: Sequence[int]
     outputs: Sequence[int]
@@ -159,6 +164,7 @@ class TiledSession:
         }
         places = [
             _Addresses(
+                owners=(known, scalars, outputs),
                 arrays=[feeds[name].data_ptr() for name in part.region.arrays],
                 scalars=[_find(scalars[name]) for name in part.region.scalars],
                 outputs=[_find(outputs[name]) for name in part.region.outputs],
@@ -188,9 +194,10 @@ class TiledSession:
         ]
         started: list[threading.Thread] = []
         try:
-            for thread in others:
-                thread.start()
-                started.append(thread)
+            with suppress(RuntimeError):  # no more threads: those that are there do all the work
+                for thread in others:
+                    thread.start()
+                    started.append(thread)
             work()
         finally:  # Ctrl-C comes here, too
             _exhaust(tiles)
