@@ -17,8 +17,9 @@ from splitonnx.runtime.engine.engines import Engine, LoadedStage
 from splitonnx.runtime.engine.tiles import regions, sessions
 from splitonnx.runtime.engine.tiles.sessions import TiledSession
 from splitonnx.tensors import TensorSpec
-from tests.runtime.engine.tiles.test_regions import LARGE
 
+LARGE = (regions.SMALLEST // 4, 4)
+"""The shape of a tensor that is just large enough for tiles."""
 RATE = 0.05
 NORMS = {"mine": 4, "theirs": 3}
 SPECS = [

@@ -17,7 +17,8 @@ from splitonnx.runtime.engine.tiles.programs import (
     write_rest,
 )
 from splitonnx.runtime.engine.tiles.regions import find_regions
-from tests.runtime.engine.tiles.test_regions import LARGE, node, write_graph
+from tests.runtime.engine.tiles.test_regions import node, write_graph
+from tests.support.tiled_stages import LARGE
 
 NODES = [
     node("Exp", "rate", "grown"),

@@ -10,9 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
-from splitonnx.runtime.engine.tiles.regions import SMALLEST, Region, find_regions
+from splitonnx.runtime.engine.tiles.regions import Region, find_regions
+from tests.support.tiled_stages import LARGE
 
-LARGE = (SMALLEST // 4, 4)
 FLOAT = TensorProto.FLOAT
 
 

@@ -16,9 +16,10 @@ from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup
 from splitonnx.partitioner.differentiation.updates import NEXT
 from splitonnx.runtime.engine.engines import Engine, LoadedStage
 from splitonnx.runtime.engine.tiles import regions, sessions
-from tests.runtime.engine.tiles.test_regions import LARGE, node, write_graph
 from tests.runtime.engine.tiles.test_regions import STEP as STEPS
+from tests.runtime.engine.tiles.test_regions import node, write_graph
 from tests.support.tiled_stages import (
+    LARGE,
     RATE,
     Arrays,
     assert_same_bits,
