@@ -63,7 +63,7 @@ class PlacedGraph:
         self.inputs: list[str] = []
         self.outputs: list[str] = []
         self.shapes: dict[str, Shape] = {}
-        self.all_shapes: dict[str, Shape] = {}
+        self.all_shapes: dict[str, tuple[int, ...]] = {}
         self.constants: dict[str, tuple[int, ...]] = {}
         self.uses: Counter[str] = Counter()
         self.has_bodies = False
@@ -170,7 +170,7 @@ class PlacedGraph:
         if shape is not None:
             self._note_shape(label, dtype, shape)
 
-    def _note_shape(self, label: str, dtype: int, shape: Shape) -> None:
+    def _note_shape(self, label: str, dtype: int, shape: tuple[int, ...]) -> None:
         self.all_shapes[label] = shape
         if dtype == _FLOAT:
             self.shapes[label] = shape

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from splitonnx.runtime.engine.layouts.graph_nodes import Shape
+from splitonnx.runtime.engine.tiles.regions import FixedShape
 
 _ALIGNMENT = 64
 
@@ -24,14 +24,14 @@ class BufferPool:
     No more than that are kept while nothing refers to them; with ``keeps=False``, none is.
     """
 
-    def __init__(self, shapes: Iterable[Shape], *, keeps: bool) -> None:
+    def __init__(self, shapes: Iterable[FixedShape], *, keeps: bool) -> None:
         counts = Counter(map(math.prod, shapes))
         # A bounded deque: its methods are atomic, and a buffer may be freed at any time.
         self._free = {
             size: deque[np.ndarray](maxlen=count if keeps else 0) for size, count in counts.items()
         }
 
-    def take(self, shape: Shape) -> np.ndarray:
+    def take(self, shape: FixedShape) -> np.ndarray:
         """Return an array that nothing else refers to, with values that mean nothing.
 
         When neither the array nor a view of it is left, its memory is used again.

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph, PlacedNode, Shape
+from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph, PlacedNode
+
+FixedShape = tuple[int, ...]
 
 EXACT = frozenset({"Abs", "Add", "Div", "Mul", "Neg", "Sqrt", "Sub"})
 """Operators whose result for an element depends on nothing else.
@@ -43,7 +45,7 @@ class Region:
     """
 
     nodes: tuple[PlacedNode, ...]
-    shape: Shape
+    shape: FixedShape
     arrays: tuple[str, ...]
     scalars: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -52,7 +54,8 @@ class Region:
 def find_regions(graph: PlacedGraph) -> tuple[Region, ...]:
     """Find all regions of a graph, in the order of their first nodes."""
     results = [name for node in graph.nodes for name in node.results if name]
-    large = {name for name in graph.inputs if _count(graph.shapes.get(name, ())) >= SMALLEST}
+    fixed = graph.all_shapes
+    large = {n for n in graph.inputs if n in graph.shapes and _count(fixed.get(n, ())) >= SMALLEST}
     if (
         not large
         or graph.has_bodies
@@ -85,7 +88,7 @@ def find_regions(graph: PlacedGraph) -> tuple[Region, ...]:
     )
 
 
-def _is_exact(node: PlacedNode, large: set[str], shapes: Mapping[str, Shape]) -> bool:
+def _is_exact(node: PlacedNode, large: set[str], shapes: Mapping[str, FixedShape]) -> bool:
     """Return whether a node is exact, and all its tensors are large ones of one shape, or numbers.
 
     ``large`` has the names of large float32 values that are inputs, or made by such nodes.
@@ -102,7 +105,7 @@ def _is_exact(node: PlacedNode, large: set[str], shapes: Mapping[str, Shape]) ->
 
 
 def _describe(
-    nodes: list[PlacedNode], graph: PlacedGraph, large: set[str], shapes: Mapping[str, Shape]
+    nodes: list[PlacedNode], graph: PlacedGraph, large: set[str], shapes: Mapping[str, FixedShape]
 ) -> Region:
     made = [name for node in nodes for name in node.results]
     read = dict.fromkeys(name for node in nodes for name in node.arguments)
@@ -134,7 +137,7 @@ class _Groups:
         self._parents.update(dict.fromkeys(others, first))
 
 
-def _infer_shapes(graph: PlacedGraph) -> dict[str, Shape]:
+def _infer_shapes(graph: PlacedGraph) -> dict[str, FixedShape]:
     """Return the shapes of values, as far as they follow from inputs, constants and few operators.
 
     What the graph declares of values within it is not believed.
@@ -147,20 +150,25 @@ def _infer_shapes(graph: PlacedGraph) -> dict[str, Shape]:
         if not read or len(read) < len(known) or node.domain or len(node.results) != 1:
             continue
         shape = _infer_shape(node, read, graph.constants)
-        if shape is not None:
+        if shape is not None and node.results[0]:
             shapes[node.results[0]] = shape
     return shapes
 
 
 def _infer_shape(
-    node: PlacedNode, read: list[Shape], constants: Mapping[str, tuple[int, ...]]
-) -> Shape | None:
+    node: PlacedNode, read: list[FixedShape], constants: Mapping[str, tuple[int, ...]]
+) -> FixedShape | None:
     if node.operator in _ELEMENTWISE:
         return _broadcast(read)
     if node.operator == "Reshape" and len(read) == 2:
         wanted = constants.get(node.arguments[1], (0,))
         return wanted if min(wanted, default=1) > 0 else None
-    if node.operator == "Gather" and read[0] and not any(node.integers.get("axis", (0,))):
+    if (
+        node.operator == "Gather"
+        and len(read) == 2
+        and read[0]
+        and not any(node.integers.get("axis", (0,)))
+    ):
         return read[1] + read[0][1:]
     if node.operator == "ReduceSum" and len(read) == 1 and node.integers.get("keepdims") == (0,):
         return ()
@@ -169,7 +177,7 @@ def _infer_shape(
     return None
 
 
-def _broadcast(shapes: list[Shape]) -> Shape | None:
+def _broadcast(shapes: list[FixedShape]) -> FixedShape | None:
     if all(shape == shapes[0] for shape in shapes):
         return shapes[0]
     try:
@@ -178,5 +186,5 @@ def _broadcast(shapes: list[Shape]) -> Shape | None:
         return None
 
 
-def _count(shape: Shape) -> int:
+def _count(shape: FixedShape) -> int:
     return math.prod(shape)

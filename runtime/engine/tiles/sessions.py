@@ -20,7 +20,7 @@ import numpy as np
 from splitonnx.runtime.engine.denormals import flushing_denormals
 from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
 from splitonnx.runtime.engine.layouts.convolutions import block_placed
-from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph, Shape
+from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
 from splitonnx.runtime.engine.tiles.buffers import BufferPool
 from splitonnx.runtime.engine.tiles.programs import (
     list_rest,
@@ -30,7 +30,7 @@ from splitonnx.runtime.engine.tiles.programs import (
     write_program,
     write_rest,
 )
-from splitonnx.runtime.engine.tiles.regions import Region, find_regions
+from splitonnx.runtime.engine.tiles.regions import FixedShape, Region, find_regions
 
 TILE = 1 << 17
 """Most elements of a tile.
@@ -247,7 +247,7 @@ def _exhaust(tiles: Iterator[_Tile]) -> None:
         pass
 
 
-def _check_feed(name: str, feeds: Mapping[str, Any], shape: Shape) -> None:
+def _check_feed(name: str, feeds: Mapping[str, Any], shape: FixedShape) -> None:
     """Check an input whose memory is about to be read by its address."""
     if name not in feeds:
         raise ValueError(f"input '{name}' is missing")

@@ -132,3 +132,11 @@ def test_a_graph_whose_nodes_have_bodies_is_left_as_it_is() -> None:
         helper.make_node("If", ["flag"], ["z"], then_branch=body, else_branch=body),
     ]
     assert not find(*STEP, *chosen, outputs="y z")
+
+
+def test_nodes_with_too_few_inputs_or_results_are_left_to_onnx_runtime() -> None:
+    """The gate does not count them, and ONNX Runtime is to refuse them."""
+    for odd in (node("Gather", "row", "g"), helper.make_node("Abs", ["x"], [])):
+        assert len(find(*STEP, odd)) == 1
+    nameless = [helper.make_node("Neg", ["x"], [""]), helper.make_node("Abs", [""], ["y"])]
+    assert not find(*nameless)
