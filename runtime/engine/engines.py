@@ -25,11 +25,10 @@ from splitonnx.imports import leaving_out
 from splitonnx.kernel_errors import describe_kernel_error
 from splitonnx.runtime.engine.accelerators import Accelerator
 from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
-from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
-from splitonnx.runtime.engine.layouts.convolutions import block_convolutions
 from splitonnx.runtime.engine.placements import Placement
 from splitonnx.runtime.engine.providers import CPU, PROVIDERS, choose_provider
 from splitonnx.runtime.engine.runs import Runs
+from splitonnx.runtime.engine.tiles.sessions import open_arranged
 from splitonnx.runtime.gate.gates import check_graph, is_ort_format
 from splitonnx.session_settings import EXACT_SETTINGS
 
@@ -165,8 +164,9 @@ class Engine:
 
         ``training`` means that ONNX Runtime does not optimize the graph, because it was already
         optimized before it was differentiated, and because split and unsplit runs must use the same
-        kernels.  Convolutions run on blocked images (:mod:`layouts.convolutions`).  A graph in ORT
-        format always runs as it is, and is accepted only if the engine is ``trusted``.
+        kernels.  Convolutions run on blocked images (:mod:`layouts`), and updates of large
+        parameters over tiles (:mod:`tiles`).  A graph in ORT format always runs as it is, and is
+        accepted only if the engine is ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -176,15 +176,16 @@ class Engine:
         own_format = self._trusted and is_ort_format(graph)
         if not own_format:
             check_graph(name, graph)
-            if self._accelerator is None:
-                graph = block_convolutions(graph, find_block_size(self._ort))
         make_options = partial(self._make_options, training=training, own_format=own_format)
-        open_here = partial(self._open, name, graph, make_options)
-        session = (
-            open_here()
-            if self._accelerator is None
-            else self._accelerator.open(name, graph, make_options(), open_here)
-        )
+        open_here = partial(self._open, name, make_options)
+        if self._accelerator is not None:
+            session = self._accelerator.open(name, graph, make_options(), partial(open_here, graph))
+        elif own_format:
+            session = open_here(graph)
+        else:
+            session = open_arranged(
+                graph, self._ort, open_here, threads=self._threads, keeps=self._arena
+            )
         outputs = tuple(output.name for output in session.get_outputs())
         return LoadedStage(name=name, outputs=outputs, session=session)
 
@@ -225,7 +226,7 @@ class Engine:
         with tempfile.TemporaryDirectory() as folder:  # it writes to a path only
             written = Path(folder, "stage.ort")
             options.optimized_model_filepath = str(written)
-            self._open(name, graph, lambda: self._complete(options))
+            self._open(name, lambda: self._complete(options), graph)
             return written.read_bytes()
 
     def _accelerate(self) -> Accelerator:
@@ -247,10 +248,14 @@ class Engine:
             options.add_session_config_entry("session.set_denormal_as_zero", "1")
         return options
 
-    def _open(self, name: str, graph: bytes, make_options: Callable[[], Any]) -> Any:
+    def _open(
+        self, name: str, make_options: Callable[[], Any], graph: bytes, threads: int | None = None
+    ) -> Any:
+        options = make_options()
+        options.intra_op_num_threads = threads or options.intra_op_num_threads
         try:
             with flushing_denormals():  # otherwise the first session would set it for good
-                return self._ort.InferenceSession(graph, make_options(), providers=[_CPU])
+                return self._ort.InferenceSession(graph, options, providers=[_CPU])
         except _exceptions() as error:
             _refuse(name, error)
 
@@ -366,13 +371,10 @@ def _view(tensor: Tensor) -> np.ndarray:
 
 
 def _detach(value: Any) -> Any:
-    """Detach one output from the list of its run's outputs.
-
-    Otherwise each output of the list would keep all the others alive.
-    """
+    """Detach an output from its run's others, which it would keep alive, but not from its array."""
     alone = _bindings().OrtValueVector()
     alone.push_back(value._ortvalue)
-    return type(value)(alone[0])
+    return type(value)(alone[0], value._numpy_obj)
 
 
 @cache

@@ -35,13 +35,16 @@ Run = Callable[[bytes, Mapping[str, np.ndarray]], np.ndarray]
 
 
 @cache
-def find_block_size(runtime: Any) -> int:
-    """Return the channels of a block in this ``onnxruntime``, or 0 if it has no blocked layout."""
+def find_block_size(runtime: Any, *, arena: bool = True) -> int:
+    """Return the channels of a block in this ``onnxruntime``, or 0 if it has no blocked layout.
+
+    ``arena`` is the setting of the sessions that come later: the first session of a process decides
+    whether freed memory is kept.
+    """
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
-    # With an arena here, sessions without one would keep freed memory, too, in the same process.
-    options.enable_cpu_mem_arena = False
+    options.enable_cpu_mem_arena = arena
     options.log_severity_level = _SILENT
     load = partial(
         runtime.InferenceSession, sess_options=options, providers=["CPUExecutionProvider"]

@@ -45,14 +45,15 @@ def block_convolutions(content: bytes, block: int) -> bytes:
     ``content`` is a serialized model that has passed the gate.  It is returned as it is if no node
     of it can run so, or if ``block`` is 0.
     """
+    return block_placed(PlacedGraph(content), block) if block else content
+
+
+def block_placed(graph: PlacedGraph, block: int) -> bytes:
+    """Return what :func:`block_convolutions` returns, for a graph that has been read."""
     if not block:
-        return content
-    graph = PlacedGraph(content)
-    writer = _Writer(graph, block)
+        return graph.content
     chosen = {node.place for node in graph.nodes if can_block(node, graph.shapes, block)}
-    if not chosen:
-        return content
-    return writer.write(chosen)
+    return _Writer(graph, block).write(chosen) if chosen else graph.content
 
 
 def can_block(node: PlacedNode, shapes: dict[str, Shape], block: int) -> bool:

@@ -51,9 +51,11 @@ class PlacedGraph:
     """A stage's graph, field by field.
 
     ``opsets`` are the places of the operator sets' bytes within ``content``, and ``fields`` those
-    of the graph's fields, each with its name.  ``shapes`` are the declared ones of float32
-    values.  ``constants`` are one-dimensional lists of 64-bit integers.  ``uses`` counts how
-    often nodes and outputs mention a value; ``has_bodies`` is true if bodies might mention more.
+    of the graph's fields, each with its name.  ``inputs`` and ``outputs`` are the graph's, in
+    order.  ``shapes`` are the declared ones of float32 values, ``all_shapes`` those of values of
+    any type whose dimensions are all fixed.  ``constants`` are one-dimensional lists of 64-bit
+    integers.  ``uses`` counts how often nodes and outputs mention a value; ``has_bodies`` is true
+    if bodies might mention more.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -64,7 +66,10 @@ class PlacedGraph:
         self.opsets = [(start, stop) for name, start, stop in model if name == "opset"]
         graph = next(((start, stop) for name, start, stop in model if name == "graph"), (0, 0))
         self.fields = list(self._reader.read(graph, schemas.GRAPH))
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
         self.shapes: dict[str, Shape] = {}
+        self.all_shapes: dict[str, tuple[int, ...]] = {}
         self.constants: dict[str, tuple[int, ...]] = {}
         self.uses: Counter[str] = Counter()
         self.has_bodies = False
@@ -82,7 +87,10 @@ class PlacedGraph:
         elif name in ("input", "output", "value"):
             label = self._read_value(place)
             if name == "output":
+                self.outputs.append(label)
                 self.uses[label] += 1
+            elif name == "input":
+                self.inputs.append(label)
 
     def _read_node(self, place: Place) -> PlacedNode:
         texts: dict[str, list[str]] = {}
@@ -137,9 +145,8 @@ class PlacedGraph:
                 numbers += map(to_signed, self._list_numbers(start, stop))
             elif name == "raw_data" and dtype == _INT64 and stop - start <= _LONGEST:
                 numbers += np.frombuffer(self.content[start:stop], "<i8").tolist()
-        if dtype == _FLOAT:
-            self.shapes[label] = tuple(dims)
-        elif dtype == _INT64 and len(dims) == 1:
+        self._note_shape(label, dtype, tuple(dims))
+        if dtype == _INT64 and len(dims) == 1:
             self.constants[label] = tuple(numbers)
 
     def _list_numbers(self, start: int, stop: int) -> list[int]:
@@ -152,13 +159,11 @@ class PlacedGraph:
                 label = self._reader.read_text((start, stop), STAGE.name_bytes)
             elif name == "type":
                 for kind, *tensor in self._reader.read((start, stop), schemas.TYPE):
-                    shape = self._read_type((tensor[0], tensor[1])) if kind == "tensor" else None
-                    if shape is not None:
-                        self.shapes[label] = shape
+                    if kind == "tensor":
+                        self._read_type(label, (tensor[0], tensor[1]))
         return label
 
-    def _read_type(self, place: Place) -> Shape | None:
-        """Return the shape of a float32 tensor, if it is declared."""
+    def _read_type(self, label: str, place: Place) -> None:
         dtype, shape = 0, None
         for name, start, stop in self._reader.read(place, schemas.TENSOR_TYPE):
             if name == "dtype":
@@ -166,7 +171,15 @@ class PlacedGraph:
             else:
                 entries = list(self._reader.read((start, stop), schemas.SHAPE))
                 shape = tuple(self._read_dimension((a, b)) for _, a, b in entries)
-        return shape if dtype == _FLOAT else None
+        if shape is not None:
+            self._note_shape(label, dtype, shape)
+
+    def _note_shape(self, label: str, dtype: int, shape: Shape) -> None:
+        fixed = tuple(size for size in shape if size is not None)
+        if len(fixed) == len(shape):
+            self.all_shapes[label] = fixed
+        if dtype == _FLOAT:
+            self.shapes[label] = shape
 
     def _read_dimension(self, place: Place) -> int | None:
         found = list(self._reader.read(place, schemas.DIMENSION))

@@ -69,11 +69,15 @@ def write_constant(name: str, numbers: Sequence[int]) -> bytes:
     return dims + write_integer(2, _INT64) + write_field(8, name) + write_field(9, raw)
 
 
-def write_value(name: str, shape: Sequence[int]) -> bytes:
-    """Return the declaration of a graph's input or output of type float32."""
-    dims = b"".join(write_field(1, write_integer(1, dim)) for dim in shape)
-    kind = write_field(1, write_integer(1, _FLOAT) + write_field(2, dims))
-    return write_field(1, name) + write_field(2, kind)
+def write_value(name: str, shape: Sequence[int] | None) -> bytes:
+    """Return the declaration of a graph's input or output of type float32.
+
+    ``None`` leaves the shape open.
+    """
+    kind = write_integer(1, _FLOAT)
+    if shape is not None:
+        kind += write_field(2, b"".join(write_field(1, write_integer(1, dim)) for dim in shape))
+    return write_field(1, name) + write_field(2, write_field(1, kind))
 
 
 def write_opset(domain: str, version: int) -> bytes:

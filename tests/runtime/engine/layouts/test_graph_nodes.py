@@ -30,6 +30,17 @@ def test_shapes_are_those_declared_of_float_values() -> None:
     assert read(constants=[held]).shapes == expected
 
 
+def test_all_shapes_are_those_of_values_of_any_type_with_fixed_dimensions() -> None:
+    held = numpy_helper.from_array(np.array([[7]]), "held")
+    expected = {"w": (4, 3), "d": (4,), "s": (), "y": (2, 2), "held": (1, 1)}
+    assert read(constants=[held]).all_shapes == expected
+
+
+def test_inputs_and_outputs_are_listed_in_order() -> None:
+    graph = read()
+    assert (graph.inputs, graph.outputs) == (["x", "w", "d", "u", "s"], ["y"])
+
+
 def test_lists_of_numbers_are_read_from_initializers_and_constants() -> None:
     packed = helper.make_tensor("packed", TensorProto.INT64, [2], [-1, 5])
     node = helper.make_node(

@@ -41,6 +41,11 @@ def test_a_value_has_its_shape() -> None:
     assert value == helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (1, 200, 3))
 
 
+def test_a_value_may_have_any_shape() -> None:
+    value = onnx.ValueInfoProto.FromString(write_value("x", None))
+    assert value == helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, None)
+
+
 def test_an_opset_has_its_version() -> None:
     assert onnx.OperatorSetIdProto.FromString(write_opset("d", 17)) == helper.make_opsetid("d", 17)
 

@@ -1,0 +1,95 @@
+"""Write the graphs of a stage whose regions run tile by tile: one for each region, and the rest.
+
+Values of a region are renamed by the order in which they appear, so that the graphs of equal
+regions, as are those of most parameters, have the same bytes and can share a session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
+from splitonnx.runtime.engine.layouts.messages import (
+    write_field,
+    write_integer,
+    write_node,
+    write_value,
+)
+from splitonnx.runtime.engine.tiles.regions import Region
+
+_IR_VERSION, _GRAPH, _OPSET = 1, 7, 8
+_FIELDS = {
+    "node": 1, "name": 2, "initializer": 5, "text": 10, "input": 11, "output": 12, "value": 13,
+    "metadata": 16,
+}  # fmt: skip
+_NAME, _INPUT, _OUTPUT = _FIELDS["name"], _FIELDS["input"], _FIELDS["output"]
+
+
+def name_array(index: int) -> str:
+    """Return the name, in a program, of a region's array at this place."""
+    return f"x{index}"
+
+
+def name_scalar(index: int) -> str:
+    """Return the same for a scalar."""
+    return f"s{index}"
+
+
+def name_output(index: int) -> str:
+    """Return the same for an output."""
+    return f"y{index}"
+
+
+def write_program(graph: PlacedGraph, region: Region) -> bytes:
+    """Return a model that computes a region for tensors of any one shape and its scalars.
+
+    All scalars are inputs, also those that are constants in the graph.
+    """
+    outputs = {name: name_output(index) for index, name in enumerate(region.outputs)}
+    inputs = {name: name_array(index) for index, name in enumerate(region.arrays)}
+    inputs |= {name: name_scalar(index) for index, name in enumerate(region.scalars)}
+    names = {**inputs, **outputs}
+    for node in region.nodes:
+        names.setdefault(node.results[0], f"t{len(names)}")
+    nodes = [
+        write_node(node.operator, [names[name] for name in node.arguments], names[node.results[0]])
+        for node in region.nodes
+    ]
+    fields = [(_FIELDS["node"], node) for node in nodes]
+    fields.append((_NAME, b"tile"))
+    fields += [(_INPUT, write_value(name, None)) for name in inputs.values()]
+    fields += [(_OUTPUT, write_value(name, None)) for name in outputs.values()]
+    return _write_model(graph, fields)
+
+
+def list_rest(graph: PlacedGraph, regions: Sequence[Region]) -> tuple[str, ...]:
+    """List the outputs of what is left of a graph: those of its own, then the regions' scalars."""
+    made = {name for region in regions for name in region.outputs}
+    scalars = (name for region in regions for name in region.scalars)
+    own = [name for name in graph.outputs if name not in made]
+    given = {*graph.inputs}
+    return tuple(dict.fromkeys([*own, *(name for name in scalars if name not in given)]))
+
+
+def write_rest(graph: PlacedGraph, regions: Sequence[Region]) -> bytes:
+    """Return the model without its regions' nodes, which has the outputs of :func:`list_rest`."""
+    content = graph.content
+    left_out = {node.place for region in regions for node in region.nodes}
+    wanted = list_rest(graph, regions)
+    fields: list[tuple[int, bytes]] = []
+    labels = iter(graph.outputs)
+    for name, start, stop in graph.fields:
+        is_dropped = name == "value" or (name == "node" and (start, stop) in left_out)
+        if is_dropped or (name == "output" and next(labels) not in wanted):
+            continue
+        fields.append((_FIELDS[name], content[start:stop]))
+    declared = {*graph.outputs}
+    fields += [(_OUTPUT, write_value(name, None)) for name in wanted if name not in declared]
+    return _write_model(graph, fields)
+
+
+def _write_model(graph: PlacedGraph, fields: Iterable[tuple[int, bytes]]) -> bytes:
+    opsets = [write_field(_OPSET, graph.content[start:stop]) for start, stop in graph.opsets]
+    body = b"".join(write_field(number, content) for number, content in fields)
+    version = write_integer(_IR_VERSION, graph.ir_version)
+    return b"".join([version, *opsets, write_field(_GRAPH, body)])
