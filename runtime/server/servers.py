@@ -39,6 +39,7 @@ from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.engine.providers import CPU
 from splitonnx.runtime.limits import GIB, Limits
+from splitonnx.runtime.scheduling import event_loops
 from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.scheduling.turns import Turns
 from splitonnx.runtime.server.contexts import ServerContext
@@ -149,8 +150,7 @@ class Server:
             _check_room(policy, limits or Limits())
             check_exposure(host, tokens, tls, insecure=insecure)
             pages = None if web is None else read_pages(Path(web))
-            self.host = host
-            self.port = port
+            self.host, self.port = host, port
             self._limits = limits or Limits()
             self._tokens = tokens
             self._tls = tls
@@ -238,7 +238,7 @@ class Server:
         keep_buffers()
         exempt_loaded()
         try:
-            asyncio.run(self._run(handle_signals=True))
+            event_loops.run(self._run(handle_signals=True))
         finally:
             self._unlock()
         if self._halt is not None:
@@ -274,7 +274,7 @@ class Server:
 
     def _run_in_thread(self, started: Future[None]) -> None:
         try:
-            asyncio.run(self._run(started=started))
+            event_loops.run(self._run(started=started))
         except BaseException as error:
             if started.done():
                 raise
@@ -316,6 +316,7 @@ class Server:
         ) as port:
             self.port = port
             _logger.info("serving on %s", self.url)
+            _logger.info("%s", event_loops.describe())
             for sentence in (self._leaving, *self._registry.policy.terms().describe()):
                 _logger.info("%s", sentence)
             if self._responder.has_pages:
