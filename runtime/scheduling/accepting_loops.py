@@ -50,12 +50,14 @@ class AcceptingLoop(uvloop.Loop):
         return server
 
 
-class AcceptingServer(asyncio.AbstractServer):
+class AcceptingServer:
     """A server that calls ``accept`` of its listening socket.
 
     ``serve`` makes an accepted socket a connection.  The server closes the sockets for which it
     fails.  ``accept`` may raise :class:`BlockingIOError` while connections wait, to let other work
-    run first, and any :class:`OSError` to pause for ``RETRY_SECONDS``.
+    run first, and any other :class:`OSError` to pause for ``RETRY_SECONDS``.
+
+    It has what the websockets library calls of :class:`asyncio.AbstractServer`.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 OLDEST = (0, 23)
@@ -38,13 +39,13 @@ def describe() -> str:
 def _choose() -> tuple[Callable[[], asyncio.AbstractEventLoop], str]:
     """Return a function that makes an event loop, and what it is."""
     try:
-        import uvloop
+        import uvloop  # noqa: F401
     except ImportError:
         return asyncio.new_event_loop, "asyncio's; uvloop is not installed"
-    version = uvloop.__version__
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+    found = version("uvloop")
+    if tuple(map(int, found.split(".")[:2])) < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        return asyncio.new_event_loop, f"asyncio's; uvloop {version} is older than {wanted}"
+        return asyncio.new_event_loop, f"asyncio's; uvloop {found} is older than {wanted}"
     from splitonnx.runtime.scheduling.accepting_loops import AcceptingLoop
 
-    return AcceptingLoop, f"uvloop's {version}"
+    return AcceptingLoop, f"uvloop's {found}"

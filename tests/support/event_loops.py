@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-LOOPS = ("asyncio", "uvloop")
+UVLOOP = "uvloop"
+LOOPS = ("asyncio", UVLOOP)
 
 ON_BOTH_LOOPS = [
     pytest.mark.usefixtures("event_loop"),
@@ -19,19 +20,18 @@ ON_BOTH_LOOPS = [
 
 def use(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the servers of this process run on a loop of ``LOOPS`` from now on."""
-    if loop == "uvloop":
+    if loop == UVLOOP:
         pytest.importorskip("uvloop", reason="it has no wheel for this platform")
     else:
         monkeypatch.setitem(sys.modules, "uvloop", None)  # as if it were not installed
 
 
 def make_environment(loop: str, folder: Path) -> dict[str, str]:
-    """Return the environment of a process whose server runs on a loop of ``LOOPS``.
+    """Return the environment of a process whose server runs on a loop of ``LOOPS``, if it is there.
 
-    ``folder`` is an empty one, for what hides uvloop.
+    ``folder`` may get a module that hides uvloop.
     """
-    if loop == "uvloop":
-        pytest.importorskip("uvloop", reason="it has no wheel for this platform")
+    if loop == UVLOOP:
         return dict(os.environ)
     (folder / "uvloop.py").write_text("raise ImportError('hidden by a test')\n")
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
