@@ -10,9 +10,12 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 BACKLOG = 100
 """Most connections that are accepted before the event loop does other work; asyncio's number."""
@@ -36,9 +39,15 @@ class AcceptingLoop(uvloop.Loop):
     ) -> AcceptingServer:
         """Serve the connections that come to ``sock``, a listening socket that does not block."""
 
+        def make_protocol() -> asyncio.BaseProtocol:
+            protocol = protocol_factory()
+            if isinstance(protocol, asyncio.BufferedProtocol):
+                return BufferedOnly(protocol)
+            return protocol
+
         async def serve(connection: socket.socket) -> None:
             await self.connect_accepted_socket(
-                protocol_factory,
+                make_protocol,
                 connection,
                 ssl=ssl,
                 ssl_handshake_timeout=ssl_handshake_timeout,
@@ -48,6 +57,45 @@ class AcceptingLoop(uvloop.Loop):
         server = AcceptingServer(self, sock, serve)
         await server.start_serving()
         return server
+
+
+class BufferedOnly(asyncio.BufferedProtocol):
+    """A protocol that hands everything on to another one.
+
+    asyncio lets a protocol that is both a :class:`asyncio.Protocol` and a
+    :class:`asyncio.BufferedProtocol` choose the memory that it receives into; uvloop does not.
+    """
+
+    def __init__(self, protocol: asyncio.BufferedProtocol) -> None:
+        self._protocol = protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Report to the protocol that the connection is open."""
+        self._protocol.connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Report to the protocol that the connection has ended."""
+        self._protocol.connection_lost(exc)
+
+    def get_buffer(self, sizehint: int) -> ReadableBuffer:
+        """Return the memory to receive into."""
+        return self._protocol.get_buffer(sizehint)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Report to the protocol that bytes were received there."""
+        self._protocol.buffer_updated(nbytes)
+
+    def eof_received(self) -> bool | None:
+        """Report to the protocol that the other side sends no more."""
+        return self._protocol.eof_received()
+
+    def pause_writing(self) -> None:
+        """Report to the protocol that too many bytes wait to be sent."""
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Report to the protocol that few enough bytes wait to be sent."""
+        self._protocol.resume_writing()
 
 
 class AcceptingServer:

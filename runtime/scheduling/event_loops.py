@@ -28,9 +28,9 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def describe() -> str:
-    """Say in one line which event loop :func:`run` takes, and why it is not uvloop's if it is not.
+    """Describe which event loop :func:`run` takes, for a line of the server's log.
 
-    The line is for the server's log.
+    The line says why it is not uvloop's, if it is not.
     """
     _, description = _choose()
     return f"the event loop is {description}"

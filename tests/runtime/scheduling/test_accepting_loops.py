@@ -22,6 +22,9 @@ from splitonnx.runtime.scheduling.accepting_loops import (
     AcceptingServer,
 )
 
+MANY = 64 << 20
+"""More bytes than the operating system takes at a time."""
+
 
 class Listening(socket.socket):
     """A listening socket that raises the given errors first, and counts the calls of accept."""
@@ -82,7 +85,7 @@ def tell(listener: Listening, story: Story) -> list[dict[str, Any]]:
 
 
 def hear(connection: socket.socket) -> bytes:
-    return connection.recv(5, socket.MSG_WAITALL)
+    return connection.recv(5)
 
 
 def test_connections_are_accepted_by_the_socket_itself() -> None:
@@ -191,6 +194,67 @@ def test_closing_stops_new_connections_and_leaves_those_that_are_open() -> None:
             assert await asyncio.to_thread(hear, connection) == b"still"
 
     assert tell(listener, story) == []
+
+
+class Both(asyncio.Protocol, asyncio.BufferedProtocol):
+    """A connection that chooses its memory, as the server's do, and notes what it is told."""
+
+    def __init__(self, told: queue.Queue[str]) -> None:
+        self._told = told
+        self._memory = bytearray(3)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(1 << 20)
+
+    def data_received(self, data: bytes) -> None:
+        raise AssertionError("it has its own memory")
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return memoryview(self._memory)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._told.put(self._memory[:nbytes].decode())
+        if self._memory[:nbytes] == b"all":
+            self._transport.write(bytes(MANY))
+
+    def pause_writing(self) -> None:
+        self._told.put("pause")
+
+    def resume_writing(self) -> None:
+        self._told.put("resume")
+
+    def eof_received(self) -> bool:
+        self._told.put("end")
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._told.put("lost")
+
+
+def test_a_protocol_that_chooses_its_memory_is_asked_for_it_and_told_all_else() -> None:
+    told: queue.Queue[str] = queue.Queue()
+
+    def talk(port: int) -> list[str]:
+        with dial(port) as connection:
+            connection.sendall(b"all")
+            assert told.get(timeout=PATIENCE) == "all"
+            assert told.get(timeout=PATIENCE) == "pause"
+            received = 0
+            while received < MANY:
+                received += len(connection.recv(1 << 20))
+            assert told.get(timeout=PATIENCE) == "resume"
+        return [told.get(timeout=PATIENCE) for _ in range(2)]
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        with Listening() as listener:
+            server = await loop.create_server(lambda: Both(told), sock=listener)
+            assert await asyncio.to_thread(talk, listener.port) == ["end", "lost"]
+            server.close()
+
+    with asyncio.Runner(loop_factory=AcceptingLoop) as runner:
+        runner.run(run())
 
 
 def test_a_socket_that_cannot_become_a_connection_is_closed() -> None:
