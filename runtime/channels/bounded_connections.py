@@ -13,7 +13,7 @@ import ssl
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from websockets.client import ClientProtocol
 from websockets.datastructures import HeadersLike
@@ -29,6 +29,7 @@ from websockets.sync.client import ClientConnection
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import Redirected
+from splitonnx.runtime.channels.direct_sockets import DirectSocket
 from splitonnx.runtime.wire.buffers import BufferPool
 from splitonnx.runtime.wire.fragments import JoinedFragments
 from splitonnx.runtime.wire.payloads import DATA_FRAMES, read_payloads, write_fragment
@@ -62,6 +63,8 @@ class BoundedConnection(ClientConnection):
         self._buffers = BufferPool()
         self._arriving = JoinedFragments(self._buffers, self._most)
         self._reader = read_payloads(protocol, lambda *sizes: self._arriving.place(*sizes))
+        if not isinstance(sock, ssl.SSLSocket):
+            sock = cast("socket.socket", DirectSocket(sock, self._reader))
         super().__init__(sock, protocol, **settings)
         self.recv_messages.pause = lambda: self._pause("frames")
         self.recv_messages.resume = lambda: self._resume("frames")
