@@ -316,11 +316,11 @@ class Server:
         ) as port:
             self.port = port
             _logger.info("serving on %s", self.url)
-            _logger.info("%s", event_loops.describe())
             for sentence in (self._leaving, *self._registry.policy.terms().describe()):
                 _logger.info("%s", sentence)
             if self._responder.has_pages:
                 _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
+            _logger.info("%s", event_loops.describe())
             if started is not None:
                 started.set_result(None)
             ticking = asyncio.create_task(keep_ticking(context))
