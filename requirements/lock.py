@@ -29,8 +29,8 @@ LOCKS: dict[str, list[str]] = {
     "fuzz": ["--group", "fuzz", "--extra", "cpu", "--group", "dev"],
     "lock": ["--only-group", "lock"],
     "sbom": ["--only-group", "sbom"],
-    "serve-training": ["--extra", "cpu"],
-    "serve-portable": ["--extra", "portable"],
+    "serve-training": ["--extra", "cpu", "--extra", "fast"],
+    "serve-portable": ["--extra", "portable", "--extra", "fast"],
     "openvino": ["--extra", "openvino"],
 }
 """By the file's name, what of pyproject.toml goes into it; the tools go into each."""

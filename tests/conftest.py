@@ -15,6 +15,8 @@ import hypothesis
 import pytest
 from filelock import FileLock
 
+from tests.support.event_loops import use
+
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("SPLITONNX_NO_CHECK", "1")
 """Thousands of models are cut here, and their tests compare more; tests of the comparison ask for
@@ -76,6 +78,14 @@ def collector() -> Iterator[None]:
     """Turn the garbage collector on again: a command turns it off for the rest of its process."""
     yield
     gc.enable()
+
+
+@pytest.fixture
+def event_loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The event loop that servers of this process run on; see :mod:`tests.support.event_loops`."""
+    loop: str = request.param
+    use(loop, monkeypatch)
+    return loop
 
 
 @pytest.fixture(scope="session")

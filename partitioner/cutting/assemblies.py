@@ -192,11 +192,10 @@ def _share_phase(
     for index, cut in enumerate(cuts):
         label = _name_stage(name, joint, party, cuts, index)
         stages.append(_describe_stage(label, cut, joint, party))
+        graph = cut.extract()
         if portable:
-            lower(graph := cut.extract())
-            graphs[f"{label}.onnx"] = write_stage(label, graph)
-        else:
-            graphs[f"{label}.onnx"] = write_stage(label, cut.view, is_portable=False)
+            lower(graph)
+        graphs[f"{label}.onnx"] = write_stage(label, graph, is_portable=portable)
     results = joint.results if party == CLIENT else ()
     used = {i.name for stage in stages for i in stage.inputs if i.source is Source.DATA}
     used.update(results)  # an input of the model may be an output, too

@@ -61,8 +61,16 @@ class StageCut:
     view: ir.GraphView
 
     def extract(self) -> ir.Graph:
-        """Return a copy of the stage's graph that is independent of the joint graph."""
-        return self.view.clone()
+        """Return a copy of the stage's graph that is independent of the joint graph.
+
+        It lacks those of the joint graph's Identity nodes whose input can have the name of their
+        output.  ONNX Runtime would copy each such tensor, which is as large as what is sent.
+        """
+        graph = self.view.clone()
+        for node in list(graph):
+            if node.op_type == "Identity" and not node.domain:
+                _remove_identity(graph, node)
+        return graph
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -73,6 +81,22 @@ class StageCut:
     def outputs(self) -> tuple[str, ...]:
         """Names of the graph's outputs."""
         return tuple(value.name or "" for value in self.view.outputs)
+
+
+def _remove_identity(graph: ir.Graph, node: ir.Node) -> None:
+    """Remove an Identity node, unless its input and its output must both have their names."""
+    source, result = node.inputs[0], node.outputs[0]
+    assert source is not None
+    if result.is_graph_output():
+        maker = source.producer()
+        if maker is None or maker.graph is not graph or source.is_graph_output():
+            return
+        name, result.name = result.name, None
+        source.name = name
+        source.type, source.shape = source.type or result.type, source.shape or result.shape
+        graph.outputs[graph.outputs.index(result)] = source
+    result.replace_all_uses_with(source)
+    graph.remove(node, safe=True)
 
 
 def cut_stages(

@@ -13,7 +13,7 @@ import ssl
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from websockets.client import ClientProtocol
 from websockets.datastructures import HeadersLike
@@ -29,14 +29,10 @@ from websockets.sync.client import ClientConnection
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import Redirected
+from splitonnx.runtime.channels.direct_sockets import DirectSocket
 from splitonnx.runtime.wire.buffers import BufferPool
 from splitonnx.runtime.wire.fragments import JoinedFragments
-from splitonnx.runtime.wire.payloads import (
-    DATA_FRAMES,
-    measure_waiting,
-    read_payloads,
-    write_fragment,
-)
+from splitonnx.runtime.wire.payloads import DATA_FRAMES, read_payloads, write_fragment
 
 READ_AHEAD = 16 << 20
 """Bytes of unread messages above which reading from the socket pauses."""
@@ -66,7 +62,9 @@ class BoundedConnection(ClientConnection):
         self._most = protocol.max_message_size
         self._buffers = BufferPool()
         self._arriving = JoinedFragments(self._buffers, self._most)
-        self._reader = read_payloads(protocol, self._place)
+        self._reader = read_payloads(protocol, lambda *sizes: self._arriving.place(*sizes))
+        if not isinstance(sock, ssl.SSLSocket):
+            sock = cast("socket.socket", DirectSocket(sock, self._reader))
         super().__init__(sock, protocol, **settings)
         self.recv_messages.pause = lambda: self._pause("frames")
         self.recv_messages.resume = lambda: self._resume("frames")
@@ -167,10 +165,6 @@ class BoundedConnection(ClientConnection):
             unread = self._whole if self._is_awaited else self._whole + self._arriving.size
             if unread > READ_AHEAD:
                 self._add_pause("bytes")
-
-    def _place(self, size: int) -> memoryview | None:
-        waiting = measure_waiting(self.protocol)
-        return None if waiting is None else self._arriving.place(size, waiting)
 
     def _refuse_fragments(self) -> None:
         with self.protocol_mutex:

@@ -89,7 +89,7 @@ class LimitedConnection(ServerConnection, asyncio.BufferedProtocol):
         self._arriving = self._expect_message()
         self._messages: deque[Chunk | bytearray] = deque()  # complete and unread
         self._on_begin: Callable[[], object] | None = None  # while the server waits for a message
-        self._reader = read_payloads(protocol, lambda _: None)  # masked, they cannot stay there
+        self._reader = read_payloads(protocol, lambda *sizes: self._arriving.place(*sizes))
         self.is_underway = False  # whether part of a message has arrived
         self._heard = self.loop.time()
 

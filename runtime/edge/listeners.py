@@ -111,10 +111,18 @@ class AcceptedSocket(socket.socket):
 
     def close(self) -> None:
         """Close the socket and stop counting it."""
+        self._leave()
+        super().close()
+
+    def detach(self) -> int:
+        """Stop counting the socket, since the event loop has closed its descriptor; uvloop does."""
+        self._leave()
+        return super().detach()
+
+    def _leave(self) -> None:
         if self.quota is not None:
             self.quota.forget(self)
             self.quota = None
-        super().close()
 
 
 class Listener(socket.socket):

@@ -39,6 +39,7 @@ from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.engine.providers import CPU
 from splitonnx.runtime.limits import GIB, Limits
+from splitonnx.runtime.scheduling import event_loops
 from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.scheduling.turns import Turns
 from splitonnx.runtime.server.contexts import ServerContext
@@ -149,8 +150,7 @@ class Server:
             _check_room(policy, limits or Limits())
             check_exposure(host, tokens, tls, insecure=insecure)
             pages = None if web is None else read_pages(Path(web))
-            self.host = host
-            self.port = port
+            self.host, self.port = host, port
             self._limits = limits or Limits()
             self._tokens = tokens
             self._tls = tls
@@ -239,7 +239,7 @@ class Server:
         keep_buffers()
         exempt_loaded()
         try:
-            asyncio.run(self._run(handle_signals=True))
+            event_loops.run(self._run(handle_signals=True))
         finally:
             self._unlock()
         if self._halt is not None:
@@ -275,7 +275,7 @@ class Server:
 
     def _run_in_thread(self, started: Future[None]) -> None:
         try:
-            asyncio.run(self._run(started=started))
+            event_loops.run(self._run(started=started))
         except BaseException as error:
             if started.done():
                 raise
@@ -321,6 +321,7 @@ class Server:
                 _logger.info("%s", sentence)
             if self._responder.has_pages:
                 _logger.info("the page is at %s/", self.url.replace("ws", "http", 1))
+            _logger.info("%s", event_loops.describe())
             if started is not None:
                 started.set_result(None)
             ticking = asyncio.create_task(keep_ticking(context))
@@ -395,6 +396,7 @@ class Server:
 def _check_room(policy: PolicyOptions | None, limits: Limits) -> None:
     """Check that as many clients can come as the policy's first round waits for."""
     if policy is not None and policy.clients_min > limits.sessions:
-        wanted, most = policy.clients_min, limits.sessions
-        reason = f"the first round waits for {wanted} clients, and {most} sessions are allowed"
-        raise UsageError(f"{reason}; raise --max-sessions")
+        reason = f"the first round waits for {policy.clients_min} clients"
+        raise UsageError(
+            f"{reason}, and {limits.sessions} sessions are allowed; raise --max-sessions"
+        )

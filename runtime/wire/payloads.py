@@ -3,7 +3,8 @@
 The websockets library collects all received bytes in one buffer, and cuts each frame's payload out
 of it when the payload is complete.  :class:`PayloadReader` takes the place of that buffer: the
 bytes of a large payload go at once to where they stay.  The library still reads and checks every
-frame.  :func:`write_fragment` leaves header and payload apart, which the library would join.
+frame, except that :class:`UnmaskingReader` reads those of large masked payloads, which the library
+would copy.  :func:`write_fragment` leaves header and payload apart, which the library would join.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from websockets.protocol import OPEN, Protocol, Side
 from websockets.streams import StreamReader
 
 from splitonnx.runtime.wire.fragments import FRAGMENT
+from splitonnx.runtime.wire.masks import unmask
 
 try:
     from websockets.speedups import apply_mask
@@ -35,17 +37,24 @@ _SMALLEST, _LARGEST = 1 << 14, 4 * FRAGMENT
 Nobody can make this side reserve more than the largest by announcing a frame.
 """
 
-Place = Callable[[int], memoryview | None]
+_LONGEST = b"\xff"
+"""Second byte of a masked frame whose size takes eight bytes."""
+_MASKED = struct.Struct("!BBQ4s")
+"""The header of such a frame: flags and opcode, the second byte, size and key."""
+
+Place = Callable[[int, int], memoryview | None]
 
 
 class PayloadReader(StreamReader):
     """A buffer of received bytes, from which a protocol reads.
 
     ``place`` returns the memory for a payload of the given size, or ``None`` if it has no place.
+    Its second argument is the size of the message's payloads that were read, but not processed.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, protocol: Protocol, place: Place) -> None:
         super().__init__()
+        self._protocol = protocol
         self._place = place
         self._gap: memoryview | None = None  # the part of a payload that has not arrived yet
 
@@ -71,7 +80,11 @@ class PayloadReader(StreamReader):
         """Read ``n`` bytes; for a large payload, return a view of the memory that it has."""
         if not _SMALLEST <= n <= _LARGEST:
             return (yield from super().read_exact(n))
-        place = self._place(n)
+        return cast("bytearray", (yield from self._read_payload(n)))  # a frame takes any of these
+
+    def _read_payload(self, n: int) -> Generator[None, None, memoryview]:
+        waiting = measure_waiting(self._protocol)
+        place = None if waiting is None else self._place(n, waiting)
         if place is None:
             place = np.empty(n, np.uint8).data
         there = min(n, len(self.buffer))
@@ -83,7 +96,7 @@ class PayloadReader(StreamReader):
                 raise EOFError(f"stream ends {len(self._gap)} bytes before the end of a frame")
             yield
         self._gap = None
-        return cast("bytearray", place)  # a frame takes any of these
+        return place
 
     def feed_data(self, data: bytes | bytearray) -> None:
         """Add received bytes, as far as possible to the payload that is being received."""
@@ -97,9 +110,59 @@ class PayloadReader(StreamReader):
         self.buffer += view[size:]
 
 
+class UnmaskingReader(PayloadReader):
+    """A buffer of bytes that a server received, in which large payloads lose their masks.
+
+    Frames with such payloads do not reach the library's parser: they are read here, before the
+    parser begins with a frame, and then handed to what the parser hands its frames to.  Whatever
+    is not as it should be is left to the parser, which knows what to do.
+    """
+
+    def at_eof(self) -> Generator[None, None, bool]:
+        """Return whether all was read, once there is something or the end; first read frames.
+
+        The parser calls this before each frame.
+        """
+        while not (yield from super().at_eof()):
+            if self._protocol.eof_sent or not (yield from self._has_header()):
+                return False
+            first, _, size, key = _MASKED.unpack_from(self.buffer)
+            if not _SMALLEST <= size <= min(_LARGEST, self._count_allowed()):
+                return False
+            del self.buffer[: _MASKED.size]
+            payload = yield from self._read_payload(size)
+            unmask(payload, key)
+            frame = Frame(Opcode(first & 0xF), cast("bytes", payload), bool(first & 0x80))
+            self._protocol.recv_frame(frame)
+        return True
+
+    def _has_header(self) -> Generator[None, None, bool]:
+        """Wait for the whole header of a masked frame of bytes with the longest kind of size.
+
+        Return whether it is one.
+        """
+        while len(self.buffer) < _MASKED.size:
+            if self.eof or not _may_begin(self.buffer):
+                return False
+            yield
+        return _may_begin(self.buffer)
+
+    def _count_allowed(self) -> int:
+        """Return how many bytes the next frame may have."""
+        most = self._protocol.max_message_size
+        return _LARGEST if most is None else most - (self._protocol.current_size or 0)
+
+
+def _may_begin(buffer: bytearray) -> bool:
+    """Return whether a masked binary frame may begin so, whose size takes eight bytes."""
+    return buffer[0] & 0x7F in (Opcode.CONT, Opcode.BINARY) and buffer[1:2] in (b"", _LONGEST)
+
+
 def read_payloads(protocol: Protocol, place: Place) -> PayloadReader:
     """Make a protocol that has received nothing yet read from a :class:`PayloadReader`."""
-    reader = protocol.reader = PayloadReader(place)
+    is_masked = protocol.side is Side.SERVER
+    reader = (UnmaskingReader if is_masked else PayloadReader)(protocol, place)
+    protocol.reader = reader
     protocol.parser = protocol.parse()  # which holds the reader that it began with
     next(protocol.parser)
     return reader

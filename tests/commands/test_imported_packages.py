@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "inspect": PRINTING | PARTITIONER,
     "merge": PRINTING | PARTITIONER,
     "predict": PRINTING | CLIENT,
-    "serve": SERVER,
+    "serve": SERVER | {"uvloop"},
     "sessions": PRINTING | VALUES | {"websockets"},
     "token": set(),
     "train": PRINTING | CLIENT,

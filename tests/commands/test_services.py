@@ -61,6 +61,8 @@ AS_ON_WINDOWS = """
 import asyncio, sys
 from splitonnx.commands import main
 
+sys.modules["uvloop"] = None
+
 def refuse(loop, number, *_):
     print("no handler for", int(number), file=sys.stderr, flush=True)
     raise NotImplementedError

@@ -29,6 +29,7 @@ from tests.support.echoes import (
     trickle,
     upgrade,
 )
+from tests.support.event_loops import LOOPS
 
 pytestmark = [
     pytest.mark.alone,
@@ -47,12 +48,14 @@ SECONDS = 1.0
 """The limits of time in these tests."""
 
 
-@pytest.fixture(scope="module")
-def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+@pytest.fixture(scope="module", params=LOOPS)
+def arena(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Arena]:
     running = Arena(
         tmp_path_factory.mktemp("arena"),
         "--max-handshake-seconds", SECONDS, "--max-login-seconds", SECONDS,
-        "--max-message-seconds", SECONDS, "--max-message-bytes", 4 * MIB,
+        "--max-message-seconds", SECONDS, "--max-message-bytes", 4 * MIB, loop=request.param,
     )  # fmt: skip
     yield running
     running.close()

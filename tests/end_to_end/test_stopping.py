@@ -21,6 +21,7 @@ from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.server.servers import Server
 from tests.support import tiny
 from tests.support.endless import endless_bundle
+from tests.support.event_loops import LOOPS, UVLOOP, make_environment
 from tests.support.waits import skip_to, wait_for
 
 BATCH = tiny.batch(0)
@@ -29,9 +30,12 @@ LARGE = tiny.batch(0, size=3000)
 
 
 @contextmanager
-def serve(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serve(
+    folder: Path, *options: str, loop: str = UVLOOP
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     command = [sys.executable, "-m", "splitonnx", "serve", str(folder), "--port", "0", *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    environment = make_environment(loop, folder.parent)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None
         try:
             line = process.stderr.readline()
@@ -72,9 +76,10 @@ def test_a_stage_beyond_the_limit_is_told_to_its_client_and_the_server_lives() -
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of its own")
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_step_that_does_not_end(
-    bundle: Bundle, tmp_path: Path, number: int
+    bundle: Bundle, tmp_path: Path, number: int, loop: str
 ) -> None:
     """On earlier versions only SIGKILL does.  The client is told to come again."""
     caught: list[ProtocolError] = []
@@ -86,7 +91,8 @@ def test_a_second_signal_ends_a_step_that_does_not_end(
         except ProtocolError as error:
             caught.append(error)
 
-    with serve(tmp_path / "bundle" / "server", "--log-level", "debug") as (process, url):
+    serving = serve(tmp_path / "bundle" / "server", "--log-level", "debug", loop=loop)
+    with serving as (process, url):
         assert process.stderr is not None
         thread = threading.Thread(target=train, args=(url,))
         thread.start()

@@ -38,6 +38,7 @@ from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.runtime.wire.protocols import list_wires
 from splitonnx.runtime.wire.transports import Transport
 from tests.support.echoes import PATIENCE
+from tests.support.event_loops import UVLOOP, make_environment
 from tests.support.zoo import ZOO
 
 DATA = ZOO["chain"].data(24)
@@ -47,9 +48,12 @@ MIB = 1 << 20
 
 
 class Arena:
-    """A server in a process of its own; ``ana`` trains in it, ``eve`` has a token too."""
+    """A server in a process of its own; ``ana`` trains in it, ``eve`` has a token too.
 
-    def __init__(self, folder: Path, *options: object) -> None:
+    ``loop`` is the event loop that the server runs on, one of ``tests.support.event_loops.LOOPS``.
+    """
+
+    def __init__(self, folder: Path, *options: object, loop: str = UVLOOP) -> None:
         self.bundle = cut(ZOO["chain"].build(), at="act1", tail_at="act3")
         self.bundle.save(folder / "bundle")
         self.tokens = {name: add_token(folder / "tokens", name) for name in ("ana", "eve")}
@@ -59,7 +63,8 @@ class Arena:
         ]  # fmt: skip
         self._log = folder / "log"  # a pipe that nobody reads would stop the server
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(list(map(str, command)), stderr=log)
+            environment = make_environment(loop, folder)
+            self.process = subprocess.Popen(list(map(str, command)), stderr=log, env=environment)
         self.url = self._wait_for_url()
         self.port = int(self.url.rsplit(":", 1)[1])
         self._trainer = threading.Thread(target=self._train)

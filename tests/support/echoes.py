@@ -17,6 +17,7 @@ from splitonnx.runtime.edge.http import Authorize, HttpRequest, HttpResponse, Re
 from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.edge.websockets import Peer, serve
 from splitonnx.runtime.limits import Limits
+from splitonnx.runtime.scheduling import event_loops
 from splitonnx.runtime.wire.close_codes import BUSY, POLICY
 
 PATIENCE = 20.0
@@ -72,7 +73,7 @@ class Echo:
 
     def _run_in_thread(self, started: Future[None]) -> None:
         try:
-            asyncio.run(self._run(started))
+            event_loops.run(self._run(started))
         except BaseException as error:
             if started.done():
                 raise

@@ -151,3 +151,45 @@ def test_what_is_extracted_shares_nothing_with_the_joint_graph() -> None:
         extracted[0].op_type = "Broken"
     after = ir.to_proto(ir.Model(graph, ir_version=9)).SerializeToString(deterministic=True)
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("ops", "outputs", "left"),
+    [
+        ([("Neg", "a", "x"), ("Identity", "b", "a")], "b", ["Neg"]),
+        ([("Identity", "a", "x"), ("Neg", "b", "a"), ("Exp", "c", "a")], "bc", ["Neg", "Exp"]),
+        ([("Neg", "a", "x"), ("Identity", "b", "a"), ("Exp", "c", "a")], "bc", ["Neg", "Exp"]),
+        ([("Neg", "a", "x"), ("Identity", "b", "a"), ("Identity", "c", "b")], "c", ["Neg"]),
+        ([("Identity", "a", "x")], "a", ["Identity"]),
+        ([("Neg", "a", "x"), ("Identity", "b", "a")], "ab", ["Neg", "Identity"]),
+        (
+            [("Neg", "a", "x"), ("Identity", "b", "a"), ("Identity", "c", "a")],
+            "bc",
+            ["Neg", "Identity"],
+        ),
+        ([("Identity", "a", "x"), ("Identity", "b", "a")], "b", ["Identity"]),
+    ],
+    ids=["of what is made", "of an input", "read beside", "in a row", "of an input to an output",
+         "of an output", "twice", "in a row from an input to an output"],
+)  # fmt: skip
+def test_an_identity_is_left_out_where_one_tensor_can_have_the_name(
+    ops: list[tuple[str, str, str]], outputs: str, left: list[str]
+) -> None:
+    drawing = Drawing("x")
+    for op in ops:
+        drawing.op(*op)
+    graph = drawing.finish(*outputs)
+    (stage,) = cut_stages(graph, [], {"client": [drawing.values[name] for name in outputs]})
+    extracted = stage.extract()
+    assert sorted(node.op_type for node in extracted) == sorted(left)
+    assert tuple(value.name for value in extracted.outputs) == stage.outputs
+    assert all(value.type == FLOAT for value in extracted.outputs)
+    feeds = {"x": np.random.default_rng(0).standard_normal(3, np.float32)}
+    whole, short = (
+        dict(
+            zip(stage.outputs, ReferenceEvaluator(ir.to_proto(model)).run(None, feeds), strict=True)
+        )
+        for model in (ir.Model(stage.view.clone(), ir_version=9), ir.Model(extracted, ir_version=9))
+    )
+    for name, array in whole.items():
+        np.testing.assert_array_equal(np.asarray(short[name]), np.asarray(array))

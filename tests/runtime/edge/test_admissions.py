@@ -20,6 +20,7 @@ from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.close_codes import BUSY
 from tests.support.echoes import Echo, dial, know_sesame, read_close, read_to_end, shake
+from tests.support.event_loops import LOOPS
 
 SESAME = Credentials(token="open sesame")
 ALI, BEN, NOBODY = Identity(owner="ali"), Identity(owner="ben"), Identity(owner="")
@@ -228,6 +229,8 @@ def test_without_a_descriptor_one_that_waits_makes_room() -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.usefixtures("event_loop")
+@pytest.mark.parametrize("event_loop", LOOPS, indirect=True)
 def test_of_too_many_without_a_token_the_one_that_waited_longest_goes() -> None:
     limits = Limits(unauthenticated=2)
     with (
@@ -247,6 +250,8 @@ def test_of_too_many_without_a_token_the_one_that_waited_longest_goes() -> None:
 
 
 @pytest.mark.alone
+@pytest.mark.usefixtures("event_loop")
+@pytest.mark.parametrize("event_loop", LOOPS, indirect=True)
 def test_with_too_many_clients_one_more_is_told_to_come_later() -> None:
     with Echo(authorize=know_sesame, limits=Limits(clients=1)) as echo:
         first = connect(echo.url, credentials=SESAME)

@@ -28,8 +28,9 @@ from tests.support.echoes import (
     trickle,
     upgrade,
 )
+from tests.support.event_loops import ON_BOTH_LOOPS
 
-pytestmark = pytest.mark.alone
+pytestmark = [pytest.mark.alone, *ON_BOTH_LOOPS]
 
 HASTY = Limits(handshake_seconds=0.2, login_seconds=0.2, message_seconds=0.2, idle_seconds=0.3)
 

@@ -17,6 +17,7 @@ import pytest
 from splitonnx.runtime.edge.descriptors import Rarely, find_ceiling, find_limit, raise_limit
 from tests.support import arenas
 from tests.support.arenas import Arena
+from tests.support.event_loops import LOOPS
 
 DESCRIPTORS = 64
 
@@ -35,10 +36,11 @@ def scarce() -> Iterator[None]:
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
 
 
+@pytest.mark.parametrize("loop", LOOPS)
 def test_200_connections_leave_a_server_of_64_descriptors_at_work(
-    scarce: None, tmp_path: Path
+    scarce: None, tmp_path: Path, loop: str
 ) -> None:
-    arena = Arena(tmp_path)
+    arena = Arena(tmp_path, loop=loop)
     with ExitStack() as crowd:
         arena.expect_progress()
         for _ in range(3):

@@ -22,6 +22,7 @@ from splitonnx.runtime.edge.pages import read_pages
 from splitonnx.runtime.edge.tokens import Tokens, add_token
 from splitonnx.runtime.limits import Limits
 from tests.support.echoes import dial, shake
+from tests.support.event_loops import LOOPS
 
 MODEL = Path(__file__).parents[3] / "examples" / "digits.onnx"
 HEAD_ENDS = "/block1/Relu_output_0"
@@ -81,6 +82,8 @@ def test_a_page_and_all_its_files_come_from_the_server_s_port(bundle: Path, web:
         assert get(server, "/health")[0] == 200
 
 
+@pytest.mark.usefixtures("event_loop")
+@pytest.mark.parametrize("event_loop", LOOPS, indirect=True)
 def test_a_long_answer_may_take_longer_than_a_handshake(bundle: Path, web: Path) -> None:
     with (
         Server(bundle / "server", port=0, web=web, limits=Limits(handshake_seconds=0.05)) as server,
@@ -92,6 +95,8 @@ def test_a_long_answer_may_take_longer_than_a_handshake(bundle: Path, web: Path)
         assert received.endswith(b"\r\n\r\n" + bytes(LONG))
 
 
+@pytest.mark.usefixtures("event_loop")
+@pytest.mark.parametrize("event_loop", LOOPS, indirect=True)
 def test_no_more_long_answers_wait_than_there_is_room_for(
     bundle: Path, web: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

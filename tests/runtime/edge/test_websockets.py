@@ -11,6 +11,9 @@ from splitonnx.runtime.edge.http import Refusal
 from splitonnx.runtime.wire.close_codes import RESTART
 from splitonnx.runtime.wire.fragments import FRAGMENT
 from tests.support.echoes import Echo, dial, know_sesame, read_to_end, shake
+from tests.support.event_loops import ON_BOTH_LOOPS
+
+pytestmark = ON_BOTH_LOOPS
 
 SESAME = Credentials(token="open sesame")
 

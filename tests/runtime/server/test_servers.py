@@ -27,7 +27,10 @@ from splitonnx.runtime.wire.fragments import FRAGMENT
 from splitonnx.runtime.wire.protocols import Protocol, State, list_wires
 from tests.support.callers import SESSION, make_task
 from tests.support.echoes import PATIENCE
+from tests.support.event_loops import ON_BOTH_LOOPS
 from tests.support.zoo import ZOO
+
+pytestmark = ON_BOTH_LOOPS
 
 DATA = ZOO["chain"].data(24)
 

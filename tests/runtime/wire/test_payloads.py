@@ -44,7 +44,7 @@ def test_frames_are_read_as_the_library_reads_them(side: Side, step: int) -> Non
     """Whatever is masked, and however the bytes arrive."""
     content = write(Protocol(Side(1 - side)), make_payloads())
     plain, fast = Protocol(side, max_size=None), Protocol(side, max_size=None)
-    read_payloads(fast, lambda _: None)
+    read_payloads(fast, lambda *_: None)
     for start in range(0, len(content), step):
         for protocol in (plain, fast):
             protocol.receive_data(content[start : start + step])
@@ -59,7 +59,7 @@ def test_frames_are_read_as_the_library_reads_them(side: Side, step: int) -> Non
 def test_a_payload_fills_the_memory_that_it_was_given() -> None:
     memory = memoryview(bytearray(1 << 16))
     protocol = Protocol(Side.CLIENT)
-    reader = read_payloads(protocol, lambda size: memory[:size])
+    reader = read_payloads(protocol, lambda size, _: memory[:size])
     content = np.random.default_rng(1).bytes(50_000)
     sent = Frame(Opcode.BINARY, content).serialize(mask=False)
     protocol.receive_data(sent[:100])
@@ -76,10 +76,95 @@ def test_a_payload_fills_the_memory_that_it_was_given() -> None:
     assert reader.is_underway  # the next frame has begun
 
 
+def test_a_masked_payload_fills_the_memory_that_it_was_given_without_its_mask() -> None:
+    memory = memoryview(bytearray(1 << 17))
+    asked: list[tuple[int, int]] = []
+
+    def place(size: int, waiting: int) -> memoryview:
+        asked.append((size, waiting))
+        return memory[waiting : waiting + size]
+
+    protocol = Protocol(Side.SERVER)
+    reader = read_payloads(protocol, place)
+    content = np.random.default_rng(1).bytes(1 << 17)
+    parts = content[: 1 << 16], content[1 << 16 :]
+    first = Frame(Opcode.BINARY, parts[0], fin=False).serialize(mask=True)
+    second = Frame(Opcode.CONT, parts[1]).serialize(mask=True)
+    protocol.receive_data(first + second[:100])
+    gap = reader.gap
+    assert gap is not None
+    gap[:] = second[100:]
+    reader.fill(len(gap))
+    protocol.receive_data(b"")
+    frames = protocol.events_received()
+    assert asked == [(1 << 16, 0), (1 << 16, 1 << 16)]
+    assert memory == content
+    assert all(isinstance(frame, Frame) and frame.data.obj is memory.obj for frame in frames)  # type: ignore[union-attr]
+
+
+LARGE = 100_000
+
+
+def mask(
+    opcode: int, size: int = LARGE, *, flags: int = 0x80, announced: int | None = None
+) -> bytes:
+    """Write a masked frame whose size takes eight bytes."""
+    length = (size if announced is None else announced).to_bytes(8, "big")
+    return bytes([flags | opcode, 0xFF]) + length + b"\1\2\3\4" + bytes(size)
+
+
+@pytest.mark.parametrize("is_trickling", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        mask(Opcode.BINARY) + mask(Opcode.BINARY, 20),
+        mask(Opcode.TEXT) + mask(Opcode.BINARY),
+        mask(Opcode.BINARY, flags=0) + mask(Opcode.CONT),
+        mask(Opcode.BINARY, flags=0) + mask(Opcode.CONT, LARGE + 1),
+        mask(Opcode.BINARY, 2 * LARGE + 1),
+        mask(Opcode.BINARY, 10, announced=1 << 62),
+        mask(Opcode.BINARY, flags=0) + mask(Opcode.BINARY),
+        mask(Opcode.CONT),
+        mask(Opcode.BINARY, flags=0xC0),
+        mask(Opcode.BINARY, flags=0xA0),
+        mask(Opcode.PING),
+        mask(3),
+        mask(Opcode.BINARY, 0),
+        mask(Opcode.CLOSE, 0) + mask(Opcode.BINARY),
+        mask(Opcode.BINARY)[:-1],
+        mask(Opcode.BINARY)[:13],
+        mask(Opcode.BINARY)[:1],
+        b"\x82\x7f" + bytes(20),
+    ],
+    ids=["binary", "text", "fragments", "too large together", "too large", "far too large",
+         "no continuation", "nothing to continue", "compressed", "reserved", "ping", "unknown",
+         "empty", "after the close", "cut off", "a cut header", "one byte", "without a mask"],
+)  # fmt: skip
+def test_whatever_a_client_sends_is_taken_as_the_library_takes_it(
+    content: bytes, is_trickling: bool
+) -> None:
+    """Also what is wrong, with the same code and the same words."""
+    found = []
+    for is_fast in (False, True):
+        server = Protocol(Side.SERVER, max_size=2 * LARGE)
+        if is_fast:
+            read_payloads(server, lambda *_: None)
+        pieces = [content[n : n + 1] for n in range(20)] + [content[20:]]
+        for piece in pieces if is_trickling else [content]:
+            if piece:
+                server.receive_data(piece)
+        server.receive_eof()
+        fault = server.parser_exc
+        words = str(fault).partition(" ends ")[0]  # each counts what is missing in its own way
+        events = describe(server.events_received())
+        found.append((events, type(fault), words, server.data_to_send(), server.state))
+    assert found[1] == found[0]
+
+
 def test_an_announced_payload_takes_no_memory_beyond_a_bound() -> None:
     asked: list[int] = []
     protocol = Protocol(Side.CLIENT, max_size=None)
-    reader = read_payloads(protocol, asked.append)
+    reader = read_payloads(protocol, lambda size, _: asked.append(size))
     for size in (100, 1 << 40):
         protocol.receive_data(b"\x02\x7f" + size.to_bytes(8, "big"))
         protocol.receive_data(bytes(100))
@@ -89,7 +174,7 @@ def test_an_announced_payload_takes_no_memory_beyond_a_bound() -> None:
 
 def test_a_frame_that_breaks_off_ends_the_connection() -> None:
     protocol = Protocol(Side.CLIENT)
-    read_payloads(protocol, lambda _: None)
+    read_payloads(protocol, lambda *_: None)
     protocol.receive_data(Frame(Opcode.BINARY, bytes(50_000)).serialize(mask=False)[:-1])
     protocol.receive_eof()
     assert isinstance(protocol.parser_exc, EOFError)
@@ -98,7 +183,7 @@ def test_a_frame_that_breaks_off_ends_the_connection() -> None:
 
 def test_limits_of_the_library_hold_before_a_payload_is_read() -> None:
     protocol = Protocol(Side.CLIENT, max_size=60_000)
-    read_payloads(protocol, lambda _: None)
+    read_payloads(protocol, lambda *_: None)
     first = Frame(Opcode.BINARY, bytes(40_000), fin=False).serialize(mask=False)
     second = Frame(Opcode.CONT, bytes(20_001)).serialize(mask=False)
     protocol.receive_data(first + second[:4])

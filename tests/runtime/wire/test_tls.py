@@ -20,6 +20,9 @@ from splitonnx.runtime.limits import Limits
 from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
 from tests.support.certificates import Files
 from tests.support.echoes import Echo, dial, know_sesame, read_to_end
+from tests.support.event_loops import ON_BOTH_LOOPS
+
+pytestmark = ON_BOTH_LOOPS
 
 
 @pytest.fixture(scope="module")
