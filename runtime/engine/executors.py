@@ -12,29 +12,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import (
-    BundleError,
     LocalProtocolError,
     MissingArray,
     NotFinite,
     RemoteProtocolError,
-    UsageError,
     quote,
 )
 from splitonnx.faults import attribute_errors_to_us
-from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source, Stage, WireKind
+from splitonnx.manifests import Phase, Source, Stage, WireKind
 from splitonnx.messages import TaskKey
-from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN, TRAINING
+from splitonnx.names import (
+    ACCUMULATE,
+    EVALUATE,
+    LOSS,
+    PREDICT,
+    STEP_PHASES,
+    TRAIN,
+    TRAINING,
+    UPDATE,
+    WEIGH,
+)
 from splitonnx.runtime.engine.dataflows import Dataflow, Progress
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.providers import check_target
-from splitonnx.states import State, check_finite_state, check_home, write_state
+from splitonnx.runtime.engine.steps import OpenStep, make_scalars
+from splitonnx.runtime.storage.outcomes import check_outcome, publish_state
 from splitonnx.tensors import check_array
 
 
@@ -110,6 +118,8 @@ class Executor:
         self._state = {name: engine.from_array(a) for name, a in party.state().items()}
         self._flows: dict[str, Dataflow] = {}
         self._loaded: dict[tuple[str, str], LoadedStage] = {}
+        self._shared: dict[tuple[str, bool], LoadedStage] = {}  # by file, as phases share graphs
+        self._open = OpenStep(party.manifest, engine)
         self._tasks: dict[TaskKey, _Task] = {}
 
     def fork(self) -> Executor:
@@ -122,6 +132,7 @@ class Executor:
         """
         twin = copy(self)
         twin._state = dict(self._state)
+        twin._open = self._open.start_anew()
         twin._tasks = {}
         return twin
 
@@ -139,11 +150,13 @@ class Executor:
         if phase in self._flows:
             return
         declared = self.manifest.phase(phase)
-        training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE)
+        training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE, WEIGH)
         for stage in declared.stages:
-            graph = self.party.graphs[stage.graph]
-            loaded = self._engine.load(stage.name, graph, training=training)
-            self._loaded[phase, stage.name] = loaded
+            shared = (stage.graph, training)
+            if shared not in self._shared:
+                graph = self.party.graphs[stage.graph]
+                self._shared[shared] = self._engine.load(stage.name, graph, training=training)
+            self._loaded[phase, stage.name] = self._shared[shared]
         self._flows[phase] = Dataflow(declared, self.manifest.party)
 
     def begin(
@@ -157,15 +170,14 @@ class Executor:
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
-            LocalProtocolError: the task is already open, or is not the next training step.
+            LocalProtocolError: the task is already open, or is not the next of its step.
             UsageError: the seed or the learning rate is out of range for its tensor.
             ForbiddenGraph, WrongRuntime, StageFailed: as raised by :meth:`prepare`.
         """
         if key in self._tasks:
             raise LocalProtocolError(f"{key} is open already")
-        if key.phase == TRAIN and key.step != self.step:
-            raise LocalProtocolError(f"to train at step {key.step}; the next is {self.step}")
-        scalars = _make_scalars(key, seed, learning_rate)
+        self._open.check_next(key, self.step)
+        scalars = make_scalars(key, seed, learning_rate)
         self.prepare(key.phase)
         flow = self._flows[key.phase]
         phase = self.manifest.phase(key.phase)
@@ -229,21 +241,33 @@ class Executor:
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
         """Commit a finished task's changes to the state, close the task and return its results.
 
-        The state changes atomically.  A task of the phase ``train`` counts as one step.
+        The state changes atomically.  A task of the phase ``train`` counts as one step.  A task of
+        the phase ``accumulate`` changes the state only with the task of the phase ``update`` that
+        ends its step.
 
         Raises:
             LocalProtocolError: the task is not finished.
         """
         results = self.results(key)
         task = self._tasks.pop(key)
-        self._state.update({name: task.values[v] for name, v in task.phase.commits.items()})
-        if key.phase == TRAIN:
-            self.step += 1
+        changes = {name: task.values[v] for name, v in task.phase.commits.items()}
+        if key.phase == ACCUMULATE:
+            self._open.add(changes)
+            return results
+        if key.phase == UPDATE:
+            changes = {**self._open.close(), **changes}
+        self._state.update(changes)
+        self.step += key.phase in (TRAIN, UPDATE)
         return results
 
     def abandon(self, key: TaskKey) -> None:
-        """Abort a task and discard its changes to the state; do nothing if it is not open."""
+        """Abort a task and discard its changes to the state; do nothing if it is not open.
+
+        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted.
+        """
         self._tasks.pop(key, None)
+        if key.phase in (ACCUMULATE, UPDATE) and key.step == self.step:
+            self._open.reset()
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all tensors of the state, including those of the optimizer, as read-only arrays.
@@ -261,6 +285,7 @@ class Executor:
         change the arrays afterwards.
         """
         self._tasks.clear()
+        self._open.reset()
         self._state = {name: self._engine.from_array(tensors[name]) for name in self._state}
         self.step = step
 
@@ -272,7 +297,7 @@ class Executor:
         Raises:
             BundleError, StateNotFinite, NotSaved: as raised by :meth:`publish`.
         """
-        _check_outcome(self.party, self.state())
+        check_outcome(self.party, self.state())
 
     def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
         """Write the state to the party's folder as the outcome of training.
@@ -328,12 +353,15 @@ class Executor:
         task.progress.arrive(tensors)
 
     def _run(self, task: _Task, stage: Stage) -> None:
+        state: Mapping[str, Tensor] = self._state
+        if task.phase.name in (ACCUMULATE, UPDATE):
+            state = self._open.overlay(state)
         feeds = {
-            i.name: self._state[i.name] if i.source is Source.STATE else task.values[i.name]
+            i.name: state[i.name] if i.source is Source.STATE else task.values[i.name]
             for i in stage.inputs
         }
         outputs = self._engine.run(self._loaded[task.phase.name, stage.name], feeds)
-        if task.phase.name == TRAIN and LOSS in outputs:
+        if task.phase.name in STEP_PHASES and LOSS in outputs:
             loss = self._engine.to_array(outputs[LOSS])
             if not np.isfinite(loss).all():
                 raise NotFinite(LOSS, f"{loss} at step {self.step + 1}")
@@ -350,49 +378,3 @@ class Executor:
     def _drop(self, task: _Task, names: Iterable[str]) -> None:
         for name in task.progress.release(names):
             del task.values[name]
-
-
-def publish_state(
-    party: PartyBundle,
-    tensors: Mapping[str, np.ndarray],
-    *,
-    step: int,
-    session: str,
-    position: str,
-    owner: str,
-) -> None:
-    """Write a state to the party's folder as the outcome of training.
-
-    The outcome is written atomically.  :meth:`Executor.publish` explains the other arguments.
-
-    Raises:
-        BundleError: the bundle exists only in memory, or the folder cannot be written.
-        StateNotFinite: the state contains NaN or infinity.
-        NotSaved: the folder was deleted or replaced after it was loaded.
-    """
-    folder = _check_outcome(party, tensors)
-    state = State(tensors=tensors, step=step, session=session, position=position, owner=owner)
-    write_state(folder, state, party.manifest.digest)
-
-
-def _check_outcome(party: PartyBundle, tensors: Mapping[str, np.ndarray]) -> Path:
-    """Check that a state may be published, and return the folder that it goes to."""
-    if party.path is None:
-        raise BundleError("bundle in memory", "it has no folder to save the state in")
-    check_home(party.path, party.manifest.digest)
-    check_finite_state(party.path, tensors, party.manifest.state)
-    return party.path
-
-
-def _make_scalars(key: TaskKey, seed: int, learning_rate: float) -> dict[str, np.ndarray]:
-    """Make the scalar inputs of stages from values that the other party may have sent."""
-    numbers = (seed, key.step, key.micro_batch)
-    if min(numbers) < 0 or max(numbers) >= np.iinfo(np.int64).max:
-        raise UsageError(f"seed, step and micro-batch must be below 2^63, not {numbers}")
-    if not 0 <= learning_rate <= float(np.finfo(np.float32).max):  # NaN fails too
-        raise UsageError(f"the learning rate must be finite and not negative, not {learning_rate}")
-    return {
-        KEY: np.array(numbers, np.int64),
-        LEARNING_RATE: np.array(learning_rate, np.float32),
-        STEP: np.array(key.step + 1, np.int64),
-    }

@@ -171,6 +171,8 @@ class Dispatcher:
             message, tensors = self._protocol.receive(content)
         if isinstance(message, Hello):
             self._admit(message)
+        if isinstance(message, Tensors):
+            self._terms.check(message.phase)
         return ReceivedMessage(
             message=message,
             tensors=tensors,
@@ -275,15 +277,17 @@ class Dispatcher:
 
     def _greet(self, hello: Hello) -> Reply:
         assert self.session is not None  # found when the greeting was read
-        step = self.session.greet(hello)
+        found = self.session.greet(hello)
         self._generation = hello.generation
         manifest = self.registry.manifest
         return self._protocol.send(
             Welcome(
                 session=self.session.id,
                 digest=manifest.digest,
-                step=step,
-                wants_repeat=step > self.session.ledger.step,
+                step=found.step,
+                wants_repeat=found.wants_repeat,
+                can_accumulate=self._terms.can_accumulate,
+                restarts=found.restarts,
                 policy=self._terms.policy,
                 local_steps=self._terms.local_steps,
                 rounds=self._terms.rounds,
