@@ -302,7 +302,7 @@ def try_place(course: Course, event: Event, place: int) -> Trial:
         # that a process ends is held above, and for this shape by random rows of faults
         *(pytest.param("vanilla", event, marks=pytest.mark.sweep) for event in ENDS),
         *(("u-shaped, clipped, accumulated", event) for event in FAULTS),
-        *(("vanilla, accumulated", event) for event in FAULTS),
+        *(("vanilla, accumulated", event) for event in LOSSES),
     ],
 )
 def test_each_fault_in_each_place_of_a_training(shape: str, event: Event) -> None:
@@ -322,12 +322,14 @@ def test_a_lost_connection_costs_no_step(shape: str, event: Event) -> None:
 
 
 @pytest.mark.parametrize("event", LOSSES)
-def test_replies_that_were_lost_are_not_computed_again(event: Event) -> None:
-    course = make_course("u-shaped, clipped", hashed=True)
+@pytest.mark.parametrize("shape", ["u-shaped, clipped", "u-shaped, clipped, accumulated"])
+def test_replies_that_were_lost_are_not_computed_again(shape: str, event: Event) -> None:
+    course = make_course(shape, hashed=True)
     parties = Bundle.load(course.bundle).parties.values()
     engine = HashingEngine([party.manifest for party in parties], drifts=True)
     for place in range(course.events):
-        side = Side(course.bundle, engine, Path(tempfile.mkdtemp(dir=SCRATCH)))
+        folder = Path(tempfile.mkdtemp(dir=SCRATCH))
+        side = Side(course.bundle, engine, folder, course.accumulate)
         side.network.script.extend([*[Event.PASS] * place, event, Event.LATE])
         side.train(lambda _: None)
         assert {*side.network.count_replies().values()} == {1}, place
