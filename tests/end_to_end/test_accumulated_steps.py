@@ -28,7 +28,7 @@ from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import MemoryTransport, connect_in_memory
 from splitonnx.verifications import verify
 from tests.support.wholes import share_wholes
-from tests.support.zoo import ZOO
+from tests.support.zoo import ZOO, Arrays
 
 ROWS, STEPS, PARTS = 7, 3, 3
 """Three micro-batches of 3, 2 and 2 rows make a step."""
@@ -232,7 +232,7 @@ def test_a_model_of_a_fixed_batch_takes_a_step_of_several() -> None:
     bundle = cut(model, at="hidden", optimizer=SGD(lr=0.3))
     free = cut(build_linear(), at="hidden", optimizer=SGD(lr=0.3))
     random = np.random.default_rng(1)
-    data = {
+    data: Arrays = {
         "x": random.standard_normal((6, 4), np.float32),
         "labels": np.arange(6) % 3,
     }
