@@ -10,7 +10,9 @@ This module sees arrays and declarations; it neither runs nor sends anything.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import accumulate, pairwise
+from operator import add
 
 import numpy as np
 
@@ -130,7 +132,7 @@ def find_weights(counts: Sequence[Mapping[str, float]]) -> list[float]:
     for name in counts[0]:
         if name.startswith(LOSS) and name.endswith(COUNTED):
             own = [count[name] for count in counts]
-            total = sum(own)
+            total = reduce(add, own)  # in this order in each language, to the same bits
             found[name.removesuffix(COUNTED)] = [value / total if total else 0.0 for value in own]
     first, weights = next(iter(found.items()))
     for name, others in found.items():

@@ -40,7 +40,7 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.names import CLIENT, SERVER, SHARE, STEP_PHASES, TRAIN, UPDATE
+from splitonnx.names import ACCUMULATE, CLIENT, SERVER, SHARE, STEP_PHASES, TRAIN, UPDATE
 from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array, check_rows
 
@@ -204,9 +204,15 @@ class Protocol:
 def list_wires(manifest: PartyManifest) -> Wires:
     """Return the wires of each phase, for use in a greeting.
 
-    A wire is a tensor that one party sends to the other.  Phases without wires are left out.
+    A wire is a tensor that one party sends to the other.  Phases without wires are left out, and so
+    are those of micro-batches, which send what ``train`` sends: greetings would be twice as large,
+    and the digest tells whether they are the same.
     """
-    return {phase.name: phase.wires for phase in manifest.phases if phase.wires}
+    return {
+        phase.name: phase.wires
+        for phase in manifest.phases
+        if phase.wires and phase.name not in (ACCUMULATE, UPDATE)
+    }
 
 
 def _check_place(message: Tensors) -> None:

@@ -85,7 +85,7 @@ def train(
     batches: list[dict[str, np.ndarray]],
     accumulate: int,
     learning_rate: float | None = None,
-) -> tuple[dict[str, np.ndarray], list[Mapping[str, np.ndarray]]]:
+) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
     with connect(bundle) as (client, link):
         results = [
             client.step(batch, accumulate=accumulate, learning_rate=learning_rate)
@@ -200,7 +200,7 @@ def compute_step(
 def test_weights_and_ignored_labels_count_as_in_the_whole_batch(name: str, at: str | None) -> None:
     loss, random = LINEAR_LOSSES[name], np.random.default_rng(5)
     labels = np.array([0, -100, -100, 1, 1, 2, 0]) if loss.ignore_index else np.arange(7) % 3
-    batch = {
+    batch: Arrays = {
         "x": random.standard_normal((7, 4), np.float32),
         "labels": labels.astype(np.int64),
         "w": np.array([1, 2, 3, 0, 0.5, 4, 1], np.float32),
@@ -209,7 +209,7 @@ def test_weights_and_ignored_labels_count_as_in_the_whole_batch(name: str, at: s
     initial = [
         p.weights[n] for n in ("first", "second") for p in bundle.parties.values() if n in p.weights
     ]
-    given = {n: array for n, array in batch.items() if n != "w" or loss.sample_weights}
+    given: Arrays = {n: a for n, a in batch.items() if n != "w" or loss.sample_weights}
     state, (results,) = train(bundle, [given], 4)
     (first, second), value = compute_step(batch, initial, loss, 0.3)
     np.testing.assert_allclose(state["first"], first, atol=1e-6)
@@ -219,7 +219,7 @@ def test_weights_and_ignored_labels_count_as_in_the_whole_batch(name: str, at: s
 
 def test_a_batch_in_which_nothing_counts_changes_nothing() -> None:
     bundle = cut(build_linear(), at="hidden", loss=Loss(ignore_index=-100), optimizer=SGD(lr=0.3))
-    batch = {"x": np.ones((4, 4), np.float32), "labels": np.full(4, -100, np.int64)}
+    batch: Arrays = {"x": np.ones((4, 4), np.float32), "labels": np.full(4, -100, np.int64)}
     state, (results,) = train(bundle, [batch], 2)
     assert results["loss"] == 0
     np.testing.assert_array_equal(state["first"], bundle.client.weights["first"])
