@@ -136,6 +136,7 @@ class TaskRunner:
 
         Raises:
             UnusableData: the batch cannot be divided, or two losses weigh its parts differently.
+            StepRestarted: the server lost the step's micro-batches again and again.
             StepsLost, DataError, StageFailed, ProtocolError: see :meth:`perform`.
         """
         if accumulate == 1:
@@ -152,7 +153,7 @@ class TaskRunner:
         for _ in range(MOST_RESTARTS):
             with suppress(StepRestarted):
                 return self._accumulate(parts, counts, learning_rate)
-        raise StepsLost(self.executor.step)
+        return self._accumulate(parts, counts, learning_rate)
 
     def _accumulate(
         self,

@@ -140,6 +140,7 @@ export class TaskRunner {
    * Make one training step of at most `accumulate` micro-batches, and return its results.
    *
    * @throws UnusableData: the batch cannot be divided.
+   * @throws StepRestarted: the server lost the step's micro-batches again and again.
    * @throws StepsLost, DataError, StageFailed, ProtocolError: as {@link perform}.
    */
   async train(
@@ -160,14 +161,13 @@ export class TaskRunner {
     });
     return this.#inTurn(async () => {
       this.#checkStep(expected);
-      for (let restarts = 0; restarts < MOST_RESTARTS; restarts++) {
+      for (let restarts = 0; ; restarts++) {
         try {
           return await this.#accumulate(weighed, counts, learningRate);
         } catch (error) {
-          if (!(error instanceof StepRestarted)) throw error;
+          if (!(error instanceof StepRestarted) || restarts === MOST_RESTARTS) throw error;
         }
       }
-      throw new StepsLost(expected);
     });
   }
 
