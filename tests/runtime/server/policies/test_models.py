@@ -149,7 +149,7 @@ def test_a_step_that_is_given_up_between_two_micro_batches_changes_nothing() -> 
         if wire.tensor.name == "act1@server"
     )
     rows = (2, *(dim for dim in shape[1:] if isinstance(dim, int)))
-    batch = {
+    batch: dict[str, np.ndarray] = {
         "act1@server": np.ones(rows, np.float32),
         "labels@server": np.zeros(2, np.int64),
         "splitonnx.weight": np.array(1, np.float32),
