@@ -27,7 +27,6 @@ from splitonnx.losses import (
     complete_losses,
     is_plain,
 )
-from splitonnx.manifests import Recipe
 from splitonnx.names import TARGETS, TRAINING, BatchNormModes, DropoutMode, Target
 from splitonnx.optimizers import AdamW, Optimizer, assign_groups, describe_optimizer
 from splitonnx.partitioner.advice import add_advice
@@ -92,6 +91,7 @@ from splitonnx.partitioner.normalization.dequantized.stored import (
     find_stored_integers,
 )
 from splitonnx.partitioner.normalization.weights import make_pattern
+from splitonnx.recipes import Recipe
 
 NO_CHECK = "SPLITONNX_NO_CHECK"
 """The environment variable that turns off the default comparison in ``cut`` if it is set to 1."""

@@ -30,9 +30,10 @@ _WORDS: Mapping[WireKind, str] = {
     WireKind.REPORT: "result",
     WireKind.NORM: "vector of squared gradient norms",
     WireKind.PARAMETER: "parameter",
+    WireKind.COUNT: "count",
 }
 
-_WITHOUT_ROWS = (WireKind.NORM, WireKind.PARAMETER)
+_WITHOUT_ROWS = (WireKind.NORM, WireKind.PARAMETER, WireKind.COUNT)
 """The kinds of tensors whose first dimension does not count samples."""
 
 

@@ -12,10 +12,11 @@ of neural networks.  A bundle's folder contains::
         state.safetensors   the state after training; absent from a new bundle
 
 A *phase* is the work of a party for one kind of task (``train``, ``predict``, ``evaluate``,
-``share``).  It consists of stages, each of which runs as soon as its inputs are available.  Values
-have names, and the manifest declares the source of each input of a stage (:class:`Source`).  The
-manifest is the complete contract between the partitioner and the runtime, and between the Python
-runtime and runtimes in other languages.
+``share``; ``weigh``, ``accumulate`` and ``update`` for steps of several micro-batches).  It
+consists of stages, each of which runs as soon as its inputs are available.  Values have names, and
+the manifest declares the source of each input of a stage (:class:`Source`).  The manifest is the
+complete contract between the partitioner and the runtime, and between the Python runtime and
+runtimes in other languages.
 """
 
 from __future__ import annotations
@@ -29,9 +30,7 @@ import msgspec
 
 from splitonnx.errors import FormatError
 from splitonnx.json_errors import JSON_ERRORS
-from splitonnx.losses import Loss, complete_losses
-from splitonnx.names import TRAINING, BatchNormModes, DropoutMode, Target
-from splitonnx.optimizers import Description
+from splitonnx.recipes import Recipe
 from splitonnx.tensors import DTYPES, TensorSpec
 
 FORMAT = "splitonnx.bundle/1"
@@ -87,6 +86,7 @@ class WireKind(StrEnum):
     REPORT = "report"  # loss or metric
     NORM = "norm"  # squared gradient norms, for clipping by the global norm
     PARAMETER = "parameter"  # a parameter or running statistic, to be joined with others' copies
+    COUNT = "count"  # a number that says how micro-batches make a step
 
 
 class StateSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,7 +202,11 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     versions name none.  ``raw_states`` maps states that the model hands itself to the raw inputs of
     the step before that they hold; bundles of earlier versions name none.  ``remote_states`` names
     the states that the server keeps, which are inputs of the model and no arrays of the data; only
-    the client's manifest has it, and bundles of earlier versions name none.  ``weights`` is the
+    the client's manifest has it, and bundles of earlier versions name none.  ``accumulators``
+    declares the sums of gradients that a party keeps during a step of several micro-batches; they
+    are zero at its start, and are never stored.  ``unweighable`` says why no step can consist of
+    several micro-batches, and is empty if it can; only the client's manifest has it.  Bundles of
+    earlier versions have neither of the two.  ``weights`` is the
     SHA-256 of ``weights.safetensors`` in hex.  It is set when the folder is written, and is empty
     in bundles of earlier versions.  ``sha256`` is the checksum of the manifest file itself (see
     :func:`has_valid_checksum`).  It is set only in the file; after decoding, it is empty.
@@ -221,56 +225,14 @@ class PartyManifest(msgspec.Struct, frozen=True, kw_only=True):
     tells_labels: tuple[str, ...] = ()
     raw_states: dict[str, tuple[str, ...]] = {}
     remote_states: tuple[str, ...] = ()
+    accumulators: tuple[TensorSpec, ...] = ()
+    unweighable: str = ""
     weights: str = ""
     sha256: str = ""
 
     def phase(self, name: str) -> Phase:
         """Return the phase with the given name, or an empty phase if the party has none."""
         return next((p for p in self.phases if p.name == name), Phase(name=name))
-
-
-class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of a cut.
-
-    With these settings, the same model can be cut again or trained without a cut.  ``dims`` and
-    ``bound`` contain the sizes and the constant values that the user set for inputs.  ``ties`` are
-    pairs of parameters that are treated as one, and no gradient passes through the tensors in
-    ``stop_gradients``.  ``states`` are pairs of an output and the input that it replaces after each
-    training step.  ``dequantize`` is true if floats replaced arithmetic with integers.
-    ``class_axis`` is the axis of the output that represents the classes, and ``labels`` is the name
-    of the array that contains the labels.  If there are several losses, or one with other settings,
-    ``losses`` contains them all, and ``loss``, ``output``, ``class_axis`` and ``labels`` describe
-    the first; otherwise ``losses`` is empty, as it is in bundles of earlier versions.  ``wire``
-    holds the codecs of what crosses the cut; it is not written if tensors are sent as they are.
-    """
-
-    at: tuple[str, ...]
-    tail_at: tuple[str, ...]
-    loss: str
-    output: str
-    optimizer: Description
-    batchnorm: BatchNormModes = None
-    dropout: DropoutMode | None = None
-    train: tuple[str, ...] = ()
-    freeze: tuple[str, ...] = ()
-    dims: dict[str, int | str] = {}
-    bound: dict[str, list[float]] = {}
-    ties: tuple[tuple[str, str], ...] = ()
-    stop_gradients: tuple[str, ...] = ()
-    states: tuple[tuple[str, str], ...] = ()
-    dequantize: bool = False
-    class_axis: int | None = None
-    labels: str = "labels"
-    losses: tuple[Loss, ...] = ()
-    client_target: Target = TRAINING
-    server_target: Target = TRAINING
-    wire: str | msgspec.UnsetType = msgspec.UNSET
-
-    def list_losses(self) -> tuple[Loss, ...]:
-        """Return all losses with their settings."""
-        if self.losses:
-            return self.losses
-        return complete_losses(self.loss, self.output, self.class_axis, self.labels)
 
 
 class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -390,3 +352,20 @@ def _check_state(manifest: PartyManifest, source: str) -> None:
             raise FormatError(source, f"no party has a state '{name}' of {spec.tensor}")
         names.add(name)
         room[dims] -= spec.role is Role.OPTIMIZER
+    _check_accumulators(manifest, source)
+
+
+def _check_accumulators(manifest: PartyManifest, source: str) -> None:
+    """Check that there is at most one sum of gradients for each parameter, of its type and shape.
+
+    Their memory, too, is allocated as the manifest declares.
+    """
+    names = {spec.tensor.name for spec in manifest.state}
+    parameters = [spec.tensor for spec in manifest.state if spec.role is Role.PARAMETER]
+    room = Counter((tensor.dtype, tensor.shape) for tensor in parameters)
+    for tensor in manifest.accumulators:
+        room[tensor.dtype, tensor.shape] -= 1
+        if tensor.name in names or room[tensor.dtype, tensor.shape] < 0:
+            reason = f"no party has an accumulator '{tensor.name}' of {tensor}"
+            raise FormatError(source, reason)
+        names.add(tensor.name)

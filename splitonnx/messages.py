@@ -65,6 +65,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     client is in the middle of ``step`` and will send that step's messages again.  ``can_repeat``
     means that the client also still has the messages of the previous step, in case the last of them
     did not arrive.  ``can_share`` means that the client's user permits it to share its parameters.
+    ``micro_batch`` is the number of micro-batches of ``step`` that the client has completed; then
+    ``is_open`` and ``can_repeat`` are about the next one and the last one.
     """
 
     protocol: int = PROTOCOL
@@ -78,6 +80,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     is_open: bool = False
     can_repeat: bool = False
     can_share: bool = False
+    micro_batch: Count = 0
     wires: Wires
 
     @property
@@ -93,13 +96,17 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     ``wants_repeat`` means that the server has not completed the previous step, so the client must
     send the messages of that step again.  If ``local_steps`` is not 0, the server's ``policy``
     joins what its clients learn: the client shares its parameters after this many steps, until
-    ``rounds`` rounds are complete; 0 means that the client decides.
+    ``rounds`` rounds are complete; 0 means that the client decides.  ``can_accumulate`` means that
+    a step may consist of several micro-batches.  ``restarts`` means that the server does not have
+    the client's micro-batches of the running step, so the client must begin the step again.
     """
 
     session: str
     digest: str
     step: Count
     wants_repeat: bool = False
+    can_accumulate: bool = False
+    restarts: bool = False
     policy: str = PER_CLIENT
     local_steps: Count = 0
     rounds: Count = 0

@@ -6,6 +6,15 @@ from typing import Final, Literal, TypeAlias, get_args
 
 TRAIN, PREDICT, EVALUATE, SHARE = "train", "predict", "evaluate", "share"
 """Names of phases."""
+ACCUMULATE, UPDATE, WEIGH = "accumulate", "update", "weigh"
+"""Names of the phases of a step that consists of several micro-batches.
+
+``weigh`` measures how much each micro-batch counts, ``accumulate`` adds a micro-batch's gradients
+to those before it, and ``update`` ends the step.
+"""
+STEP_PHASES = frozenset({TRAIN, ACCUMULATE, UPDATE})
+"""The phases that a training step is made of; no other phase changes a party's state for good,
+but ``share``."""
 CLIENT, SERVER = "client", "server"
 """Names of parties."""
 PER_CLIENT, SEQUENTIAL, SPLITFED_V1 = "per-client", "sequential", "splitfed-v1"

@@ -18,6 +18,7 @@ import numpy as np
 from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import Role
+from splitonnx.micro_batches import enlarge
 from splitonnx.names import CLIENT, LOSS, SERVER, TRAIN
 from splitonnx.optimizers import read_optimizer
 from splitonnx.partitioner.merges import restore_model
@@ -80,6 +81,7 @@ def verify(
     batch_size: int = 32,
     rtol: float = 1e-5,
     seed: int = 0,
+    accumulate: int = 1,
 ) -> Verification:
     """Train a model both split and unsplit, and compare the results after each step.
 
@@ -96,6 +98,7 @@ def verify(
         batch_size: the number of samples per step.
         rtol: the largest relative difference that counts as equal.
         seed: the seed for shuffling and Dropout in both runs.
+        accumulate: the number of micro-batches that each step's batch is divided into.
 
     Raises:
         UsageError: ``steps`` is less than one, or the data contain no samples.
@@ -104,7 +107,7 @@ def verify(
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     if steps < 1:
         raise UsageError(f"verify compares at least one step, not {steps}")
-    compared = tuple(compare_steps(loaded, data, steps, batch_size, seed))
+    compared = tuple(compare_steps(loaded, data, steps, batch_size, seed, accumulate))
     if not compared:
         raise UsageError("the data hold no sample to train with")
     wire = loaded.manifest.recipe.wire
@@ -113,7 +116,7 @@ def verify(
 
 
 def compare_steps(
-    bundle: Bundle, data: DataSource, steps: int, batch_size: int, seed: int
+    bundle: Bundle, data: DataSource, steps: int, batch_size: int, seed: int, accumulate: int = 1
 ) -> Iterator[StepComparison]:
     """Train for ``steps`` steps, both split and unsplit, and yield a comparison after each step."""
     whole = leave_whole(bundle)
@@ -122,15 +125,15 @@ def compare_steps(
     link = None if server is None else connect_in_memory(server)
     dataset = open_dataset(data)
     kept = {spec.tensor.name for party in parties.values() for spec in party.manifest.state}
-    dataset.check(parties[CLIENT].manifest.phase(TRAIN).data, kept)
+    dataset.check(enlarge(parties[CLIENT].manifest.phase(TRAIN).data, accumulate), kept)
     batches = dataset.batches(batch_size, seed=seed, epoch=0)
     with (
         Client(parties[CLIENT], link, threads=1, seed=seed) as split,
         Client(_rewind(whole.client), None, threads=1, seed=seed) as unsplit,
     ):
         for step, batch in enumerate(islice(batches, steps)):
-            split_loss = float(split.step(batch)[LOSS])
-            whole_loss = float(unsplit.step(batch)[LOSS])
+            split_loss = float(split.step(batch, accumulate=accumulate)[LOSS])
+            whole_loss = float(unsplit.step(batch, accumulate=accumulate)[LOSS])
             state = dict(split.state())
             if link is not None:
                 link.drain()

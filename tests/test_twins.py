@@ -18,7 +18,7 @@ from splitonnx import (
     tensors,
 )
 from splitonnx.runtime.channels import channels, credentials, retries, websockets
-from splitonnx.runtime.client import training_loops
+from splitonnx.runtime.client import runners, training_loops
 from splitonnx.runtime.storage import checkpoints
 from splitonnx.runtime.wire import close_codes
 
@@ -50,6 +50,7 @@ SAME: dict[str, float] = {
     "operators.HIGHEST_IR_VERSION": operators.HIGHEST_IR_VERSION,
     "operators.HIGHEST_OPSET": operators.HIGHEST_OPSET,
     "operators.HIGHEST_TRAINING_OPSET": operators.HIGHEST_TRAINING_OPSET,
+    "runners.MOST_RESTARTS": runners.MOST_RESTARTS,
     "training_loops.MOST_RETURNS": training_loops.MOST_RETURNS,
     "websockets.MAX_REPLY": credentials.MESSAGE_BYTES,
     "websockets.OPEN_SECONDS": websockets.OPEN_SECONDS,

@@ -7,7 +7,7 @@ writes the manifests; the modules that it calls do the rest.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -24,7 +24,6 @@ from splitonnx.manifests import (
     BundleManifest,
     PartyManifest,
     Phase,
-    Recipe,
     Role,
     ScoredOutput,
     Source,
@@ -34,7 +33,7 @@ from splitonnx.manifests import (
     Wire,
     WireKind,
 )
-from splitonnx.names import ADAPTERS, CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN
+from splitonnx.names import ADAPTERS, CLIENT, EVALUATE, PORTABLE, PREDICT, SERVER, TRAIN, WEIGH
 from splitonnx.optimizers import Optimizer
 from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.ports import declare, declare_end
@@ -44,14 +43,25 @@ from splitonnx.partitioner.cutting.stages import StageCut, cut_stages
 from splitonnx.partitioner.cutting.verdicts import check_operators
 from splitonnx.partitioner.differentiation.loss_arrays import NO_GRAPHS, LossGraphs
 from splitonnx.partitioner.differentiation.losses import build_evaluation, list_scored
-from splitonnx.partitioner.differentiation.updates import Norms, build_norms, build_update
+from splitonnx.partitioner.differentiation.micro_batches import (
+    build_weighing,
+    divide_step,
+    explain_unweighable,
+)
+from splitonnx.partitioner.differentiation.updates import (
+    Norms,
+    build_norms,
+    build_update,
+    name_norms,
+    order_norms,
+)
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
-from splitonnx.partitioner.graphs.transcripts import write_graph
+from splitonnx.partitioner.graphs.transcripts import serialize
 from splitonnx.partitioner.graphs.traversals import map_values
 from splitonnx.partitioner.lowerings import lower
-from splitonnx.partitioner.normalization.opsets import IR_VERSION
 from splitonnx.partitioner.normalization.weights import read_array, restore_weights
+from splitonnx.recipes import Recipe
 from splitonnx.sharing import declare_sharing
 from splitonnx.tensors import TensorSpec, name_dtype
 
@@ -64,6 +74,7 @@ class _Share:
     graphs: Mapping[str, bytes]
     state: tuple[StateSpec, ...] = ()
     scored: tuple[ScoredOutput, ...] = ()
+    accumulators: tuple[TensorSpec, ...] = ()
 
 
 @attribute_errors_to_pass("written as a bundle")
@@ -84,15 +95,23 @@ def assemble(
     targets = {CLIENT: recipe.client_target}
     if recipe.at:
         targets[SERVER] = recipe.server_target
-    evaluation = _share_evaluation(prepared, predict, losses, graphs)
+    own = _list_own(training)
+    is_private = bool(recipe.tail_at and own.get(SERVER))
+    obstacle = explain_unweighable(losses, is_private=is_private)
+    client = [_share_evaluation(prepared, predict, losses, graphs)]
+    if not obstacle:
+        phase, graph = build_weighing(losses, training.data)
+        client.append(_Share(phase=phase, graphs={f"{WEIGH}.onnx": write_stage(WEIGH, graph)}))
     stages = {name: _cut_phase(joint) for name, joint in ((TRAIN, training), (PREDICT, predict))}
     parties = {}
     for party, target in targets.items():
         portable = target == PORTABLE
+        trained = _share_training(training, stages[TRAIN], party, portable, optimizer)
         shares = [
-            _share_training(training, stages[TRAIN], party, portable, optimizer),
+            trained,
             _share_phase(PREDICT, predict, stages[PREDICT], party, portable),
-            *([evaluation] if party == CLIENT else []),
+            *(client if party == CLIENT else []),
+            *([] if obstacle else _share_accumulating(trained, training, party)),
         ]
         owners = [graph.owners for graph in (training, predict)]
         weights = {
@@ -100,7 +119,8 @@ def assemble(
             for name, tensor in prepared.weights.items()
             if any(party in owner.get(name, ()) for owner in owners)
         }
-        parties[party] = _build_party(prepared, training, party, target, shares, weights, optimizer)
+        made = _build_party(prepared, training, party, target, shares, weights, optimizer)
+        parties[party] = _refuse_accumulating(made, obstacle) if party == CLIENT else made
     shared = declare_sharing({n: p.manifest for n, p in parties.items()}, prepared.carried)
     parties = {name: replace(parties[name], manifest=manifest) for name, manifest in shared.items()}
     digest = compute_digest(parties)
@@ -111,7 +131,7 @@ def assemble(
             format=FORMAT, digest=digest, recipe=recipe, parties=tuple(parties)
         ),
         parties={name: _sign(party, digest) for name, party in parties.items()},
-        skeleton=_serialize(skeleton, {node.domain for node in skeleton.all_nodes()}, note),
+        skeleton=serialize(skeleton, {node.domain for node in skeleton.all_nodes()}, note),
     )
 
 
@@ -131,6 +151,10 @@ def _keep_orphans(prepared: PreparedModel, parties: Mapping[str, PartyBundle]) -
 
 def _sign(party: PartyBundle, digest: str) -> PartyBundle:
     return replace(party, manifest=msgspec.structs.replace(party.manifest, digest=digest))
+
+
+def _refuse_accumulating(party: PartyBundle, obstacle: str) -> PartyBundle:
+    return replace(party, manifest=msgspec.structs.replace(party.manifest, unweighable=obstacle))
 
 
 def _build_party(
@@ -167,6 +191,7 @@ def _build_party(
         ),
         raw_states={n: tuple(sorted(r)) for n, r in training.held.items() if r and n in weights},
         remote_states=tuple(n for n in prepared.carried if party == CLIENT and n not in weights),
+        accumulators=tuple(spec for share in shares for spec in share.accumulators),
     )
     return PartyBundle(manifest=manifest, graphs=graphs, weights=weights)
 
@@ -261,19 +286,15 @@ def _share_training(
 ) -> _Share:
     """Build a party's training stages: its gradients first, then the update of its parameters."""
     share = _share_phase(TRAIN, joint, every, party, portable)
-    inputs = map_values(joint.graph)
-    own = {
-        name: [declare(inputs[p]) for p in joint.gradients if name in joint.owners[p]]
-        for name in joint.targets
-    }
+    own = _list_own(joint)
     if not own[party]:
         return share
     stages, graphs = list(share.phase.stages), dict(share.graphs)
     norms = None
     wires = share.phase.wires
     if optimizer.clip_norm is not None:
-        norms = _order_norms(joint, own)
-        vector = _name_norms(party)
+        norms = order_norms(own, joint.gradients)
+        vector = name_norms(party)
         _append(stages, graphs, "norms", build_norms(own[party], joint.gradients, vector), {})
         if len(norms.sizes) > 1:
             wires += tuple(_describe_norms(n, norms, own) for n in own if own[n])
@@ -281,7 +302,7 @@ def _share_training(
     sources = {spec.tensor.name: Source.STATE for spec in update.state}
     sources |= {spec.name: Source.STATE for spec in own[party]}
     sources |= {LEARNING_RATE: Source.SCALAR, STEP: Source.SCALAR}
-    sources |= {_name_norms(name): Source.WIRE for name in own if name != party}
+    sources |= {name_norms(name): Source.WIRE for name in own if name != party}
     _append(stages, graphs, "update", update.graph, sources)
     phase = msgspec.structs.replace(
         share.phase,
@@ -290,6 +311,26 @@ def _share_training(
         commits={**share.phase.commits, **update.commits},
     )
     return _Share(phase=phase, graphs=graphs, state=update.state)
+
+
+def _list_own(joint: JointGraph) -> dict[str, list[TensorSpec]]:
+    """List the parameters that each party updates."""
+    inputs = map_values(joint.graph)
+    return {
+        name: [declare(inputs[p]) for p in joint.gradients if name in joint.owners[p]]
+        for name in joint.targets
+    }
+
+
+def _share_accumulating(trained: _Share, joint: JointGraph, party: str) -> list[_Share]:
+    """Build a party's phases for steps of several micro-batches from its phase of training."""
+    made = divide_step(trained.phase, _list_own(joint), joint.gradients, party)
+    graphs = {f"{name}.onnx": write_stage(name, graph) for name, graph in made.graphs.items()}
+    adding, updating = made.phases
+    return [
+        _Share(phase=adding, graphs=graphs, accumulators=made.accumulators),
+        _Share(phase=updating, graphs={}),
+    ]
 
 
 def _append(
@@ -315,26 +356,8 @@ def _append(
     graphs[f"{name}.onnx"] = write_stage(name, graph)
 
 
-def _name_norms(party: str) -> str:
-    return f"splitonnx.norms.{party}"
-
-
-def _order_norms(joint: JointGraph, own: Mapping[str, Sequence[TensorSpec]]) -> Norms:
-    """Find each parameter's position in the parties' vectors of squared gradient norms.
-
-    The positions count through the vectors of all parties, one after the other.
-    """
-    places: dict[str, int] = {}
-    for place, spec in enumerate(spec for specs in own.values() for spec in specs):
-        places.setdefault(spec.name, place)
-    return Norms(
-        sizes={_name_norms(party): len(specs) for party, specs in own.items() if specs},
-        order=[places[name] for name in joint.gradients],
-    )
-
-
 def _describe_norms(party: str, norms: Norms, own: Mapping[str, Sequence[TensorSpec]]) -> Wire:
-    name = _name_norms(party)
+    name = name_norms(party)
     other = next(known for known in own if known != party)
     tensor = TensorSpec(name=name, dtype="F32", shape=(norms.sizes[name],))
     return Wire(tensor=tensor, sender=party, receiver=other, kind=WireKind.NORM)
@@ -363,26 +386,4 @@ def _share_evaluation(
 
 def write_stage(name: str, graph: ir.Graph | ir.GraphView, *, is_portable: bool = True) -> bytes:
     """Serialize a stage's graph after checking that the runtime knows its operators."""
-    return _serialize(graph, check_operators(name, graph, is_portable=is_portable))
-
-
-def _serialize(
-    graph: ir.Graph | ir.GraphView, used: Collection[str], note: str | None = None
-) -> bytes:
-    """Serialize a graph that uses the domains ``used``; equal graphs yield equal bytes.
-
-    ``note`` is the note about the graph's adapters, if it has any.
-    """
-    for domain in [domain for domain in graph.opset_imports if domain and domain not in used]:
-        del graph.opset_imports[domain]
-    proto = write_graph(graph, IR_VERSION, "splitonnx")
-    typed = [value for value in proto.graph.value_info if value.HasField("type")]
-    constants = sorted(proto.graph.initializer, key=lambda tensor: tensor.name)
-    del proto.graph.value_info[:], proto.graph.initializer[:]
-    # onnx's checker refuses a value without a type
-    proto.graph.value_info.extend(sorted(typed, key=lambda value: value.name))
-    proto.graph.initializer.extend(constants)
-    if note is not None:
-        proto.metadata_props.add(key=ADAPTERS, value=note)
-    content: bytes = proto.SerializeToString(deterministic=True)
-    return content
+    return serialize(graph, check_operators(name, graph, is_portable=is_portable))

@@ -63,6 +63,26 @@ def build_loss(
     return _FORMULAS[loss.kind](_Means(builder, counting=counting), loss, inputs)
 
 
+def count_labels(
+    builder: NodeBuilder, loss: Loss, labels: ir.Value, weights: ir.Value | None
+) -> Mapping[str, ir.Value]:
+    """Return what counts in a loss and in its metric, by their names, from the labels alone.
+
+    It is what ``counting`` adds to :func:`build_loss`, or is in proportion to it.  ``weights`` are
+    those of samples, if there are any.
+    """
+    means = _Means(builder, counting=True)
+    inputs = LossInputs(scores=labels, labels=labels, weights=weights, rank=len(labels.shape or ()))
+    index, _, factor = _find_places(means, loss, inputs)
+    counted = means.sum_weights(factor, labels)
+    counts = {LOSS: counted}
+    if loss.class_weights:
+        each = builder.op("Gather", builder.array(np.array(loss.class_weights), _FLOAT), index)
+        each = each if factor is None else builder.op("Mul", each, factor)
+        counts[LOSS] = means.sum_weights(each, labels)
+    return {**counts, ACCURACY: counted} if loss.kind in _MEASURED else counts
+
+
 class _Means:
     """Builds the means of one loss."""
 
@@ -97,6 +117,12 @@ class _Means:
             return Mean(value=value, counted=None)
         return Mean(value=value, counted=counted, total=total)
 
+    def sum_weights(self, weights: ir.Value | None, labels: ir.Value) -> ir.Value:
+        """Return the sum of the weights of labels, which all weigh 1 if ``weights`` is ``None``."""
+        if weights is not None:
+            return self.builder.op("ReduceSum", weights, keepdims=0)
+        return self.builder.cast(self.builder.op("Size", labels), _FLOAT)
+
     def match(self, left: ir.Value, right: ir.Value, factor: ir.Value | None) -> Mean:
         """Return the share of equal elements."""
         return self.average(
@@ -119,13 +145,7 @@ class _Means:
 
 def _cross_entropy(means: _Means, loss: Loss, inputs: LossInputs) -> Mapping[str, Mean]:
     builder, scores, labels = means.builder, inputs.scores, inputs.labels
-    factor = means.spread(inputs)
-    index, skip = labels, None
-    if loss.ignore_index is not None:
-        skip = builder.op("Equal", labels, builder.integer(loss.ignore_index))
-        index = builder.op("Where", skip, builder.integer(0), labels)
-        counts = builder.cast(builder.op("Not", skip), _FLOAT)
-        factor = counts if factor is None else builder.op("Mul", counts, factor)
+    index, skip, factor = _find_places(means, loss, inputs)
     if loss.weighs or loss.label_smoothing:
         value = _sum_up(means, loss, scores, (index, skip), factor)
     else:
@@ -134,6 +154,23 @@ def _cross_entropy(means: _Means, loss: Loss, inputs: LossInputs) -> Mapping[str
         value = Mean(value=mean, counted=means.count(labels))
     guess = builder.op("ArgMax", scores, axis=1, keepdims=0)
     return {LOSS: value, ACCURACY: means.match(guess, labels, factor)}
+
+
+def _find_places(
+    means: _Means, loss: Loss, inputs: LossInputs
+) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+    """Return the labels with 0 in place of ignored ones, where these are, and labels' factors.
+
+    The factors are those of samples, and 0 for ignored labels.
+    """
+    builder, labels = means.builder, inputs.labels
+    factor = means.spread(inputs)
+    if loss.ignore_index is None:
+        return labels, None, factor
+    skip = builder.op("Equal", labels, builder.integer(loss.ignore_index))
+    index = builder.op("Where", skip, builder.integer(0), labels)
+    counts = builder.cast(builder.op("Not", skip), _FLOAT)
+    return index, skip, counts if factor is None else builder.op("Mul", counts, factor)
 
 
 def _sum_up(
@@ -218,3 +255,5 @@ _FORMULAS: Mapping[str, _Formula] = {
     "l1": _l1,
     "bce-with-logits": _bce,
 }
+_MEASURED = (CROSS_ENTROPY, "bce-with-logits")
+"""The losses that have a metric."""

@@ -12,7 +12,7 @@ has, because ONNX Runtime would broadcast it slowly (:mod:`kernels.scalars`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,26 @@ class Update:
     commits: Mapping[str, str]
 
 
+def name_norms(party: str) -> str:
+    """Return the name of a party's vector of squared gradient norms."""
+    return f"splitonnx.norms.{party}"
+
+
+def order_norms(own: Mapping[str, Sequence[TensorSpec]], names: Iterable[str]) -> Norms:
+    """Find each parameter's position in the parties' vectors of squared gradient norms.
+
+    ``own`` maps each party to the parameters that it updates, and ``names`` are all in the model's
+    order.  The positions count through the vectors of all parties, one after the other.
+    """
+    places: dict[str, int] = {}
+    for place, spec in enumerate(spec for specs in own.values() for spec in specs):
+        places.setdefault(spec.name, place)
+    return Norms(
+        sizes={name_norms(party): len(specs) for party, specs in own.items() if specs},
+        order=[places[name] for name in names],
+    )
+
+
 def build_norms(
     parameters: Sequence[TensorSpec], gradients: Mapping[str, str], output: str
 ) -> ir.Graph:
@@ -71,7 +91,7 @@ def build_norms(
     ``gradients`` maps each parameter to the name of its gradient.  The graph's only output is a
     float32 vector of the norms in the order of ``parameters``; ``output`` is its name.
     """
-    builder = _Graph("norms")
+    builder = InputGraph("norms")
     squares = []
     for spec in parameters:
         gradient = builder.input(gradients[spec.name], spec.dtype, spec.shape)
@@ -98,7 +118,7 @@ def build_update(
     A ``portable`` graph uses double precision only if a parameter has double precision, because
     ONNX Runtime has no such kernels for GPUs in browsers.
     """
-    builder = _Graph("update")
+    builder = InputGraph("update")
     rate = builder.input(LEARNING_RATE, "F32", ())
     clip = _clip_factor(builder, optimizer, norms)
     is_single = portable and all(spec.dtype != "F64" for spec in parameters)
@@ -127,7 +147,7 @@ def build_update(
     )
 
 
-def _clip_factor(builder: _Graph, optimizer: Optimizer, norms: Norms | None) -> ir.Value | None:
+def _clip_factor(builder: InputGraph, optimizer: Optimizer, norms: Norms | None) -> ir.Value | None:
     """Build the factor by which gradients are multiplied, or return ``None`` without clipping.
 
     Like in ``torch.nn.utils.clip_grad_norm_``, it is ``min(1, clip_norm / (norm + 1e-6))``.
@@ -148,7 +168,7 @@ class _Rule:
     """The scalars of the update of one group of parameters; each is computed only once."""
 
     def __init__(
-        self, builder: _Graph, scalars: Mapping[str, ir.Value], weight_decay: float
+        self, builder: InputGraph, scalars: Mapping[str, ir.Value], weight_decay: float
     ) -> None:
         self.weight_decay = weight_decay
         self._builder = builder
@@ -167,7 +187,7 @@ class _SharedTerms:
     """The scalars that the updates of all parameters share, and the rules of parameter groups."""
 
     def __init__(
-        self, builder: _Graph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
+        self, builder: InputGraph, optimizer: Optimizer, rate: ir.Value, exact: ir.DataType
     ) -> None:
         self._builder = builder
         self._optimizer = optimizer
@@ -212,7 +232,9 @@ class _SharedTerms:
         return self._builder.op("Mul", wide, self._builder.number(factor, self._exact))
 
 
-def _correct_double(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
+def _correct_double(
+    builder: InputGraph, betas: Sequence[float], step: ir.Value
+) -> Sequence[ir.Value]:
     """Build Adam's bias corrections ``1 - beta**step`` in double precision.
 
     In single precision, this formula would lose too many digits for a beta of 0.999.
@@ -222,7 +244,9 @@ def _correct_double(builder: _Graph, betas: Sequence[float], step: ir.Value) -> 
     return [builder.op("Sub", builder.number(1.0, _DOUBLE), power) for power in powers]
 
 
-def _correct_single(builder: _Graph, betas: Sequence[float], step: ir.Value) -> Sequence[ir.Value]:
+def _correct_single(
+    builder: InputGraph, betas: Sequence[float], step: ir.Value
+) -> Sequence[ir.Value]:
     """Build Adam's bias corrections in single precision, accurate to a few units in the last place.
 
     The correction is ``q(-log(beta) * step)`` for the function ``q(y) = 1 - exp(-y)``.  The
@@ -247,7 +271,7 @@ def _correct_single(builder: _Graph, betas: Sequence[float], step: ir.Value) -> 
 
 
 def _decay_gradient(
-    builder: _Graph, spec: TensorSpec, parameter: ir.Value, gradient: ir.Value, decay: float
+    builder: InputGraph, spec: TensorSpec, parameter: ir.Value, gradient: ir.Value, decay: float
 ) -> ir.Value:
     if not decay:
         return gradient
@@ -256,7 +280,7 @@ def _decay_gradient(
 
 
 def _update_sgd(
-    builder: _Graph,
+    builder: InputGraph,
     spec: TensorSpec,
     parameter: ir.Value,
     gradient: ir.Value,
@@ -276,7 +300,7 @@ def _update_sgd(
 
 
 def _update_adam(
-    builder: _Graph,
+    builder: InputGraph,
     spec: TensorSpec,
     parameter: ir.Value,
     gradient: ir.Value,
@@ -311,7 +335,7 @@ def _update_adam(
     return {spec.name: builder.op("Sub", parameter, change), first: mean, second: square}
 
 
-class _Graph(NodeBuilder):
+class InputGraph(NodeBuilder):
     """A graph that is being built: its nodes and its inputs."""
 
     def __init__(self, name: str) -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from splitonnx.names import ADAPTERS
+from splitonnx.operators import HIGHEST_IR_VERSION
+
 _QUANTIZED = "quant_parameter_tensor_names"
 """Metadata key under which onnx-ir stores a value's quantization parameters."""
 _Dims = tuple[int | str | None, ...]
@@ -52,6 +55,26 @@ def write_graph(graph: _Graph, ir_version: int, producer: str) -> onnx.ModelProt
     """
     head = ir.Model(_copy_head(graph), ir_version=ir_version, producer_name=producer)
     return _write(head, graph)
+
+
+def serialize(graph: _Graph, used: Collection[str], note: str | None = None) -> bytes:
+    """Serialize a graph that uses the domains ``used``; equal graphs yield equal bytes.
+
+    ``note`` is the note about the graph's adapters, if it has any.
+    """
+    for domain in [domain for domain in graph.opset_imports if domain and domain not in used]:
+        del graph.opset_imports[domain]
+    proto = write_graph(graph, HIGHEST_IR_VERSION, "splitonnx")
+    typed = [value for value in proto.graph.value_info if value.HasField("type")]
+    constants = sorted(proto.graph.initializer, key=lambda tensor: tensor.name)
+    del proto.graph.value_info[:], proto.graph.initializer[:]
+    # onnx's checker refuses a value without a type
+    proto.graph.value_info.extend(sorted(typed, key=lambda value: value.name))
+    proto.graph.initializer.extend(constants)
+    if note is not None:
+        proto.metadata_props.add(key=ADAPTERS, value=note)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
 
 
 def _copy_head(graph: _Graph) -> ir.Graph:

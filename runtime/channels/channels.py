@@ -20,12 +20,12 @@ import numpy as np
 from splitonnx.errors import (
     BundleMismatch,
     ConnectionLost,
-    LocalProtocolError,
     ProtocolError,
     RemoteProtocolError,
     ServerBusy,
     SplitonnxError,
     StaleConnection,
+    StepRestarted,
     StepsLost,
 )
 from splitonnx.manifests import PartyManifest
@@ -42,7 +42,6 @@ from splitonnx.messages import (
     Unsaved,
     Welcome,
 )
-from splitonnx.names import SHARE, TRAIN
 from splitonnx.runtime.channels.faults import translate_fault
 from splitonnx.runtime.channels.greetings import (
     ResumePoint,
@@ -51,7 +50,7 @@ from splitonnx.runtime.channels.greetings import (
     list_change,
     make_hello,
 )
-from splitonnx.runtime.channels.open_tasks import OpenTask
+from splitonnx.runtime.channels.open_tasks import OpenTask, SentTasks
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.protocols import Protocol
 from splitonnx.runtime.wire.transports import Transport
@@ -112,13 +111,12 @@ class Channel:
         self._find_resume_point = find_resume_point
         self._backoff = backoff
         self._generation = 0
-        self._wants_repeat = False
+        self._wants_repeat = self._restarts = False
         self._delays: Iterator[float] | None = None  # kept until a new message arrives
         self._lost_at: float | None = None  # time of the first loss, kept as long
         self._transport: Transport | None = None
         self._protocol = Protocol(manifest, manifest.party)
-        self._task: OpenTask | None = None
-        self._last: OpenTask | None = None  # the last step, which the server may not have made
+        self._tasks = SentTasks()
         self._past_traffic = (0, 0)
         self.step = self._find_server(None) if patient else self._greet()
         self._lost_at = None  # nothing was lost before the start
@@ -138,13 +136,11 @@ class Channel:
 
     def begin(self, key: TaskKey) -> None:
         """Open the task ``key``; its messages are kept, to be sent again after a reconnect."""
-        self._task = OpenTask(key=key)
+        self._tasks.open = OpenTask(key=key)
 
     def end(self) -> None:
         """Close the open task, if any; call this when the task is complete or has been aborted."""
-        if self._task is not None and self._task.key.phase == TRAIN:
-            self._last = self._task
-        self._task = None
+        self._tasks.end()
 
     def send_wires(self, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float) -> None:
         """Send wires (named tensors) of the open task to the server, reconnecting if necessary.
@@ -154,9 +150,10 @@ class Channel:
 
         Raises:
             StepsLost: the server is at an earlier step; the task must be aborted.
+            StepRestarted: the server lost the step's micro-batches; the step must be aborted.
             ConnectionLost: the connection was lost and could not be restored in time.
         """
-        task = self._require_task()
+        task = self._tasks.require_open()
         message = Tensors(
             session=task.key.session,
             phase=task.key.phase,
@@ -181,7 +178,7 @@ class Channel:
             StepsLost, ConnectionLost: see :meth:`send_wires`.
             RemoteFault: the server reported an internal error.
         """
-        task = self._require_task()
+        task = self._tasks.require_open()
         while True:
             try:
                 message, tensors = self._receive(Tensors)
@@ -192,8 +189,7 @@ class Channel:
             if message.turn == task.received:
                 task.received += 1
                 self._note_progress()
-                if task.key.phase in (TRAIN, SHARE):  # the server is past that step
-                    self._last = None  # and after a share, a repeated step is not enough
+                self._tasks.note_reply()
                 return tensors
 
     def save(self, step: int, *, publish: bool = False, keep: bool = False) -> str:
@@ -245,11 +241,6 @@ class Channel:
         """Record that a new message arrived; the next reconnect starts with the shortest delay."""
         self._delays = self._lost_at = None
 
-    def _require_task(self) -> OpenTask:
-        if self._task is None:
-            raise LocalProtocolError("no task is open")
-        return self._task
-
     def _reconnect(self, cause: ConnectionLost) -> None:
         """Reconnect to the session, and send the messages again that the server may have missed."""
         while True:
@@ -264,6 +255,8 @@ class Channel:
             _logger.info("reconnected at step %d", self.step)
             if self.step != self._find_resume_point().step:
                 raise StepsLost(self.step)
+            if self._restarts and self._tasks.micro_batch:
+                raise StepRestarted(self.step)
             try:
                 self._repeat()
             except ConnectionLost as error:
@@ -272,7 +265,7 @@ class Channel:
                 return
 
     def _repeat(self) -> None:
-        """Repeat the messages of the last step, if the server wants them, and of the open task."""
+        """Repeat the messages of the last task, if the server wants them, and of the open task."""
         if self._wants_repeat:
             last = self._find_last()
             if last is None:
@@ -280,8 +273,8 @@ class Channel:
             self._send_all(last)
             for _ in range(last.received):  # these replies were received before
                 last.check(self._receive(Tensors)[0])
-        if self._task is not None:
-            self._send_all(self._task)
+        if self._tasks.open is not None:
+            self._send_all(self._tasks.open)
 
     def _send_all(self, task: OpenTask) -> None:
         task.due = 0
@@ -289,10 +282,8 @@ class Channel:
             self._send(message, wires)
 
     def _find_last(self) -> OpenTask | None:
-        """Return the last step's task if it was kept and comes right before the current step."""
-        if self._last is not None and self._last.key.step == self._find_resume_point().step - 1:
-            return self._last
-        return None
+        """Return the task before the next one, if it was kept."""
+        return self._tasks.find_last(self._find_resume_point().step)
 
     def _find_server(self, cause: SplitonnxError | None) -> int:
         """Connect and greet until the server answers; return the step to continue at."""
@@ -334,7 +325,7 @@ class Channel:
                 self._hang_up()
                 raise
             else:
-                self._wants_repeat = welcome.wants_repeat
+                self._wants_repeat, self._restarts = welcome.wants_repeat, welcome.restarts
                 return welcome.step
         raise AssertionError("the count has no end")
 
@@ -352,9 +343,10 @@ class Channel:
             self.session,
             self._find_resume_point(),
             generation=self._generation,
-            is_open=self._task is not None and bool(self._task.sent),
+            is_open=self._tasks.open is not None and bool(self._tasks.open.sent),
             can_repeat=self._find_last() is not None,
             can_share=self._can_share,
+            micro_batch=self._tasks.micro_batch,
         )
 
     def _check_welcome(self, welcome: Welcome) -> None:

@@ -6,7 +6,7 @@ the client to share its parameters only if the client's user permits it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitonnx.errors import RemoteProtocolError, SharingNotPermitted
 from splitonnx.manifests import PartyManifest
@@ -31,12 +31,13 @@ class SharingTerms:
 
     If ``local_steps`` is not 0, the client shares its parameters after this many steps, until
     ``rounds`` rounds are complete; 0 means that the client decides.  ``policy`` is a name that is
-    only shown.
+    only shown.  ``can_accumulate`` means that a step may consist of several micro-batches.
     """
 
     policy: str = PER_CLIENT
     local_steps: int = 0
     rounds: int = 0
+    can_accumulate: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         if not self.joins:
@@ -64,6 +65,7 @@ def make_hello(
     is_open: bool,
     can_repeat: bool,
     can_share: bool,
+    micro_batch: int = 0,
 ) -> Hello:
     """Make the greeting of a client that can resume from ``point``; see :class:`Hello`."""
     return Hello(
@@ -77,6 +79,7 @@ def make_hello(
         is_open=is_open,
         can_repeat=can_repeat,
         can_share=can_share,
+        micro_batch=micro_batch,
         wires=list_wires(manifest),
     )
 
@@ -107,5 +110,8 @@ def check_welcome(
     if welcome.local_steps and not manifest.phase(SHARE).wires:
         raise RemoteProtocolError("it asks for parameters, which this bundle does not share")
     return SharingTerms(
-        policy=welcome.policy[:40], local_steps=welcome.local_steps, rounds=welcome.rounds
+        policy=welcome.policy[:40],
+        local_steps=welcome.local_steps,
+        rounds=welcome.rounds,
+        can_accumulate=welcome.can_accumulate,
     )

@@ -17,7 +17,7 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest
-from splitonnx.names import PREDICT, TRAIN
+from splitonnx.names import EVALUATE, PREDICT, TRAIN
 from splitonnx.runtime.channels.channels import Dial
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.greetings import SharingTerms
@@ -37,9 +37,8 @@ from splitonnx.runtime.client.options import (
     check_client,
     choose_measures,
     fit_schedule,
-    has_batch_states,
-    list_evaluated,
-    open_fitting,
+    open_run,
+    open_whole,
     plan_joining,
     require_phase,
     require_positive,
@@ -55,7 +54,6 @@ from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.runtime.wire.transports import Transport
 from splitonnx.schedules import Schedule
 from splitonnx.stopping import EarlyStopping
-from splitonnx.tensors import TensorSpec
 
 _ALREADY_TRAINING = "this client is already training"
 
@@ -180,6 +178,7 @@ class Client:
         *,
         epochs: int = 1,
         batch_size: int = 32,
+        accumulate: int = 1,
         eval_data: DataSource | None = None,
         metrics: Sequence[str] = (),
         learning_rate: LearningRate = None,
@@ -207,6 +206,8 @@ class Client:
             batch_size: number of samples per step.  If the model's batch is fixed, it must be
                 that number, and a smaller last batch is skipped.  Ignored if the data are already
                 divided into batches.
+            accumulate: number of micro-batches that each step's batch is divided into.  Their
+                gradients are added up and applied once, so a step needs less memory.
             eval_data: the data on which the model is evaluated after each epoch.
             metrics: what else an evaluation computes; see :meth:`evaluate`.
             learning_rate: a number, or a function of the number of steps so far; by default, the
@@ -241,21 +242,22 @@ class Client:
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         specs = require_phase(self._manifest, TRAIN).data
-        training = self._open(data, specs, batch_size, trains=True)
-        held_out = None
-        if eval_data is not None:
-            held_out = self._open(eval_data, list_evaluated(self._manifest), batch_size)
-        has_data, can_return = held_out is not None, self._runner.can_return
-        measures = choose_measures(
-            self._manifest, metrics, stopping, has_data=has_data, can_return=can_return
-        )
+        self._runner.check_accumulate(accumulate)
+        sizes = (batch_size, accumulate)
+        training, held_out = open_run(self._manifest, (data, eval_data), sizes, self._kept)
         rates = fit_schedule(
             schedule, learning_rate, training, specs, epochs=epochs, batch_size=batch_size
         )
         options = FitOptions(
             training=training,
             held_out=held_out,
-            metrics=measures,
+            metrics=choose_measures(
+                self._manifest,
+                metrics,
+                stopping,
+                has_data=held_out is not None,
+                can_return=self._runner.can_return,
+            ),
             epochs=epochs,
             learning_rate=learning_rate,
             rates=rates,
@@ -273,6 +275,7 @@ class Client:
             seed=self._seed,
             shuffle=shuffle,
             samples=training.size,
+            accumulate=accumulate,
             schedule="" if rates is None else str(rates),
             stopping="" if stopping is None else str(stopping),
         )
@@ -281,7 +284,7 @@ class Client:
                 self._run.hold()  # fail now rather than after training
             if checkpoint_every is not None or stopping is not None:
                 self._run.begin_run(restart=restart)
-            self._executor.prepare(TRAIN)
+            self._runner.prepare_training(accumulate)
             if on_start is not None:
                 on_start()
             return self._loop.fit(options, self._run.take_position(start))
@@ -299,18 +302,23 @@ class Client:
         finally:
             self._is_training.release()
 
-    def step(self, batch: Batch, *, learning_rate: LearningRate = None) -> dict[str, np.ndarray]:
+    def step(
+        self, batch: Batch, *, learning_rate: LearningRate = None, accumulate: int = 1
+    ) -> dict[str, np.ndarray]:
         """Perform one training step on a batch, and return the step's results, ``loss`` first.
 
+        ``accumulate`` divides the batch as in :meth:`fit`.
+
         Raises:
-            UsageError: a call to :meth:`fit` is still running.
+            UsageError: a call to :meth:`fit` is still running, or the step cannot be divided.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        check_batch(batch, require_phase(self._manifest, TRAIN).data, self._kept)
+        require_phase(self._manifest, TRAIN)
+        check_batch(batch, self._runner.check_accumulate(accumulate), self._kept)
         check_finite(batch, "")
         if self._is_training.locked():
             raise UsageError(_ALREADY_TRAINING)
-        return self._loop.perform(TRAIN, batch, learning_rate)
+        return self._loop.step(batch, learning_rate, accumulate)
 
     def evaluate(
         self, data: DataSource, *, batch_size: int = 32, metrics: Sequence[str] = ()
@@ -325,7 +333,7 @@ class Client:
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         require_positive(batch_size=batch_size)
-        dataset = self._open(data, list_evaluated(self._manifest), batch_size)
+        dataset = open_whole(self._manifest, data, EVALUATE, batch_size, self._kept)
         return self._loop.evaluate(dataset, batch_size, choose_metrics(metrics, self._manifest))
 
     def predict(self, data: DataSource, *, batch_size: int = 32) -> dict[str, np.ndarray]:
@@ -352,19 +360,12 @@ class Client:
         """
         return map(self._loop.predict, self._open_predicting(data, batch_size)[1])
 
-    def _open(
-        self, data: DataSource, specs: Sequence[TensorSpec], rows: int, *, trains: bool = False
-    ) -> Dataset:
-        kept, free = self._kept, not has_batch_states(self._manifest)
-        return open_fitting(data, specs, rows, kept, is_training=trains, can_free=free)
-
     def _open_predicting(
         self, data: DataSource, batch_size: int
     ) -> tuple[Dataset, Iterator[dict[str, np.ndarray]]]:
         """Check the data of a prediction, and return them with their batches."""
         require_positive(batch_size=batch_size)
-        specs = require_phase(self._manifest, PREDICT).data
-        dataset = self._open(data, specs, batch_size)
+        dataset = open_whole(self._manifest, data, PREDICT, batch_size, self._kept)
         return dataset, dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
 
     def state(self) -> dict[str, np.ndarray]:

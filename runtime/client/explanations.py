@@ -22,8 +22,8 @@ from splitonnx.disclosures import (
     list_sent,
 )
 from splitonnx.errors import UsageError
-from splitonnx.manifests import PartyManifest, Phase, Role
-from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER, SHARE
+from splitonnx.manifests import PartyManifest, Phase, Role, WireKind
+from splitonnx.names import CLIENT, EVALUATE, PREDICT, SERVER, SHARE, WEIGH
 from splitonnx.runtime.client.flows import Dependence, Extent, Flow
 from splitonnx.tensors import TensorSpec
 
@@ -124,7 +124,11 @@ def explain(bundle: str | Path | PartyBundle, *, batch: int | None = None) -> Ex
     manifest = party.manifest
     if manifest.party != CLIENT:
         raise UsageError(f"this is the {manifest.party}'s part; explain reads the client's")
-    phases = tuple(_explain_phase(party, phase, batch) for phase in manifest.phases)
+    phases = tuple(
+        _explain_phase(party, phase, batch)
+        for phase in manifest.phases
+        if phase.name != WEIGH  # the client alone computes from its labels how much they count
+    )
     return Explanation(
         digest=manifest.digest,
         phases=phases,
@@ -153,8 +157,9 @@ def _list_arrays(manifest: PartyManifest, phase: Phase) -> list[TensorSpec]:
     """List the arrays that the user supplies in a phase; exclude predictions to be evaluated."""
     if phase.name == SHARE:
         return []  # it sends parameters
+    counts = {wire.tensor.name for wire in phase.wires if wire.kind is WireKind.COUNT}
     predicted = manifest.phase(PREDICT).results if phase.name == EVALUATE else ()
-    return [spec for spec in phase.data if spec.name not in predicted]
+    return [spec for spec in phase.data if spec.name not in (*predicted, *counts)]
 
 
 def _explain_array(

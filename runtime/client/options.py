@@ -9,7 +9,8 @@ from typing import TypeAlias
 
 from splitonnx.errors import UnusableData, UsageError
 from splitonnx.manifests import PartyManifest, Phase, Role
-from splitonnx.names import CLIENT, COUNTED, EVALUATE, PREDICT, TOTAL, WEIGHT
+from splitonnx.micro_batches import enlarge
+from splitonnx.names import CLIENT, COUNTED, EVALUATE, PREDICT, TOTAL, TRAIN, WEIGHT
 from splitonnx.runtime.client.datasets import Batch, Dataset, DataSource, open_dataset
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric, choose_metrics
@@ -74,6 +75,11 @@ def require_positive(**counts: int | None) -> None:
             raise UsageError(f"{name} must be at least 1, not {count}")
 
 
+def count_rows(batch_size: int, accumulate: int) -> int:
+    """Return the number of rows of the largest micro-batch."""
+    return -(-batch_size // accumulate)
+
+
 def has_fixed_rows(specs: Sequence[TensorSpec]) -> bool:
     """Return whether an array has a fixed number of rows, so that smaller batches do not fit."""
     return _find_fixed_rows(specs) is not None
@@ -98,6 +104,44 @@ def has_batch_states(manifest: PartyManifest) -> bool:
     return bool(manifest.remote_states or rows & held)
 
 
+def open_run(
+    manifest: PartyManifest,
+    sources: tuple[DataSource, DataSource | None],
+    sizes: tuple[int, int],
+    kept: Collection[str],
+) -> tuple[Dataset, Dataset | None]:
+    """Open the data of a training run and, if there are any, those to evaluate on.
+
+    ``sizes`` are the rows of a batch, and the number of micro-batches that it is divided into.
+    Evaluations have batches of the size of a micro-batch, as these fit the memory.
+
+    Raises:
+        DataError, UsageError: see :func:`open_fitting`.
+    """
+    (data, eval_data), (batch_size, accumulate) = sources, sizes
+    free, specs = not has_batch_states(manifest), require_phase(manifest, TRAIN).data
+    training = open_fitting(
+        data, specs, batch_size, kept, is_training=True, can_free=free, accumulate=accumulate
+    )
+    if eval_data is None:
+        return training, None
+    rows = count_rows(batch_size, accumulate)
+    return training, open_whole(manifest, eval_data, EVALUATE, rows, kept)
+
+
+def open_whole(
+    manifest: PartyManifest, data: DataSource, phase: str, rows: int, kept: Collection[str]
+) -> Dataset:
+    """Open data to predict from or to evaluate on, in batches of ``rows``; none is left out.
+
+    Raises:
+        DataError, UsageError: see :func:`open_fitting`.
+    """
+    is_measured = phase == EVALUATE
+    specs = list_evaluated(manifest) if is_measured else require_phase(manifest, phase).data
+    return open_fitting(data, specs, rows, kept, can_free=not has_batch_states(manifest))
+
+
 def open_fitting(
     source: DataSource,
     specs: Sequence[TensorSpec],
@@ -106,22 +150,31 @@ def open_fitting(
     *,
     is_training: bool = False,
     can_free: bool = True,
+    accumulate: int = 1,
 ) -> Dataset:
     """Open data, and check them and their division into batches against ``specs``.
 
     ``kept`` names tensors that the model keeps itself, which cannot be part of the data.
     ``can_free`` is whether another cut of the model can free its batch, which errors advise then.
+    Batches to train with are divided into ``accumulate`` micro-batches, which fit ``specs``.
 
     Raises:
         DataError: the data do not fit ``specs``, or some batches of them do not.
         UsageError: the model fixes another batch size.
     """
     dataset = open_dataset(source)
-    dataset.check(specs, kept)
+    dataset.check(enlarge(specs, accumulate), kept)
     if dataset.size is not None and not dataset.has_own_batches:
         if is_training or dataset.size > batch_size:
             _check_axes(specs)
-        _check_rows(dataset.size, specs, batch_size, is_training=is_training, can_free=can_free)
+        _check_rows(
+            dataset.size,
+            specs,
+            batch_size,
+            is_training=is_training,
+            can_free=can_free,
+            accumulate=accumulate,
+        )
     return dataset
 
 
@@ -145,6 +198,7 @@ def _check_rows(
     *,
     is_training: bool,
     can_free: bool,
+    accumulate: int,
 ) -> None:
     """Check that all batches have the number of rows that an array fixes, if one does.
 
@@ -152,6 +206,9 @@ def _check_rows(
     """
     name, rows = _find_fixed_rows(specs) or ("", 0)
     cause = f"the model fixes its batch at {rows} rows, in '{name}'"
+    if accumulate > 1:
+        rows *= accumulate
+        cause = f"{cause}, so {accumulate} micro-batches have {rows}"
     advice = f", or cut the model with --dim {name}:0=N, which frees its batch" if can_free else ""
     if not rows or (size == rows and batch_size >= rows and not is_training):
         return

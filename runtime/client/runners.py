@@ -9,25 +9,38 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from splitonnx.errors import LocalProtocolError, NotSaved, StepsLost
+from splitonnx.errors import LocalProtocolError, NotSaved, StepRestarted, StepsLost, UsageError
 from splitonnx.interrupts import check_interrupt
 from splitonnx.messages import TaskKey
-from splitonnx.names import SHARE, TRAIN
+from splitonnx.micro_batches import (
+    MICRO_BATCH_WEIGHT,
+    MICRO_BATCHES,
+    check_accumulating,
+    enlarge,
+    find_weights,
+    split_batch,
+)
+from splitonnx.names import ACCUMULATE, PER_CLIENT, SHARE, TRAIN, UPDATE, WEIGH
 from splitonnx.runtime.channels.channels import Channel
 from splitonnx.runtime.channels.greetings import SharingTerms
+from splitonnx.runtime.client.dataset_means import DatasetMeans
 from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, list_joined, name_own
+from splitonnx.tensors import TensorSpec
 
 WhenUnsaved: TypeAlias = Literal["stop", "continue"]
 """What training does if a checkpoint cannot be written."""
+
+MOST_RESTARTS = 100
+"""How many times in a row a step of several micro-batches may begin again."""
 
 _logger = logging.getLogger("splitonnx.client")
 
@@ -80,20 +93,106 @@ class TaskRunner:
                 closed.
             KeyboardInterrupt: Ctrl-C was pressed earlier, and other code discarded the exception.
         """
-        self._require_open()
-        check_interrupt()
         number = self.executor.step if phase in (TRAIN, SHARE) else next(self._others)
-        key = TaskKey(session=self.run.session, phase=phase, step=number, micro_batch=0)
-        self.executor.begin(key, data=data, seed=self._seed, learning_rate=learning_rate)
-        try:
-            with ExitStack() as ending:
-                ending.push(self._close_after)
-                with self._going_back():
-                    return self._exchange(key, learning_rate)
-        finally:
-            self.executor.abandon(key)
-            if self._channel is not None:
-                self._channel.end()
+        return self._perform(self._name_task(phase, number), data, learning_rate)
+
+    def check_accumulate(self, accumulate: int) -> tuple[TensorSpec, ...]:
+        """Check that a step may consist of several micro-batches, if it is to.
+
+        Return the declarations of the arrays of a whole step.
+
+        Raises:
+            UsageError: the number is less than 1, or the bundle or the server does not permit it.
+        """
+        if accumulate < 1:
+            raise UsageError(f"accumulate must be at least 1, not {accumulate}")
+        manifest = self.executor.manifest
+        if accumulate > 1:
+            check_accumulating(manifest)
+        if accumulate > 1 and self._channel is not None and not self.terms.can_accumulate:
+            raise UsageError(
+                f"the server's policy '{self.terms.policy}' does not let a step consist of several "
+                "micro-batches, or the server is of an earlier version; train without accumulate "
+                f"(--accumulate), or serve with the policy '{PER_CLIENT}'"
+            )
+        return enlarge(manifest.phase(TRAIN).data, accumulate)
+
+    def prepare_training(self, accumulate: int) -> None:
+        """Load the stages of training now, instead of in the first step.
+
+        Raises:
+            ForbiddenGraph, WrongRuntime, StageFailed: see :meth:`Executor.prepare`.
+        """
+        for phase in (TRAIN,) if accumulate == 1 else (WEIGH, ACCUMULATE, UPDATE):
+            self.executor.prepare(phase)
+
+    def train(
+        self, batch: Mapping[str, np.ndarray], learning_rate: float, accumulate: int
+    ) -> dict[str, np.ndarray]:
+        """Perform one training step on a batch, and return the step's results.
+
+        The batch is divided into at most ``accumulate`` micro-batches of nearly equal size, whose
+        gradients are added up before the state changes.
+
+        Raises:
+            UnusableData: the batch cannot be divided, or two losses weigh its parts differently.
+            StepRestarted: the server lost the step's micro-batches again and again.
+            StepsLost, DataError, StageFailed, ProtocolError: see :meth:`perform`.
+        """
+        if accumulate == 1:
+            return self.perform(TRAIN, batch, learning_rate)
+        specs = self.executor.manifest.phase(TRAIN).data
+        parts = split_batch(batch, specs, accumulate)
+        counts = [
+            {name: float(array) for name, array in self.perform(WEIGH, part, 0.0).items()}
+            for part in parts
+        ]
+        weights = find_weights(counts)
+        for part, weight in zip(parts, weights, strict=True):
+            part[MICRO_BATCH_WEIGHT] = np.array(weight, np.float32)
+        for _ in range(MOST_RESTARTS):
+            with suppress(StepRestarted):
+                return self._accumulate(parts, counts, learning_rate)
+        return self._accumulate(parts, counts, learning_rate)
+
+    def _accumulate(
+        self,
+        parts: Sequence[Mapping[str, np.ndarray]],
+        counts: Sequence[Mapping[str, float]],
+        learning_rate: float,
+    ) -> dict[str, np.ndarray]:
+        """Add up the gradients of micro-batches, and update; return the means of the results."""
+        means, step = DatasetMeans(), self.executor.step
+        for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
+            key = self._name_task(ACCUMULATE, step, number)
+            results = self._perform(key, part, learning_rate)
+            numbers = {name: float(a) for name, a in results.items() if a.ndim == 0}
+            means.add({**numbers, **count}, 1)
+        key = self._name_task(UPDATE, step, len(parts))
+        self._perform(key, {MICRO_BATCHES: np.array(len(parts))}, learning_rate)
+        return {name: np.array(value) for name, value in means.compute().items()}
+
+    def _name_task(self, phase: str, number: int, micro_batch: int = 0) -> TaskKey:
+        return TaskKey(session=self.run.session, phase=phase, step=number, micro_batch=micro_batch)
+
+    def _perform(
+        self, key: TaskKey, data: Mapping[str, np.ndarray], learning_rate: float
+    ) -> dict[str, np.ndarray]:
+        with ExitStack() as undo:
+            undo.callback(self.executor.abandon, key)  # with the micro-batches before it
+            self._require_open()
+            check_interrupt()
+            self.executor.begin(key, data=data, seed=self._seed, learning_rate=learning_rate)
+            try:
+                with ExitStack() as ending:
+                    ending.push(self._close_after)
+                    with self._going_back():
+                        results = self._exchange(key, learning_rate)
+            finally:
+                if self._channel is not None:
+                    self._channel.end()
+            undo.pop_all()
+        return results
 
     def share(self, samples: int, *, leaves: bool) -> int:
         """Share this part's parameters, replace them by the joined ones, and return the round.
@@ -114,7 +213,7 @@ class TaskRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         """Close the session after any error, including Ctrl-C, except if steps were lost."""
-        if kind is not None and not issubclass(kind, StepsLost):
+        if kind is not None and not issubclass(kind, StepsLost | StepRestarted):
             self.close()
 
     def checkpoint(

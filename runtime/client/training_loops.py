@@ -22,7 +22,7 @@ from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric
 from splitonnx.runtime.client.metrics.metric_sets import MetricSet
-from splitonnx.runtime.client.options import FitOptions, LearningRate, has_fixed_rows
+from splitonnx.runtime.client.options import FitOptions, LearningRate, count_rows, has_fixed_rows
 from splitonnx.runtime.client.runners import TaskRunner
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.positions import Best, DataPosition
@@ -254,7 +254,7 @@ class TrainingLoop:
     ) -> StepRecord:
         up, down = self._runner.traffic
         start = time.perf_counter()
-        results = self.perform(TRAIN, batch, learning_rate)
+        results = self._runner.train(batch, learning_rate, position.accumulate)
         seconds = time.perf_counter() - start
         sent, received = self._runner.traffic
         metrics = {name: float(array) for name, array in results.items() if array.ndim == 0}
@@ -275,7 +275,8 @@ class TrainingLoop:
         self, options: FitOptions, dataset: Dataset, position: DataPosition
     ) -> Evaluation:
         start = time.perf_counter()
-        metrics = self.evaluate(dataset, position.batch_size, options.metrics)
+        rows = count_rows(position.batch_size, position.accumulate)
+        metrics = self.evaluate(dataset, rows, options.metrics)
         seconds = time.perf_counter() - start
         return Evaluation(epoch=position.epoch, metrics=metrics, seconds=seconds)
 
@@ -322,6 +323,12 @@ class TrainingLoop:
         """
         return self._runner.perform(phase, data, self._choose_rate(learning_rate))
 
+    def step(
+        self, batch: Batch, learning_rate: LearningRate, accumulate: int
+    ) -> dict[str, np.ndarray]:
+        """Perform one training step of at most ``accumulate`` micro-batches on a batch."""
+        return self._runner.train(batch, self._choose_rate(learning_rate), accumulate)
+
     def predict(self, batch: Batch) -> dict[str, np.ndarray]:
         """Return the model's outputs, without what only an evaluation reads."""
         results = self.perform(PREDICT, batch)
@@ -346,7 +353,7 @@ def _is_before(one: DataPosition, other: DataPosition) -> bool:
         return False
     return all(
         getattr(one, name) == getattr(other, name)
-        for name in ("batch_size", "seed", "shuffle", "samples", "schedule")
+        for name in ("batch_size", "accumulate", "seed", "shuffle", "samples", "schedule")
     )
 
 

@@ -33,6 +33,10 @@ from splitonnx.states import check_home
 _POSITION = msgspec.json.Decoder(DataPosition)
 
 
+_FIXED = ("batch_size", "accumulate", "seed", "shuffle", "samples", "schedule", "stopping")
+"""Fields of a position that must be the same when a run is resumed."""
+
+
 class TrainingRun:
     """The record of one training session of a client; created by :meth:`open`.
 
@@ -229,12 +233,12 @@ class TrainingRun:
 
         Raises:
             UsageError: the resumed run started with a different seed, batch size, shuffling, number
-                of samples, learning-rate schedule or early stopping.
+                of samples or micro-batches, learning-rate schedule or early stopping.
         """
         kept = self.position
         if kept is None:
             return start
-        for field in ("batch_size", "seed", "shuffle", "samples", "schedule", "stopping"):
+        for field in _FIXED:
             before, now = getattr(kept, field), getattr(start, field)
             if before != now:
                 raise UsageError(

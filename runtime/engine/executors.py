@@ -22,17 +22,27 @@ from splitonnx.errors import (
     MissingArray,
     NotFinite,
     RemoteProtocolError,
-    UsageError,
     quote,
 )
 from splitonnx.faults import attribute_errors_to_us
-from splitonnx.manifests import KEY, LEARNING_RATE, STEP, Phase, Source, Stage, WireKind
+from splitonnx.manifests import Phase, Source, Stage, WireKind
 from splitonnx.messages import TaskKey
-from splitonnx.names import EVALUATE, LOSS, PREDICT, TRAIN, TRAINING
+from splitonnx.names import (
+    ACCUMULATE,
+    EVALUATE,
+    LOSS,
+    PREDICT,
+    STEP_PHASES,
+    TRAIN,
+    TRAINING,
+    UPDATE,
+    WEIGH,
+)
 from splitonnx.runtime.engine.dataflows import Dataflow, Progress
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
-from splitonnx.runtime.engine.outcomes import check_outcome, publish_state
 from splitonnx.runtime.engine.providers import check_target
+from splitonnx.runtime.engine.steps import OpenStep, make_scalars
+from splitonnx.runtime.storage.outcomes import check_outcome, publish_state
 from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array
 
@@ -113,18 +123,19 @@ class Executor:
         self._state = {name: engine.from_array(a) for name, a in party.state().items()}
         self._flows: dict[str, Dataflow] = {}
         self._loaded: dict[tuple[str, str], LoadedStage] = {}
+        self._shared: dict[tuple[str, bool], LoadedStage] = {}  # by file, as phases share graphs
+        self._open = OpenStep(party.manifest, engine)
         self._tasks: dict[TaskKey, _Task] = {}
 
     def fork(self) -> Executor:
         """Return an independent executor with the same state and no open tasks.
 
-        The two executors share the loaded stages, and share each tensor of the state until one of
-        them replaces it.  They may run in different threads, but :meth:`prepare` is not
-        thread-safe.  Therefore, call :meth:`prepare` before the fork for every phase that both
-        executors will use.
+        The two share the loaded stages, and each tensor of the state until one of them replaces it.
+        They may run in different threads, but :meth:`prepare` may not: call it before the fork.
         """
         twin = copy(self)
         twin._state = dict(self._state)
+        twin._open = self._open.start_anew()
         twin._tasks = {}
         return twin
 
@@ -142,11 +153,13 @@ class Executor:
         if phase in self._flows:
             return
         declared = self.manifest.phase(phase)
-        training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE)
+        training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE, WEIGH)
         for stage in declared.stages:
-            graph = self.party.graphs[stage.graph]
-            loaded = self._engine.load(stage.name, graph, training=training)
-            self._loaded[phase, stage.name] = loaded
+            shared = (stage.graph, training)
+            if shared not in self._shared:
+                graph = self.party.graphs[stage.graph]
+                self._shared[shared] = self._engine.load(stage.name, graph, training=training)
+            self._loaded[phase, stage.name] = self._shared[shared]
         self._flows[phase] = Dataflow(declared, self.manifest.party)
 
     def begin(
@@ -160,15 +173,14 @@ class Executor:
 
         Raises:
             MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
-            LocalProtocolError: the task is already open, or is not the next training step.
+            LocalProtocolError: the task is already open, or is not the next of its step.
             UsageError: the seed or the learning rate is out of range for its tensor.
             ForbiddenGraph, WrongRuntime, StageFailed: as raised by :meth:`prepare`.
         """
         if key in self._tasks:
             raise LocalProtocolError(f"{key} is open already")
-        if key.phase == TRAIN and key.step != self.step:
-            raise LocalProtocolError(f"to train at step {key.step}; the next is {self.step}")
-        scalars = _make_scalars(key, seed, learning_rate)
+        self._open.check_next(key, self.step)
+        scalars = make_scalars(key, seed, learning_rate)
         self.prepare(key.phase)
         flow = self._flows[key.phase]
         phase = self.manifest.phase(key.phase)
@@ -235,21 +247,33 @@ class Executor:
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
         """Commit a finished task's changes to the state, close the task and return its results.
 
-        The state changes atomically.  A task of the phase ``train`` counts as one step.
+        The state changes atomically.  A task of the phase ``train`` counts as one step.  A task of
+        the phase ``accumulate`` changes the state only with the task of the phase ``update`` that
+        ends its step.
 
         Raises:
             LocalProtocolError: the task is not finished.
         """
         results = self.results(key)
         task = self._tasks.pop(key)
-        self._state.update({name: task.values[v] for name, v in task.phase.commits.items()})
-        if key.phase == TRAIN:
-            self.step += 1
+        changes = {name: task.values[v] for name, v in task.phase.commits.items()}
+        if key.phase == ACCUMULATE:
+            self._open.add(changes)
+            return results
+        if key.phase == UPDATE:
+            changes = {**self._open.close(), **changes}
+        self._state.update(changes)
+        self.step += key.phase in (TRAIN, UPDATE)
         return results
 
     def abandon(self, key: TaskKey) -> None:
-        """Abort a task and discard its changes to the state; do nothing if it is not open."""
+        """Abort a task and discard its changes to the state; do nothing if it is not open.
+
+        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted.
+        """
         self._tasks.pop(key, None)
+        if key.phase in (ACCUMULATE, UPDATE) and key.step == self.step:
+            self._open.reset()
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all tensors of the state, including those of the optimizer, as read-only arrays.
@@ -267,6 +291,7 @@ class Executor:
         change the arrays afterwards.
         """
         self._tasks.clear()
+        self._open.reset()
         self._state = {name: self._engine.from_array(tensors[name]) for name in self._state}
         self.step = step
 
@@ -334,12 +359,15 @@ class Executor:
         task.progress.arrive(tensors)
 
     def _run(self, task: _Task, stage: Stage) -> None:
+        state: Mapping[str, Tensor] = self._state
+        if task.phase.name in (ACCUMULATE, UPDATE):
+            state = self._open.overlay(state)
         feeds = {
-            i.name: self._state[i.name] if i.source is Source.STATE else task.values[i.name]
+            i.name: state[i.name] if i.source is Source.STATE else task.values[i.name]
             for i in stage.inputs
         }
         outputs = self._engine.run(self._loaded[task.phase.name, stage.name], feeds)
-        if task.phase.name == TRAIN and LOSS in outputs:
+        if task.phase.name in STEP_PHASES and LOSS in outputs:
             loss = self._engine.to_array(outputs[LOSS])
             if not np.isfinite(loss).all():
                 raise NotFinite(LOSS, f"{loss} at step {self.step + 1}")
@@ -355,7 +383,7 @@ class Executor:
                 continue
             array = self._engine.to_array(outputs[name])
             check_array(array, encoded.tensor, task.sizes)
-            if task.phase.name == TRAIN:
+            if task.phase.name in STEP_PHASES:
                 check_finite(name, array, f"step {self.step + 1}")
                 if self._norm is not None and encoded.kind is WireKind.GRADIENT:
                     check_norm(name, array, self._norm)
@@ -370,17 +398,3 @@ class Executor:
     def _drop(self, task: _Task, names: Iterable[str]) -> None:
         for name in task.progress.release(names):
             del task.values[name]
-
-
-def _make_scalars(key: TaskKey, seed: int, learning_rate: float) -> dict[str, np.ndarray]:
-    """Make the scalar inputs of stages from values that the other party may have sent."""
-    numbers = (seed, key.step, key.micro_batch)
-    if min(numbers) < 0 or max(numbers) >= np.iinfo(np.int64).max:
-        raise UsageError(f"seed, step and micro-batch must be below 2^63, not {numbers}")
-    if not 0 <= learning_rate <= float(np.finfo(np.float32).max):  # NaN fails too
-        raise UsageError(f"the learning rate must be finite and not negative, not {learning_rate}")
-    return {
-        KEY: np.array(numbers, np.int64),
-        LEARNING_RATE: np.array(learning_rate, np.float32),
-        STEP: np.array(key.step + 1, np.int64),
-    }

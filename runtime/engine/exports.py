@@ -23,7 +23,7 @@ from splitonnx.bundles import WEIGHTS, PartyBundle
 from splitonnx.errors import BundleError, FormatError, NotExportable
 from splitonnx.graph_limits import STAGE
 from splitonnx.manifests import PartyManifest
-from splitonnx.names import EVALUATE, PREDICT, TRAINING
+from splitonnx.names import EVALUATE, PREDICT, TRAINING, WEIGH
 from splitonnx.operators import TRAINING_ONLY
 from splitonnx.outputs import check_place
 from splitonnx.runtime.engine.engines import Engine, OperatorKernel, installed_runtime, list_kernels
@@ -213,7 +213,7 @@ def _list_exact(manifest: PartyManifest) -> set[str]:
     """List the graphs that must run exactly as they are, without optimization."""
     if manifest.target != TRAINING:
         return set()
-    trained = (phase for phase in manifest.phases if phase.name not in (PREDICT, EVALUATE))
+    trained = (phase for phase in manifest.phases if phase.name not in (PREDICT, EVALUATE, WEIGH))
     return {stage.graph for phase in trained for stage in phase.stages}
 
 

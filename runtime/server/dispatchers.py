@@ -171,6 +171,8 @@ class Dispatcher:
             message, tensors = self._protocol.receive(content)
         if isinstance(message, Hello):
             self._admit(message)
+        if isinstance(message, Tensors):
+            self._terms.check(message.phase)
         return ReceivedMessage(
             message=message,
             tensors=tensors,
@@ -186,7 +188,7 @@ class Dispatcher:
             raise SharingNotPermitted(self._terms.policy)
 
     def _estimate(self, message: Tensors) -> int:
-        if self._estimates is None or message.phase not in self._wires:
+        if self._estimates is None:
             return 0
         needed = self._estimates.measure(message.phase, self._protocol.sizes)
         if self._task_bytes is not None and needed > self._task_bytes:
@@ -275,15 +277,17 @@ class Dispatcher:
 
     def _greet(self, hello: Hello) -> Reply:
         assert self.session is not None  # found when the greeting was read
-        step = self.session.greet(hello)
+        found = self.session.greet(hello)
         self._generation = hello.generation
         manifest = self.registry.manifest
         return self._protocol.send(
             Welcome(
                 session=self.session.id,
                 digest=manifest.digest,
-                step=step,
-                wants_repeat=step > self.session.ledger.step,
+                step=found.step,
+                wants_repeat=found.wants_repeat,
+                can_accumulate=self._terms.can_accumulate,
+                restarts=found.restarts,
                 policy=self._terms.policy,
                 local_steps=self._terms.local_steps,
                 rounds=self._terms.rounds,

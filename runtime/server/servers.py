@@ -397,6 +397,4 @@ def _check_room(policy: PolicyOptions | None, limits: Limits) -> None:
     """Check that as many clients can come as the policy's first round waits for."""
     if policy is not None and policy.clients_min > limits.sessions:
         reason = f"the first round waits for {policy.clients_min} clients"
-        raise UsageError(
-            f"{reason}, and {limits.sessions} sessions are allowed; raise --max-sessions"
-        )
+        raise UsageError(f"{reason}; raise --max-sessions, which is {limits.sessions}")

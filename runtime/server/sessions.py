@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 
 import msgspec
@@ -26,11 +26,18 @@ from splitonnx.errors import (
     StaleConnection,
 )
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
-from splitonnx.names import SHARE, TRAIN
-from splitonnx.runtime.server.ledgers import Fingerprint, Ledger, Query, Reply, Verdict
+from splitonnx.names import ACCUMULATE, SHARE, STEP_PHASES, TRAIN
+from splitonnx.runtime.server.ledgers import (
+    Continuation,
+    Fingerprint,
+    Ledger,
+    Query,
+    Reply,
+    Verdict,
+)
 from splitonnx.runtime.server.operations.session_statuses import SessionStatus
 from splitonnx.runtime.server.policies.policies import Policy
-from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
+from splitonnx.runtime.server.policies.tasks import Delivery, Joined, make_task
 
 MOST_DEFERRED = 8  # messages that a client may send before what its earlier ones wait for
 Encoder = Callable[[Tensors, Mapping[str, np.ndarray]], Reply]
@@ -119,12 +126,13 @@ class Session:
         if self.owner != owner:
             raise ForeignSession(self.id)
 
-    def greet(self, hello: Hello) -> int:
-        """Accept a new connection, and return the step at which both sides continue.
+    def greet(self, hello: Hello) -> Continuation:
+        """Accept a new connection, and return where both sides continue.
 
         If possible, that is the client's current step (see :meth:`Ledger.suits`).  Otherwise, both
-        sides go back to the newest step whose state both have.  A step that was joint with others'
-        is not taken back: a client that lost it receives its replies again.
+        sides go back to the newest step that both have, or begin the current one again if its
+        micro-batches are missing.  A step that was joint with others' is not taken back: a client
+        that lost it receives its replies again.
 
         Raises:
             StaleConnection: the session has already had a connection of this or a newer generation.
@@ -135,14 +143,13 @@ class Session:
         self._deferred.clear()
         self._heard = 0
         self.give_up(SHARE)  # the client shares again, on the new connection
-        is_open = hello.is_open or self.is_joint
-        if self.ledger.suits(hello.step, is_open=is_open, can_repeat=hello.can_repeat):
-            step = hello.step
-        else:
+        found = self.ledger.welcome(hello, is_joint=self.is_joint)
+        if found is None:
             step = self._find_common(hello)
             self._go_back(step)
+            found = Continuation(step=step, restarts=step == hello.step)
         self.generation = hello.generation
-        return step
+        return found
 
     def check_generation(self, generation: int) -> None:
         """Check that ``generation`` is the number of the session's newest connection.
@@ -181,16 +188,18 @@ class Session:
             return
         while self._held:  # what came while the client was away
             list(self.take(self._held.popleft(), encode))
-        if message.phase != TRAIN:
+        if message.phase not in STEP_PHASES:
             yield from self._handle_query(message, tensors, encode)
             return
-        match self.ledger.classify(message.step, message.turn, fingerprint):
+        step, turn, number = message.step, message.turn, message.micro_batch
+        match self.ledger.classify(step, turn, fingerprint, number):
             case Verdict.REPEAT:
-                self._heard = max(self._heard, message.turn + 1)
-                yield from self.ledger.repeat(message.step, message.turn)
+                self._heard = max(self._heard, turn + 1)
+                yield from self.ledger.repeat(step, turn, number)
                 return
             case Verdict.BEGIN:
-                self.abandon()
+                if number == 0:
+                    self.abandon()
                 self._running, self._message = message.key, message
                 self._answered = 0
                 self.ledger.begin(fingerprint)
@@ -199,7 +208,7 @@ class Session:
                     raise RemoteProtocolError(f"it continues {message.key}, which is not open")
                 self.ledger.continue_step(fingerprint)
         self._heard = message.turn + 1
-        with closing(self._submit(message, tensors)) as deliveries:
+        with closing(self._policy.submit(make_task(message, tensors))) as deliveries:
             for delivery in deliveries:
                 if delivery.key != message.key:
                     yield delivery
@@ -212,7 +221,7 @@ class Session:
 
         May be called in any thread.
         """
-        if delivery.key.phase == TRAIN:
+        if delivery.key.phase == TRAIN:  # others' tasks cause no other phase of a step
             self._held.append(delivery)
 
     def take(self, delivery: Delivery, encode: Encoder) -> Iterator[Reply | Delivery]:
@@ -299,19 +308,6 @@ class Session:
             self._policy.withdraw(self._query.key)
             self._query = None
 
-    def _submit(
-        self, message: Tensors, tensors: Mapping[str, np.ndarray]
-    ) -> Generator[Delivery, None, None]:
-        return self._policy.submit(
-            Task(
-                key=message.key,
-                turn=message.turn,
-                seed=message.seed,
-                learning_rate=message.learning_rate,
-                tensors=tensors,
-            )
-        )
-
     def _handle_query(
         self, message: Tensors, tensors: Mapping[str, np.ndarray], encode: Encoder
     ) -> Iterator[Reply | Delivery]:
@@ -328,7 +324,7 @@ class Session:
         elif query is None or message.key != query.key or message.turn != query.turns:
             raise RemoteProtocolError(f"message {message.turn} of {message.key} is not due now")
         query.turns += 1
-        with closing(self._submit(message, tensors)) as deliveries:
+        with closing(self._policy.submit(make_task(message, tensors))) as deliveries:
             for delivery in deliveries:
                 if delivery.key == query.key:
                     yield from self._answer_query(query, delivery, encode)
@@ -353,8 +349,12 @@ class Session:
             if turn < self._heard:
                 yield answer
         if delivery.is_last:
-            self.tasks_done, self._running = self.tasks_done + 1, None
-            self.ledger.commit()
+            ends_step = delivery.key.phase != ACCUMULATE
+            self.tasks_done, self._running = (
+                self.tasks_done + 1,
+                None if ends_step else delivery.key,
+            )
+            self.ledger.commit(ends_step=ends_step)
 
     def _answer_query(self, query: Query, delivery: Delivery, encode: Encoder) -> Iterator[Reply]:
         if delivery.error is not None:

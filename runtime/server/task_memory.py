@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 
 from splitonnx.errors import ConnectionLost, ServerBusy, TaskTooLarge
 from splitonnx.messages import Tensors
-from splitonnx.names import PREDICT, SHARE, TRAIN
+from splitonnx.names import PREDICT, SHARE, STEP_PHASES, TRAIN
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS, Task
 from splitonnx.runtime.server.contexts import ServerContext
@@ -99,7 +99,7 @@ class TaskMemory:
         if budget is None or session is None:
             return
         open_phases = session.open_phases
-        for phase in (TRAIN, PREDICT):
+        for phase in (*STEP_PHASES, PREDICT):
             if phase in open_phases and session.awaits_others:
                 continue  # its client is not silent
             if phase in open_phases:

@@ -29,6 +29,7 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``epoch`` counts from 0, and ``batch`` is the number of batches of this epoch that are already
     done.  The other fields describe how the data are split and shuffled, and must not change when
     training resumes.  ``samples`` is the number of samples, or ``None`` if it is unknown.
+    ``accumulate`` is the number of micro-batches of a step.
     ``schedule`` and ``stopping`` describe the learning-rate schedule and when training stops early;
     they are empty without.  ``best`` is the best evaluation before this position.
     ``unshared_steps`` and ``unshared_samples`` count what was trained since the client last shared
@@ -42,6 +43,7 @@ class DataPosition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int
     shuffle: bool
     samples: _Count | None
+    accumulate: _Count = 1
     schedule: str = ""
     stopping: str = ""
     best: Best | None = None

@@ -40,7 +40,7 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
-from splitonnx.names import CLIENT, SERVER, SHARE, TRAIN
+from splitonnx.names import ACCUMULATE, CLIENT, SERVER, SHARE, STEP_PHASES, TRAIN, UPDATE
 from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array, check_rows
 
@@ -78,6 +78,10 @@ MOVES: Mapping[tuple[State, str, type[Message]], State] = {
 
 A message that is not in the table is not allowed.
 """
+
+
+_FINITE_PHASES = STEP_PHASES | {SHARE}
+"""Phases in which NaN or infinity in a tensor would become part of the state."""
 
 
 class Protocol:
@@ -156,6 +160,7 @@ class Protocol:
         if isinstance(message, Tensors):
             if not self._manifest.phase(message.phase).wires:
                 raise RemoteProtocolError(f"there is no phase '{message.phase[:40]}'")
+            _check_place(message)
             self._check_tensors(message, tensors, sender=self._peer)
         self.state = following
         return message, tensors
@@ -190,7 +195,7 @@ class Protocol:
             kind = wires[name].kind
             is_output = kind is WireKind.OUTPUT
             check_array(array, wires[name].tensor, self._sizes, is_output=is_output)
-            if message.phase in (TRAIN, SHARE) and sender == self._peer:
+            if message.phase in _FINITE_PHASES and sender == self._peer:
                 check_finite(name, array, f"step {message.step + 1}")
                 if self._norm is not None and kind is WireKind.GRADIENT:
                     check_norm(name, array, self._norm)
@@ -199,9 +204,22 @@ class Protocol:
 def list_wires(manifest: PartyManifest) -> Wires:
     """Return the wires of each phase, for use in a greeting.
 
-    A wire is a tensor that one party sends to the other.  Phases without wires are left out.
+    A wire is a tensor that one party sends to the other.  Phases without wires are left out, and so
+    are those of micro-batches, which send what ``train`` sends: greetings would be twice as large,
+    and the digest tells whether they are the same.
     """
-    return {phase.name: phase.wires for phase in manifest.phases if phase.wires}
+    return {
+        phase.name: phase.wires
+        for phase in manifest.phases
+        if phase.wires and phase.name not in (ACCUMULATE, UPDATE)
+    }
+
+
+def _check_place(message: Tensors) -> None:
+    """Check that a task of a training step may have its number of micro-batches before it."""
+    number, phase = message.micro_batch, message.phase
+    if (number and phase == TRAIN) or (phase == UPDATE and not number):
+        raise RemoteProtocolError(f"it would {phase} after {number} micro-batches")
 
 
 def _compare_wires(local: Wires, remote: Wires) -> None:

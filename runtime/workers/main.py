@@ -22,7 +22,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import SplitonnxError, StageFailed, StageStopped, StageTooSlow
 from splitonnx.manifests import PartyManifest, decode_manifest
 from splitonnx.messages import TaskKey
-from splitonnx.names import PREDICT, TRAIN
+from splitonnx.names import ACCUMULATE, PREDICT, TRAIN, UPDATE
 from splitonnx.runtime.engine.accelerators import LOGGER
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
@@ -141,7 +141,7 @@ class Host:
             on_stuck=self._end_for_stuck,
         )
         self._base = Executor(self._find_party(start, manifest), engine, norm=start.norm)
-        for phase in (TRAIN, PREDICT):
+        for phase in (TRAIN, PREDICT, ACCUMULATE, UPDATE):
             self._base.prepare(phase)
 
     def _find_party(self, start: Start, manifest: PartyManifest) -> PartyBundle:

@@ -25,8 +25,8 @@ from splitonnx.errors import (
 )
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import TaskKey
-from splitonnx.names import TRAIN
-from splitonnx.runtime.engine.outcomes import publish_state
+from splitonnx.names import ACCUMULATE, TRAIN, UPDATE
+from splitonnx.runtime.storage.outcomes import publish_state
 from splitonnx.runtime.workers.messages import (
     Action,
     Begin,
@@ -108,6 +108,7 @@ class RemoteExecutor:
         self._start = tensors
         self._worker: Worker | None = None
         self._tasks: dict[TaskKey, _Task] = {}
+        self._has_open_step = False  # the worker has accumulated micro-batches of the next step
 
     @property
     def is_lost(self) -> bool:
@@ -117,7 +118,12 @@ class RemoteExecutor:
     @property
     def is_loaded(self) -> bool:
         """Return whether the state is in a worker, or will be sent to a worker for an open task."""
-        return bool(self._tasks) or (self._worker is not None and self._worker.is_alive)
+        return self._is_used or (self._worker is not None and self._worker.is_alive)
+
+    @property
+    def _is_used(self) -> bool:
+        """Return whether the worker has something that :meth:`state` does not return."""
+        return bool(self._tasks) or self._has_open_step
 
     def begin(
         self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
@@ -182,14 +188,22 @@ class RemoteExecutor:
         self._ask(Finish(session=self._number, key=key), key)
         self._pool.note_success(key)
         del self._tasks[key]
-        if key.phase == TRAIN:
-            self.step += 1
+        self._has_open_step = key.phase == ACCUMULATE or (
+            self._has_open_step and key.phase != UPDATE
+        )
+        self.step += key.phase in (TRAIN, UPDATE)
         return {}
 
     def abandon(self, key: TaskKey) -> None:
-        """Abort a task and discard its changes to the state; do nothing if it is not open."""
+        """Abort a task and discard its changes to the state; do nothing if it is not open.
+
+        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted.
+        """
         task = self._tasks.pop(key, None)
-        if task is not None and task.begin is None and self._worker is not None:
+        is_begun = task is not None and task.begin is None
+        if key.phase in (ACCUMULATE, UPDATE) and key.step == self.step:
+            is_begun, self._has_open_step = is_begun or self._has_open_step, False
+        if is_begun and self._worker is not None:
             self._worker.abandon(self._number, key)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -213,10 +227,10 @@ class RemoteExecutor:
         ``waits`` means to wait if another thread is using the worker for this session; otherwise,
         ``False`` is returned at once.
         """
-        if self._tasks or not self._lock.acquire(blocking=waits):
+        if self._is_used or not self._lock.acquire(blocking=waits):
             return False
         try:
-            if self._tasks:
+            if self._is_used:
                 return False
             if self._worker is not None and self._worker.is_alive:
                 given = self._worker.ask(Fetch(session=self._number))
@@ -239,6 +253,7 @@ class RemoteExecutor:
         """
         with self._lock:
             self._tasks.clear()
+            self._has_open_step = False
             if self._worker is not None:
                 self._worker.forget(self._number)
             self._number = next(self._numbers)

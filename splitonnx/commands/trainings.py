@@ -80,6 +80,14 @@ class RunOptions:
 
     epochs: Annotated[int, typer.Option(min=1, help="Times through the data.")] = 1
     batch_size: BatchSizeOption = None
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Micro-batches that the batch of each step is divided into, to need less memory; "
+            "their gradients are added up.",
+        ),
+    ] = 1
     lr: Annotated[
         float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
     ] = None
@@ -292,6 +300,7 @@ def train(
                 dataset,
                 epochs=run.epochs,
                 batch_size=batch_size,
+                accumulate=run.accumulate,
                 shuffle=run.shuffle,
                 eval_data=held_out,
                 metrics=names,

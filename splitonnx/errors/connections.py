@@ -179,6 +179,19 @@ class StepsLost(ProtocolError):
 
 
 @dataclass(eq=False)
+class StepRestarted(ProtocolError):
+    """The server lost the micro-batches of the running step, which begins again at its first."""
+
+    step: int
+
+    def __str__(self) -> str:
+        return (
+            f"the server lost the micro-batches of step {self.step}; give them to it again, "
+            "from the first one"
+        )
+
+
+@dataclass(eq=False)
 class RemoteFault(ProtocolError):
     """The other side reported an error; ``code`` is the name of the error's class."""
 

@@ -65,7 +65,11 @@ class Line:
 
     def __init__(self, url: str, client: Path, token: str | None = None) -> None:
         self.manifest = json.loads((client / "manifest.json").read_text())
-        self.wires = {p["name"]: p["wires"] for p in self.manifest["phases"] if p.get("wires")}
+        self.wires = {
+            phase["name"]: phase["wires"]
+            for phase in self.manifest["phases"]
+            if phase.get("wires") and phase["name"] not in ("accumulate", "update")
+        }
         self.session = uuid.uuid4().hex
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._open = ExitStack()

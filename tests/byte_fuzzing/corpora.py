@@ -17,7 +17,6 @@ from splitonnx.manifests import (
     FORMAT,
     BundleManifest,
     PartyManifest,
-    Recipe,
     Role,
     Source,
     WireKind,
@@ -25,6 +24,7 @@ from splitonnx.manifests import (
 )
 from splitonnx.messages import Message
 from splitonnx.operators import STANDARD_OPERATORS, TRAINING_OPERATORS
+from splitonnx.recipes import Recipe
 from splitonnx.runtime.wire.protocols import State
 from splitonnx.tensors import DTYPES
 from tests.byte_fuzzing.framings import END, NESTED

@@ -42,13 +42,14 @@ def test_explain_shows_what_leaves_with_the_proof(command: Command, bundle: Path
     assert f"{image}activation '{AT}' depends on it through {weight}" in lines
     stays = "  labels 'labels' I64[N]: stays here: no path leads from it to anything that leaves"
     assert lines.index(stays) > lines.index("evaluate, per step of 4, after predicting")
-    assert sum(line.startswith("  proof: the graphs of ") for line in lines) == 3
+    assert sum(line.startswith("  proof: the graphs of ") for line in lines) == 5
     assert "a token if there is one" in lines[-1]
 
 
 def test_explain_as_json_has_the_same_facts(command: Command, bundle: Path) -> None:
     found = json.loads(command.succeed("explain", bundle / "client", "--batch", 4, "--json"))
-    train, predict, evaluate, share = found["phases"]
+    train, predict, evaluate, accumulate, _, share = found["phases"]
+    assert accumulate["leaves"]["tensors"][:-1] == train["leaves"]["tensors"]
     assert (train["phase"], train["leaves"]["bytes"]) == ("train", 4 * (UP + DOWN))
     assert (predict["leaves"]["bytes"], evaluate["leaves"]["bytes"]) == (4 * UP, 0)
     own = [tensor for tensor in share["leaves"]["tensors"] if tensor["wire"].endswith("@own")]

@@ -94,6 +94,19 @@ def test_a_model_left_whole_trains_locally(command: Command, data: Path, tmp_pat
     assert os.listdir(trained.parent) == ["trained.onnx"]
 
 
+def test_micro_batches_change_neither_the_steps_nor_their_samples(
+    command: Command, data: Path
+) -> None:
+    train = ["train", MODEL, "--local", "--data", data, "--batch-size", 8, "--json"]
+    lines = [
+        [json.loads(line) for line in command.succeed(*train, *more).splitlines()]
+        for more in ([], ["--accumulate", 3])
+    ]
+    whole, parted = ([(line["step"], line["samples"]) for line in each] for each in lines)
+    assert whole == parted
+    assert lines[0][0]["loss"] != lines[1][0]["loss"]  # BatchNormalization is by micro-batch
+
+
 def test_the_learning_rate_follows_a_schedule(command: Command, data: Path) -> None:
     out = command.succeed(
         "train", MODEL, "--local", "--data", data, "--batch-size", 8, "--epochs", 2, "--lr", 0.1,

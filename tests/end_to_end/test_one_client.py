@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from splitonnx.bundles import Bundle
+from splitonnx.errors import UsageError
 from splitonnx.names import (
+    ASYNCHRONOUS,
     PER_CLIENT,
     SEQUENTIAL,
     SPLITFED_V1,
@@ -29,16 +31,21 @@ EPOCHS, SAMPLES, BATCH = 2, 12, 4
 
 
 def train(
-    bundle: Bundle, data: Mapping[str, np.ndarray], policy: str
+    bundle: Bundle,
+    data: Mapping[str, np.ndarray],
+    policy: str,
+    *,
+    accumulate: int = 1,
+    isolate: bool = False,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Train one client; return its state and the server's."""
     assert bundle.server is not None
     options = PolicyOptions(name=policy, round_timeout=30.0)
     with (
-        Server(bundle.server, port=0, threads=1, policy=options) as server,
+        Server(bundle.server, port=0, threads=1, policy=options, isolate=isolate) as server,
         Client(bundle.client, server.url, threads=1, share=True) as client,
     ):
-        client.fit(data, epochs=EPOCHS, batch_size=BATCH)
+        client.fit(data, epochs=EPOCHS, batch_size=BATCH, accumulate=accumulate)
         client.evaluate(data)  # it is answered after the server's last update
         models = server._registry.policy.models  # type: ignore[attr-defined]
         return client.state(), models[client.session].executor.state()
@@ -59,3 +66,31 @@ def test_a_client_that_is_alone_trains_the_same_bits_with_every_policy(name: str
             assert state.keys() == expected.keys()
             for key, array in expected.items():
                 np.testing.assert_array_equal(state[key], array, err_msg=f"{policy}: {key}")
+
+
+@pytest.mark.parametrize("name", ["batchnorm_trained", "bce"])
+def test_steps_of_micro_batches_are_the_same_in_a_worker_and_with_copies_of_the_model(
+    name: str,
+) -> None:
+    entry = ZOO[name]
+    tensors = [found.tensor for found in list_cuts(prepare(open_model(entry.build())), None)]
+    optimizer = AdamW(lr=0.01, clip_norm=1.0)
+    bundle = cut(entry.build(), at=tensors[1], loss=entry.loss, optimizer=optimizer)
+    data = entry.data(SAMPLES)
+    plain = train(bundle, data, PER_CLIENT, accumulate=3)
+    others = [
+        train(bundle, data, SEQUENTIAL, accumulate=3),
+        train(bundle, data, SPLITFED_V1, accumulate=3),
+        train(bundle, data, PER_CLIENT, accumulate=3, isolate=True),
+    ]
+    for states in others:
+        for expected, state in zip(plain, states, strict=True):
+            for key, array in expected.items():
+                np.testing.assert_array_equal(state[key], array, err_msg=key)
+
+
+@pytest.mark.parametrize("policy", [SPLITFED_V2, SYNCHRONOUS, ASYNCHRONOUS])
+def test_one_model_of_many_clients_refuses_micro_batches_before_training(policy: str) -> None:
+    bundle = cut(ZOO["chain"].build(), at="act1")
+    with pytest.raises(UsageError, match=f"policy '{policy}' does not let a step consist of"):
+        train(bundle, ZOO["chain"].data(SAMPLES), policy, accumulate=2)

@@ -26,7 +26,7 @@ from tests.support import tiny
 from tests.vectors import builders
 
 HERE = Path(builders.__file__).parent
-LARGEST = 350_000
+LARGEST = 400_000
 """Bytes of all vectors together; a bundle's manifests list what it shares once for each party."""
 
 
@@ -131,4 +131,4 @@ def test_every_stage_gives_what_the_vectors_say() -> None:
                     found = engine.to_array(tensor)
                     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
                 ran += 1
-    assert ran == 11
+    assert ran == 24

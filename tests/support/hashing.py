@@ -66,7 +66,8 @@ class HashingEngine(Engine):
         return self._draw(stage.outputs, seen.digest())
 
     def _learn(self, manifest: PartyManifest) -> None:
-        states = {spec.tensor.name: spec.tensor for spec in manifest.state}
+        kept = [*(spec.tensor for spec in manifest.state), *manifest.accumulators]
+        states = {tensor.name: tensor for tensor in kept}
         for phase in manifest.phases:
             for stage in phase.stages:
                 self._outputs[stage.name, manifest.files[stage.graph]] = stage.outputs

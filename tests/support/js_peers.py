@@ -54,6 +54,8 @@ from tests.support.zoo import ZOO, Arrays
 BATCH = 8
 EPOCHS = 2
 SAMPLES = 24
+MICRO_BATCHES = 3
+"""Of a step of the bundles whose names say that they accumulate."""
 SEED = 3
 
 
@@ -184,6 +186,8 @@ def write_model(folder: Path, name: str) -> list[str]:
     trained = train_whole(cut_prepared(prepared, at=None, loss=entry.loss), data)
     cuts = [found.tensor for found in list_cuts(prepared, None)]
     written: list[str] = []
+    whole = cut_prepared(prepared, at=None, loss=entry.loss)
+    accumulated = train_whole(whole, data, accumulate=MICRO_BATCHES)
     for at, tail in [*((tensor, ()) for tensor in cuts), (cuts[0], cuts[-1])]:
         bundle = cut_prepared(
             prepared,
@@ -195,6 +199,8 @@ def write_model(folder: Path, name: str) -> list[str]:
         )
         written.append(f"{name}-{len(written)}")
         write(folder / written[-1], bundle, data, trained)
+    written.append(f"{name}-accumulated")
+    write(folder / written[-1], bundle, data, accumulated)  # the U-shaped one
     return written
 
 
@@ -244,10 +250,10 @@ def write_coded(folder: Path, wire: str) -> str:
     return name
 
 
-def train_whole(bundle: Bundle, data: Arrays | list[Arrays]) -> Arrays:
+def train_whole(bundle: Bundle, data: Arrays | list[Arrays], accumulate: int = 1) -> Arrays:
     """Train an uncut bundle, and return the losses, and the state and the evaluation after it."""
     with Client(bundle.client, threads=1, seed=SEED) as client:
-        history = client.fit(data, epochs=EPOCHS, batch_size=BATCH)
+        history = client.fit(data, epochs=EPOCHS, batch_size=BATCH, accumulate=accumulate)
         losses = np.array([record.loss for record in history.steps])
         evaluated = np.array(client.evaluate(data, batch_size=BATCH)["loss"])
         return {**client.state(), "#losses": losses, "#evaluated": evaluated}

@@ -16,7 +16,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.codecs import Chunk
 from splitonnx.errors import ConnectionLost
 from splitonnx.messages import TaskKey, Tensors, decode_message
-from splitonnx.names import TRAIN
+from splitonnx.names import STEP_PHASES
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.dispatchers import Dispatcher
@@ -132,7 +132,7 @@ class Network:
         return Counter(
             (message.key, message.turn)
             for message in messages
-            if isinstance(message, Tensors) and message.phase == TRAIN
+            if isinstance(message, Tensors) and message.phase in STEP_PHASES
         )
 
     def delay(self, line: Line, content: bytes) -> None:

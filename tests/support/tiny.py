@@ -27,7 +27,6 @@ from splitonnx.manifests import (
     BundleManifest,
     PartyManifest,
     Phase,
-    Recipe,
     Role,
     Source,
     Stage,
@@ -36,6 +35,7 @@ from splitonnx.manifests import (
     Wire,
     WireKind,
 )
+from splitonnx.recipes import Recipe
 from splitonnx.sharing import declare_sharing
 from splitonnx.tensors import TensorSpec, name_dtype
 

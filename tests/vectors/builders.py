@@ -332,7 +332,7 @@ class Recorder(Engine):
 
 
 def record_stages(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Train a step, predict and evaluate; give every stage's inputs and outputs.
+    """Train a step, predict, evaluate, accumulate; give every stage's inputs and outputs.
 
     They are named ``party/stage/in/name`` and ``party/stage/out/name``.
     """
@@ -344,6 +344,7 @@ def record_stages(bundle: Bundle) -> dict[str, np.ndarray]:
         client._executor._engine = Recorder("client", kept)  # it makes its own otherwise
         client.step(data)
         client.evaluate(data)
+        client.step(data, accumulate=2)
         link.drain()
     return kept
 

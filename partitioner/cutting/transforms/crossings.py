@@ -29,13 +29,21 @@ from splitonnx.manifests import (
     Wire,
     WireKind,
 )
-from splitonnx.names import PORTABLE, PREDICT, TRAIN, name_carried
+from splitonnx.names import (
+    ACCUMULATE,
+    PORTABLE,
+    PREDICT,
+    STEP_PHASES,
+    TRAIN,
+    name_carried,
+)
 from splitonnx.partitioner.cutting.assemblies import write_stage
 from splitonnx.partitioner.cutting.transforms.choices import make_encoding
 from splitonnx.partitioner.cutting.transforms.encodings import Encoding
 from splitonnx.partitioner.cutting.transforms.feedbacks import (
     add_feedback,
     declare_residual,
+    leave_out_accumulating,
     make_residual,
     refuse_feedback,
 )
@@ -114,7 +122,11 @@ def encode_crossings(bundle: Bundle, codecs: WireCodecs) -> Bundle:
     """
     if codecs.is_plain:
         return bundle
-    phases = {name: _plan_phase(bundle, name, codecs) for name in (TRAIN, PREDICT)}
+    if codecs.backward.has_feedback:
+        bundle = leave_out_accumulating(bundle)
+    present = {phase.name for phase in bundle.client.manifest.phases}
+    names = [name for name in (TRAIN, ACCUMULATE, PREDICT) if name in present]
+    phases = {name: _plan_phase(bundle, name, codecs) for name in names}
     if not any(phases.values()):
         raise UsageError(
             f"--wire {codecs}: this cut sends no activation and no gradient of floats, so there is "
@@ -123,7 +135,7 @@ def encode_crossings(bundle: Bundle, codecs: WireCodecs) -> Bundle:
     parties = dict(bundle.parties)
     for name, plans in phases.items():
         if plans:
-            parties = _encode_phase(parties, name, plans)
+            parties = _encode_phase(parties, bundle.parties, name, plans)
     unsigned = {
         name: replace(party, manifest=msgspec.structs.replace(party.manifest, digest=""))
         for name, party in parties.items()
@@ -155,7 +167,7 @@ def _plan_phase(bundle: Bundle, phase: str, codecs: WireCodecs) -> dict[str, _Pl
         is_made = (wire.sender, wire.tensor.name) in made
         if codec is None or codec.is_plain or wire.tensor.dtype != "F32" or not is_made:
             continue
-        plan = _Plan(wire=wire, codec=codec, is_training=phase == TRAIN)
+        plan = _Plan(wire=wire, codec=codec, is_training=phase in STEP_PHASES)
         if reason := plan.refuse():
             name = wire.tensor.name.rpartition("@")[0]
             kind = "the gradient of " if wire.kind is WireKind.GRADIENT else ""
@@ -168,14 +180,20 @@ def _plan_phase(bundle: Bundle, phase: str, codecs: WireCodecs) -> dict[str, _Pl
 
 
 def _encode_phase(
-    parties: Mapping[str, PartyBundle], phase: str, plans: Mapping[str, _Plan]
+    parties: Mapping[str, PartyBundle],
+    plain: Mapping[str, PartyBundle],
+    phase: str,
+    plans: Mapping[str, _Plan],
 ) -> dict[str, PartyBundle]:
-    """Encode the planned tensors of one phase, in the senders' stages and in the receivers'."""
+    """Encode the planned tensors of one phase, in the senders' stages and in the receivers'.
+
+    Phases share graphs, so each starts from those of ``plain``, where nothing is encoded.
+    """
     coded: dict[str, _Coded] = {}
     made = dict(parties)
     for name, party in made.items():
         sent = {n: plan for n, plan in plans.items() if plan.wire.sender == name}
-        made[name], found = _add_encoders(party, phase, sent)
+        made[name], found = _add_encoders(party, plain[name].graphs, phase, sent)
         coded |= found
     for name, party in made.items():
         received = [one for one in coded.values() if one.plan.wire.receiver == name]
@@ -213,7 +231,7 @@ def _replace_phase(party: PartyBundle, phase: Phase, graphs: Mapping[str, bytes]
 
 
 def _add_encoders(
-    party: PartyBundle, phase: str, plans: Mapping[str, _Plan]
+    party: PartyBundle, plain: Mapping[str, bytes], phase: str, plans: Mapping[str, _Plan]
 ) -> tuple[PartyBundle, dict[str, _Coded]]:
     """Add the nodes that encode to the stages that make what is sent."""
     part = party.manifest.phase(phase)
@@ -225,7 +243,7 @@ def _add_encoders(
     for stage in part.stages:
         own = [plans[name] for name in stage.outputs if name in plans]
         if own:
-            content = graphs.get(stage.graph, party.graphs[stage.graph])
+            content = graphs.get(stage.graph, plain[stage.graph])
             stage, content, found = _encode_stage(
                 stage, content, own, kept, is_portable=party.manifest.target == PORTABLE
             )

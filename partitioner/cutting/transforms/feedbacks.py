@@ -7,16 +7,23 @@ commits it with the step.  It has the gradient's shape, so that must be known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 
+from splitonnx.bundles import Bundle
 from splitonnx.manifests import Role, StateSpec, Wire, WireKind
-from splitonnx.names import name_carried
+from splitonnx.names import ACCUMULATE, CLIENT, UPDATE, WEIGH, name_carried
 from splitonnx.partitioner.cutting.transforms.encodings import Encoding, Piece
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.tensors import TensorSpec
+
+_SHARED_RESIDUAL = (
+    "its codec keeps what it left out for the next step (+ef), and micro-batches of different rows "
+    "would share that; cut the model with a codec without +ef"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +72,24 @@ def add_feedback(
     left = builder.op("Sub", summed, decoded)
     left.name, left.type, left.shape = name_carried(name), kind, shape
     return Feedback(kept=kept, next=left, pieces=pieces)
+
+
+def leave_out_accumulating(bundle: Bundle) -> Bundle:
+    """Leave out the phases for steps of several micro-batches, which would share one residual."""
+    parties = {}
+    for name, party in bundle.parties.items():
+        manifest = party.manifest
+        phases = tuple(p for p in manifest.phases if p.name not in (ACCUMULATE, UPDATE, WEIGH))
+        used = {stage.graph for phase in phases for stage in phase.stages}
+        graphs = {file: graph for file, graph in party.graphs.items() if file in used}
+        changed = msgspec.structs.replace(
+            manifest,
+            phases=phases,
+            accumulators=(),
+            files={
+                n: sha for n, sha in manifest.files.items() if n in used or n not in party.graphs
+            },
+            unweighable=(manifest.unweighable or _SHARED_RESIDUAL) if name == CLIENT else "",
+        )
+        parties[name] = replace(party, manifest=changed, graphs=graphs)
+    return replace(bundle, parties=parties)

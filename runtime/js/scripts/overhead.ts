@@ -58,7 +58,9 @@ function answer(content: Uint8Array): Uint8Array<ArrayBuffer> | undefined {
 }
 
 function welcome({ session, digest, step, wires }: MessageOf<"Hello">): MessageOf<"Welcome"> {
-  const terms = { policy: "per-client", localSteps: 0, rounds: 0 };
+  const terms = {
+    policy: "per-client", localSteps: 0, rounds: 0, canAccumulate: true, restarts: false,
+  };
   return { type: "Welcome", session, digest, step, wantsRepeat: false, ...terms, wires };
 }
 

@@ -273,6 +273,16 @@ export class StepsLost extends ProtocolError {
   }
 }
 
+/** The server lost the micro-batches of the running step, which begins again at its first. */
+export class StepRestarted extends ProtocolError {
+  override name = "StepRestarted";
+  constructor(readonly step: number) {
+    super(
+      `the server lost the micro-batches of step ${step}; give them to it again, from the first one`,
+    );
+  }
+}
+
 /** The other side reported an error of its own; `code` is that error's name. */
 export class RemoteFault extends ProtocolError {
   override name = "RemoteFault";

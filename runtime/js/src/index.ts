@@ -10,7 +10,13 @@ export { SplitClient } from "./client/clients.js";
 export type { Batch, DataSource } from "./client/datasets.js";
 export { History } from "./client/histories.js";
 export type { Evaluation, StepRecord } from "./client/histories.js";
-export type { ConnectOptions, FitOptions, LearningRate, Outputs } from "./client/options.js";
+export type {
+  ConnectOptions,
+  FitOptions,
+  LearningRate,
+  Outputs,
+  StepOptions,
+} from "./client/options.js";
 export type { Duration, Schedule } from "./schedules.js";
 export type { WhenUnsaved } from "./client/runners.js";
 export type { Ort, OutputTensor, TensorLike } from "./engine/engines.js";

@@ -1,8 +1,8 @@
 /**
  * The manifest: all that a runtime must know to run a bundle, and nothing about neural networks.
  *
- * A *phase* is what a party does for one task (`train`, `predict`, `evaluate`, `share`): a set of
- * stages that each run as soon as their inputs are there.  Where a stage's input comes from is
+ * A *phase* is what a party does for one task (`train`, `predict`, `evaluate`, `share`; `weigh`,
+ * `accumulate` and `update` for steps of several micro-batches): a set of stages that each run as soon as their inputs are there.  Where a stage's input comes from is
  * written beside it.  `docs/bundles.md` describes the fields; the Python side writes them.
  */
 
@@ -33,6 +33,17 @@ export const TRAIN = "train";
 export const PREDICT = "predict";
 export const EVALUATE = "evaluate";
 export const SHARE = "share";
+/** Phases of a step of several micro-batches: what counts in each, its gradients, the step's end. */
+export const [WEIGH, ACCUMULATE, UPDATE] = ["weigh", "accumulate", "update"];
+/** The phases that a training step is made of. */
+export const STEP_PHASES: readonly string[] = [TRAIN, ACCUMULATE, UPDATE];
+
+export const LOSS = "loss";
+/**
+ * Suffixes of results of an evaluation: what counted in a mean, the sum of the weighted terms, and a
+ * loss's factor in the sum.
+ */
+export const [COUNTED, TOTAL, WEIGHT] = ["@counted", "@total", "@weight"];
 
 /** Scalar input, I64[3]: (seed, step, micro-batch); Dropout derives its mask from it. */
 export const KEY = "splitonnx.key";
@@ -62,7 +73,9 @@ export const readWire = readRecord({
   tensor: readTensorSpec,
   sender: readText,
   receiver: readText,
-  kind: readOneOf("activation", "gradient", "input", "output", "report", "norm", "parameter"),
+  kind: readOneOf(
+    "activation", "gradient", "input", "output", "report", "norm", "parameter", "count",
+  ),
 });
 /** Reads the declaration of a tensor that `wires` carry encoded, as its receiver decodes it. */
 const readEncoded = readRecord({
@@ -105,6 +118,8 @@ const readManifest = readRecord({
   learningRate: readNumber,
   outputs: readOptional(readList(readTensorSpec), []),
   remoteStates: readOptional(readList(readText), []),
+  accumulators: readOptional(readList(readTensorSpec), []),
+  unweighable: readOptional(readText, ""),
   weights: readOptional(readText, ""),
 });
 
@@ -176,11 +191,11 @@ function checkWires({ phases }: PartyManifest, source: string): void {
 }
 
 /**
- * Check what memory is taken for on the manifest's word alone: the optimizer's zeros.  Each is of a
- * parameter's shape, {@link MAX_SLOTS} to a parameter; the parameters themselves are held against a
- * file.
+ * Check what memory is taken for on the manifest's word alone: the optimizer's zeros, and the sums of
+ * gradients.  Each is of a parameter's shape, {@link MAX_SLOTS} and one to a parameter; the
+ * parameters themselves are held against a file.
  */
-function checkState({ state }: PartyManifest, source: string): void {
+function checkState({ state, accumulators }: PartyManifest, source: string): void {
   const names = new Set<string>();
   const room = new Map<string, number>(); // shape to the zeros that it may still have
   for (const { tensor, role } of state) {
@@ -198,6 +213,17 @@ function checkState({ state }: PartyManifest, source: string): void {
     }
     names.add(tensor.name);
     if (role === "optimizer") room.set(shape, left - 1);
+  }
+  const parameters = state.filter(({ role }) => role === "parameter");
+  const sums = parameters.map(({ tensor }) => describe(tensor));
+  for (const tensor of accumulators) {
+    const place = sums.indexOf(describe(tensor));
+    if (place < 0 || names.has(tensor.name)) {
+      const what = `'${tensor.name}' of ${describe(tensor)}`;
+      throw new FormatError(source, `no party has an accumulator ${what}`);
+    }
+    names.add(tensor.name);
+    sums.splice(place, 1);
   }
 }
 

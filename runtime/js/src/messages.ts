@@ -51,7 +51,7 @@ const FIELDS = {
   Login: readRecord({ token: readText }),
   /**
    * Client: I have this bundle and am at this step of this session.  `canShare`: my user permits
-   * me to share my parameters.
+   * me to share my parameters.  `microBatch`: I have completed so many micro-batches of the step.
    */
   Hello: readRecord({
     protocol: readOptional(readCount, PROTOCOL),
@@ -65,19 +65,23 @@ const FIELDS = {
     isOpen: readOptional(readFlag, false),
     canRepeat: readOptional(readFlag, false),
     canShare: readOptional(readFlag, false),
+    microBatch: readOptional(readCount, 0),
     wires: readWires,
   }),
   /**
    * Server: so have I; we are at `step`, the client's own or one that it kept.  `wantsRepeat`: I
    * have not made the step before that yet; send its messages again.  Where `localSteps` is not 0,
    * my `policy` joins what clients learn: share your parameters after so many steps, until `rounds`
-   * rounds are complete; 0: you decide.
+   * rounds are complete; 0: you decide.  `canAccumulate`: a step may consist of several
+   * micro-batches.  `restarts`: I do not have yours of the running step, so begin it again.
    */
   Welcome: readRecord({
     session: readText,
     digest: readText,
     step: readCount,
     wantsRepeat: readOptional(readFlag, false),
+    canAccumulate: readOptional(readFlag, false),
+    restarts: readOptional(readFlag, false),
     policy: readOptional(readText, PER_CLIENT),
     localSteps: readOptional(readCount, 0),
     rounds: readOptional(readCount, 0),

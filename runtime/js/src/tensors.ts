@@ -124,6 +124,21 @@ export function takeRows(array: NdArray, rows: ArrayLike<number>): NdArray {
   return { dtype: array.dtype, shape: [rows.length, ...array.shape.slice(1)], data };
 }
 
+/** Return the part of a tensor from `start` to `end` on an axis. */
+export function sliceAxis(array: NdArray, axis: number, start: number, end: number): NdArray {
+  const { dtype, shape } = array;
+  const sliced = makeZeros(dtype, [...shape.slice(0, axis), end - start, ...shape.slice(axis + 1)]);
+  const [from, to] = [viewBytes(array.data), viewBytes(sliced.data)];
+  const blocks = countElements(shape.slice(0, axis));
+  const [whole, part] = [from.length / blocks, to.length / blocks];
+  const first = (whole / shape[axis]!) * start;
+  for (let block = 0; block < blocks; block++) {
+    const begin = block * whole + first;
+    to.set(from.subarray(begin, begin + part), block * part);
+  }
+  return sliced;
+}
+
 /** Join tensors along an axis; numbers become one dimension. */
 export function concatenate(parts: readonly NdArray[], axis: number): NdArray {
   const { dtype, shape: sizes } = parts[0]!;

@@ -41,7 +41,9 @@ export interface Lies {
 export function welcome(hello: MessageOf<"Hello">, changes = {}): CannedResponse {
   const { session, digest, step } = hello;
   const wires = listWires(MANIFEST);
-  const terms = { policy: "per-client", localSteps: 0, rounds: 0 };
+  const terms = {
+    policy: "per-client", localSteps: 0, rounds: 0, canAccumulate: true, restarts: false,
+  };
   return {
     message: { type: "Welcome", session, digest, step, wantsRepeat: false, ...terms, wires, ...changes },
   };

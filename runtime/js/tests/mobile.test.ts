@@ -53,7 +53,7 @@ describe("every stage of an export gives what the vectors say", () => {
           assert.ok(relate(found.data, expected.data) < 1e-4, `${stage.name} ${output}`);
         }
       }
-      assert.equal(stages.length, 7);
+      assert.equal(stages.length, 14);
       await engine.release();
     });
   }

@@ -21,7 +21,7 @@ describe("a client alone", () => {
       return true;
     });
     const client = await connect(server.url);
-    const terms = { policy: "splitfed-v1", localSteps: 2, rounds: 0, joins: true };
+    const terms = { policy: "splitfed-v1", localSteps: 2, rounds: 0, joins: true, canAccumulate: true };
     assert.deepEqual(client.terms, terms);
     await client.close();
   });
@@ -32,7 +32,8 @@ describe("a client alone", () => {
     const phases = new Set<string>();
     const onWires = (_: string, phase: string) => void phases.add(phase);
     const { client } = await train(server.url, {}, { onWires });
-    assert.deepEqual(client.terms, { policy: "per-client", localSteps: 0, rounds: 0, joins: false });
+    const terms = { policy: "per-client", localSteps: 0, rounds: 0 };
+    assert.deepEqual(client.terms, { ...terms, joins: false, canAccumulate: true });
     assert.deepEqual([...phases], ["train"]);
   });
 

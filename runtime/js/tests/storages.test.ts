@@ -182,7 +182,7 @@ describe("a session's checkpoints", () => {
     const { store, make } = await open(new MemoryStorage());
     const position = {
       epoch: 1, batch: 2, batchSize: 8, seed: 3, shuffle: true, samples: null, schedule: "cosine",
-      unsharedSteps: 1, unsharedSamples: 8, round: 3,
+      unsharedSteps: 1, unsharedSamples: 8, round: 3, accumulate: 2,
     };
     await store.write({ ...make(5), position });
     assert.deepEqual((await store.read(session, 5)).position, position);

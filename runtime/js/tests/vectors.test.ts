@@ -109,7 +109,8 @@ test("replies are taken and refused as the vectors say", async () => {
     const protocol = new Protocol(manifest);
     protocol.send({
       type: "Hello", protocol: PROTOCOL, digest: manifest.digest, session: "s", origin: "",
-      start: 0, generation: 1, step: 0, kept: [], isOpen: false, canRepeat: false, canShare: false, wires,
+      start: 0, generation: 1, step: 0, kept: [], isOpen: false, canRepeat: false, canShare: false,
+      microBatch: 0, wires,
     });
     protocol.state = state;
     let caught = "";
@@ -246,7 +247,7 @@ describe("every stage gives what the vectors say", () => {
         }
         ran += 1;
       }
-      assert.equal(ran, 7);
+      assert.equal(ran, 14);
       await engine.release();
     });
   }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from splitonnx.names import SHARE, TRAIN
+from splitonnx.names import SHARE, STEP_PHASES
 from splitonnx.runtime.server.operations.session_statuses import SessionStatus
 from splitonnx.runtime.server.policies.tasks import MemberReport
 from splitonnx.runtime.server.registries import Registry
@@ -92,7 +92,7 @@ def _describe(known: _Known, furthest: int, now: float, *, whole_ids: bool) -> S
 
 
 def _find_activity(status: SessionStatus, member: MemberReport) -> Activity:
-    if TRAIN in status.open_phases:
+    if status.open_phases & STEP_PHASES:
         return "training"
     if member.is_waiting:
         return "waiting"

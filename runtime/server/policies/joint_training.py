@@ -16,7 +16,7 @@ import numpy as np
 from splitonnx.errors import NotFinite
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import Hello, Save, TaskKey
-from splitonnx.names import SHARE, TRAIN
+from splitonnx.names import SHARE, STEP_PHASES
 from splitonnx.runtime.server.policies.joining.coordinators import Coordinator
 from splitonnx.runtime.server.policies.joining.rounds import Answer, Rounds, Share
 from splitonnx.runtime.server.policies.models import ServerModel
@@ -103,7 +103,7 @@ class JointTraining:
             RemoteProtocolError: a share is incomplete, or its numbers are out of range.
             NotSaved: a state that the share replaces cannot be deleted from the disk.
         """
-        if task.key.phase in (TRAIN, SHARE):
+        if task.key.phase in STEP_PHASES or task.key.phase == SHARE:
             self._begin(task.key.session)
         self._catch_up(task.key.session)
         if task.key.phase != SHARE:

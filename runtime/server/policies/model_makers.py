@@ -19,11 +19,11 @@ from splitonnx.errors import (
     UsageError,
 )
 from splitonnx.messages import Hello
-from splitonnx.names import PREDICT, TRAIN
+from splitonnx.names import ACCUMULATE, PREDICT, TRAIN, UPDATE
 from splitonnx.runtime.engine.executors import Executor, SessionExecutor
-from splitonnx.runtime.engine.outcomes import publish_state
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.storage.archives import Archive
+from splitonnx.runtime.storage.outcomes import publish_state
 from splitonnx.states import is_session
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ModelMaker:
     """
 
     def __init__(self, base: Executor, archive: Archive | None, workers: WorkerPool | None) -> None:
-        for phase in (TRAIN, PREDICT):
+        for phase in (TRAIN, PREDICT, ACCUMULATE, UPDATE):
             base.prepare(phase)  # before sessions share the loaded stages
         self._base = base
         self._untrained = base if base.party.trained is None else _rewind(base)

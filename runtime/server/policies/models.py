@@ -10,7 +10,7 @@ import numpy as np
 
 from splitonnx.errors import BundleError
 from splitonnx.messages import TaskKey
-from splitonnx.names import TRAIN
+from splitonnx.names import ACCUMULATE, STEP_PHASES, UPDATE
 from splitonnx.runtime.engine.executors import Executor, SessionExecutor
 from splitonnx.runtime.server.policies.tasks import Delivery, Task
 from splitonnx.runtime.storage.archives import Archive
@@ -72,7 +72,7 @@ class ServerModel:
         Raises:
             SplitonnxError: as raised by :meth:`Executor.begin`.
         """
-        own = msgspec.structs.replace(key, step=self.version) if key.phase == TRAIN else key
+        own = self._find_own(key)
         self.executor.begin(own, data={}, seed=seed, learning_rate=learning_rate)
         self._keys[key] = own
 
@@ -109,10 +109,19 @@ class ServerModel:
             yield Delivery(key=key, version=self.version, is_last=True)
 
     def abandon(self, key: TaskKey) -> None:
-        """Abort a task and discard its changes to the state; do nothing if it is not open."""
+        """Abort a task and discard its changes to the state; do nothing if it is not open.
+
+        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted.
+        """
         own = self._keys.pop(key, None)
+        if own is None and key.phase in (ACCUMULATE, UPDATE):
+            own = self._find_own(key)
         if own is not None:
             self.executor.abandon(own)
+
+    def _find_own(self, key: TaskKey) -> TaskKey:
+        is_step = key.phase in STEP_PHASES
+        return msgspec.structs.replace(key, step=self.version) if is_step else key
 
     def list_versions(self) -> tuple[int, ...]:
         """Return the versions of the checkpoints and of the start.

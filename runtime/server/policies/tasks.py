@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from splitonnx.errors import SplitonnxError
-from splitonnx.messages import TaskKey
+from splitonnx.messages import TaskKey, Tensors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,6 +27,17 @@ class Task:
     seed: int
     learning_rate: float
     tensors: Mapping[str, np.ndarray] = field(repr=False)
+
+
+def make_task(message: Tensors, tensors: Mapping[str, np.ndarray]) -> Task:
+    """Return the submission that a client's message is."""
+    return Task(
+        key=message.key,
+        turn=message.turn,
+        seed=message.seed,
+        learning_rate=message.learning_rate,
+        tensors=tensors,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from splitonnx.errors import RemoteProtocolError
+from splitonnx.names import ACCUMULATE, ONE_MODEL, UPDATE
+
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
@@ -17,6 +20,23 @@ class Terms:
     policy: str
     local_steps: int = 0
     rounds: int = 0
+
+    @property
+    def can_accumulate(self) -> bool:
+        """Return whether a client's step may consist of several micro-batches.
+
+        A model that several clients train at once is updated by each micro-batch of each of them.
+        """
+        return self.policy not in ONE_MODEL
+
+    def check(self, phase: str) -> None:
+        """Check that a client may send tensors in a phase.
+
+        Raises:
+            RemoteProtocolError: the phase accumulates, which the policy does not permit.
+        """
+        if phase in (ACCUMULATE, UPDATE) and not self.can_accumulate:
+            raise RemoteProtocolError(f"the policy '{self.policy}' does not let it {phase}")
 
     def describe(self) -> tuple[str, ...]:
         """Return a sentence about what clients share; none if they share nothing."""

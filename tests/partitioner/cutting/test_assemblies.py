@@ -53,6 +53,7 @@ def test_every_input_of_a_stage_has_a_source_that_has_it(target: str) -> None:
     bundle = cut_chain(at="act0", tail_at="act2", client_target=target, server_target=target)
     for party in bundle.parties.values():
         state = {spec.tensor.name for spec in party.manifest.state}
+        state |= {spec.name for spec in party.manifest.accumulators}
         for phase in party.manifest.phases:
             data = {spec.name for spec in phase.data}
             received = {w.tensor.name for w in phase.wires if w.receiver == party.manifest.party}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from splitonnx.errors import RemoteProtocolError
+from splitonnx.errors import LocalProtocolError, RemoteProtocolError
 from splitonnx.messages import TaskKey, Tensors
-from splitonnx.runtime.channels.open_tasks import OpenTask
+from splitonnx.runtime.channels.open_tasks import OpenTask, SentTasks
 
 KEY = TaskKey(session="5" * 32, phase="train", step=3, micro_batch=0)
 
@@ -65,3 +65,40 @@ def test_tasks_keep_what_they_sent_apart() -> None:
     first, second = OpenTask(key=KEY), OpenTask(key=KEY)
     first.sent.append((answer(0), {}))
     assert second.sent == []
+
+
+def end_task(tasks: SentTasks, phase: str, step: int, micro_batch: int = 0) -> None:
+    tasks.open = OpenTask(key=TaskKey("a" * 32, phase, step, micro_batch))
+    tasks.end()
+
+
+def test_the_task_before_the_next_one_is_kept_to_be_sent_again() -> None:
+    tasks = SentTasks()
+    end_task(tasks, "train", 4)
+    assert (found := tasks.find_last(5)) is not None
+    assert found.key.step == 4
+    assert tasks.find_last(6) is None
+    end_task(tasks, "predict", 0)  # it belongs to no step
+    assert tasks.find_last(5) is found
+
+
+def test_within_a_step_the_micro_batch_before_is_kept() -> None:
+    tasks = SentTasks()
+    end_task(tasks, "accumulate", 5, 0)
+    assert tasks.find_last(5) is None  # the step would begin again, which needs none
+    tasks.open = OpenTask(key=TaskKey("a" * 32, "accumulate", 5, 1))
+    assert (found := tasks.find_last(5)) is not None
+    assert found.key.micro_batch == 0
+    tasks.note_reply()
+    assert tasks.find_last(5) is None
+
+
+def test_an_update_is_confirmed_and_not_repeated() -> None:
+    tasks = SentTasks()
+    end_task(tasks, "update", 5, 2)
+    assert tasks.find_last(6) is None
+
+
+def test_without_an_open_task_nothing_is_sent() -> None:
+    with pytest.raises(LocalProtocolError, match="no task is open"):
+        SentTasks().require_open()

@@ -118,7 +118,7 @@ print(len(explain(sys.argv[1]).phases), {"onnx", "onnx_ir", "onnxruntime"} & sys
         text=True,
         check=True,
     )
-    assert done.stdout == "4 set()\n"
+    assert done.stdout == "6 set()\n"
 
 
 def test_only_a_clients_part_is_explained() -> None:

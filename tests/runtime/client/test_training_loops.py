@@ -65,6 +65,12 @@ class Runner:
             return {"loss": np.array(loss), "mae": np.array(1.0)}
         return {"y": np.zeros((len(data["x"]), 2), np.float32)}
 
+    def train(
+        self, batch: Mapping[str, np.ndarray], learning_rate: float, accumulate: int
+    ) -> dict[str, np.ndarray]:
+        self.calls.extend([f"accumulate {accumulate}"] if accumulate > 1 else [])
+        return self.perform(TRAIN, batch, learning_rate)
+
     def checkpoint(self, position: DataPosition, when_unsaved: str, *, keep: bool = False) -> bool:
         if keep:
             self.kept[self._executor.step] = position

@@ -56,14 +56,19 @@ from tests.support.zoo import ZOO
 
 BATCH, STEPS_AN_EPOCH, EPOCHS, EVERY = 2, 3, 2, 2
 DATA = ZOO["dropout"].data(BATCH * STEPS_AN_EPOCH)
+MORE_DATA = ZOO["dropout"].data(3 * BATCH * STEPS_AN_EPOCH)
 HELD_OUT = ZOO["dropout"].data(BATCH, seed=8)
 STEPS = STEPS_AN_EPOCH * EPOCHS
 SHAPES: Mapping[str, tuple[str, tuple[str, ...], float | None]] = {
     "vanilla": ("d1", (), None),
     "u-shaped": ("r1", ("flat",), None),
     "u-shaped, clipped": ("r1", ("flat",), 1.0),  # the client has the last word of a step
+    "vanilla, accumulated": ("d1", (), None),
+    "u-shaped, clipped, accumulated": ("r1", ("flat",), 1.0),
 }
 """Where the network is cut, and the norm to which its gradients are clipped."""
+MICRO_BATCHES = 3
+"""Of the steps of the shapes that say so; each has as many rows as the others' steps."""
 FAULTS = [event for event in HONEST if event not in (Event.PASS, Event.LATE)]
 LOSSES = [Event.BREAK, Event.LOSE, Event.BREAK_AFTER, Event.DELAY]
 ENDS = [event for event in FAULTS if event not in LOSSES]
@@ -95,12 +100,18 @@ class Course:
     digests: Mapping[str, Mapping[int, str]]
     published: Sequence[str]
     events: int
+    accumulate: int
+
+    def start(self, folder: Path) -> Side:
+        """Begin a training of the bundle in a folder."""
+        return Side(self.bundle, self.engine, folder, self.accumulate)
 
 
 class Side:
     """One training's two folders and the network between them."""
 
-    def __init__(self, bundle: Path, engine: Engine, folder: Path) -> None:
+    def __init__(self, bundle: Path, engine: Engine, folder: Path, accumulate: int = 1) -> None:
+        self.accumulate = accumulate
         # links do for copies, since files are replaced and never changed
         self.folder = Path(shutil.copytree(bundle, folder / "bundle", copy_function=os.link))
         self.network = Network(self.folder, engine)
@@ -117,9 +128,10 @@ class Side:
     def _train(self, look: Callable[[Client], None]) -> None:
         client = Client(self.folder / "client", self.network.dial, resume=True)
         client.fit(
-            DATA,
+            DATA if self.accumulate == 1 else MORE_DATA,
             epochs=EPOCHS,
-            batch_size=BATCH,
+            batch_size=BATCH * self.accumulate,
+            accumulate=self.accumulate,
             eval_data=HELD_OUT,
             checkpoint_every=EVERY,
             save=True,
@@ -144,7 +156,8 @@ def make_course(shape: str, *, hashed: bool) -> Course:
     engine = HashingEngine(manifests) if hashed else Engine(threads=1)
     folder = Path(tempfile.mkdtemp(dir=SCRATCH))
     bundle.save(folder / "bundle")
-    side = Side(folder / "bundle", engine, folder / "calm")
+    accumulate = MICRO_BATCHES if shape.endswith("accumulated") else 1
+    side = Side(folder / "bundle", engine, folder / "calm", accumulate)
     digests = {name: {0: digest_state(party.state())} for name, party in bundle.parties.items()}
 
     def look(client: Client) -> None:
@@ -160,6 +173,7 @@ def make_course(shape: str, *, hashed: bool) -> Course:
         digests=digests,
         published=side.published(),
         events=side.network.events,
+        accumulate=accumulate,
     )
 
 
@@ -189,7 +203,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self, data: st.DataObject) -> None:
         shape = data.draw(st.sampled_from(list(SHAPES)), label="shape")
         self.course = make_course(shape, hashed=self.hashed)
-        self.side = Side(self.course.bundle, self.course.engine, self.scratch)
+        self.side = self.course.start(self.scratch)
 
     @rule(data=st.data(), to_the_end=st.booleans())
     def train(self, data: st.DataObject, to_the_end: bool) -> None:
@@ -262,7 +276,7 @@ def try_fault(shape: str, event: Event) -> Sequence[Trial]:
 
 
 def try_place(course: Course, event: Event, place: int) -> Trial:
-    side = Side(course.bundle, course.engine, Path(tempfile.mkdtemp(dir=SCRATCH)))
+    side = course.start(Path(tempfile.mkdtemp(dir=SCRATCH)))
     side.network.script.extend([*[Event.PASS] * place, event, Event.LATE])
     steps, crashed = list[int](), False
 
@@ -287,6 +301,8 @@ def try_place(course: Course, event: Event, place: int) -> Trial:
         *(("vanilla", event) for event in LOSSES),
         # that a process ends is held above, and for this shape by random rows of faults
         *(pytest.param("vanilla", event, marks=pytest.mark.sweep) for event in ENDS),
+        *(("u-shaped, clipped, accumulated", event) for event in FAULTS),
+        *(("vanilla, accumulated", event) for event in LOSSES),
     ],
 )
 def test_each_fault_in_each_place_of_a_training(shape: str, event: Event) -> None:
@@ -298,7 +314,7 @@ def test_each_fault_in_each_place_of_a_training(shape: str, event: Event) -> Non
 
 
 @pytest.mark.parametrize("event", LOSSES)
-@pytest.mark.parametrize("shape", ["vanilla", "u-shaped, clipped"])
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name != "u-shaped"])
 def test_a_lost_connection_costs_no_step(shape: str, event: Event) -> None:
     for trial in try_fault(shape, event):
         assert not trial.crashed, trial.place
@@ -306,12 +322,14 @@ def test_a_lost_connection_costs_no_step(shape: str, event: Event) -> None:
 
 
 @pytest.mark.parametrize("event", LOSSES)
-def test_replies_that_were_lost_are_not_computed_again(event: Event) -> None:
-    course = make_course("u-shaped, clipped", hashed=True)
+@pytest.mark.parametrize("shape", ["u-shaped, clipped", "u-shaped, clipped, accumulated"])
+def test_replies_that_were_lost_are_not_computed_again(shape: str, event: Event) -> None:
+    course = make_course(shape, hashed=True)
     parties = Bundle.load(course.bundle).parties.values()
     engine = HashingEngine([party.manifest for party in parties], drifts=True)
     for place in range(course.events):
-        side = Side(course.bundle, engine, Path(tempfile.mkdtemp(dir=SCRATCH)))
+        folder = Path(tempfile.mkdtemp(dir=SCRATCH))
+        side = Side(course.bundle, engine, folder, course.accumulate)
         side.network.script.extend([*[Event.PASS] * place, event, Event.LATE])
         side.train(lambda _: None)
         assert {*side.network.count_replies().values()} == {1}, place

@@ -69,7 +69,7 @@ class Scene:
             kept=kept,
             wires={},
         )
-        return self.session.greet(hello)
+        return self.session.greet(hello).step
 
     def say(
         self, step: int, *, phase: str = TRAIN, turn: int = 0, content: str = ""

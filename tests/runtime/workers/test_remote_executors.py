@@ -305,3 +305,39 @@ def test_each_session_has_a_number_of_its_own(pool: Pool) -> None:
     assert len(set(opened)) == 2
     assert {type(action) for action in pool.worker.asked} == {Open, Work, Continue}
     assert not any(isinstance(action, Finish) for action in pool.worker.asked)
+
+
+def accumulate(executor: RemoteExecutor, micro_batch: int) -> TaskKey:
+    key = TaskKey(SESSION, "accumulate", 0, micro_batch)
+    executor.begin(key, data={}, seed=0, learning_rate=0.1)
+    executor.deliver(key, WIRES)
+    assert list(executor.advance(key)) == [REPLY]
+    assert executor.finish(key) == {}
+    return key
+
+
+def test_between_two_micro_batches_the_state_stays_in_the_worker(
+    executor: RemoteExecutor, pool: Pool
+) -> None:
+    accumulate(executor, 0)
+    assert executor.step == 0
+    assert executor.is_loaded
+    assert not executor.unload(waits=True)  # what was accumulated cannot be fetched
+    update = TaskKey(SESSION, "update", 0, 1)
+    executor.begin(update, data={}, seed=0, learning_rate=0.1)
+    executor.deliver(update, WIRES)
+    list(executor.advance(update))
+    executor.finish(update)
+    assert executor.step == 1
+    assert executor.unload(waits=True)
+
+
+def test_a_step_that_is_given_up_between_two_micro_batches_is_given_up_in_the_worker(
+    executor: RemoteExecutor, pool: Pool
+) -> None:
+    key = accumulate(executor, 0)
+    executor.abandon(key)
+    assert pool.worker.abandoned == [key]
+    executor.abandon(key)  # once is enough
+    assert pool.worker.abandoned == [key]
+    assert executor.unload(waits=True)

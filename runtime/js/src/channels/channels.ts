@@ -14,9 +14,10 @@ import {
   ServerBusy,
   SplitonnxError,
   StaleConnection,
+  StepRestarted,
   StepsLost,
 } from "../errors.js";
-import { SHARE, TRAIN } from "../manifests.js";
+import { SHARE, STEP_PHASES } from "../manifests.js";
 import type { PartyManifest } from "../manifests.js";
 import { REPLACED } from "../messages.js";
 import type { Message, MessageOf, MessageType, TaskKey, TensorsMessage } from "../messages.js";
@@ -26,7 +27,7 @@ import type { Transport } from "../wire/transports.js";
 import { translateFault } from "./faults.js";
 import { checkWelcome, makeHello } from "./greetings.js";
 import type { ResumePoint, SharingTerms } from "./greetings.js";
-import { takeDue } from "./open_tasks.js";
+import { countBefore, isLast, takeDue } from "./open_tasks.js";
 import type { OpenTask } from "./open_tasks.js";
 import { listDelays } from "./retries.js";
 
@@ -71,8 +72,9 @@ export class Channel {
   #transport: Transport | undefined;
   #protocol: Protocol;
   #task: OpenTask | undefined;
-  #last: OpenTask | undefined; // the last step, which the server may not have made
+  #last: OpenTask | undefined; // the last task of a step, which the server may not have made
   #wantsRepeat = false;
+  #restarts = false;
   #delays: Generator<number, never> | undefined; // they grow until something new comes
   #lostAt: number | undefined; // seconds; since then nothing new has come
   #past: readonly [number, number] = [0, 0];
@@ -110,7 +112,7 @@ export class Channel {
 
   /** Close the task: it is complete, or the client gives it up. */
   end(): void {
-    if (this.#task?.key.phase === TRAIN) this.#last = this.#task;
+    if (this.#task && STEP_PHASES.includes(this.#task.key.phase)) this.#last = this.#task;
     this.#task = undefined;
   }
 
@@ -118,6 +120,7 @@ export class Channel {
    * Send wires of the open task.
    *
    * @throws StepsLost: the server lost steps; both sides continue from that step.
+   * @throws StepRestarted: it lost the step's micro-batches; the step begins again.
    * @throws ConnectionLost: none came within the time.
    */
   async sendWires(wires: NdArrays, seed: number, learningRate: number): Promise<void> {
@@ -150,7 +153,7 @@ export class Channel {
       if (message.turn < task.received) continue;
       task.received += 1;
       // the server is beyond it, and after a share, a repeated step is not enough
-      if ([TRAIN, SHARE].includes(task.key.phase)) this.#last = undefined;
+      if ([...STEP_PHASES, SHARE].includes(task.key.phase)) this.#last = undefined;
       this.#noteProgress();
       return tensors;
     }
@@ -216,6 +219,7 @@ export class Channel {
       this.step = await this.#findServer(cause);
       this.reconnects += 1;
       if (this.step !== this.#options.findResumePoint().step) throw new StepsLost(this.step);
+      if (this.#restarts && countBefore(this.#task)) throw new StepRestarted(this.step);
       try {
         await this.#repeat();
         return;
@@ -254,10 +258,11 @@ export class Channel {
     }
   }
 
-  /** Return the last step, if it was made here and is the one before the client's own. */
+  /** Return the last task of a step, if it was kept and comes right before the next one. */
   #findLast(): OpenTask | undefined {
     const { step } = this.#options.findResumePoint();
-    return this.#last?.key.step === step - 1 ? this.#last : undefined;
+    const last = this.#last;
+    return last && isLast(last.key, step, countBefore(this.#task)) ? last : undefined;
   }
 
   /** Greet until somebody answers. */
@@ -309,7 +314,7 @@ export class Channel {
         this.#send(this.#makeHello());
         const { message } = await this.#receive("Welcome"); // digest and wires were compared
         this.#checkWelcome(message);
-        this.#wantsRepeat = message.wantsRepeat;
+        [this.#wantsRepeat, this.#restarts] = [message.wantsRepeat, message.restarts];
         return message.step;
       } catch (error) {
         const isStale = error instanceof StaleConnection && error.newest >= this.#generation;
@@ -329,13 +334,16 @@ export class Channel {
       isOpen: !!this.#task?.sent.length,
       canRepeat: !!this.#findLast(),
       canShare,
+      microBatch: countBefore(this.#task),
     });
   }
 
   #checkWelcome(welcome: MessageOf<"Welcome">): void {
     const point = this.#options.findResumePoint();
     const terms = checkWelcome(welcome, { ...this.#options, point });
-    const [now, before] = [terms, this.terms ?? terms].map((one) => JSON.stringify(one));
+    const { canAccumulate } = terms; // a server of another version may differ in it
+    const known = { ...(this.terms ?? terms), canAccumulate };
+    const [now, before] = [terms, known].map((one) => JSON.stringify(one));
     if (now !== before) throw new RemoteProtocolError(`it has other terms, ${now}, not ${before}`);
     this.terms = terms;
   }

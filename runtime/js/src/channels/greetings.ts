@@ -32,6 +32,8 @@ export interface SharingTerms {
   readonly rounds: number;
   /** Whether the client has to share its parameters. */
   readonly joins: boolean;
+  /** Whether a step may consist of several micro-batches. */
+  readonly canAccumulate: boolean;
 }
 
 /** Make the greeting of a client that can resume from `point`. */
@@ -39,7 +41,7 @@ export function makeHello(
   manifest: PartyManifest,
   session: string,
   point: ResumePoint,
-  more: Pick<MessageOf<"Hello">, "generation" | "isOpen" | "canRepeat" | "canShare">,
+  more: Pick<MessageOf<"Hello">, "generation" | "isOpen" | "canRepeat" | "canShare" | "microBatch">,
 ): MessageOf<"Hello"> {
   return {
     type: "Hello",
@@ -77,11 +79,11 @@ export function checkWelcome(
       `it would continue at step ${welcome.step}, but no state of that step was kept`,
     );
   }
-  const { localSteps, rounds } = welcome;
+  const { localSteps, rounds, canAccumulate } = welcome;
   const [policy, joins] = [welcome.policy.slice(0, LONGEST), localSteps > 0];
   if (joins && !canShare) throw new SharingNotPermitted(policy);
   if (joins && !findPhase(manifest, SHARE).wires.length) {
     throw new RemoteProtocolError("it asks for parameters, which this bundle does not share");
   }
-  return { policy, localSteps, rounds, joins };
+  return { policy, localSteps, rounds, joins, canAccumulate };
 }

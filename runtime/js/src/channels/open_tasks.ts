@@ -1,6 +1,7 @@
 /** What went out and came in of a task that a client has open; it sends and receives nothing. */
 
 import { RemoteProtocolError } from "../errors.js";
+import { ACCUMULATE, STEP_PHASES, TRAIN } from "../manifests.js";
 import { describeTask, isSameTask } from "../messages.js";
 import type { TaskKey, TensorsMessage } from "../messages.js";
 
@@ -15,6 +16,20 @@ export interface OpenTask {
    * and every reply comes again, in order and once.
    */
   due: number;
+}
+
+/** Return how many micro-batches of its step come before a task. */
+export function countBefore(task: OpenTask | undefined): number {
+  return task && STEP_PHASES.includes(task.key.phase) ? task.key.microBatch : 0;
+}
+
+/**
+ * Check whether a task comes right before the next one of a client, which is at `step` and has
+ * completed `microBatch` micro-batches of it.  An update is not repeated: the server confirmed it.
+ */
+export function isLast({ phase, step, microBatch }: TaskKey, now: number, done: number): boolean {
+  if (!done) return phase === TRAIN && step === now - 1;
+  return phase === ACCUMULATE && step === now && microBatch === done - 1;
 }
 
 /**

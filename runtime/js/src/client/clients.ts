@@ -35,9 +35,9 @@ import { checkNumbers, fitSchedule, requirePositive } from "./options.js";
 import type {
   ConnectOptions,
   FitOptions,
-  LearningRate,
   Outputs,
   ResolvedFitOptions,
+  StepOptions,
 } from "./options.js";
 import { TaskRunner } from "./runners.js";
 import { TrainingLoop } from "./training_loops.js";
@@ -174,11 +174,13 @@ export class SplitClient {
    * @throws ConnectionLost, RemoteFault: the server went, or reported an error of its own.
    */
   async fit(data: DataSource, options: FitOptions = {}): Promise<History> {
-    const { epochs = 1, batchSize = 32, evalData, checkpointEvery } = options;
+    const { epochs = 1, batchSize = 32, accumulate = 1, evalData, checkpointEvery } = options;
     requirePositive({ epochs, batchSize, checkpointEvery });
     const specs = this.#phase(TRAIN).data;
-    const training = this.#open(data, specs, batchSize, true);
-    const heldOut = evalData && this.#open(evalData, this.#evaluationData(), batchSize);
+    this.#runner.checkAccumulate(accumulate);
+    const training = this.#open(data, specs, batchSize, accumulate);
+    const rows = Math.ceil(batchSize / accumulate);
+    const heldOut = evalData && this.#open(evalData, this.#evaluationData(), rows);
     const rates = fitSchedule(options, training, hasFixedRows(specs));
     this.#requireIdle();
     this.#isTraining = true;
@@ -196,12 +198,12 @@ export class SplitClient {
   }
 
   async #train(options: ResolvedFitOptions, batchSize: number): Promise<History> {
-    const { executor, run } = this.#runner;
     const checkpoints = options.checkpointEvery !== undefined;
     if (options.save || checkpoints) { // now rather than after the work
       await this.#runner.beginRun({ checkpoints, restart: options.restart ?? false });
     }
-    await executor.prepare(TRAIN);
+    const { accumulate = 1 } = options;
+    await this.#runner.prepareTraining(accumulate);
     const start: DataPosition = {
       epoch: 0,
       batch: 0,
@@ -209,12 +211,13 @@ export class SplitClient {
       seed: this.#seed,
       shuffle: options.shuffle ?? true,
       samples: options.training.size,
+      accumulate,
       schedule: options.rates?.description ?? "",
       unsharedSteps: 0,
       unsharedSamples: 0,
       round: 0,
     };
-    return this.#loop.fit(options, run.takePosition(start));
+    return this.#loop.fit(options, this.#runner.run.takePosition(start));
   }
 
   /**
@@ -223,16 +226,15 @@ export class SplitClient {
    * @throws UsageError: a fit of this client runs.
    * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
    */
-  async step(
-    batch: Batch,
-    { learningRate }: { learningRate?: LearningRate } = {},
-  ): Promise<Outputs> {
+  async step(batch: Batch, options: StepOptions = {}): Promise<Outputs> {
+    const { learningRate: rate, accumulate = 1 } = options;
     const arrays = takeBatch(batch);
-    checkBatch(arrays, this.#phase(TRAIN).data, this.#kept);
+    this.#phase(TRAIN);
+    checkBatch(arrays, this.#runner.checkAccumulate(accumulate), this.#kept);
     checkFinite(arrays, "");
     this.#requireIdle();
     const expected = this.steps;
-    return giveAll(await this.#loop.perform(TRAIN, arrays, { rate: learningRate, expected }));
+    return giveAll(await this.#loop.step(arrays, accumulate, { rate, expected }));
   }
 
   /**
@@ -344,10 +346,11 @@ export class SplitClient {
     source: DataSource,
     specs: readonly TensorSpec[],
     batchSize: number,
-    isTraining = false,
+    accumulate?: number, // of data to train with
   ): Dataset {
-    const canFree = !hasBatchStates(this.manifest);
-    return openFitting(source, specs, batchSize, { isTraining, kept: this.#kept, canFree });
+    const isTraining = accumulate !== undefined;
+    const more = { isTraining, kept: this.#kept, canFree: !hasBatchStates(this.manifest) };
+    return openFitting(source, specs, batchSize, { ...more, accumulate: accumulate ?? 1 });
   }
 
   /** Names of the tensors that the model keeps itself. */

@@ -7,7 +7,7 @@
  * what counted.  If several losses are added up, `loss.a@weight` is the factor of `loss.a`.
  */
 
-import { COUNTED, LOSS, TOTAL, WEIGHT } from "../engine/executors.js";
+import { COUNTED, LOSS, TOTAL, WEIGHT } from "../manifests.js";
 
 /** The means of all results over the batches that were added so far. */
 export class DatasetMeans {

@@ -9,6 +9,7 @@ import type { TensorLike } from "../engine/engines.js";
 import { ArrayMismatch, KeptArray, MissingArray, NotFinite, UnusableData, UsageError } from "../errors.js";
 import type { Sizes } from "../expressions.js";
 import type { PartyManifest } from "../manifests.js";
+import { enlarge } from "../micro_batches.js";
 import { findSampleAxis } from "../sample_axes.js";
 import { checkArray, describe, findNotFinite, takeRows } from "../tensors.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
@@ -86,6 +87,14 @@ export function hasBatchStates({
   return remoteStates.length > 0 || held.some((size) => typeof size === "number" && rows.has(size));
 }
 
+/** How data are opened; batches to train with are divided into `accumulate` micro-batches. */
+export interface FittingOptions {
+  readonly isTraining?: boolean;
+  readonly kept?: readonly string[];
+  readonly canFree?: boolean;
+  readonly accumulate?: number;
+}
+
 /**
  * Open data, and check them and their division into batches.
  *
@@ -103,12 +112,14 @@ export function openFitting(
     isTraining = false,
     kept = [],
     canFree = true,
-  }: { isTraining?: boolean; kept?: readonly string[]; canFree?: boolean } = {},
+    accumulate = 1,
+  }: FittingOptions = {},
 ): Dataset {
   const dataset = openDataset(source);
-  dataset.check(specs, kept);
+  const whole = enlarge(specs, accumulate);
+  dataset.check(whole, kept);
   if (dataset.size !== null && (isTraining || dataset.size > batchSize)) checkAxes(specs);
-  if (dataset.size !== null) checkRows(dataset.size, specs, batchSize, isTraining, canFree);
+  if (dataset.size !== null) checkRows(dataset.size, whole, batchSize, isTraining, canFree);
   return dataset;
 }
 

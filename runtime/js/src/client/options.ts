@@ -67,6 +67,11 @@ export interface FitOptions {
    * a smaller last batch is left out.
    */
   readonly batchSize?: number | undefined;
+  /**
+   * Micro-batches that each step's batch is divided into; their gradients are added up and applied
+   * once, so a step needs less memory.  1 by default.
+   */
+  readonly accumulate?: number | undefined;
   /** Shuffle the samples in each epoch; true by default. */
   readonly shuffle?: boolean | undefined;
   /** Evaluated after each epoch. */
@@ -92,6 +97,9 @@ export interface FitOptions {
   /** Called with each evaluation, and waited for. */
   readonly onEpoch?: ((evaluation: Evaluation) => void | Promise<void>) | undefined;
 }
+
+/** How `SplitClient.step` trains on a batch; see {@link FitOptions}. */
+export type StepOptions = Pick<FitOptions, "learningRate" | "accumulate">;
 
 /** The options of a fit with their defaults filled in, and its data opened. */
 export interface ResolvedFitOptions extends FitOptions {

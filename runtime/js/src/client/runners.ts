@@ -8,13 +8,26 @@
 import type { Channel } from "../channels/channels.js";
 import type { SharingTerms } from "../channels/greetings.js";
 import type { Executor } from "../engine/executors.js";
-import { LocalProtocolError, NotSaved, StepsLost } from "../errors.js";
-import { SHARE, TRAIN } from "../manifests.js";
+import { LocalProtocolError, NotSaved, StepRestarted, StepsLost, UsageError } from "../errors.js";
+import { ACCUMULATE, SHARE, TRAIN, UPDATE, WEIGH, findPhase } from "../manifests.js";
 import type { TaskKey } from "../messages.js";
+import {
+  MICRO_BATCHES,
+  MICRO_BATCH_WEIGHT,
+  checkAccumulating,
+  enlarge,
+  findWeights,
+  splitBatch,
+} from "../micro_batches.js";
 import { LEAVES, ROUND, SAMPLES, listJoined, nameOwn } from "../sharing.js";
 import type { DataPosition } from "../storage/checkpoints.js";
-import type { NdArray, NdArrays } from "../tensors.js";
+import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
+import { DatasetMeans } from "./dataset_means.js";
+import { requirePositive } from "./options.js";
 import type { TrainingRun } from "./training_runs.js";
+
+/** Times in a row that a step of several micro-batches may begin again. */
+export const MOST_RESTARTS = 100;
 
 /** What training does where a checkpoint cannot be written. */
 export type WhenUnsaved = "stop" | "continue";
@@ -88,23 +101,127 @@ export class TaskRunner {
     { learningRate, expected }: { learningRate: number; expected?: number | undefined },
   ): Promise<NdArrays> {
     return this.#inTurn(async () => {
-      // Another task that ran meanwhile may have found that steps are lost.
-      if (expected !== undefined && expected !== this.executor.step) {
-        throw new StepsLost(this.executor.step);
-      }
+      this.#checkStep(expected);
       const step = [TRAIN, SHARE].includes(phase) ? this.executor.step : this.#others++;
-      const key = { session: this.run.session, phase, step, microBatch: 0 };
-      await this.executor.begin(key, { data, seed: this.#seed, learningRate });
-      try {
-        return await this.#goingBack(() => this.#exchange(key, learningRate));
-      } catch (error) {
-        if (!(error instanceof StepsLost)) this.close();
-        throw error;
-      } finally {
-        this.executor.abandon(key);
-        this.#channel.end();
+      return this.#perform({ ...this.#own, phase, step, microBatch: 0 }, data, learningRate);
+    });
+  }
+
+  /**
+   * Check that a step may consist of several micro-batches, if it is to, and return the declarations
+   * of a step's arrays.
+   *
+   * @throws UsageError: the bundle or the server does not permit it.
+   */
+  checkAccumulate(accumulate: number): readonly TensorSpec[] {
+    requirePositive({ accumulate });
+    const { manifest } = this.executor;
+    if (accumulate > 1) {
+      checkAccumulating(manifest);
+      const { canAccumulate, policy } = this.terms;
+      if (!canAccumulate) {
+        throw new UsageError(
+          `the server's policy '${policy}' does not let a step consist of several micro-batches, ` +
+            `or the server is of an earlier version; train without accumulate`,
+        );
+      }
+    }
+    return enlarge(findPhase(manifest, TRAIN).data, accumulate);
+  }
+
+  /** Load the stages of training now instead of in its first step. */
+  async prepareTraining(accumulate: number): Promise<void> {
+    for (const phase of accumulate === 1 ? [TRAIN] : [WEIGH, ACCUMULATE, UPDATE]) {
+      await this.executor.prepare(phase);
+    }
+  }
+
+  /**
+   * Make one training step of at most `accumulate` micro-batches, and return its results.
+   *
+   * @throws UnusableData: the batch cannot be divided.
+   * @throws StepRestarted: the server lost the step's micro-batches again and again.
+   * @throws StepsLost, DataError, StageFailed, ProtocolError: as {@link perform}.
+   */
+  async train(
+    batch: NdArrays,
+    accumulate: number,
+    { learningRate, expected }: { learningRate: number; expected: number },
+  ): Promise<NdArrays> {
+    if (accumulate === 1) return this.perform(TRAIN, batch, { learningRate, expected });
+    const parts = splitBatch(batch, findPhase(this.executor.manifest, TRAIN).data, accumulate);
+    const counts: ReadonlyMap<string, number>[] = [];
+    for (const part of parts) {
+      counts.push(readNumbers(await this.perform(WEIGH, part, { learningRate: 0 })));
+    }
+    const weights = findWeights(counts);
+    const weighed = parts.map((part, index): NdArrays => {
+      const data = Float32Array.of(weights[index]!);
+      return new Map([...part, [MICRO_BATCH_WEIGHT, { dtype: "F32", shape: [], data }]]);
+    });
+    return this.#inTurn(async () => {
+      this.#checkStep(expected);
+      for (let restarts = 0; ; restarts++) {
+        try {
+          return await this.#accumulate(weighed, counts, learningRate);
+        } catch (error) {
+          if (!(error instanceof StepRestarted) || restarts === MOST_RESTARTS) throw error;
+        }
       }
     });
+  }
+
+  /** Add up the gradients of micro-batches, and update; return the means of the results. */
+  async #accumulate(
+    parts: readonly NdArrays[],
+    counts: readonly ReadonlyMap<string, number>[],
+    learningRate: number,
+  ): Promise<NdArrays> {
+    const means = new DatasetMeans();
+    const { step } = this.executor;
+    for (const [microBatch, part] of parts.entries()) {
+      const key = { ...this.#own, phase: ACCUMULATE, step, microBatch };
+      const results = readNumbers(await this.#perform(key, part, learningRate));
+      means.add(new Map([...results, ...counts[microBatch]!]), 1);
+    }
+    const key = { ...this.#own, phase: UPDATE, step, microBatch: parts.length };
+    await this.#perform(key, new Map([[MICRO_BATCHES, count(parts.length)]]), learningRate);
+    return new Map(
+      Object.entries(means.compute()).map(([name, value]): [string, NdArray] => {
+        return [name, { dtype: "F64", shape: [], data: Float64Array.of(value) }];
+      }),
+    );
+  }
+
+  /** Another task that ran meanwhile may have found that steps are lost. */
+  #checkStep(expected: number | undefined): void {
+    if (expected !== undefined && expected !== this.executor.step) {
+      throw new StepsLost(this.executor.step);
+    }
+  }
+
+  get #own(): { session: string } {
+    return { session: this.run.session };
+  }
+
+  async #perform(key: TaskKey, data: NdArrays, learningRate: number): Promise<NdArrays> {
+    let isDone = false;
+    try {
+      await this.executor.begin(key, { data, seed: this.#seed, learningRate });
+      try {
+        const results = await this.#goingBack(() => this.#exchange(key, learningRate));
+        isDone = true;
+        return results;
+      } catch (error) {
+        const isLost = error instanceof StepsLost || error instanceof StepRestarted;
+        if (!isLost) this.close();
+        throw error;
+      } finally {
+        this.#channel.end();
+      }
+    } finally {
+      if (!isDone) this.executor.abandon(key); // with the micro-batches before it
+    }
   }
 
   /**
@@ -246,6 +363,12 @@ export class TaskRunner {
       throw error;
     }
   }
+}
+
+/** Return the results that are numbers. */
+function readNumbers(results: NdArrays): Map<string, number> {
+  const scalars = [...results].filter(([, { shape }]) => !shape.length);
+  return new Map(scalars.map(([name, { data }]) => [name, Number(data[0])]));
 }
 
 function count(value: number): NdArray {

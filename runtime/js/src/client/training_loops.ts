@@ -4,9 +4,8 @@
  * It knows the phases by name, and neither what the stages compute nor how the server is reached.
  */
 
-import { LOSS } from "../engine/executors.js";
 import { StepsLost } from "../errors.js";
-import { EVALUATE, PREDICT, TRAIN, findPhase } from "../manifests.js";
+import { EVALUATE, LOSS, PREDICT, TRAIN, findPhase } from "../manifests.js";
 import { ONE_MODEL } from "../messages.js";
 import type { DataPosition } from "../storage/checkpoints.js";
 import type { NdArrays, TensorSpec } from "../tensors.js";
@@ -109,6 +108,16 @@ export class TrainingLoop {
   ): Promise<NdArrays> {
     const learningRate = this.#chooseRate(rate, expected ?? this.#step);
     return this.#runner.perform(phase, batch, { learningRate, expected });
+  }
+
+  /** Make one training step of at most `accumulate` micro-batches at the step `expected`. */
+  async step(
+    batch: NdArrays,
+    accumulate: number,
+    { rate, expected }: { rate: LearningRate | undefined; expected: number },
+  ): Promise<NdArrays> {
+    const learningRate = this.#chooseRate(rate, expected);
+    return this.#runner.train(batch, accumulate, { learningRate, expected });
   }
 
   #chooseRate(given: LearningRate | undefined, step: number): number {
@@ -233,12 +242,12 @@ export class TrainingLoop {
 
   async #recordStep(
     batch: NdArrays,
-    { epoch, batch: number }: DataPosition,
+    { epoch, batch: number, accumulate }: DataPosition,
     rate: number,
   ): Promise<StepRecord> {
     const [up, down] = this.#runner.traffic;
     const begun = performance.now();
-    const results = await this.perform(TRAIN, batch, { rate, expected: this.#expected });
+    const results = await this.step(batch, accumulate, { rate, expected: this.#expected });
     this.#expected = this.#step;
     const seconds = (performance.now() - begun) / 1000;
     const [sent, received] = this.#runner.traffic;
@@ -262,11 +271,11 @@ export class TrainingLoop {
   async #recordEvaluation(
     options: ResolvedFitOptions,
     dataset: Dataset,
-    { epoch, batchSize }: DataPosition,
+    { epoch, batchSize, accumulate }: DataPosition,
     history: History,
   ): Promise<void> {
     const begun = performance.now();
-    const metrics = await this.evaluate(dataset, batchSize);
+    const metrics = await this.evaluate(dataset, Math.ceil(batchSize / accumulate));
     const evaluation = { epoch, metrics, seconds: (performance.now() - begun) / 1000 };
     history.evaluations.push(evaluation);
     await options.onEpoch?.(evaluation);
@@ -281,6 +290,6 @@ export class TrainingLoop {
 /** Say whether a position comes before another one in the same data. */
 function isBefore(one: DataPosition, other: DataPosition): boolean {
   if ((one.epoch - other.epoch || one.batch - other.batch) >= 0) return false;
-  const keys = ["batchSize", "seed", "shuffle", "samples", "schedule"] as const;
+  const keys = ["batchSize", "accumulate", "seed", "shuffle", "samples", "schedule"] as const;
   return keys.every((key) => one[key] === other[key]);
 }

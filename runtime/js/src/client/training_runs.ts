@@ -175,7 +175,7 @@ export class TrainingRun {
   takePosition(start: DataPosition): DataPosition {
     const kept = this.position;
     if (!kept) return start;
-    for (const field of ["batchSize", "seed", "shuffle", "samples", "schedule"] as const) {
+    for (const field of ["batchSize", "accumulate", "seed", "shuffle", "samples", "schedule"] as const) {
       if (kept[field] !== start[field]) {
         throw new UsageError(
           `the run was begun with ${field} ${show(kept[field])}, not ${show(start[field])}; ` +

@@ -15,11 +15,10 @@ import {
   MissingArray,
   NotFinite,
   RemoteProtocolError,
-  UsageError,
   quote,
 } from "../errors.js";
 import type { Sizes } from "../expressions.js";
-import { KEY, LEARNING_RATE, STEP, TRAIN, findPhase } from "../manifests.js";
+import { ACCUMULATE, LOSS, STEP_PHASES, TRAIN, UPDATE, findPhase } from "../manifests.js";
 import type { PartyManifest, Phase, Stage } from "../manifests.js";
 import { describeTask } from "../messages.js";
 import type { TaskKey } from "../messages.js";
@@ -29,15 +28,7 @@ import { checkFinite } from "../wire/validation.js";
 import { Dataflow } from "./dataflows.js";
 import type { Progress } from "./dataflows.js";
 import type { Engine, LoadedStage } from "./engines.js";
-
-export const LOSS = "loss";
-/**
- * Suffixes of results of an evaluation: what counted in a mean, the sum of the weighted terms, and a
- * loss's factor in the sum.
- */
-export const [COUNTED, TOTAL, WEIGHT] = ["@counted", "@total", "@weight"];
-
-const LARGEST_F32 = 3.4028234663852886e38;
+import { OpenStep, isPart, makeScalars } from "./steps.js";
 
 interface Task {
   readonly phase: Phase;
@@ -70,11 +61,14 @@ export class Executor {
   readonly #flows = new Map<string, Dataflow>();
   readonly #loaded = new Map<string, LoadedStage>();
   readonly #tasks = new Map<string, Task>();
+  readonly #shared = new Map<string, LoadedStage>(); // by file, as phases share graphs
+  readonly #open: OpenStep;
 
   /** The state is what training starts from. */
   constructor(party: PartyBundle, engine: Engine) {
     this.party = party;
     this.#engine = engine;
+    this.#open = new OpenStep(party.manifest);
     this.restore(party.state, 0);
   }
 
@@ -91,7 +85,10 @@ export class Executor {
     if (this.#flows.has(phase)) return;
     const declared = findPhase(this.manifest, phase);
     for (const stage of declared.stages) {
-      const loaded = await this.#engine.load(stage.name, this.party.graphs.get(stage.graph)!);
+      const loaded =
+        this.#shared.get(stage.graph) ??
+        (await this.#engine.load(stage.name, this.party.graphs.get(stage.graph)!));
+      this.#shared.set(stage.graph, loaded);
       this.#loaded.set(JSON.stringify([phase, stage.name]), loaded);
     }
     this.#flows.set(phase, new Dataflow(declared, this.manifest.party));
@@ -101,15 +98,13 @@ export class Executor {
    * Open a task with this party's data; arrays beyond what the phase declares are ignored.
    *
    * @throws MissingArray, ArrayMismatch, ValueOutOfRange: the data do not fit the phase.
-   * @throws LocalProtocolError: the task is open already, or trains at another step than the next.
+   * @throws LocalProtocolError: the task is open already, or is not the next of its step.
    * @throws UsageError: seed or learning rate are out of the range of their tensors.
    */
   async begin(key: TaskKey, { data, seed, learningRate }: Beginning): Promise<void> {
     const name = nameTask(key);
     if (this.#tasks.has(name)) throw new LocalProtocolError(`${describeTask(key)} is open already`);
-    if (key.phase === TRAIN && key.step !== this.step) {
-      throw new LocalProtocolError(`to train at step ${key.step}; the next is ${this.step}`);
-    }
+    this.#open.checkNext(key, this.step);
     const scalars = makeScalars(key, seed, learningRate);
     await this.prepare(key.phase);
     const flow = this.#flows.get(key.phase)!;
@@ -174,7 +169,8 @@ export class Executor {
   /**
    * Close a finished task: commit its state all at once, and return the phase's results.
    *
-   * A task of the phase `train` counts as one step.
+   * A task of the phase `train` counts as one step; one of the phase `accumulate` changes the state
+   * only with the one of the phase `update` that ends its step.
    *
    * @throws LocalProtocolError: the task is not finished.
    */
@@ -184,15 +180,25 @@ export class Executor {
     const results = new Map(
       phase.results.map((name) => [name, this.#engine.toArray(values.get(name)!)]),
     );
-    for (const [name, value] of phase.commits) this.#state.set(name, values.get(value)!);
-    this.abandon(key);
-    if (key.phase === TRAIN) this.step += 1;
+    const changes = new Map([...phase.commits].map(([name, value]) => [name, values.get(value)!]));
+    this.#tasks.delete(nameTask(key));
+    if (key.phase === ACCUMULATE) {
+      this.#open.add(changes);
+      return results;
+    }
+    const earlier = key.phase === UPDATE ? this.#open.close() : [];
+    for (const [name, value] of [...earlier, ...changes]) this.#state.set(name, value);
+    if (key.phase === TRAIN || key.phase === UPDATE) this.step += 1;
     return results;
   }
 
-  /** Forget a task, open or not; the state is as it was before it. */
+  /**
+   * Forget a task, open or not; the state is as it was before it.  Of a step of several micro-batches
+   * the whole step is forgotten.
+   */
   abandon(key: TaskKey): void {
     this.#tasks.delete(nameTask(key));
+    if (isPart(key) && key.step === this.step) this.#open.reset();
   }
 
   /** Return the whole state, optimizer's included; the arrays stay as they are. */
@@ -203,6 +209,7 @@ export class Executor {
   /** Replace the state by another, as the manifest declares it; open tasks are aborted. */
   restore(tensors: NdArrays, step: number): void {
     this.#tasks.clear();
+    this.#open.reset();
     for (const { tensor } of this.manifest.state) {
       this.#state.set(tensor.name, this.#engine.fromArray(tensors.get(tensor.name)!));
     }
@@ -233,16 +240,19 @@ export class Executor {
   }
 
   async #run(task: Task, stage: Stage): Promise<void> {
+    const state = isPart({ phase: task.phase.name })
+      ? this.#open.overlay(this.#state, (array) => this.#engine.fromArray(array))
+      : this.#state;
     const feeds = new Map(
       stage.inputs.map(({ name, source }) => {
-        const value = (source === "state" ? this.#state : task.values).get(name);
+        const value = (source === "state" ? state : task.values).get(name);
         if (!value) throw new BundleError(`stage '${stage.name}'`, `nothing provides its '${name}'`);
         return [name, value];
       }),
     );
     const loaded = this.#loaded.get(JSON.stringify([task.phase.name, stage.name]))!;
     const outputs = await this.#engine.run(loaded, feeds);
-    const loss = task.phase.name === TRAIN ? outputs.get(LOSS) : undefined;
+    const loss = STEP_PHASES.includes(task.phase.name) ? outputs.get(LOSS) : undefined;
     if (loss && findNotFinite(this.#engine.toArray(loss)) >= 0) {
       throw new NotFinite(LOSS, `${loss.data} at step ${this.step + 1}`);
     }
@@ -258,7 +268,8 @@ export class Executor {
       if (!decoded) continue;
       const array = this.#engine.toArray(decoded);
       checkArray(array, tensor, task.sizes);
-      if (task.phase.name === TRAIN) checkFinite(tensor.name, array, `step ${this.step + 1}`);
+      if (STEP_PHASES.includes(task.phase.name))
+        checkFinite(tensor.name, array, `step ${this.step + 1}`);
     }
   }
 
@@ -293,26 +304,4 @@ function take(data: NdArrays, name: string): NdArray {
   const array = data.get(name);
   if (!array) throw new MissingArray(name, [...data.keys()]);
   return array;
-}
-
-function makeScalars(key: TaskKey, seed: number, learningRate: number): NdArrays {
-  const numbers = [seed, key.step, key.microBatch];
-  if (!numbers.every((value) => Number.isSafeInteger(value) && value >= 0)) {
-    throw new UsageError(`seed, step and micro-batch must be below 2^53, not ${numbers}`);
-  }
-  if (!(learningRate >= 0 && learningRate <= LARGEST_F32)) {
-    throw new UsageError(
-      `the learning rate must be finite and not negative, not ${learningRate}`,
-    );
-  }
-  const integers = (values: number[], shape: number[]): NdArray => ({
-    dtype: "I64",
-    shape,
-    data: BigInt64Array.from(values, BigInt),
-  });
-  return new Map<string, NdArray>([
-    [KEY, integers(numbers, [3])],
-    [LEARNING_RATE, { dtype: "F32", shape: [], data: Float32Array.of(learningRate) }],
-    [STEP, integers([key.step + 1], [])],
-  ]);
 }

@@ -38,6 +38,7 @@ const readDataPosition = readRecord({
   seed: readInteger,
   shuffle: readFlag,
   samples: readNullable(readCount),
+  accumulate: readOptional(readCount, 1),
   schedule: readOptional(readText, ""),
   unsharedSteps: readOptional(readCount, 0),
   unsharedSamples: readOptional(readCount, 0),

@@ -16,7 +16,7 @@ import {
   quote,
 } from "../errors.js";
 import type { Sizes } from "../expressions.js";
-import { SHARE, TRAIN, findPhase } from "../manifests.js";
+import { ACCUMULATE, SHARE, STEP_PHASES, UPDATE, findPhase } from "../manifests.js";
 import type { PartyManifest, Wire } from "../manifests.js";
 import { decodeMessage, encodeMessage, isSameTask } from "../messages.js";
 import type { Message, MessageOf, TaskKey, TensorsMessage, Wires } from "../messages.js";
@@ -132,7 +132,7 @@ export class Protocol {
     for (const [name, array] of tensors) {
       const { tensor, kind } = wires.get(name)!;
       checkArray(array, tensor, this.#sizes, kind === "output");
-      if ([TRAIN, SHARE].includes(message.phase) && sender === SERVER) {
+      if ([...STEP_PHASES, SHARE].includes(message.phase) && sender === SERVER) {
         checkFinite(name, array, `step ${message.step + 1}`);
       }
     }
@@ -146,9 +146,14 @@ export class Protocol {
   }
 }
 
-/** List what travels in each phase, for a greeting. */
+/**
+ * List what travels in each phase, for a greeting.  Those of micro-batches send what `train` sends,
+ * and are left out: the digest tells whether they are the same.
+ */
 export function listWires(manifest: PartyManifest): Wires {
-  const used = manifest.phases.filter((phase) => phase.wires.length);
+  const used = manifest.phases.filter(
+    ({ name, wires }) => wires.length && name !== ACCUMULATE && name !== UPDATE,
+  );
   return new Map(used.map((phase) => [phase.name, phase.wires]));
 }
 

@@ -10,6 +10,7 @@ import pytest
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleError
 from splitonnx.messages import TaskKey
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.models import ServerModel
@@ -17,6 +18,7 @@ from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import read_state
 from tests.support import tiny
 from tests.support.registries import ANN
+from tests.support.zoo import ZOO
 
 FIRST = {"h": np.ones((2, 4), np.float32)}
 SECOND = {"labels": np.zeros((2, 2), np.float32)}
@@ -133,3 +135,33 @@ def test_a_model_without_a_folder_cannot_be_saved() -> None:
     model.unload()
     assert (model.list_versions(), model.is_lost) == ((), False)
     model.close()
+
+
+def test_a_step_that_is_given_up_between_two_micro_batches_changes_nothing() -> None:
+    party = cut(ZOO["chain"].build(), at="act1").server
+    assert party is not None
+    executor = Executor(party, Engine(threads=1))
+    model = ServerModel(ANN, owner="ann", executor=executor, start=None, store=None)
+    before = executor.state()
+    shape = next(
+        wire.tensor.shape
+        for wire in party.manifest.phase("accumulate").wires
+        if wire.tensor.name == "act1@server"
+    )
+    rows = (2, *(dim for dim in shape[1:] if isinstance(dim, int)))
+    batch: dict[str, np.ndarray] = {
+        "act1@server": np.ones(rows, np.float32),
+        "labels@server": np.zeros(2, np.int64),
+        "splitonnx.weight": np.array(1, np.float32),
+    }
+    for number in range(2):
+        key = TaskKey(ANN, "accumulate", 5, number)  # the client's step is another
+        model.begin(key, seed=0, learning_rate=0.1)
+        list(model.run(key, batch))
+        assert model.finish(key)
+    assert model.version == 0
+    model.abandon(key)
+    first = TaskKey(ANN, "accumulate", 5, 0)
+    model.begin(first, seed=0, learning_rate=0.1)  # the step begins again
+    for name, array in executor.state().items():
+        np.testing.assert_array_equal(array, before[name])

@@ -1,7 +1,4 @@
-"""Write a party's state to its folder, as the outcome of training.
-
-Where the state comes from, a task in this process or a worker, is not known here.
-"""
+"""Write a party's trained state to its folder, as the outcome of training."""
 
 from __future__ import annotations
 
@@ -26,7 +23,9 @@ def publish_state(
 ) -> None:
     """Write a state to the party's folder as the outcome of training.
 
-    The outcome is written atomically.  :meth:`Executor.publish` explains the other arguments.
+    The outcome is written atomically.  ``session`` is the session that trained the state, and
+    ``owner`` is the session's owner.  ``position`` is the position in the data at which training
+    stopped.
 
     Raises:
         BundleError: the bundle exists only in memory, or the folder cannot be written.
