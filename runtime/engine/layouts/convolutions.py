@@ -31,7 +31,6 @@ WIDE = 512
 """Input channels from which the plain kernel, one product of matrices, is the faster one."""
 _MOVES = frozenset({"Reshape", "Slice", "Transpose"})
 """Operators that only rearrange what blocked nodes take from where it comes from."""
-_PREFIX = "splitonnx.blocked/"
 _IR_VERSION, _GRAPH, _OPSET, _NODE, _INITIALIZER = 1, 7, 8, 1, 5
 _FIELDS = {
     "node": _NODE, "name": 2, "initializer": _INITIALIZER, "text": 10, "input": 11, "output": 12,
@@ -57,16 +56,22 @@ def block_placed(graph: PlacedGraph, block: int) -> bytes:
 
 
 def can_block(node: PlacedNode, shapes: dict[str, Shape], block: int) -> bool:
-    """Return whether a node is a convolution that runs in blocks of ``block`` channels."""
+    """Return whether a node is a convolution that runs in blocks of ``block`` channels.
+
+    Its image must be declared with the channels that the weights have: the kernel would take
+    missing ones for zeros.  With negative padding the kernel writes beyond its output.
+    """
     if node.operator != "Conv" or node.domain or len(node.results) != 1:
         return False
-    shape = shapes.get(node.argument(1), ())
-    if len(shape) != 4:
+    image, shape = shapes.get(node.argument(0), ()), shapes.get(node.argument(1), ())
+    if len(image) != 4 or len(shape) != 4:
         return False
     outputs, inputs, *kernel = shape
-    if outputs is None or inputs is None or outputs % block:
-        return False
     groups = _count_groups(node)
+    if outputs is None or inputs is None or outputs % block or image[1] != inputs * groups:
+        return False
+    if min(node.integers.get("pads", ()), default=0) < 0:
+        return False
     if groups > 1:
         return groups == outputs and inputs == 1
     if None in kernel or kernel == [1, 1]:  # a product of matrices, for which blocks gain nothing
@@ -76,6 +81,16 @@ def can_block(node: PlacedNode, shapes: dict[str, Shape], block: int) -> bool:
 
 def _count_groups(node: PlacedNode) -> int:
     return next(iter(node.integers.get("group", ())), 1)
+
+
+def _find_prefix(graph: PlacedGraph) -> str:
+    """Return a prefix that no name of the graph has."""
+    names = [*graph.uses, *graph.shapes, *graph.constants, *graph.inputs]
+    names += [name for node in graph.nodes for name in (*node.results, node.name)]
+    prefix = "splitonnx.blocked"
+    while any(name.startswith(prefix) for name in names):
+        prefix += "_"
+    return prefix
 
 
 class _Writer:
@@ -88,7 +103,8 @@ class _Writer:
         self._uses = Counter(graph.uses)
         self._nodes: list[tuple[PlacedNode | None, bytes]] = []
         self._constants: dict[tuple[int, ...], str] = {}
-        self._made: set[str] = set()
+        self._prefix = _find_prefix(graph)
+        self._made: dict[tuple[str, tuple[str, ...], tuple[bytes, ...]], str] = {}
 
     def write(self, chosen: set[tuple[int, int]]) -> bytes:
         """Return the whole model, where the nodes at the places ``chosen`` are blocked."""
@@ -143,56 +159,50 @@ class _Writer:
                 image = self._reorder(image)
             points = [extent for extent in kernel if extent is not None]
             arranged = self._arrange(weights, [outputs, inputs, *points])
-        name = f"{_PREFIX}{node.results[0]}"
-        self._add(
+        convolved = self._add(
             "Conv",
             [image, arranged, *bias],
-            name,
             label=node.name,
             domain=DOMAIN,
             attributes=[content[start:stop] for start, stop in node.attributes],
         )
-        channels = [write_attribute("channels", outputs)]
-        self._add("ReorderOutput", [name], node.results[0], domain=DOMAIN, attributes=channels)
+        channels = write_attribute("channels", outputs)
+        output = write_node(
+            "ReorderOutput", [convolved], node.results[0], domain=DOMAIN, attributes=[channels]
+        )
+        self._nodes.append((None, output))
         self._uses.subtract(node.arguments)
 
     def _arrange_channels(self, weights: str, channels: int) -> str:
         """Bring depthwise weights into the kernel's order, which is that of an image."""
         if self._find_stacked(weights) is not None:
             return self._reorder(weights)
-        name = f"{_PREFIX}weights/{weights}"
-        image = self._reshape(weights, f"{name}/split", [1, channels, 0, 0])
-        return self._reshape(self._reorder(image), name, [channels, 1, 0, 0])
+        image = self._reshape(weights, [1, channels, 0, 0])
+        return self._reshape(self._reorder(image), [channels, 1, 0, 0])
 
     def _arrange(self, weights: str, shape: Sequence[int]) -> str:
         """Bring weights into the order in which the kernel reads them."""
-        name = f"{_PREFIX}weights/{weights}"
-        if name in self._made:
-            return name
         block, (outputs, inputs, *kernel) = self._block, shape
         points = kernel[0] * kernel[1]
         source = self._find_mirrored(weights)
         if inputs < block:
-            value = self._swap(weights, name, [outputs // block, block, inputs * points])
+            value = self._swap(weights, [outputs // block, block, inputs * points])
         elif source is None or outputs % block:
-            value = self._reorder(weights)
-            value = self._swap(value, name, [outputs // block, block, inputs * points])
+            value = self._swap(self._reorder(weights), [outputs // block, block, inputs * points])
         else:  # [inputs, outputs, ...], mirrored: blocks change places, and points within them
-            value = self._reorder(source)
             split = [inputs // block, block, outputs // block, points, block]
-            value = self._reshape(value, f"{name}/split", split)
+            value = self._reshape(self._reorder(source), split)
             order = [write_attribute("perm", [2, 0, 3, 1, 4])]
-            value = self._add("Transpose", [value], f"{name}/turned", attributes=order)
+            value = self._add("Transpose", [value], attributes=order)
             backwards = self._hold(list(range(points - 1, -1, -1)))
             axis = [write_attribute("axis", 2)]
-            value = self._add("Gather", [value, backwards], f"{name}/back", attributes=axis)
-        return self._reshape(value, name, shape)
+            value = self._add("Gather", [value, backwards], attributes=axis)
+        return self._reshape(value, shape)
 
-    def _swap(self, value: str, name: str, split: Sequence[int]) -> str:
+    def _swap(self, value: str, split: Sequence[int]) -> str:
         """Exchange the last two of three axes."""
-        value = self._reshape(value, f"{name}/split", split)
         order = [write_attribute("perm", [0, 2, 1])]
-        return self._add("Transpose", [value], f"{name}/turned", attributes=order)
+        return self._add("Transpose", [self._reshape(value, split)], attributes=order)
 
     def _find_mirrored(self, weights: str) -> str | None:
         """Return the weights of which these are the mirror image, with inputs for outputs.
@@ -203,26 +213,28 @@ class _Writer:
         if turned is None or turned.integers.get("perm") != (1, 0, 2, 3):
             return None
         cut = self._makers.get(turned.argument(0))
-        points = [extent or 0 for extent in self._graph.shapes[weights][2:]]
         if cut is None or cut.operator != "Slice" or len(cut.arguments) != 5:
             return None
+        outputs, inputs, *kernel = self._graph.shapes[weights]
+        if self._graph.shapes.get(cut.argument(0)) != (inputs, outputs, *kernel):
+            return None  # a part of them
         read = [self._graph.constants.get(name) for name in cut.arguments[1:]]
-        reaches_start = read[1] is not None and max(read[1]) < -max(points)
+        points = max(extent or 0 for extent in kernel)
+        reaches_start = read[1] is not None and max(read[1], default=0) < -points
         is_mirrored = read[0] == read[3] == (-1, -1) and read[2] == (2, 3) and reaches_start
         return cut.argument(0) if is_mirrored else None
 
     def _reorder(self, value: str) -> str:
         """Bring an image into blocks, before images are stacked where they are."""
-        name = f"{_PREFIX}{value}/image"
         source = self._find_stacked(value)
         if source is None:
-            return self._add("ReorderInput", [value], name, domain=DOMAIN)
+            return self._add("ReorderInput", [value], domain=DOMAIN)
         outputs, inputs, _, columns = [extent or -1 for extent in self._graph.shapes[value]]
         blocks = outputs * inputs // self._block
-        split = self._reshape(self._reorder(source), f"{name}/split", [0, blocks, -1])
+        split = self._reshape(self._reorder(source), [0, blocks, -1])
         order = [write_attribute("perm", [1, 0, 2])]
-        turned = self._add("Transpose", [split], f"{name}/turned", attributes=order)
-        return self._reshape(turned, name, [outputs, inputs, -1, columns])
+        turned = self._add("Transpose", [split], attributes=order)
+        return self._reshape(turned, [outputs, inputs, -1, columns])
 
     def _find_stacked(self, value: str) -> str | None:
         """Find the images [N, C, H, W] that a value has below each other, as [1, C, N * H, W].
@@ -242,30 +254,30 @@ class _Writer:
         wanted = ((1, channels, -1, columns), (channels, 1, -1, columns))
         return turned.argument(0) if target in wanted else None
 
-    def _reshape(self, value: str, name: str, shape: Sequence[int]) -> str:
-        return self._add("Reshape", [value, self._hold(shape)], name)
+    def _reshape(self, value: str, shape: Sequence[int]) -> str:
+        return self._add("Reshape", [value, self._hold(shape)])
 
     def _hold(self, numbers: Sequence[int]) -> str:
         return self._constants.setdefault(
-            tuple(numbers), f"{_PREFIX}constants/{'x'.join(map(str, numbers))}"
+            tuple(numbers), f"{self._prefix}/constants/{len(self._constants)}"
         )
 
     def _add(
         self,
         operator: str,
         arguments: Sequence[str],
-        result: str,
         *,
         label: str = "",
         domain: str = "",
         attributes: Sequence[bytes] = (),
     ) -> str:
-        """Add a node, unless it is there already, and return its output."""
-        if result not in self._made:
-            self._made.add(result)
+        """Add a node, unless an equal one is there already, and return its output."""
+        key = (operator, tuple(arguments), tuple(attributes))
+        if key not in self._made:
+            self._made[key] = result = f"{self._prefix}/{len(self._made)}"
             self._uses.update(arguments)
             written = write_node(
                 operator, arguments, result, name=label, domain=domain, attributes=attributes
             )
             self._nodes.append((None, written))
-        return result
+        return self._made[key]

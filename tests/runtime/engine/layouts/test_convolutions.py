@@ -31,9 +31,11 @@ def build(
     constants: Mapping[str, np.ndarray] | None = None,
     output: str = "y",
 ) -> bytes:
-    """Serialize a graph; the shape of ``x`` is left open."""
+    """Serialize a graph; of the shape of ``x`` only the channels are declared."""
     inputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, None if name == "x" else shape)
+        helper.make_tensor_value_info(
+            name, TensorProto.FLOAT, ["N", shape[1], "H", "W"] if name == "x" and shape else shape
+        )
         for name, shape in shapes.items()
     ]
     held = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
@@ -60,6 +62,7 @@ def compare(model: bytes, shapes: Mapping[str, tuple[int, ...]], *, training: bo
     np.testing.assert_allclose(found, np.asarray(expected), rtol=1e-4, atol=1e-4)
 
 
+SIXTEEN = {"x": (1, 16, 3, 3), "w": (16, 16, 3, 3)}
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "dense": ((32, 16, 3, 3), {"pads": [1, 1, 1, 1]}),
     "strided": ((16, 32, 3, 3), {"strides": [2, 1], "pads": [1, 0, 2, 1]}),
@@ -101,10 +104,14 @@ def list_bounds(**changes: list[int]) -> dict[str, np.ndarray]:
     return {name: np.array(numbers) for name, numbers in (bounds | changes).items()}
 
 
-def build_mirrored(nodes: list[onnx.NodeProto], bounds: dict[str, np.ndarray]) -> bytes:
+def build_mirrored(
+    nodes: list[onnx.NodeProto],
+    bounds: dict[str, np.ndarray],
+    weights: tuple[int, ...] = (32, 16, 3, 2),
+) -> bytes:
     conv = helper.make_node("Conv", ["x", "v"], ["y"], pads=[1, 2, 1, 2])
     model = onnx.load_from_string(
-        build(*nodes, conv, shapes={"x": None, "w": (32, 16, 3, 2)}, constants=bounds)
+        build(*nodes, conv, shapes={"x": (1, 32, 1, 1), "w": weights}, constants=bounds)
     )
     shape = helper.make_tensor_value_info("v", TensorProto.FLOAT, (16, 32, 3, 2))
     model.graph.value_info.append(shape)
@@ -153,6 +160,7 @@ def test_rearranged_weights_that_are_wanted_elsewhere_are_kept() -> None:
         ((24, 16, 3, 3), {}),
         ((32, 8, 3, 3), {"group": 4}),
         ((32, 1, 3, 3), {"group": 16}),
+        ((16, 16, 3, 3), {"pads": [0, 0, 0, -1]}),
         ((16, 16, 3), {}),
         ((16, 16, 3, 3, 3), {}),
     ],
@@ -163,6 +171,7 @@ def test_rearranged_weights_that_are_wanted_elsewhere_are_kept() -> None:
         "odd outputs",
         "groups",
         "several each",
+        "negative padding",
         "one axis",
         "a cube",
     ],
@@ -171,14 +180,15 @@ def test_other_convolutions_stay_as_they_are(
     weights: tuple[int, ...], attributes: dict[str, Any]
 ) -> None:
     node = helper.make_node("Conv", ["x", "w"], ["y"], **attributes)
-    model = build(node, shapes={"x": None, "w": weights})
+    image = (1, weights[1] * attributes.get("group", 1), *weights[2:])
+    model = build(node, shapes={"x": image if len(image) == 4 else None, "w": weights})
     assert block_convolutions(model, BLOCK) == model
 
 
 @pytest.mark.parametrize("kind", [TensorProto.DOUBLE, TensorProto.FLOAT16])
 def test_other_types_stay_as_they_are(kind: int) -> None:
     model = onnx.load_from_string(
-        build(helper.make_node("Conv", ["x", "w"], ["y"]), shapes={"x": None, "w": (16, 16, 3, 3)})
+        build(helper.make_node("Conv", ["x", "w"], ["y"]), shapes=SIXTEEN)
     )
     for value in model.graph.input:
         value.type.tensor_type.elem_type = kind
@@ -188,8 +198,9 @@ def test_other_types_stay_as_they_are(kind: int) -> None:
 
 def test_without_blocks_graphs_stay_as_they_are() -> None:
     node = helper.make_node("Conv", ["x", "w"], ["y"])
-    model = build(node, shapes={"x": None, "w": (16, 16, 3, 3)})
+    model = build(node, shapes=SIXTEEN)
     assert block_convolutions(model, 0) == model
+    assert block_convolutions(model, BLOCK) != model
 
 
 @needs_blocks
@@ -203,7 +214,7 @@ def test_an_image_and_weights_that_two_convolutions_read_are_rearranged_once() -
     model = build(*nodes, shapes=shapes)
     found = list_operators(block_convolutions(model, BLOCK))
     assert found.count(f"{DOMAIN}/ReorderInput") == 2
-    assert found.count(f"{DOMAIN}/Conv") == 2
+    assert found.count(f"{DOMAIN}/Conv") == 1  # they are the same
     compare(model, shapes)
 
 
@@ -211,7 +222,7 @@ def test_an_image_and_weights_that_two_convolutions_read_are_rearranged_once() -
 @pytest.mark.parametrize("shape", [(1, 32, 5, 5), (1, 3, 5, 5), (1, 16, 5), (1, 16, 0, 0)])
 def test_an_image_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     node = helper.make_node("Conv", ["x", "w"], ["y"])
-    stage = ENGINE.load("s", build(node, shapes={"x": None, "w": (16, 16, 3, 3)}), training=True)
+    stage = ENGINE.load("s", build(node, shapes={**SIXTEEN, "x": None}), training=True)
     feeds = {"x": np.ones(shape, np.float32), "w": np.ones((16, 16, 3, 3), np.float32)}
     with pytest.raises(StageFailed):
         ENGINE.run(stage, {name: ENGINE.from_array(array) for name, array in feeds.items()})
@@ -230,7 +241,7 @@ def build_stacked(columns: int, channels: int = 32) -> bytes:
         "below": np.array([1, channels, -1, columns]),
         "kernel": np.array([channels, 1, -1, columns]),
     }
-    shapes = {"x": None, "d": ["N", 32, 4, 5]}
+    shapes = {"x": (1, 32, 4, 5), "d": ["N", 32, 4, 5]}
     model = onnx.load_from_string(build(*nodes, shapes=shapes, constants=constants))
     declared_dims: dict[str, list[int | str]] = {
         "tx": [32, "N", 4, 5], "td": [32, "N", 4, 5], "sx": [1, channels, "M", columns],
@@ -275,3 +286,53 @@ def test_whatever_passes_the_gate_is_rewritten_or_left_without_an_error() -> Non
         passed += 1
         block_convolutions(bytes(content), BLOCK)
     assert passed > 300
+
+
+@pytest.mark.parametrize("channels", [None, 8, 20])
+def test_an_image_that_is_not_declared_with_the_weights_channels_is_left(
+    channels: int | None,
+) -> None:
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    image = None if channels is None else (1, channels, 3, 3)
+    model = build(node, shapes={**SIXTEEN, "x": image})
+    assert block_convolutions(model, BLOCK) == model
+
+
+@needs_blocks
+@pytest.mark.parametrize(
+    "taken", ["x/image", "splitonnx.blocked/0", "splitonnx.blocked", "w/split"]
+)
+def test_names_of_the_graph_are_not_taken_again(taken: str) -> None:
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], [taken], pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", [taken, "w"], ["y"], pads=[1, 1, 1, 1]),
+    ]
+    shapes = {"x": (2, 16, 4, 4), "w": (16, 16, 3, 3)}
+    model = onnx.load_from_string(build(*nodes, shapes=shapes))
+    declared = helper.make_tensor_value_info(taken, TensorProto.FLOAT, ["N", 16, "H", "W"])
+    model.graph.value_info.append(declared)
+    content = bytes(model.SerializeToString())
+    assert list_operators(block_convolutions(content, BLOCK)).count(f"{DOMAIN}/Conv") == 2
+    compare(content, shapes)
+
+
+@needs_blocks
+@pytest.mark.parametrize("first", ["plain", "depthwise"])
+def test_weights_that_are_dense_here_and_depthwise_there_are_arranged_for_each(first: str) -> None:
+    plain = helper.make_node("Conv", ["x", "w"], ["a"], pads=[1, 1, 1, 1])
+    depthwise = helper.make_node("Conv", ["z", "w"], ["b"], group=16, pads=[1, 1, 1, 1])
+    nodes = [plain, depthwise] if first == "plain" else [depthwise, plain]
+    shapes = {"x": (2, 1, 4, 4), "w": (16, 1, 3, 3), "z": (2, 16, 4, 4)}
+    compare(build(*nodes, helper.make_node("Add", ["a", "b"], ["y"]), shapes=shapes), shapes)
+
+
+@needs_blocks
+def test_a_mirrored_part_of_weights_is_left_as_it_is() -> None:
+    content = onnx.load_from_string(
+        build_mirrored(mirror("w"), list_bounds(ends=[-4, -4]), weights=(32, 16, 5, 4))
+    )
+    for value in content.graph.value_info:
+        value.type.tensor_type.shape.dim[3].dim_value = 3
+    found = bytes(content.SerializeToString())
+    assert "Slice" in list_operators(block_convolutions(found, BLOCK))
+    compare(found, {"x": (2, 32, 6, 5), "w": (32, 16, 5, 4)})
