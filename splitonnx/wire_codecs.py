@@ -87,6 +87,8 @@ def read_wire(wire: str | Mapping[str, str] | None) -> WireCodecs:
     Raises:
         UsageError: the text does not name known codecs, or names two for one direction.
     """
+    if wire is not None and not isinstance(wire, str | Mapping):
+        raise UsageError(f"wire must be a text such as 'int8' or a dictionary, not {wire!r}")
     items = _split(wire) if isinstance(wire, str) else list((wire or {}).items())
     found: dict[str, Codec] = {}
     for direction, text in items:
@@ -94,6 +96,8 @@ def read_wire(wire: str | Mapping[str, str] | None) -> WireCodecs:
             raise UsageError(
                 f"--wire: there is no direction '{direction}'; write fwd=... or bwd=..."
             )
+        if not isinstance(text, str):
+            raise UsageError(f"--wire: the codec of {direction} must be a text, not {text!r}")
         codec = read_codec(text)
         for name in (direction,) if direction else (FORWARD, BACKWARD):
             if name in found:

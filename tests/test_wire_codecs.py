@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from splitonnx.errors import UsageError
@@ -70,3 +72,9 @@ def test_what_is_no_codec_is_refused_with_those_that_there_are(text: str, reason
 def test_a_codec_without_a_fraction_takes_no_number() -> None:
     with pytest.raises(UsageError, match="the codec int8 takes no number, but 'int8=3' has one"):
         read_codec("int8=3")
+
+
+@pytest.mark.parametrize("wire", [["int8"], 5, {"fwd": None}])
+def test_what_is_no_text_and_no_dictionary_of_texts_is_refused(wire: Any) -> None:
+    with pytest.raises(UsageError, match="must be a text"):
+        read_wire(wire)

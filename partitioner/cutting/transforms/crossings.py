@@ -129,8 +129,8 @@ def encode_crossings(bundle: Bundle, codecs: WireCodecs) -> Bundle:
     phases = {name: _plan_phase(bundle, name, codecs) for name in names}
     if not any(phases.values()):
         raise UsageError(
-            f"--wire {codecs}: this cut sends no activation and no gradient of floats, so there is "
-            "nothing to encode; leave it out"
+            f"--wire {codecs}: this cut sends no floats that it would encode, in the direction of "
+            "a codec other than fp32; leave it out"
         )
     parties = dict(bundle.parties)
     for name, plans in phases.items():

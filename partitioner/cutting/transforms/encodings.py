@@ -66,7 +66,7 @@ def refuse_rows(tensor: TensorSpec, least: int) -> str:
     if unknown:
         return (
             f"its size '{unknown[0]}' is not known beforehand; only the first may be free, so fix "
-            "the others with --dim"
+            "the other free sizes of the model's inputs with --dim"
         )
     width = count_row(tensor)
     return "" if width >= least else f"a sample has {width} elements, and it needs {least}"

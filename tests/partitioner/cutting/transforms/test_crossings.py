@@ -235,7 +235,7 @@ def test_what_cannot_be_encoded_is_refused_with_the_tensor_and_the_reason(
 
 def test_where_no_float_crosses_a_codec_is_refused() -> None:
     whole = cut(ZOO["chain"].build(), at=None)
-    with pytest.raises(UsageError, match="nothing to encode; leave it out"):
+    with pytest.raises(UsageError, match="sends no floats that it would encode"):
         encode(whole, "int8")
 
 
