@@ -17,12 +17,12 @@ import numpy as np
 from splitonnx.runtime.engine.layouts.convolutions import DOMAIN, block_convolutions
 from splitonnx.runtime.engine.layouts.messages import (
     write_attribute,
-    write_field,
-    write_integer,
+    write_model,
     write_node,
     write_opset,
     write_value,
 )
+from splitonnx.runtime.engine.providers import CPU, PROVIDERS
 
 SIZES = (16, 8, 4)
 """The sizes that are looked for."""
@@ -46,9 +46,8 @@ def find_block_size(runtime: Any, *, arena: bool = True) -> int:
     options.intra_op_num_threads = 1
     options.enable_cpu_mem_arena = arena
     options.log_severity_level = _SILENT
-    load = partial(
-        runtime.InferenceSession, sess_options=options, providers=["CPUExecutionProvider"]
-    )
+    providers = [PROVIDERS[CPU].runtime_name]
+    load = partial(runtime.InferenceSession, sess_options=options, providers=providers)
     return read_block_size(lambda model, feeds: load(model).run(None, dict(feeds))[0])
 
 
@@ -93,14 +92,8 @@ def _write_model(
     node: bytes, inputs: Mapping[str, tuple[int, ...]], output: tuple[int, ...]
 ) -> bytes:
     """Return a model of one node with the output ``y``."""
-    values = [write_field(11, write_value(name, shape)) for name, shape in inputs.items()]
-    graph = [write_field(1, node), write_field(2, "g"), *values]
-    graph.append(write_field(12, write_value("y", output)))
+    fields = [("node", node), ("name", b"g")]
+    fields += [("input", write_value(name, shape)) for name, shape in inputs.items()]
+    fields.append(("output", write_value("y", output)))
     opsets = [write_opset("", _OPSET_VERSION), write_opset(DOMAIN, 1)]
-    return b"".join(
-        [
-            write_integer(1, _IR_VERSION),
-            write_field(7, b"".join(graph)),
-            *(write_field(8, opset) for opset in opsets),
-        ]
-    )
+    return write_model(_IR_VERSION, opsets, fields)

@@ -20,8 +20,7 @@ from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph, PlacedNode
 from splitonnx.runtime.engine.layouts.messages import (
     write_attribute,
     write_constant,
-    write_field,
-    write_integer,
+    write_model,
     write_node,
     write_opset,
 )
@@ -31,11 +30,6 @@ WIDE = 512
 """Input channels from which the plain kernel, one product of matrices, is the faster one."""
 _MOVES = frozenset({"Reshape", "Slice", "Transpose"})
 """Operators that only rearrange what blocked nodes take from where it comes from."""
-_IR_VERSION, _GRAPH, _OPSET, _NODE, _INITIALIZER = 1, 7, 8, 1, 5
-_FIELDS = {
-    "node": _NODE, "name": 2, "initializer": _INITIALIZER, "text": 10, "input": 11, "output": 12,
-    "value": 13, "metadata": 16,
-}  # fmt: skip
 
 
 def block_convolutions(content: bytes, block: int) -> bytes:
@@ -115,22 +109,12 @@ class _Writer:
             else:
                 start, stop = node.place
                 self._nodes.append((node, content[start:stop]))
-        others = [
-            write_field(_FIELDS[name], content[start:stop])
-            for name, start, stop in graph.fields
-            if name != "node"
-        ]
-        nodes = [write_field(_NODE, written) for written in self._list_used()]
+        fields = [(name, content[a:b]) for name, a, b in graph.fields if name != "node"]
+        fields += [("node", written) for written in self._list_used()]
         made = [write_constant(name, numbers) for numbers, name in self._constants.items()]
-        constants = [write_field(_INITIALIZER, constant) for constant in made]
+        fields += [("initializer", constant) for constant in made]
         opsets = [content[start:stop] for start, stop in graph.opsets] + [write_opset(DOMAIN, 1)]
-        return b"".join(
-            [
-                write_integer(_IR_VERSION, graph.ir_version),
-                *(write_field(_OPSET, opset) for opset in opsets),
-                write_field(_GRAPH, b"".join([*others, *nodes, *constants])),
-            ]
-        )
+        return write_model(graph.ir_version, opsets, fields)
 
     def _list_used(self) -> list[bytes]:
         """Leave out what only rearranged values for nodes that are blocked now."""

@@ -13,6 +13,12 @@ import numpy as np
 
 from splitonnx.runtime.gate.protobufs import WireType
 
+_IR_VERSION, _GRAPH, _OPSET = 1, 7, 8
+_GRAPH_FIELDS = {
+    "node": 1, "name": 2, "initializer": 5, "text": 10, "input": 11, "output": 12, "value": 13,
+    "metadata": 16,
+}  # fmt: skip
+"""The numbers of a graph's fields, by the names that :mod:`schemas` gives them."""
 _FLOAT, _INT64 = 1, 7
 _KIND_INT, _KIND_INTS = 2, 7
 
@@ -83,3 +89,12 @@ def write_value(name: str, shape: Sequence[int] | None) -> bytes:
 def write_opset(domain: str, version: int) -> bytes:
     """Return the import of an operator set."""
     return write_field(1, domain) + write_integer(2, version)
+
+
+def write_model(
+    ir_version: int, opsets: Iterable[bytes], fields: Iterable[tuple[str, bytes]]
+) -> bytes:
+    """Return a model of a graph with these fields, each with its name, in this order."""
+    graph = b"".join(write_field(_GRAPH_FIELDS[name], content) for name, content in fields)
+    imports = [write_field(_OPSET, opset) for opset in opsets]
+    return b"".join([write_integer(_IR_VERSION, ir_version), *imports, write_field(_GRAPH, graph)])

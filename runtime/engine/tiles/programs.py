@@ -9,20 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
-from splitonnx.runtime.engine.layouts.messages import (
-    write_field,
-    write_integer,
-    write_node,
-    write_value,
-)
+from splitonnx.runtime.engine.layouts.messages import write_model, write_node, write_value
 from splitonnx.runtime.engine.tiles.regions import Region
-
-_IR_VERSION, _GRAPH, _OPSET = 1, 7, 8
-_FIELDS = {
-    "node": 1, "name": 2, "initializer": 5, "text": 10, "input": 11, "output": 12, "value": 13,
-    "metadata": 16,
-}  # fmt: skip
-_NAME, _INPUT, _OUTPUT = _FIELDS["name"], _FIELDS["input"], _FIELDS["output"]
 
 
 def name_array(index: int) -> str:
@@ -55,10 +43,10 @@ def write_program(graph: PlacedGraph, region: Region) -> bytes:
         write_node(node.operator, [names[name] for name in node.arguments], names[node.results[0]])
         for node in region.nodes
     ]
-    fields = [(_FIELDS["node"], node) for node in nodes]
-    fields.append((_NAME, b"tile"))
-    fields += [(_INPUT, write_value(name, None)) for name in inputs.values()]
-    fields += [(_OUTPUT, write_value(name, None)) for name in outputs.values()]
+    fields = [("node", node) for node in nodes]
+    fields.append(("name", b"tile"))
+    fields += [("input", write_value(name, None)) for name in inputs.values()]
+    fields += [("output", write_value(name, None)) for name in outputs.values()]
     return _write_model(graph, fields)
 
 
@@ -76,20 +64,18 @@ def write_rest(graph: PlacedGraph, regions: Sequence[Region]) -> bytes:
     content = graph.content
     left_out = {node.place for region in regions for node in region.nodes}
     wanted = list_rest(graph, regions)
-    fields: list[tuple[int, bytes]] = []
+    fields: list[tuple[str, bytes]] = []
     labels = iter(graph.outputs)
     for name, start, stop in graph.fields:
         is_dropped = name == "value" or (name == "node" and (start, stop) in left_out)
         if is_dropped or (name == "output" and next(labels) not in wanted):
             continue
-        fields.append((_FIELDS[name], content[start:stop]))
+        fields.append((name, content[start:stop]))
     declared = {*graph.outputs}
-    fields += [(_OUTPUT, write_value(name, None)) for name in wanted if name not in declared]
+    fields += [("output", write_value(name, None)) for name in wanted if name not in declared]
     return _write_model(graph, fields)
 
 
-def _write_model(graph: PlacedGraph, fields: Iterable[tuple[int, bytes]]) -> bytes:
-    opsets = [write_field(_OPSET, graph.content[start:stop]) for start, stop in graph.opsets]
-    body = b"".join(write_field(number, content) for number, content in fields)
-    version = write_integer(_IR_VERSION, graph.ir_version)
-    return b"".join([version, *opsets, write_field(_GRAPH, body)])
+def _write_model(graph: PlacedGraph, fields: Iterable[tuple[str, bytes]]) -> bytes:
+    opsets = [graph.content[start:stop] for start, stop in graph.opsets]
+    return write_model(graph.ir_version, opsets, fields)

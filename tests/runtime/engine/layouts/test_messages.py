@@ -12,6 +12,7 @@ from splitonnx.runtime.engine.layouts.messages import (
     write_constant,
     write_field,
     write_integer,
+    write_model,
     write_node,
     write_opset,
     write_value,
@@ -53,3 +54,12 @@ def test_an_opset_has_its_version() -> None:
 def test_a_long_field_has_its_length_in_several_bytes() -> None:
     model = onnx.ModelProto.FromString(write_integer(1, 8) + write_field(6, "t" * 20_000))
     assert (model.ir_version, len(model.doc_string)) == (8, 20_000)
+
+
+def test_a_model_has_its_version_its_operator_sets_and_its_graph_s_fields() -> None:
+    value = write_value("x", (1,))
+    fields = [("name", b"g"), ("input", value), ("output", value)]
+    model = onnx.ModelProto.FromString(write_model(8, [write_opset("", 17)], fields))
+    assert (model.ir_version, model.graph.name) == (8, "g")
+    assert [entry.version for entry in model.opset_import] == [17]
+    assert [v.name for v in (*model.graph.input, *model.graph.output)] == ["x", "x"]
