@@ -1,4 +1,4 @@
-"""Say by how much codecs change what the parts of a bundle predict.
+"""Measure how much codecs change the predictions of a bundle's parts.
 
 The parts without codecs have been compared with the original model.  So what is left is the error
 of the codecs, which is no mistake: it is reported, and never refused.

@@ -118,7 +118,7 @@ def encode_crossings(bundle: Bundle, codecs: WireCodecs) -> Bundle:
     Only float32 is encoded, and neither inputs nor labels, outputs, losses, norms or weights.
 
     Raises:
-        UsageError: a codec cannot encode a tensor, or there is none to encode.
+        UsageError: a codec cannot encode a tensor, or no tensor would be encoded.
     """
     if codecs.is_plain:
         return bundle

@@ -45,7 +45,7 @@ class Encoding(Protocol):
     def decode(
         self, builder: NodeBuilder, pieces: Sequence[ir.Value], tensor: TensorSpec
     ) -> ir.Value:
-        """Build the float32 tensor that the pieces stand for."""
+        """Build the float32 tensor that the pieces encode."""
 
 
 def refuse_rank(tensor: TensorSpec) -> str:
