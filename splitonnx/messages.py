@@ -81,6 +81,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     can_repeat: bool = False
     can_share: bool = False
     micro_batch: Count = 0
+    in_flight: Count = 1
     wires: Wires
 
     @property
@@ -110,6 +111,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     policy: str = PER_CLIENT
     local_steps: Count = 0
     rounds: Count = 0
+    in_flight: Count = 1
     wires: Wires
 
 
