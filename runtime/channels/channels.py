@@ -49,6 +49,7 @@ class Channel:
         patient: whether to retry if the first connection fails.
         can_share: whether the client may share its parameters if the server joins what its clients
             learn.
+        in_background: whether a thread may send on a connection while the caller computes.
 
     Raises:
         ConnectionLost, ServerBusy: the server cannot be reached or is full.
@@ -67,13 +68,14 @@ class Channel:
         backoff: Backoff,
         patient: bool = False,
         can_share: bool = False,
+        in_background: bool = False,
     ) -> None:
         self.session = session
         self._dial = dial
         self._given = transport
         self._transport: Transport | None = None
         self._past_traffic = (0, 0)
-        self._sends_in_background = False
+        self._in_background = in_background
         self._exchange = Exchange(
             manifest=manifest,
             session=session,
@@ -122,7 +124,6 @@ class Channel:
             StepsLost, ConnectionLost, ServerBusy: see :meth:`return_to_step`.
         """
         if self._exchange.widen(in_flight):
-            self._sends_in_background = True
             self.return_to_step()
 
     def end(self, key: TaskKey) -> None:
@@ -249,7 +250,8 @@ class Channel:
             transport = self._dial()
         else:
             raise ConnectionLost("the server", "the connection is closed")
-        return BackgroundSending(transport) if self._sends_in_background else transport
+        has_use = self._in_background and self._exchange.in_flight_wanted > 1
+        return BackgroundSending(transport) if has_use else transport
 
     def _require_transport(self) -> Transport:
         if self._transport is None:

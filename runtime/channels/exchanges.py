@@ -81,7 +81,8 @@ class Exchange:
     Both sides continued from ``step`` after the last greeting.  It was the client's current step
     at that time, or an earlier step with a state that the client has kept.  ``terms`` say how the
     server joins what its clients learn; they are ``None`` before the first greeting.  ``in_flight``
-    is the number of tasks of one step that may be open at once; the caller ends them in ``tasks``.
+    is the number of tasks of one step that may be open at once, and ``in_flight_wanted`` the number
+    that the server is asked for; the caller ends tasks in ``tasks``.
     ``wake_at`` is when :meth:`wake` is to be called, or ``None``.
 
     Args:
@@ -107,9 +108,8 @@ class Exchange:
         self.session = session
         self.terms: SharingTerms | None = None
         self.step = 0
-        self.in_flight = 1
+        self.in_flight = self.in_flight_wanted = 1
         self.wake_at: float | None = None
-        self._wanted = 1  # tasks in flight
         self._manifest = manifest
         self._find_resume_point = find_resume_point
         self._attempts = Attempts(backoff)
@@ -168,9 +168,9 @@ class Exchange:
 
         If it is, call :meth:`return_to_step`.  The server may permit fewer than ``in_flight``.
         """
-        if in_flight <= self._wanted or not self._can_reconnect:
+        if in_flight <= self.in_flight_wanted or not self._can_reconnect:
             return False
-        self._wanted = in_flight
+        self.in_flight_wanted = in_flight
         return True
 
     def send(
@@ -288,7 +288,7 @@ class Exchange:
             can_repeat=self._find_last() is not None,
             can_share=self._can_share,
             micro_batch=self.tasks.micro_batch,
-            in_flight=self._wanted,
+            in_flight=self.in_flight_wanted,
         )
 
     def _find_last(self) -> OpenTask | None:
@@ -342,7 +342,7 @@ class Exchange:
         if self.terms not in (None, terms):
             raise BundleMismatch(*list_change(self.terms, terms))
         self.terms, self.step, self._state = terms, welcome.step, State.OPEN
-        self.in_flight = max(1, min(welcome.in_flight, self._wanted))
+        self.in_flight = max(1, min(welcome.in_flight, self.in_flight_wanted))
         self._greetings = 0
         if self._aim is Aim.RESUME:
             _logger.info("reconnected at step %d", self.step)

@@ -32,6 +32,7 @@ from splitonnx.runtime.channels.greetings import SharingTerms
 from splitonnx.runtime.client.jobs import Job, PlannedTask, Sending
 from splitonnx.runtime.client.metrics.dataset_means import DatasetMeans
 from splitonnx.runtime.client.training_runs import TrainingRun
+from splitonnx.runtime.engine.dataflows import can_overlap
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, list_joined, name_own
@@ -115,7 +116,9 @@ class TaskRunner:
                 "and micro_batches (--accumulate, --micro-batches), or serve with the policy "
                 f"'{PER_CLIENT}'"
             )
-        self._in_flight = division.in_flight
+        accumulate = self.executor.manifest.phase(ACCUMULATE)
+        can_overlap_own = can_overlap(accumulate, self.executor.manifest.party)
+        self._in_flight = division.in_flight if can_overlap_own else 1
         return division
 
     def prepare_training(self, accumulate: int) -> None:

@@ -235,7 +235,8 @@ class ScriptedConnection:
 class ScriptPlayer:
     """A script whose events come from connections, for a shell that waits for them."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, in_background: bool = False) -> None:
+        self.in_background = in_background
         self.manifest = make_manifest()
         self.transmitted: list[dict[str, Any]] = []
         self.dials = 0
@@ -270,9 +271,9 @@ class NothingHappens(BaseException):
     """Nothing happens before the caller's next ask, or any more, and the shell waits."""
 
 
-def play_channel(name: str) -> tuple[list[dict[str, Any]], list[Any]]:
+def play_channel(name: str, *, in_background: bool) -> tuple[list[dict[str, Any]], list[Any]]:
     """Play a script to a blocking channel; return what was transmitted, and what it told."""
-    player = ScriptPlayer(name)
+    player = ScriptPlayer(name, in_background=in_background)
     recorder = Recorder()
     told: list[Any] = []
     channels: list[Channel] = []
@@ -301,6 +302,7 @@ def _ask_channel(
                     find_resume_point=recorder.find_resume_point,
                     backoff=Backoff(first=0.0, longest=0.0),
                     patient=is_patient,
+                    in_background=player.in_background,
                 )
             )
             return [["greeted"]]

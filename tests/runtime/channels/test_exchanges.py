@@ -35,9 +35,10 @@ def test_a_script_is_followed_as_it_is_recorded(name: str) -> None:
     assert record(name) == VECTORS[name]
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_waiting_shell_follows_the_same_scripts(name: str) -> None:
-    transmitted, told = play_channel(name)
+def test_the_waiting_shell_follows_the_same_scripts(name: str, in_background: bool) -> None:
+    transmitted, told = play_channel(name, in_background=in_background)
     follows = [one for entry in VECTORS[name] for one in entry["follows"]]
     assert transmitted == [one[1] for one in follows if one[0] == "transmit"]
     assert told == [one for one in follows if one[0] not in ("transmit", "connect", "hang up")]
