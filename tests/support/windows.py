@@ -124,6 +124,7 @@ class WindowedClient:
             step=self.executor.step,
             micro_batch=self._finished % max(1, len(self._parts)),
             is_open=bool(self.open),
+            can_share=True,
             in_flight=self._in_flight,
             wires=list_wires(self.executor.manifest),
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import signal
+from collections.abc import Iterator, Mapping
 from functools import cache
 from random import Random
 
@@ -19,8 +21,13 @@ from splitonnx.optimizers import AdamW
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.policies.joint_training import JointTraining
+from splitonnx.runtime.server.policies.per_client import PerClient
+from splitonnx.runtime.server.policies.policy_options import PolicyOptions
 from splitonnx.runtime.server.registries import Registry
-from tests.support.registries import find_executor
+from splitonnx.runtime.workers.pools import WorkerPool
+from splitonnx.runtime.workers.remote_executors import RemoteExecutor
+from tests.support.clinics import make_options
 from tests.support.windows import WindowedClient, make_calm_steps, make_message
 from tests.support.zoo import ZOO
 
@@ -54,15 +61,24 @@ def load(shape: str) -> tuple[Bundle, Executor, Executor]:
 class Scene:
     """A server in memory, its client, and every end of a task that the server committed."""
 
-    def __init__(self, shape: str, in_flight: int) -> None:
+    def __init__(
+        self,
+        shape: str,
+        in_flight: int,
+        *,
+        workers: WorkerPool | None = None,
+        joins: PolicyOptions | None = None,
+    ) -> None:
         _, client, server = load(shape)
-        self.registry = Registry(server.fork())
+        self.registry = Registry(server.fork(), workers=workers, joins=joins)
         self.client = WindowedClient(self.registry, client.fork(), in_flight)
 
     @property
     def state(self) -> dict[str, np.ndarray]:
         (session,) = self.registry.sessions
-        server = find_executor(self.registry, session).state()
+        policy = self.registry.policy
+        assert isinstance(policy, PerClient | JointTraining)
+        server = policy.models[session.id].executor.state()
         return {**self.client.executor.state(), **server}
 
     @property
@@ -114,7 +130,7 @@ def test_any_cuts_leave_every_task_performed_once_with_the_same_replies(shape: s
     make_expected(shape)
 
     @settings(
-        max_examples=60,
+        max_examples=25,
         deadline=None,
         derandomize=True,
         database=None,
@@ -158,6 +174,78 @@ def test_a_step_that_the_server_gave_up_begins_again(shape: str) -> None:
         restarts += client.restarts
         check(scene, shape)
     assert restarts > 0
+
+
+def train_with_cuts(scene: Scene, random: Random) -> None:
+    for batch in BATCHES:
+        scene.client.begin_step(batch, PARTS)
+        while not scene.client.is_done:
+            move(scene.client, random.choice(list_moves(scene.client)), random)
+    while scene.client.up:
+        scene.client.handle_up()
+
+
+@pytest.mark.parametrize("policy", ["sequential", "splitfed-v1"])
+def test_policies_of_copies_let_their_clients_have_several_open(policy: str) -> None:
+    for seed in range(5):
+        scene = Scene("u-shaped", 3, joins=PolicyOptions(name=policy))
+        assert scene.client.in_flight == 3
+        train_with_cuts(scene, Random(seed))
+        check(scene, "u-shaped")
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[WorkerPool]:
+    bundle, _, _ = load("u-shaped")
+    assert bundle.server is not None
+    pool = WorkerPool(make_options(bundle.server), workers=1)
+    yield pool
+    pool.close()
+
+
+def test_stages_in_a_process_of_their_own_make_the_same(workers: WorkerPool) -> None:
+    for seed in range(3):
+        scene = Scene("u-shaped", 3, workers=workers)
+        train_with_cuts(scene, Random(seed))
+        check(scene, "u-shaped")
+        scene.registry.end(scene.registry.sessions[0])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_worker_that_ends_takes_the_open_step_with_it(workers: WorkerPool, number: int) -> None:
+    scene = Scene("u-shaped", 3, workers=workers)
+    client = scene.client
+    client.begin_step(BATCHES[0], PARTS)
+    for _ in range(number):
+        client.begin()
+        client.handle_up()
+    while client.down:
+        client.handle_down()
+    client.handle_up()
+    policy = scene.registry.policy
+    assert isinstance(policy, PerClient)
+    executor = policy.models[scene.registry.sessions[0].id].executor
+    assert isinstance(executor, RemoteExecutor)
+    assert executor._worker is not None
+    os.kill(executor._worker.pid, signal.SIGKILL)
+    executor._worker._process.wait()
+    while client.up or client.can_begin:
+        if client.can_begin:
+            client.begin()
+        client.handle_up()
+        if client.dispatcher is not None and client.dispatcher.is_closed:
+            break
+    assert client.dispatcher is not None
+    assert client.dispatcher.is_interrupted
+    client.connect()
+    while not client.is_done:
+        if client.can_begin:
+            client.begin()
+        while client.up or client.down:
+            (client.handle_up if client.up else client.handle_down)()
+    make_calm_steps(client, BATCHES[1:], PARTS)
+    check(scene, "u-shaped")
+    scene.registry.end(scene.registry.sessions[0])
 
 
 def begin_several(shape: str = "u-shaped", in_flight: int = 3, number: int = 2) -> Scene:
