@@ -29,7 +29,7 @@ MICRO_BATCHES = "splitonnx.micro_batches"
 CONFIRMED = "splitonnx.confirmed"
 """The name of a wire, I64[]: the same number, when the server has all that it needs to update."""
 MOST_IN_FLIGHT = 16
-"""Most tasks of one step that may be unfinished at a time."""
+"""The largest number of tasks of one step that a server lets a client have open at once."""
 LARGEST_DIFFERENCE = 1e-6
 """How much the weights that two losses give the same micro-batch may differ."""
 
