@@ -123,7 +123,7 @@ class ConnectionHandler:
         assert dispatcher is not None  # a session's connection has greeted
         with suppress(ConnectionLost):  # the client asks again on its next connection
             async with self._context.lock(delivery.key.session):
-                await self._reply(dispatcher, dispatcher.take(delivery), self._context.storage)
+                await self._reply(dispatcher.take(delivery), self._context.storage)
                 self._note_refusal(dispatcher)
                 if delivery.is_last:
                     self._metrics.count_step(delivery.key.phase)
@@ -224,7 +224,7 @@ class ConnectionHandler:
 
     async def _refuse(self, dispatcher: Dispatcher, error: SplitonnxError) -> None:
         """Report an error to the client; the error ends the connection."""
-        await self._reply(dispatcher, dispatcher.refuse(error), self._context.storage)
+        await self._reply(dispatcher.refuse(error), self._context.storage)
         self._note_refusal(dispatcher)
 
     async def _answer(self, dispatcher: Dispatcher, received: ReceivedMessage) -> None:
@@ -242,7 +242,8 @@ class ConnectionHandler:
         try:
             is_work = isinstance(message, Tensors)
             turns = self._context.compute if is_work else self._context.storage
-            await self._reply(dispatcher, dispatcher.answer(received), turns)
+            task = message.key if isinstance(message, Tensors) else None
+            await self._reply(dispatcher.answer(received), turns, task)
         finally:  # count the work even if the reply could not be sent
             if session is not None:
                 seconds = time.perf_counter() - begun
@@ -305,17 +306,18 @@ class ConnectionHandler:
     def _withdraw(turns: Turns, piece: asyncio.Future[_Result], _: object) -> None:
         turns.withdraw(piece)
 
-    async def _reply(self, dispatcher: Dispatcher, replies: Iterator[Reply], turns: Turns) -> None:
+    async def _reply(self, replies: Iterator[Reply], turns: Turns, task: Hashable = None) -> None:
         """Compute all replies, and send each once it is ready and the previous one was sent.
 
         The work does not wait for the client to read, and the task's memory is freed as soon as the
-        work is done.  The next message waits until fewer replies are unread than tasks may be open.
+        work is done.  The next message waits while more tasks are unread than may be open.
         """
-        work = partial(self._work_off, replies)
+        dispatcher, work = self._dispatcher, partial(self._work_off, replies, task)
+        assert dispatcher is not None
         try:
             await asyncio.shield(turns.run(self._owner, work))
             self._memory.settle(dispatcher.session)
-            most = 0 if dispatcher.is_closed else dispatcher.in_flight - 1
+            most = 0 if dispatcher.is_closed or dispatcher.in_flight == 1 else dispatcher.in_flight
             if self._sender.unsent > most:
                 with self._memory.letting_go(dispatcher.session):
                     await self._finish_sending(most)
@@ -326,7 +328,7 @@ class ConnectionHandler:
             self._memory.settle(dispatcher.session)
 
     async def _finish_sending(self, most: int = 0) -> None:
-        """Wait until at most ``most`` replies are unread; not for long if the server stops."""
+        """Wait until replies of ``most`` tasks are unread; not for long if the server stops."""
         sending = asyncio.create_task(self._sender.wait(most))
         await asyncio.wait((sending, self._stopping), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
@@ -350,12 +352,12 @@ class ConnectionHandler:
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 
-    def _work_off(self, replies: Iterator[Reply]) -> None:
+    def _work_off(self, replies: Iterator[Reply], task: Hashable) -> None:
         """Compute all replies in a thread; each is sent as soon as it is ready."""
         begun = time.perf_counter()
         try:
             for reply in replies:
-                self._loop.call_soon_threadsafe(self._sender.put, reply)
+                self._loop.call_soon_threadsafe(self._sender.put, reply, task)
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
 
 from splitonnx.runtime.server.ledgers import Reply
@@ -20,30 +20,30 @@ class ReplySender:
     def __init__(self, send: Callable[[Reply], Coroutine[Any, Any, None]]) -> None:
         self._send = send
         self._sending: asyncio.Task[None] | None = None
-        self._unsent: deque[Reply] = deque()  # the first one is being sent
+        self._unsent: deque[tuple[Reply, Hashable]] = deque()  # the first one is being sent
         self._progress = asyncio.Event()  # set once a reply was sent, and replaced then
         self._is_over = False
 
     @property
     def unsent(self) -> int:
-        """Return how many replies were not sent whole yet."""
-        return len(self._unsent)
+        """Return of how many tasks there are replies that were not sent whole yet."""
+        return len({task for _, task in self._unsent})
 
-    def put(self, reply: Reply) -> None:
-        """Add a reply, which is sent as soon as all earlier replies have been sent."""
+    def put(self, reply: Reply, task: Hashable = None) -> None:
+        """Add a task's reply, which is sent as soon as all earlier replies have been sent."""
         if self._is_over:
             return
-        self._unsent.append(reply)
+        self._unsent.append((reply, task))
         if self._sending is None or (self._sending.done() and not self._has_failed(self._sending)):
             self._sending = asyncio.create_task(self._send_all())
 
     async def wait(self, most: int = 0) -> None:
-        """Wait until at most ``most`` replies are unsent.
+        """Wait until there are unsent replies of at most ``most`` tasks.
 
         Raises:
             ConnectionLost: as raised by ``send``.
         """
-        while len(self._unsent) > most and self._sending is not None:
+        while self.unsent > most and self._sending is not None:
             if self._sending.done():
                 self._sending.result()
             await self._progress.wait()
@@ -57,7 +57,7 @@ class ReplySender:
     async def _send_all(self) -> None:
         try:
             while self._unsent:
-                await self._send(self._unsent[0])
+                await self._send(self._unsent[0][0])
                 self._unsent.popleft()
                 self._note_progress()
         finally:

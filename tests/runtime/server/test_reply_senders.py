@@ -88,14 +88,17 @@ def test_what_comes_after_the_end_is_not_sent() -> None:
     asyncio.run(run())
 
 
-def test_who_may_leave_some_replies_unread_waits_for_the_others_alone() -> None:
+def test_who_may_leave_some_tasks_unread_waits_for_the_others_alone() -> None:
     async def run() -> None:
         reader = Reader()
         sender = ReplySender(reader.send)
-        for content in (b"first", b"second", b"third"):
-            sender.put([content])
+        for content in (b"first", b"first again", b"second", b"third"):
+            sender.put([content], content[:5])
         await sender.wait(3)
         waiting = asyncio.create_task(sender.wait(1))
+        reader.may_take.release()
+        await settle()
+        assert (sender.unsent, waiting.done()) == (3, False)
         reader.may_take.release()
         await settle()
         assert (sender.unsent, waiting.done()) == (2, False)
