@@ -50,7 +50,7 @@ Run = Callable[[int], float]
 
 
 def step(client: Client, batch: dict[str, np.ndarray], micro_batches: int) -> None:
-    """Make a step of so many micro-batches."""
+    """Make a step of so many micro-batches, one after the other until the client pipelines them."""
     client.step(batch, accumulate=micro_batches)
 
 
@@ -165,7 +165,8 @@ def run_slicer(python: str, blocks: int, folder: Path, micro_batches: int) -> It
     with ExitStack() as stack:
         for port, core in zip(ports, (CLIENT_CORE, SERVER_CORE), strict=False):
             stack.enter_context(start(core, python, script, "worker", port, folder=folder))
-        wait_for(ports[0]), wait_for(ports[1])
+        for port in ports[:2]:
+            wait_for(port)
         coordinator = stack.enter_context(
             start(
                 CLIENT_CORE, python, script, "train", blocks, WIDTH, BATCH, ports[2], folder=folder
