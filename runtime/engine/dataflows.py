@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from splitonnx.manifests import Phase, Source, Stage
+from splitonnx.names import ACCUMULATE
 
 
 class Dataflow:
@@ -87,3 +88,14 @@ class Progress:
         """Record one use of each value, and return the names of those that are no longer needed."""
         self._uses.subtract(names := tuple(names))
         return tuple(n for n in names if self._uses[n] <= 0 and n not in self._flow.kept)
+
+
+def list_steady(phase: Phase, stage: Stage) -> tuple[str, ...]:
+    """List the stage's inputs that are the same tensors for all micro-batches of a step.
+
+    A step of one batch reads them once only, so there are none in other phases.
+    """
+    if phase.name != ACCUMULATE:
+        return ()
+    state = (entry.name for entry in stage.inputs if entry.source is Source.STATE)
+    return tuple(name for name in state if name not in phase.commits)

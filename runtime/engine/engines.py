@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -159,14 +159,16 @@ class Engine:
         """Return what the provider left to the CPU so far; ``None`` for the CPU or if unknown."""
         return None if self._accelerator is None else self._accelerator.describe()
 
-    def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
+    def load(
+        self, name: str, graph: bytes, *, training: bool, steady: Collection[str] = ()
+    ) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
 
-        ``training`` means that ONNX Runtime does not optimize the graph, because it was already
-        optimized before it was differentiated, and because split and unsplit runs must use the same
-        kernels.  Convolutions run on blocked images (:mod:`layouts`), and updates of large
-        parameters over tiles (:mod:`tiles`).  A graph in ORT format always runs as it is, and is
-        accepted only if the engine is ``trusted``.
+        ``training`` means that ONNX Runtime does not optimize the graph: it was optimized before
+        it was differentiated, and split and unsplit runs must use the same kernels.  Convolutions
+        run on blocked images (:mod:`layouts`), updates of large parameters over tiles
+        (:mod:`tiles`).  What depends on the inputs ``steady`` alone is kept between runs
+        (:mod:`invariants`).  A graph in ORT format runs as it is, if the engine is ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -184,7 +186,7 @@ class Engine:
             session = open_here(graph)
         else:
             session = open_arranged(
-                graph, self._ort, open_here, threads=self._threads, keeps=self._arena
+                graph, self._ort, open_here, steady, threads=self._threads, keeps=self._arena
             )
         outputs = tuple(output.name for output in session.get_outputs())
         return LoadedStage(name=name, outputs=outputs, session=session)

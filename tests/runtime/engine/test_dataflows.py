@@ -1,5 +1,5 @@
 from splitonnx.manifests import Phase, Source
-from splitonnx.runtime.engine.dataflows import Dataflow
+from splitonnx.runtime.engine.dataflows import Dataflow, list_steady
 from tests.support import tiny
 
 CLIENT = tiny.split_bundle().client.manifest.phase("train")
@@ -76,3 +76,12 @@ def test_one_task_leaves_another_as_it_was() -> None:
     assert first.next_stage()
     assert second.next_stage() is None
     assert second.release(["x"]) == ()
+
+
+def test_steady_inputs_are_the_state_that_micro_batches_do_not_change() -> None:
+    inputs = {"x": Source.DATA, "w": Source.STATE, "mean": Source.STATE}
+    stage = tiny.make_stage("body", inputs, ("y", "mean_next"))
+    commits = {"mean": "mean_next"}
+    adding = Phase(name="accumulate", stages=(stage,), commits=commits)
+    assert list_steady(adding, stage) == ("w",)
+    assert list_steady(Phase(name="train", stages=(stage,), commits=commits), stage) == ()
