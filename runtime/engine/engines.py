@@ -210,8 +210,7 @@ class Engine:
     def convert(self, name: str, graph: bytes, *, training: bool) -> bytes:
         """Convert a stage graph to ORT format, which reduced ONNX Runtime builds need.
 
-        The graph is optimized, but only by rules that are valid on every processor and that use
-        only standard operators.  If ``training`` is true, it is not optimized, as in :meth:`load`.
+        Unless ``training`` is true, the graph is optimized, by rules that are valid everywhere.
 
         Raises:
             ForbiddenGraph, WrongRuntime, StageFailed: as raised by :meth:`load`.
@@ -318,8 +317,7 @@ class Engine:
 def list_kernels(graphs: Iterable[bytes]) -> tuple[OperatorKernel, ...]:
     """List the operators that a reduced ONNX Runtime build needs to run graphs in ORT format.
 
-    The graphs must have been written by :meth:`Engine.convert`.  They are read with a tool that is
-    part of onnxruntime.
+    The graphs must come from :meth:`Engine.convert`.  A tool of onnxruntime reads them.
     """
     _import_onnxruntime()
     from onnxruntime.tools import ort_format_model
