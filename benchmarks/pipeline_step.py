@@ -50,8 +50,8 @@ Run = Callable[[int], float]
 
 
 def step(client: Client, batch: dict[str, np.ndarray], micro_batches: int) -> None:
-    """Make a step of so many micro-batches, one after the other until the client pipelines them."""
-    client.step(batch, accumulate=micro_batches)
+    """Make a step of so many micro-batches."""
+    client.step(batch, micro_batches=micro_batches)
 
 
 @contextmanager
