@@ -8,7 +8,7 @@ that a drifting machine strikes all alike; who does not compute waits for a line
 ratios are the medians of the rounds' ratios; where several numbers of micro-batches are measured,
 the best of each side counts.
 
-    python benchmarks/pipeline_step.py [--torch PYTHON] [--slicer PYTHON] [--cut stage1]
+    python benchmarks/pipeline_step.py [--torch PYTHON] [--slicer PYTHON] [--cut s2b0end]
 
 PYTHON is the interpreter of an environment with PyTorch, such as .venv-torch/bin/python (which
 ``make test-torch`` makes), and of one with PyTorch and torchslicer[grpc]==0.2.0 from PyPI; who is
@@ -267,7 +267,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--torch", metavar="PYTHON", help="interpreter that has PyTorch")
     parser.add_argument("--slicer", metavar="PYTHON", help="interpreter that has TorchSlicer")
-    parser.add_argument("--cut", default="stage1", choices=BLOCKS, help="where to cut")
+    parser.add_argument("--cut", default="s2b0end", choices=BLOCKS, help="where to cut")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count")
     parser.add_argument("--steps", type=int, default=3, help="steps in a row, of each in a round")
