@@ -101,6 +101,17 @@ class Progress:
         return tuple(n for n in names if self._uses[n] <= 0 and n not in self._flow.kept)
 
 
+def list_steady(phase: Phase, stage: Stage) -> tuple[str, ...]:
+    """List the stage's inputs that are the same tensors for all micro-batches of a step.
+
+    A step of one batch reads them once only, so there are none in other phases.
+    """
+    if phase.name != ACCUMULATE:
+        return ()
+    state = (entry.name for entry in stage.inputs if entry.source is Source.STATE)
+    return tuple(name for name in state if name not in phase.commits)
+
+
 def can_overlap(phase: Phase, party: str) -> bool:
     """Return whether tasks of a phase that follow each other can make progress side by side.
 

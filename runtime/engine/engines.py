@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -159,14 +159,16 @@ class Engine:
         """Return what the provider left to the CPU so far; ``None`` for the CPU or if unknown."""
         return None if self._accelerator is None else self._accelerator.describe()
 
-    def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
+    def load(
+        self, name: str, graph: bytes, *, training: bool, steady: Collection[str] = ()
+    ) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
 
-        ``training`` means that ONNX Runtime does not optimize the graph, because it was already
-        optimized before it was differentiated, and because split and unsplit runs must use the same
-        kernels.  Convolutions run on blocked images (:mod:`layouts`), and updates of large
-        parameters over tiles (:mod:`tiles`).  A graph in ORT format always runs as it is, and is
-        accepted only if the engine is ``trusted``.
+        ``training`` means that ONNX Runtime does not optimize the graph: it was optimized before
+        it was differentiated, and split and unsplit runs must use the same kernels.  Convolutions
+        run on blocked images (:mod:`layouts`), updates of large parameters over tiles
+        (:mod:`tiles`).  What depends on the inputs ``steady`` alone is kept between runs
+        (:mod:`invariants`).  A graph in ORT format runs as it is, if the engine is ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -184,7 +186,7 @@ class Engine:
             session = open_here(graph)
         else:
             session = open_arranged(
-                graph, self._ort, open_here, threads=self._threads, keeps=self._arena
+                graph, self._ort, open_here, steady, threads=self._threads, keeps=self._arena
             )
         outputs = tuple(output.name for output in session.get_outputs())
         return LoadedStage(name=name, outputs=outputs, session=session)
@@ -208,8 +210,7 @@ class Engine:
     def convert(self, name: str, graph: bytes, *, training: bool) -> bytes:
         """Convert a stage graph to ORT format, which reduced ONNX Runtime builds need.
 
-        The graph is optimized, but only by rules that are valid on every processor and that use
-        only standard operators.  If ``training`` is true, it is not optimized, as in :meth:`load`.
+        Unless ``training`` is true, the graph is optimized, by rules that are valid everywhere.
 
         Raises:
             ForbiddenGraph, WrongRuntime, StageFailed: as raised by :meth:`load`.
@@ -316,8 +317,7 @@ class Engine:
 def list_kernels(graphs: Iterable[bytes]) -> tuple[OperatorKernel, ...]:
     """List the operators that a reduced ONNX Runtime build needs to run graphs in ORT format.
 
-    The graphs must have been written by :meth:`Engine.convert`.  They are read with a tool that is
-    part of onnxruntime.
+    The graphs must come from :meth:`Engine.convert`.  A tool of onnxruntime reads them.
     """
     _import_onnxruntime()
     from onnxruntime.tools import ort_format_model

@@ -38,7 +38,7 @@ from splitonnx.names import (
     UPDATE,
     WEIGH,
 )
-from splitonnx.runtime.engine.dataflows import Dataflow, Progress
+from splitonnx.runtime.engine.dataflows import Dataflow, Progress, list_steady
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.providers import check_target
 from splitonnx.runtime.engine.steps import OpenStep, make_scalars
@@ -80,7 +80,9 @@ class Executor:
         self._state = {name: engine.from_array(a) for name, a in party.state().items()}
         self._flows: dict[str, Dataflow] = {}
         self._loaded: dict[tuple[str, str], LoadedStage] = {}
-        self._shared: dict[tuple[str, bool], LoadedStage] = {}  # by file, as phases share graphs
+        self._shared: dict[
+            tuple[str, bool, tuple[str, ...]], LoadedStage
+        ] = {}  # phases share files
         self._open = OpenStep(party.manifest, engine)
         self._tasks: dict[TaskKey, _Task] = {}
 
@@ -112,10 +114,13 @@ class Executor:
         declared = self.manifest.phase(phase)
         training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE, WEIGH)
         for stage in declared.stages:
-            shared = (stage.graph, training)
+            steady = list_steady(declared, stage)
+            shared = (stage.graph, training, steady)
             if shared not in self._shared:
                 graph = self.party.graphs[stage.graph]
-                self._shared[shared] = self._engine.load(stage.name, graph, training=training)
+                self._shared[shared] = self._engine.load(
+                    stage.name, graph, training=training, steady=steady
+                )
             self._loaded[phase, stage.name] = self._shared[shared]
         self._flows[phase] = Dataflow(declared, self.manifest.party)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,9 @@ class HashingEngine(Engine):
             self._learn(manifest)
         self._forms = {name: _read_form(spec) for name, spec in self._specs.items()}
 
-    def load(self, name: str, graph: bytes, *, training: bool) -> LoadedStage:
+    def load(
+        self, name: str, graph: bytes, *, training: bool, steady: Collection[str] = ()
+    ) -> LoadedStage:
         """Look a stage up by its name and its file's digest."""
         outputs = self._outputs[name, hashlib.sha256(graph).hexdigest()]
         return LoadedStage(name=name, outputs=outputs, session=None)

@@ -14,7 +14,7 @@ import struct
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -48,15 +48,17 @@ Place = tuple[str | Sequence[str], str | tuple[str, ...]]
 class _SharedEngine(Engine):
     """Loads a graph once, however many clients and servers run it."""
 
-    _stages: dict[tuple[str, bytes, bool], LoadedStage] = {}  # noqa: RUF012
+    _stages: dict[tuple[str, bytes, bool, Collection[str]], LoadedStage] = {}  # noqa: RUF012
 
     def __init__(self, threads: int | None = None, **options: Any) -> None:
         super().__init__(1, **options)
 
-    def load(self, name: str, graph: bytes, *, training: bool = False) -> LoadedStage:
-        key = name, graph, training
+    def load(
+        self, name: str, graph: bytes, *, training: bool = False, steady: Collection[str] = ()
+    ) -> LoadedStage:
+        key = name, graph, training, steady
         if key not in self._stages:
-            self._stages[key] = super().load(name, graph, training=training)
+            self._stages[key] = super().load(name, graph, training=training, steady=steady)
         return self._stages[key]
 
 

@@ -54,8 +54,8 @@ class PlacedGraph:
     of the graph's fields, each with its name.  ``inputs`` and ``outputs`` are the graph's, in
     order.  ``shapes`` are the declared ones of float32 values, ``all_shapes`` those of values of
     any type whose dimensions are all fixed.  ``constants`` are one-dimensional lists of 64-bit
-    integers.  ``uses`` counts how often nodes and outputs mention a value; ``has_bodies`` is true
-    if bodies might mention more.
+    integers, and ``initializers`` the places of tensors, by name.  ``uses`` counts how often nodes
+    and outputs mention a value; ``has_bodies`` is true if bodies might mention more.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -71,6 +71,7 @@ class PlacedGraph:
         self.shapes: dict[str, Shape] = {}
         self.all_shapes: dict[str, tuple[int, ...]] = {}
         self.constants: dict[str, tuple[int, ...]] = {}
+        self.initializers: dict[str, Place] = {}
         self.uses: Counter[str] = Counter()
         self.has_bodies = False
         self.nodes: list[PlacedNode] = []
@@ -83,7 +84,7 @@ class PlacedGraph:
             self.nodes.append(node)
             self.uses.update(node.arguments)
         elif name == "initializer":
-            self._read_tensor(place)
+            self.initializers[self._read_tensor(place)] = place
         elif name in ("input", "output", "value"):
             label = self._read_value(place)
             if name == "output":
@@ -130,7 +131,7 @@ class PlacedGraph:
                     self._read_tensor((start, stop), constant)
             yield label, tuple(numbers)
 
-    def _read_tensor(self, place: Place, label: str = "") -> None:
+    def _read_tensor(self, place: Place, label: str = "") -> str:
         dims: list[int] = []
         numbers: list[int] = []
         dtype = 0
@@ -148,6 +149,7 @@ class PlacedGraph:
         self._note_shape(label, dtype, tuple(dims))
         if dtype == _INT64 and len(dims) == 1:
             self.constants[label] = tuple(numbers)
+        return label
 
     def _list_numbers(self, start: int, stop: int) -> list[int]:
         return list(self._reader.read_numbers((start, stop))) if stop else [start]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from splitonnx.runtime.engine.denormals import flushing_denormals
+from splitonnx.runtime.engine.invariants.divisions import divide
+from splitonnx.runtime.engine.invariants.sessions import DividedSession
 from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
 from splitonnx.runtime.engine.layouts.convolutions import block_placed
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
@@ -49,19 +51,29 @@ class _Open(Protocol):
 
 
 def open_arranged(
-    content: bytes, runtime: Any, open_graph: _Open, *, threads: int | None, keeps: bool
+    content: bytes,
+    runtime: Any,
+    open_graph: _Open,
+    steady: Collection[str] = (),
+    *,
+    threads: int | None,
+    keeps: bool,
 ) -> Any:
     """Open a stage graph that has passed the gate, in the form that runs fastest on the CPU.
 
     Convolutions run on blocked images; large elementwise parts of other graphs run over tiles, on
     ``threads`` threads (``None``: one for each core).  ``runtime`` is the onnxruntime module.
-    With ``keeps``, memory of outputs that were freed is used again.
+    With ``keeps``, memory of outputs that were freed is used again.  What depends on the inputs
+    ``steady`` alone is kept between runs.
     """
     graph = PlacedGraph(content)
     blocked = block_placed(graph, find_block_size(runtime, arena=keeps))
     regions = find_regions(graph) if blocked is content else ()
     if not regions:
-        return open_graph(blocked)
+        division = divide(PlacedGraph(blocked), steady) if steady else None
+        if division is None:
+            return open_graph(blocked)
+        return DividedSession(division, open_graph(division.invariant), open_graph(division.rest))
     rest = list_rest(graph, regions)
     programs = [write_program(graph, region) for region in regions]
     opened = {program: open_graph(program, threads=1) for program in dict.fromkeys(programs)}

@@ -1,7 +1,7 @@
 import pytest
 
 from splitonnx.manifests import Phase, Source, Wire, WireKind
-from splitonnx.runtime.engine.dataflows import Dataflow, can_overlap
+from splitonnx.runtime.engine.dataflows import Dataflow, can_overlap, list_steady
 from tests.support import tiny
 
 CLIENT = tiny.split_bundle().client.manifest.phase("train")
@@ -125,3 +125,12 @@ def test_tasks_overlap_unless_one_reads_early_what_another_changes_late(
     commits = {state: "h.grad" if value == "reply" else value for state, value in commits.items()}
     phase = Phase(name="accumulate", stages=stages, wires=(reply,), commits=commits)
     assert can_overlap(phase, "client") is expected
+
+
+def test_steady_inputs_are_the_state_that_micro_batches_do_not_change() -> None:
+    inputs = {"x": Source.DATA, "w": Source.STATE, "mean": Source.STATE}
+    stage = tiny.make_stage("body", inputs, ("y", "mean_next"))
+    commits = {"mean": "mean_next"}
+    adding = Phase(name="accumulate", stages=(stage,), commits=commits)
+    assert list_steady(adding, stage) == ("w",)
+    assert list_steady(Phase(name="train", stages=(stage,), commits=commits), stage) == ()
