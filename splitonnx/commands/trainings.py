@@ -56,9 +56,7 @@ from splitonnx.commands.stopping import StoppingOptions
 from splitonnx.commands.training_displays import PlacementNote, choose_display
 from splitonnx.commands.training_logs import TrainingLogOptions, call_both
 from splitonnx.errors import UsageError
-from splitonnx.micro_batches import MOST_IN_FLIGHT
 from splitonnx.names import CLIENT
-from splitonnx.pipelines import USUAL_IN_FLIGHT
 from splitonnx.schedules import plan_rates
 
 if TYPE_CHECKING:
@@ -99,13 +97,12 @@ class RunOptions:
         ),
     ] = 1
     in_flight: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
-            max=MOST_IN_FLIGHT,
-            help="Most micro-batches under way at a time, with --micro-batches.",
+            help="Most micro-batches under way at a time, with --micro-batches; 3 if not given.",
         ),
-    ] = USUAL_IN_FLIGHT
+    ] = None
     lr: Annotated[
         float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
     ] = None
@@ -269,6 +266,7 @@ def train(
         _refuse_remote(server, run, trusted, give_up_after, share)
     else:
         _refuse_local(server, whole)
+    from splitonnx.pipelines import USUAL_IN_FLIGHT
     from splitonnx.runtime.client.datasets import open_dataset
     from splitonnx.runtime.client.options import choose_measures
     from splitonnx.runtime.workers.heaps import exempt_loaded
@@ -320,7 +318,7 @@ def train(
                 batch_size=batch_size,
                 accumulate=run.accumulate,
                 micro_batches=run.micro_batches,
-                in_flight=run.in_flight,
+                in_flight=run.in_flight or USUAL_IN_FLIGHT,
                 shuffle=run.shuffle,
                 eval_data=held_out,
                 metrics=names,
