@@ -12,7 +12,7 @@ import logging
 import time
 from contextlib import suppress
 
-from splitonnx.names import TRAIN
+from splitonnx.names import ACCUMULATE, STEP_PHASES
 from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.policies.tasks import Delivery
 
@@ -38,12 +38,11 @@ def pass_on(context: ServerContext, delivery: Delivery) -> None:
 def _settle(context: ServerContext, delivery: Delivery) -> None:
     """Release the memory of a step that has ended while its client has no connection."""
     key, budget = delivery.key, context.budget
-    if budget is None or key.phase != TRAIN:
+    if budget is None or key.phase not in STEP_PHASES:
         return
-    if delivery.is_last or delivery.error is not None:
-        budget.release((key.session, TRAIN))
-    else:
-        budget.pause((key.session, TRAIN))
+    is_over = delivery.error is not None or (delivery.is_last and key.phase != ACCUMULATE)
+    for phase in STEP_PHASES:
+        (budget.release if is_over else budget.pause)((key.session, phase))
 
 
 async def keep_ticking(context: ServerContext) -> None:

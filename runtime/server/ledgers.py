@@ -169,6 +169,12 @@ class Ledger:
         """Return whether a step has begun but has not finished."""
         return bool(self.micro_batch or self._list_open())
 
+    @property
+    def kept_bytes(self) -> int:
+        """Return the size of the replies that are kept of finished tasks."""
+        turns = [turn for task in self._tasks.values() if task.is_finished for turn in task.turns]
+        return sum(len(chunk) for turn in turns for reply in turn.replies for chunk in reply)
+
     def welcome(self, hello: Hello, *, is_joint: bool) -> Continuation | None:
         """Return how a client can continue where it is, or ``None`` if it cannot.
 

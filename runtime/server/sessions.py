@@ -26,7 +26,7 @@ from splitonnx.errors import (
     StaleConnection,
 )
 from splitonnx.messages import Hello, Save, Saved, TaskKey, Tensors, Unsaved
-from splitonnx.names import ACCUMULATE, SHARE, STEP_PHASES, TRAIN
+from splitonnx.names import ACCUMULATE, SHARE, STEP_PHASES
 from splitonnx.runtime.server.ledgers import (
     Continuation,
     Fingerprint,
@@ -230,7 +230,7 @@ class Session:
 
         May be called in any thread.
         """
-        if delivery.key.phase == TRAIN:  # others' tasks cause no other phase of a step
+        if delivery.key.phase in STEP_PHASES:
             self._held.append(delivery)
 
     def take(self, delivery: Delivery, encode: Encoder) -> Iterator[Reply | Delivery]:

@@ -93,13 +93,17 @@ class TaskMemory:
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
 
     def _add_open(self, session: Session, key: TaskKey, needed: int) -> int:
-        """Return what a task needs together with the other open tasks of its step and phase."""
+        """Return what a task needs together with the other open tasks of its step and phase.
+
+        The replies that are kept of the step's finished tasks count, too.
+        """
         if key.phase not in (ACCUMULATE, UPDATE):
             return needed
         known = self._needed
         self._needed = {other: known[other] for other in session.open_tasks if other in known}
         self._needed[key] = max(needed, known.get(key, 0))
-        return sum(size for other, size in self._needed.items() if other.phase == key.phase)
+        own = sum(size for other, size in self._needed.items() if other.phase == key.phase)
+        return own + (session.ledger.kept_bytes if key.micro_batch else 0)
 
     def _await_this_one(self, holders: Collection[Task]) -> bool:
         """Return whether all tasks that have memory wait for other clients."""

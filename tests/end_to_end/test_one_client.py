@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_a_client_that_is_alone_trains_the_same_bits_with_every_policy(name: str
 
 
 @pytest.mark.parametrize("name", ["batchnorm_trained", "bce"])
-def test_steps_of_micro_batches_are_the_same_in_a_worker_and_with_copies_of_the_model(
+def test_steps_of_micro_batches_are_the_same_in_a_worker_and_with_other_policies(
     name: str,
 ) -> None:
     entry = ZOO[name]
@@ -81,7 +82,9 @@ def test_steps_of_micro_batches_are_the_same_in_a_worker_and_with_copies_of_the_
     others = [
         train(bundle, data, SEQUENTIAL, accumulate=3),
         train(bundle, data, SPLITFED_V1, accumulate=3),
+        train(bundle, data, SPLITFED_V2, accumulate=3),
         train(bundle, data, PER_CLIENT, accumulate=3, isolate=True),
+        train(bundle, data, SPLITFED_V2, accumulate=3, isolate=True),
     ]
     for states in others:
         for expected, state in zip(plain, states, strict=True):
@@ -89,8 +92,33 @@ def test_steps_of_micro_batches_are_the_same_in_a_worker_and_with_copies_of_the_
                 np.testing.assert_array_equal(state[key], array, err_msg=key)
 
 
-@pytest.mark.parametrize("policy", [SPLITFED_V2, SYNCHRONOUS, ASYNCHRONOUS])
-def test_one_model_of_many_clients_refuses_micro_batches_before_training(policy: str) -> None:
+def test_joint_steps_refuse_micro_batches_before_training() -> None:
     bundle = cut(ZOO["chain"].build(), at="act1")
-    with pytest.raises(UsageError, match=f"policy '{policy}' does not let a step consist of"):
-        train(bundle, ZOO["chain"].data(SAMPLES), policy, accumulate=2)
+    with pytest.raises(UsageError, match="policy 'synchronous' does not let a step consist of"):
+        train(bundle, ZOO["chain"].data(SAMPLES), SYNCHRONOUS, accumulate=2)
+
+
+@pytest.mark.parametrize("isolate", [False, True], ids=["in the server", "isolated"])
+@pytest.mark.parametrize("policy", [SPLITFED_V2, ASYNCHRONOUS])
+def test_several_clients_take_steps_of_micro_batches_on_one_model(
+    policy: str, isolate: bool
+) -> None:
+    bundle = cut(ZOO["chain"].build(), at="act0", tail_at="act2", optimizer=AdamW(lr=0.01))
+    assert bundle.server is not None
+    options = PolicyOptions(name=policy, clients_min=3, quorum=3, local_steps=3, staleness=9)
+    with (
+        Server(bundle.server, port=0, threads=1, policy=options, isolate=isolate) as server,
+        ThreadPoolExecutor(3) as threads,
+    ):
+
+        def work(seed: int) -> int:
+            data = ZOO["chain"].data(SAMPLES, seed=seed)
+            with Client(bundle.client, server.url, threads=1, share=True) as client:
+                history = client.fit(data, epochs=EPOCHS, batch_size=BATCH, accumulate=2)
+                client.evaluate(data)  # it is answered after the server's last update
+                return len(history.steps)
+
+        counts = list(threads.map(work, range(3)))
+        model = server._registry.policy._model  # type: ignore[attr-defined]
+        assert counts == [EPOCHS * SAMPLES // BATCH] * 3
+        assert model.version == sum(counts)  # each step is one update

@@ -1,12 +1,14 @@
 """The training steps of many clients on one model, which runs one step at a time.
 
 A step is either that of one client, or a joint one: the batches of several clients form one batch.
-A step that waits for a message of its clients holds no thread.  This module does not know the
-rounds, and is not thread-safe.
+A client's step of several micro-batches has the model from its first one to its update, one task
+after the other.  A step that waits for a message of its clients holds no thread.  This module does
+not know the rounds, and is not thread-safe.
 """
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +24,7 @@ from splitonnx.errors import (
     WorkerLost,
 )
 from splitonnx.messages import TaskKey
+from splitonnx.names import ACCUMULATE, UPDATE
 from splitonnx.runtime.server.policies.joint_batches import BatchLayout, Tensors
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.tasks import Delivery, Task
@@ -29,12 +32,17 @@ from splitonnx.runtime.server.policies.tasks import Delivery, Task
 
 @dataclass(kw_only=True, eq=False)
 class _Step:
-    """A step that has begun: its clients in order, and how many messages of each were handled."""
+    """A step that has begun: its clients in order, and how many messages of each were handled.
+
+    The keys are those of the running task; ``is_between`` means that it is finished, and that
+    another one of the step follows.
+    """
 
     keys: tuple[TaskKey, ...]
     rows: tuple[int, ...]
     since: float  # when its clients were last answered
     turn: int = 0
+    is_between: bool = False
 
     @property
     def lead(self) -> TaskKey:
@@ -87,6 +95,9 @@ class SharedSteps:
         step = self._step
         if task.turn > 0 and task.key not in self._arrived:
             if step is None or task.key not in step.keys:
+                raise StepEnded(task.key.step)
+        elif task.turn == 0 and _continues_step(task.key):
+            if step is None or task.key.session != step.lead.session:
                 raise StepEnded(task.key.step)
         elif task.turn == 0 and not self._list_waiting():
             self._begun = now
@@ -160,6 +171,10 @@ class SharedSteps:
                 rows = tuple(map(self._layout.count_rows, first))
             self._step = _Step(keys=keys, rows=rows, since=now)
         step = self._step
+        if step.is_between:
+            following = (k for k in self._arrived if k.session == step.lead.session)
+            step.keys = tuple(itertools.islice(following, 1)) or step.keys
+            step.is_between, step.turn = step.keys[0] not in self._arrived, 0
         return step if all(self._arrived.get(key) for key in step.keys) else None
 
     def _list_waiting(self) -> tuple[TaskKey, ...]:
@@ -235,7 +250,10 @@ class SharedSteps:
         for tensors in outputs:
             yield Delivery(key=key, version=model.version, tensors=tensors, turn=turn)
         is_done = model.finish(key)
-        if is_done:
+        if is_done and key.phase == ACCUMULATE:
+            self._arrived.pop(key, None)
+            step.is_between = True
+        elif is_done:
             self._close(step)
         yield Delivery(
             key=key, version=model.version, is_last=is_done, turn=turn, handled=step.turn
@@ -300,6 +318,11 @@ class SharedSteps:
             for key in step.keys
             if key not in apart
         ]
+
+
+def _continues_step(key: TaskKey) -> bool:
+    """Return whether other tasks of a client's step come before a task."""
+    return key.phase == UPDATE or (key.phase == ACCUMULATE and key.micro_batch > 0)
 
 
 def _rank(task: Task) -> tuple[int, str]:

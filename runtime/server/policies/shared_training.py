@@ -22,7 +22,7 @@ import numpy as np
 from splitonnx.errors import ForeignSession, RemoteProtocolError, WorkerLost
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import Hello, Save, TaskKey
-from splitonnx.names import SHARE, TRAIN
+from splitonnx.names import SHARE, STEP_PHASES
 from splitonnx.runtime.server.policies.joining.coordinators import Coordinator
 from splitonnx.runtime.server.policies.joining.kept_rounds import KeptRounds
 from splitonnx.runtime.server.policies.joining.rounds import Answer, Rounds, Share
@@ -154,7 +154,7 @@ class SharedTraining:
             RemoteProtocolError, StepEnded: the message is not allowed now.
         """
         session, phase = task.key.session, task.key.phase
-        if phase not in (TRAIN, SHARE) and session in self._copies.models:
+        if phase not in (*STEP_PHASES, SHARE) and session in self._copies.models:
             yield from self._copies.submit(task)
             return
         with self._working():
@@ -163,19 +163,19 @@ class SharedTraining:
                 share = self._coordinator.read(task)
                 self._kept.note_leaving(session, leaves=share.leaves)
                 yield from self._answer(self._accept(share))
-            elif phase == TRAIN:
+            elif phase in STEP_PHASES:
                 self._require_adopted(session)
                 self._steps.add(task, self._clock())
             else:
                 yield from self._require_model().perform(task)
-            if phase in (TRAIN, SHARE) and self._model is not None:
+            if phase in (*STEP_PHASES, SHARE) and self._model is not None:
                 yield from self._run_steps(self._model, task.key)
 
     def withdraw(self, key: TaskKey) -> None:
         """Abort a task that is not finished, without waiting for one that runs."""
         if key.phase == SHARE:
             self._coordinator.withdraw(key.session)
-        elif key.phase != TRAIN and key.session in self._copies.models:
+        elif key.phase not in STEP_PHASES and key.session in self._copies.models:
             self._copies.withdraw(key)
         else:
             self._withdrawn.append(key)
@@ -388,7 +388,7 @@ class SharedTraining:
     def _handle_withdrawn(self) -> None:
         while self._withdrawn:
             key = self._withdrawn.popleft()
-            if key.phase == TRAIN:
+            if key.phase in STEP_PHASES:
                 self._steps.withdraw(self._model, key)
             elif self._model is not None:
                 self._model.abandon(key)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from splitonnx.errors import RemoteProtocolError
-from splitonnx.manifests import PartyManifest
-from splitonnx.micro_batches import MOST_IN_FLIGHT
-from splitonnx.names import ACCUMULATE, ONE_MODEL, UPDATE
-from splitonnx.runtime.engine.dataflows import can_overlap
+from splitonnx.names import ACCUMULATE, ONE_MODEL, SYNCHRONOUS, UPDATE
+
+if TYPE_CHECKING:  # the command line reads a policy's name without what computes
+    from splitonnx.manifests import PartyManifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,20 @@ class Terms:
     def can_accumulate(self) -> bool:
         """Return whether a client's step may consist of several micro-batches.
 
-        A model that several clients train at once is updated by each micro-batch of each of them.
+        A joint step may not, since it has the rows of all clients, of which nobody knows in advance
+        how many there are in the micro-batches to come.
         """
-        return self.policy not in ONE_MODEL
+        return self.policy != SYNCHRONOUS
 
     def count_in_flight(self, manifest: PartyManifest) -> int:
-        """Return how many tasks of one step a client of a server's part may have open at once."""
-        if not self.can_accumulate or not can_overlap(manifest.phase(ACCUMULATE), manifest.party):
+        """Return how many tasks of one step a client of a server's part may have open at once.
+
+        One model for all clients runs one task at a time.
+        """
+        from splitonnx.micro_batches import MOST_IN_FLIGHT
+        from splitonnx.runtime.engine.dataflows import can_overlap
+
+        if self.policy in ONE_MODEL or not can_overlap(manifest.phase(ACCUMULATE), manifest.party):
             return 1
         return MOST_IN_FLIGHT
 

@@ -13,6 +13,7 @@ from splitonnx.messages import TaskKey, Tensors
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.server.contexts import ServerContext
+from splitonnx.runtime.server.ledgers import Fingerprint, Ledger
 from splitonnx.runtime.server.sessions import Session
 from splitonnx.runtime.server.task_memory import TaskMemory
 
@@ -26,6 +27,7 @@ class OpenSession:
         self.open_phases: frozenset[str] = frozenset({"train"})
         self.open_tasks: tuple[TaskKey, ...] = ()
         self.awaits_others = self.is_joint = False
+        self.ledger = Ledger(0, 3)
 
     def give_up(self, phase: str) -> None:
         self.given_up.append(phase)
@@ -155,6 +157,33 @@ def test_each_open_micro_batch_has_its_memory(
     sizes: list[tuple[int, int, int]], ended: tuple[int, ...], used: int
 ) -> None:
     assert asyncio.run(have_open(Budget(100), sizes, *ended)).used == used
+
+
+def test_the_replies_that_are_kept_count() -> None:
+    ledger = Ledger(0, 2)
+    kept = []
+    for number in range(3):
+        ledger.begin(Fingerprint(b"message"), ends_step=False)
+        ledger.answer([b"reply", memoryview(b"again")], 0, 0, number)
+        ledger.commit()
+        kept.append(ledger.kept_bytes)
+    assert kept == [10, 20, 20]  # of as many tasks as may be open
+
+    async def reserve_after() -> int:
+        budget, never = Budget(100), asyncio.create_task(asyncio.sleep(3600))
+        memory = TaskMemory(
+            cast("ServerContext", Shared(budget)),
+            cast("Peer", None),
+            gone=never,
+            stopping=cast("asyncio.Task[bool]", never),
+        )
+        session = OpenSession("a")
+        session.ledger = ledger
+        await memory.reserve(cast("Session", session), "a", make_part("a", 3), 30)
+        never.cancel()
+        return budget.used
+
+    assert asyncio.run(reserve_after()) == 50
 
 
 def test_open_micro_batches_together_do_not_exceed_the_limit() -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from splitonnx.bundles import Bundle
-from splitonnx.messages import TaskKey
+from splitonnx.messages import Fault, TaskKey, decode_message, encode_message
 from splitonnx.micro_batches import MOST_IN_FLIGHT
 from splitonnx.names import ACCUMULATE, UPDATE
 from splitonnx.optimizers import AdamW
@@ -306,6 +306,55 @@ def test_a_micro_batch_that_is_open_does_not_begin_again_with_other_contents() -
     other = make_message(name_task(1), 0)
     fault = scene.client.refused(other, {"splitonnx.weight": np.array(1, np.float32)})
     assert fault.code == "StepConflict"
+
+
+WIRES = ("c1@server", "r2@client_grad", "splitonnx.weight", "splitonnx.micro_batches")
+
+
+def draw_wires(random: Random) -> dict[str, np.ndarray]:
+    """Draw what a client may send, of which some is right."""
+    sizes = {
+        w.tensor.name: w.tensor.shape
+        for w in load("u-shaped")[0].client.manifest.phase(ACCUMULATE).wires
+    }
+    wires = {}
+    for name in random.sample(WIRES, random.randint(0, 2)):
+        if name == "splitonnx.micro_batches":
+            wires[name] = np.array(random.randint(0, 4))
+        else:
+            rows = random.choice([2, 2, 2, 3])
+            shape = [rows if isinstance(dim, str) else dim for dim in sizes.get(name, ())]
+            wires[name] = np.full([dim or 0 for dim in shape], 0.1, np.float32)
+    return wires
+
+
+def test_whatever_is_sent_is_answered_or_refused_and_little_is_kept() -> None:
+    handled, refused = 0, set[str]()
+    for seed in range(60):
+        random, in_flight = Random(seed), 3
+        scene = Scene("u-shaped", in_flight)
+        (session,) = scene.registry.sessions
+        for _ in range(40):
+            dispatcher = scene.client.dispatcher
+            assert dispatcher is not None
+            phase = random.choice([ACCUMULATE, ACCUMULATE, ACCUMULATE, UPDATE, "train"])
+            number = session.ledger.micro_batch + random.choice([-1, 0, 0, 0, 1, 1, 2])
+            key = name_task(max(0, number), phase, session.ledger.step)
+            message = make_message(key, random.choice([0, 0, 1, 1, 2]))
+            content = b"".join(encode_message(message, draw_wires(random)))
+            for reply in dispatcher.handle(content):
+                answer, _ = decode_message(b"".join(reply))
+                if isinstance(answer, Fault):
+                    refused.add(answer.code)
+            handled += dispatcher.refused is None
+            assert len(session.ledger._tasks) <= in_flight
+            assert len(session.open_tasks) <= in_flight
+            if dispatcher.is_closed:
+                assert session.open_tasks == ()
+                scene.client.connect()
+    assert handled > 300
+    assert "InternalRuntimeError" not in refused
+    assert "RemoteProtocolError" in refused
 
 
 def test_a_client_that_starts_anew_does_not_get_what_was_begun_before() -> None:

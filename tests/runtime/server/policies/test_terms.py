@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from splitonnx.errors import RemoteProtocolError
+from splitonnx.manifests import PartyManifest, Phase, Source, Wire, WireKind
+from splitonnx.micro_batches import MOST_IN_FLIGHT
 from splitonnx.runtime.server.policies.terms import Terms
+from splitonnx.tensors import TensorSpec
+from tests.support import tiny
 
 
 def test_without_more_clients_share_nothing() -> None:
@@ -20,18 +25,53 @@ def test_it_is_said_what_clients_share() -> None:
     )
 
 
-@pytest.mark.parametrize("policy", ["per-client", "sequential", "splitfed-v1"])
-def test_a_model_of_its_own_accumulates_a_clients_micro_batches(policy: str) -> None:
+@pytest.mark.parametrize(
+    "policy", ["per-client", "sequential", "splitfed-v1", "splitfed-v2", "asynchronous"]
+)
+def test_steps_of_one_client_may_consist_of_micro_batches(policy: str) -> None:
     terms = Terms(policy=policy)
     assert terms.can_accumulate
     terms.check("accumulate")
 
 
-@pytest.mark.parametrize("policy", ["splitfed-v2", "synchronous", "asynchronous"])
-def test_one_model_for_all_takes_no_micro_batches_even_if_they_are_sent(policy: str) -> None:
-    terms = Terms(policy=policy, local_steps=1)
+def test_a_joint_step_takes_no_micro_batches_even_if_they_are_sent() -> None:
+    terms = Terms(policy="synchronous", local_steps=1)
     assert not terms.can_accumulate
     terms.check("train")
     for phase in ("accumulate", "update"):
         with pytest.raises(RemoteProtocolError, match=f"does not let it {phase}"):
             terms.check(phase)
+
+
+def declare(*, is_late: bool) -> PartyManifest:
+    """Declare a part that reads a state before it has all that it needs to change it, if late."""
+    reader = tiny.make_stage("forward", {"x": Source.WIRE, "mean": Source.STATE}, ("y", "early"))
+    changer = tiny.make_stage("backward", {"y.grad": Source.WIRE}, ("late",))
+    wires = tuple(
+        Wire(
+            tensor=TensorSpec(name=name, dtype="F32", shape=()),
+            sender="client",
+            receiver="server",
+            kind=WireKind.ACTIVATION,
+        )
+        for name in ("x", "y.grad")
+    )
+    phase = Phase(
+        name="accumulate",
+        stages=(reader, changer),
+        wires=wires,
+        commits={"mean": "late" if is_late else "early"},
+    )
+    manifest = tiny.split_bundle().parties["server"].manifest
+    return msgspec.structs.replace(manifest, phases=(phase,))
+
+
+@pytest.mark.parametrize("policy", ["per-client", "sequential", "splitfed-v1"])
+def test_a_model_of_its_own_has_several_micro_batches_open_if_they_can_overlap(policy: str) -> None:
+    assert Terms(policy=policy).count_in_flight(declare(is_late=False)) == MOST_IN_FLIGHT
+    assert Terms(policy=policy).count_in_flight(declare(is_late=True)) == 1
+
+
+@pytest.mark.parametrize("policy", ["splitfed-v2", "synchronous", "asynchronous"])
+def test_one_model_for_all_runs_one_task_at_a_time(policy: str) -> None:
+    assert Terms(policy=policy).count_in_flight(declare(is_late=False)) == 1
