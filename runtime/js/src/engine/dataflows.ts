@@ -74,12 +74,35 @@ export class Progress {
     for (const name of names) this.#present.add(name);
   }
 
-  /** Return the first stage whose inputs are all there, if any, and count it as running. */
-  nextStage(): Stage | undefined {
-    const index = this.#waiting.findIndex((stage) =>
-      this.#flow.needs.get(stage.name)!.every((name) => this.#present.has(name)),
+  /**
+   * Return the first stage whose inputs are all there, if any, and count it as running.
+   *
+   * `hasState` says whether the state that a stage reads is there, too.
+   */
+  nextStage(hasState: (stage: Stage) => boolean = () => true): Stage | undefined {
+    const index = this.#waiting.findIndex(
+      (stage) => !this.#lacks(stage).length && hasState(stage),
     );
     return index < 0 ? undefined : this.#waiting.splice(index, 1)[0];
+  }
+
+  /**
+   * The wires without which the next stage cannot run; all that have not arrived if no stage waits
+   * for wires alone.
+   */
+  get awaited(): readonly string[] {
+    const { missing } = this;
+    const lacking = this.#waiting.map((stage) => this.#lacks(stage));
+    return lacking.find((names) => names.length && names.every((n) => missing.includes(n))) ?? missing;
+  }
+
+  /** Check whether a stage that has not run reads this state. */
+  willRead(state: string): boolean {
+    return this.#waiting.some((stage) => readsState(stage, state));
+  }
+
+  #lacks(stage: Stage): readonly string[] {
+    return this.#flow.needs.get(stage.name)!.filter((name) => !this.#present.has(name));
   }
 
   /** Return the outgoing wires that are there and were not returned before. */
@@ -94,6 +117,54 @@ export class Progress {
     for (const name of names) this.#uses.set(name, (this.#uses.get(name) ?? 0) - 1);
     return names.filter((name) => this.#uses.get(name)! <= 0 && !this.#flow.kept.has(name));
   }
+}
+
+/** What a party does of a task between two arrivals of wires. */
+export interface Piece {
+  /** The wires that have to arrive before it, beside those of the pieces before; none for the first. */
+  readonly wires: readonly string[];
+  readonly stages: readonly Stage[];
+}
+
+/** List the pieces of a party's phase, in the order of the manifest's stages. */
+export function listPieces(phase: Phase, party: string): readonly Piece[] {
+  const flow = new Dataflow(phase, party);
+  const progress = flow.start();
+  const made = new Set(phase.stages.flatMap((stage) => stage.outputs));
+  const needed = [...flow.needs.values()].flat();
+  progress.arrive(needed.filter((name) => !flow.receives.has(name) && !made.has(name)));
+  const pieces: Piece[] = [];
+  for (let wires: readonly string[] = []; ; wires = progress.awaited) {
+    progress.arrive(wires);
+    const stages: Stage[] = [];
+    for (let stage = progress.nextStage(); stage; stage = progress.nextStage()) {
+      stages.push(stage);
+      progress.arrive(stage.outputs);
+    }
+    // wires that no stage waits for, such as a loss, come with those of the last one that does
+    const before = pieces.length > 1 && !stages.length ? pieces.pop() : undefined;
+    pieces.push(before ? { ...before, wires: [...before.wires, ...wires] } : { wires, stages });
+    if (!progress.missing.length) return pieces;
+  }
+}
+
+/**
+ * Check whether a party can have several tasks of this phase open at once: no stage may read, in an
+ * earlier piece, a state that a later piece replaces, as it would wait for the task before it to end.
+ */
+export function canOverlap(phase: Phase, party: string): boolean {
+  const pieces = listPieces(phase, party);
+  return [...phase.commits].every(([state, value]) => {
+    const place = pieces.findIndex(({ wires, stages }) => {
+      return wires.includes(value) || stages.some((stage) => stage.outputs.includes(value));
+    });
+    const before = pieces.slice(0, Math.max(place, 0)).flatMap(({ stages }) => stages);
+    return !before.some((stage) => readsState(stage, state));
+  });
+}
+
+function readsState({ inputs }: Stage, state: string): boolean {
+  return inputs.some(({ name, source }) => source === "state" && name === state);
 }
 
 function namesOf(wires: Phase["wires"]): string[] {
