@@ -6,6 +6,8 @@ import { after, before, describe, test } from "node:test";
 
 import { loadBundle } from "../src/bundles.js";
 import type { PartyBundle } from "../src/bundles.js";
+import { Job } from "../src/client/jobs.js";
+import type { TaskWires } from "../src/client/jobs.js";
 import { canOverlap, listPieces } from "../src/engine/dataflows.js";
 import { Engine } from "../src/engine/engines.js";
 import { Executor } from "../src/engine/executors.js";
@@ -192,6 +194,44 @@ for (const [title, ort] of RUNTIMES) {
         executor.finish(name(task));
       }
       sameState(executor);
+    });
+
+    test("is driven by a job in the order of the schedule, whatever comes first", async () => {
+      for (const [inFlight, eager] of [[1, false], [2, false], [2, true], [4, true]] as const) {
+        const executor = new Executor(party, engine);
+        const log: string[] = [];
+        const tasks = [...given, new Map([[MICRO_BATCHES, makeArray("I64", [], [count])]])].map(
+          (data, task) => ({ key: name(task), data }),
+        );
+        const { moves } = makeSchedule(3, count, inFlight);
+        const job = new Job({
+          executor, tasks, moves, seed: 5, learningRate: 0.1,
+          onBegin: (key) => log.push(`begin ${key.microBatch}`),
+          onEnd: (key) => log.push(`end ${key.microBatch}`),
+        });
+        const coming: TaskWires[] = []; // replies, each to one message
+        while (!job.isDone) {
+          for (let sent; (sent = await job.work()); ) {
+            const { key: { microBatch }, tensors } = sent;
+            log.push(`send ${microBatch}`);
+            const { features, gradients } = replies[microBatch] ?? {};
+            const confirmed = new Map([["splitonnx.confirmed", makeArray("I64", [], [count])]]);
+            const found = tensors.has("r1@server") ? features : gradients;
+            coming.push({ key: name(microBatch), tensors: found ?? confirmed });
+          }
+          if (job.isDone) break;
+          job.deliver((eager ? coming.pop() : coming.shift())!); // the newest first, or the oldest
+        }
+        sameState(executor);
+        assert.deepEqual(job.results.map(({ size }) => size), [2, 2, 2, 0]);
+        const begun = (task: number) => log.indexOf(`begin ${task}`);
+        for (let task = inFlight; task <= count; task++) {
+          assert.ok(begun(task) > log.indexOf(`end ${task - inFlight}`), log.join());
+        }
+        const sent = log.filter((line) => line.startsWith("send")).map((line) => line.slice(5));
+        const sending = moves.filter(({ task, piece }) => task === count || piece < 2);
+        assert.deepEqual(sent, sending.map(({ task }) => `${task}`));
+      }
     });
 
     test("sends the update's message before the last micro-batch ends", async () => {

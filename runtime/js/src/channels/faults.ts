@@ -16,6 +16,12 @@ import {
 import type { SplitonnxError } from "../errors.js";
 import type { MessageOf } from "../messages.js";
 
+/** Return why a state was not written as it should have been, or nothing. */
+export function explainUnsaved(answer: MessageOf<"Saved" | "Unsaved">, keep: boolean): string {
+  if (answer.type === "Unsaved") return answer.reason || "no reason given";
+  return keep && !answer.keep ? "its version cannot keep the best state" : "";
+}
+
 /** Return the error that a fault reports, on the connection of this generation. */
 export function translateFault(fault: MessageOf<"Fault">, generation: number): SplitonnxError {
   switch (fault.code) {

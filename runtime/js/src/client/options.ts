@@ -10,6 +10,7 @@ import type { StateStorage } from "../storage/storages.js";
 import type { DataSource, Dataset } from "./datasets.js";
 import type { Evaluation, StepRecord } from "./histories.js";
 import type { WhenUnsaved } from "./runners.js";
+import { IN_FLIGHT } from "../pipelines.js";
 import { planRates } from "../schedules.js";
 import type { RatePlan, Schedule } from "../schedules.js";
 
@@ -72,6 +73,16 @@ export interface FitOptions {
    * once, so a step needs less memory.  1 by default.
    */
   readonly accumulate?: number | undefined;
+  /**
+   * Micro-batches as with `accumulate`, and to the same results, of which several are under way at
+   * once, so that this device, the network and the server work at the same time.  Takes more memory.
+   */
+  readonly microBatches?: number | undefined;
+  /**
+   * With `microBatches`: how many are under way at once, the update counted, at most; 4 by default.
+   * A server may permit fewer.
+   */
+  readonly inFlight?: number | undefined;
   /** Shuffle the samples in each epoch; true by default. */
   readonly shuffle?: boolean | undefined;
   /** Evaluated after each epoch. */
@@ -99,7 +110,16 @@ export interface FitOptions {
 }
 
 /** How `SplitClient.step` trains on a batch; see {@link FitOptions}. */
-export type StepOptions = Pick<FitOptions, "learningRate" | "accumulate">;
+export type StepOptions = Pick<
+  FitOptions,
+  "learningRate" | "accumulate" | "microBatches" | "inFlight"
+>;
+
+/** Of how many micro-batches a step consists, and how many of its tasks are open at once. */
+export interface StepPlan {
+  readonly microBatches: number;
+  readonly inFlight: number;
+}
 
 /** The options of a fit with their defaults filled in, and its data opened. */
 export interface ResolvedFitOptions extends FitOptions {
@@ -107,6 +127,27 @@ export interface ResolvedFitOptions extends FitOptions {
   readonly heldOut: Dataset | undefined;
   readonly epochs: number;
   readonly rates: RatePlan | undefined;
+  readonly plan: StepPlan;
+}
+
+/**
+ * Plan what a step consists of.
+ *
+ * @throws UsageError: a number is out of its range, or options exclude each other.
+ */
+export function planSteps({ accumulate, microBatches, inFlight }: StepOptions): StepPlan {
+  requirePositive({ accumulate, microBatches, inFlight });
+  if (accumulate && microBatches) {
+    throw new UsageError(
+      "accumulate and microBatches both divide a step; give one of them: microBatches is faster, " +
+        "accumulate needs less memory",
+    );
+  }
+  if (inFlight && !microBatches) {
+    throw new UsageError("inFlight says how many micro-batches are under way; give microBatches, too");
+  }
+  const count = microBatches ?? accumulate ?? 1;
+  return { microBatches: count, inFlight: count > 1 && microBatches ? (inFlight ?? IN_FLIGHT) : 1 };
 }
 
 /**

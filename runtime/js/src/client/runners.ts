@@ -7,23 +7,28 @@
 
 import type { Channel } from "../channels/channels.js";
 import type { SharingTerms } from "../channels/greetings.js";
+import { canOverlap, listPieces } from "../engine/dataflows.js";
 import type { Executor } from "../engine/executors.js";
 import { LocalProtocolError, NotSaved, StepRestarted, StepsLost, UsageError } from "../errors.js";
 import { ACCUMULATE, SHARE, TRAIN, UPDATE, WEIGH, findPhase } from "../manifests.js";
-import type { TaskKey } from "../messages.js";
 import {
   MICRO_BATCHES,
   MICRO_BATCH_WEIGHT,
+  MOST_IN_FLIGHT,
   checkAccumulating,
   enlarge,
   findWeights,
   splitBatch,
 } from "../micro_batches.js";
+import { makeSchedule } from "../pipelines.js";
+import type { Move } from "../pipelines.js";
 import { LEAVES, ROUND, SAMPLES, listJoined, nameOwn } from "../sharing.js";
 import type { DataPosition } from "../storage/checkpoints.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
-import { DatasetMeans } from "./dataset_means.js";
-import { requirePositive } from "./options.js";
+import { averageResults, readNumbers } from "./dataset_means.js";
+import { Job } from "./jobs.js";
+import type { TaskData } from "./jobs.js";
+import type { StepPlan } from "./options.js";
 import type { TrainingRun } from "./training_runs.js";
 
 /** Times in a row that a step of several micro-batches may begin again. */
@@ -73,7 +78,7 @@ export class TaskRunner {
 
   /** How the server joins what its clients learn. */
   get terms(): SharingTerms {
-    return this.#channel.terms!; // it has greeted
+    return this.#channel.terms;
   }
 
   /** Whether the session has not made a step since it began or was published. */
@@ -103,41 +108,41 @@ export class TaskRunner {
     return this.#inTurn(async () => {
       this.#checkStep(expected);
       const step = [TRAIN, SHARE].includes(phase) ? this.executor.step : this.#others++;
-      return this.#perform({ ...this.#own, phase, step, microBatch: 0 }, data, learningRate);
+      const key = { ...this.#own, phase, step, microBatch: 0 };
+      return (await this.#perform([{ key, data }], [], learningRate))[0]!;
     });
   }
 
   /**
-   * Check that a step may consist of several micro-batches, if it is to, and return the declarations
-   * of a step's arrays.
+   * Check that a step may consist of so many micro-batches, and return the declarations of a step's
+   * arrays.
    *
    * @throws UsageError: the bundle or the server does not permit it.
    */
-  checkAccumulate(accumulate: number): readonly TensorSpec[] {
-    requirePositive({ accumulate });
+  checkPlan({ microBatches }: StepPlan): readonly TensorSpec[] {
     const { manifest } = this.executor;
-    if (accumulate > 1) {
+    if (microBatches > 1) {
       checkAccumulating(manifest);
       const { canAccumulate, policy } = this.terms;
       if (!canAccumulate) {
         throw new UsageError(
           `the server's policy '${policy}' does not let a step consist of several micro-batches, ` +
-            `or the server is of an earlier version; train without accumulate`,
+            `or the server is of an earlier version; train without them`,
         );
       }
     }
-    return enlarge(findPhase(manifest, TRAIN).data, accumulate);
+    return enlarge(findPhase(manifest, TRAIN).data, microBatches);
   }
 
   /** Load the stages of training now instead of in its first step. */
-  async prepareTraining(accumulate: number): Promise<void> {
-    for (const phase of accumulate === 1 ? [TRAIN] : [WEIGH, ACCUMULATE, UPDATE]) {
+  async prepareTraining({ microBatches }: StepPlan): Promise<void> {
+    for (const phase of microBatches === 1 ? [TRAIN] : [WEIGH, ACCUMULATE, UPDATE]) {
       await this.executor.prepare(phase);
     }
   }
 
   /**
-   * Make one training step of at most `accumulate` micro-batches, and return its results.
+   * Make one training step of at most so many micro-batches, and return its results.
    *
    * @throws UnusableData: the batch cannot be divided.
    * @throws StepRestarted: the server lost the step's micro-batches again and again.
@@ -145,11 +150,12 @@ export class TaskRunner {
    */
   async train(
     batch: NdArrays,
-    accumulate: number,
+    plan: StepPlan,
     { learningRate, expected }: { learningRate: number; expected: number },
   ): Promise<NdArrays> {
-    if (accumulate === 1) return this.perform(TRAIN, batch, { learningRate, expected });
-    const parts = splitBatch(batch, findPhase(this.executor.manifest, TRAIN).data, accumulate);
+    const { microBatches } = plan;
+    if (microBatches === 1) return this.perform(TRAIN, batch, { learningRate, expected });
+    const parts = splitBatch(batch, findPhase(this.executor.manifest, TRAIN).data, microBatches);
     const counts: ReadonlyMap<string, number>[] = [];
     for (const part of parts) {
       counts.push(readNumbers(await this.perform(WEIGH, part, { learningRate: 0 })));
@@ -163,7 +169,7 @@ export class TaskRunner {
       this.#checkStep(expected);
       for (let restarts = 0; ; restarts++) {
         try {
-          return await this.#accumulate(weighed, counts, learningRate);
+          return await this.#accumulate(weighed, counts, { learningRate, plan });
         } catch (error) {
           if (!(error instanceof StepRestarted) || restarts === MOST_RESTARTS) throw error;
         }
@@ -175,22 +181,27 @@ export class TaskRunner {
   async #accumulate(
     parts: readonly NdArrays[],
     counts: readonly ReadonlyMap<string, number>[],
-    learningRate: number,
+    { learningRate, plan }: { learningRate: number; plan: StepPlan },
   ): Promise<NdArrays> {
-    const means = new DatasetMeans();
-    const { step } = this.executor;
-    for (const [microBatch, part] of parts.entries()) {
-      const key = { ...this.#own, phase: ACCUMULATE, step, microBatch };
-      const results = readNumbers(await this.#perform(key, part, learningRate));
-      means.add(new Map([...results, ...counts[microBatch]!]), 1);
-    }
-    const key = { ...this.#own, phase: UPDATE, step, microBatch: parts.length };
-    await this.#perform(key, new Map([[MICRO_BATCHES, count(parts.length)]]), learningRate);
-    return new Map(
-      Object.entries(means.compute()).map(([name, value]): [string, NdArray] => {
-        return [name, { dtype: "F64", shape: [], data: Float64Array.of(value) }];
-      }),
-    );
+    const inFlight = await this.#allow(plan);
+    const { step, manifest } = this.executor;
+    const all = [...parts, new Map([[MICRO_BATCHES, count(parts.length)]])];
+    const tasks = all.map((data, microBatch) => {
+      const phase = microBatch < parts.length ? ACCUMULATE : UPDATE;
+      return { key: { ...this.#own, phase, step, microBatch }, data };
+    });
+    const { length } = listPieces(findPhase(manifest, ACCUMULATE), manifest.party);
+    const { moves } = makeSchedule(Math.max(2, length), parts.length, inFlight);
+    const results = await this.#perform(tasks, moves, learningRate);
+    return averageResults(results, counts);
+  }
+
+  /** Return how many tasks of a step may be open at once. */
+  async #allow({ microBatches, inFlight }: StepPlan): Promise<number> {
+    const { manifest } = this.executor;
+    const canWait = canOverlap(findPhase(manifest, ACCUMULATE), manifest.party);
+    const most = Math.min(inFlight, microBatches + 1, MOST_IN_FLIGHT);
+    return canWait ? this.#goingBack(() => this.#channel.allow(most)) : 1;
   }
 
   /** Another task that ran meanwhile may have found that steps are lost. */
@@ -204,23 +215,37 @@ export class TaskRunner {
     return { session: this.run.session };
   }
 
-  async #perform(key: TaskKey, data: NdArrays, learningRate: number): Promise<NdArrays> {
-    let isDone = false;
+  /** Carry tasks through, in the order of a schedule, and return the results of each. */
+  async #perform(
+    tasks: readonly TaskData[],
+    moves: readonly Move[],
+    learningRate: number,
+  ): Promise<readonly NdArrays[]> {
+    const { executor } = this;
+    const job = new Job({
+      executor,
+      tasks,
+      moves,
+      seed: this.#seed,
+      learningRate,
+      onBegin: (key) => this.#channel.begin(key),
+      onEnd: (key) => this.#channel.end(key),
+    });
     try {
-      await this.executor.begin(key, { data, seed: this.#seed, learningRate });
+      await job.begin();
       try {
-        const results = await this.#goingBack(() => this.#exchange(key, learningRate));
-        isDone = true;
-        return results;
+        await this.#goingBack(() => this.#exchange(job, learningRate));
+        return job.results;
       } catch (error) {
         const isLost = error instanceof StepsLost || error instanceof StepRestarted;
         if (!isLost) this.close();
         throw error;
-      } finally {
-        this.#channel.end();
       }
     } finally {
-      if (!isDone) this.executor.abandon(key); // with the micro-batches before it
+      if (!job.isDone) {
+        this.#channel.endAll();
+        for (const { key } of tasks) executor.abandon(key); // with the micro-batches that ended
+      }
     }
   }
 
@@ -331,18 +356,17 @@ export class TaskRunner {
     return mine;
   }
 
-  async #exchange(key: TaskKey, learningRate: number): Promise<NdArrays> {
-    const { executor } = this;
-    this.#channel.begin(key);
+  async #exchange(job: Job, learningRate: number): Promise<void> {
+    const channel = this.#channel;
     for (;;) {
-      for await (const wires of executor.advance(key)) {
-        this.#onWires?.("sent", key.phase, wires);
-        await this.#channel.sendWires(wires, this.#seed, learningRate);
+      for (let wires; (wires = await job.work()); ) {
+        this.#onWires?.("sent", wires.key.phase, wires.tensors);
+        channel.sendWires(wires.key, wires.tensors, this.#seed, learningRate);
       }
-      if (executor.isFinished(key)) return executor.finish(key);
-      const wires = await this.#channel.receiveWires();
-      this.#onWires?.("received", key.phase, wires);
-      executor.deliver(key, wires);
+      if (job.isDone) return;
+      const wires = await channel.receiveWires();
+      this.#onWires?.("received", wires.key.phase, wires.tensors);
+      job.deliver(wires);
     }
   }
 
@@ -363,12 +387,6 @@ export class TaskRunner {
       throw error;
     }
   }
-}
-
-/** Return the results that are numbers. */
-function readNumbers(results: NdArrays): Map<string, number> {
-  const scalars = [...results].filter(([, { shape }]) => !shape.length);
-  return new Map(scalars.map(([name, { data }]) => [name, Number(data[0])]));
 }
 
 function count(value: number): NdArray {

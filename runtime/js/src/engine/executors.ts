@@ -20,7 +20,7 @@ import {
 import type { Sizes } from "../expressions.js";
 import { ACCUMULATE, LOSS, STEP_PHASES, TRAIN, UPDATE, findPhase } from "../manifests.js";
 import type { PartyManifest, Phase, Stage } from "../manifests.js";
-import { describeTask } from "../messages.js";
+import { describeTask, nameTask } from "../messages.js";
 import type { TaskKey } from "../messages.js";
 import { checkArray, findNotFinite } from "../tensors.js";
 import type { NdArray, NdArrays } from "../tensors.js";
@@ -314,10 +314,6 @@ export class Executor {
   #drop(task: Task, names: readonly string[]): void {
     for (const name of task.progress.release(names)) task.values.delete(name);
   }
-}
-
-function nameTask({ session, phase, step, microBatch }: TaskKey): string {
-  return JSON.stringify([session, phase, step, microBatch]);
 }
 
 function take(data: NdArrays, name: string): NdArray {

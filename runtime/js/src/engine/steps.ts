@@ -79,20 +79,22 @@ export class OpenStep {
     }
   }
 
-  /** Return a state as a task of the step reads it, `own` outside of the step; none if it is not there. */
+  /** Return a state, `own` outside of the step, as a task of the step reads it. */
   read(key: TaskKey, name: string, own: Tensor | undefined): Tensor | undefined {
     if (!this.#chained.has(name)) return own;
     return this.#links[key.microBatch]!.get(name) ?? (key.microBatch ? undefined : own);
   }
 
-  /** Check whether the micro-batch before a task has made all that a stage of it reads. */
-  hasState(key: TaskKey, stage: Stage): boolean {
-    const link = this.#links[key.microBatch]!;
+  /**
+   * Check whether the micro-batch before a task has made all that a stage of it reads; the update
+   * reads nothing before all of them have ended.
+   */
+  hasState({ phase, microBatch }: TaskKey, stage: Stage): boolean {
+    if (phase === UPDATE) return this.#finished === microBatch;
+    const link = this.#links[microBatch]!;
+    const isThere = (name: string) => !this.#chained.has(name) || link.has(name);
     return (
-      !key.microBatch ||
-      stage.inputs.every(
-        ({ name, source }) => source !== "state" || !this.#chained.has(name) || link.has(name),
-      )
+      !microBatch || stage.inputs.every(({ name, source }) => source !== "state" || isThere(name))
     );
   }
 
