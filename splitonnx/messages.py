@@ -66,7 +66,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     means that the client also still has the messages of the previous step, in case the last of them
     did not arrive.  ``can_share`` means that the client's user permits it to share its parameters.
     ``micro_batch`` is the number of micro-batches of ``step`` that the client has completed; then
-    ``is_open`` and ``can_repeat`` are about the next one and the last one.
+    ``is_open`` and ``can_repeat`` are about the next one and the last one.  ``in_flight`` is the
+    largest number of tasks of one step that the client may have open at the same time.
     """
 
     protocol: int = PROTOCOL
@@ -81,6 +82,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     can_repeat: bool = False
     can_share: bool = False
     micro_batch: Count = 0
+    in_flight: Count = 1
     wires: Wires
 
     @property
@@ -99,6 +101,8 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     ``rounds`` rounds are complete; 0 means that the client decides.  ``can_accumulate`` means that
     a step may consist of several micro-batches.  ``restarts`` means that the server does not have
     the client's micro-batches of the running step, so the client must begin the step again.
+    ``in_flight`` is how many tasks of one step the client may have open at the same time; it is not
+    more than the client asked for.
     """
 
     session: str
@@ -110,6 +114,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     policy: str = PER_CLIENT
     local_steps: Count = 0
     rounds: Count = 0
+    in_flight: Count = 1
     wires: Wires
 
 

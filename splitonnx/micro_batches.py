@@ -28,6 +28,8 @@ MICRO_BATCHES = "splitonnx.micro_batches"
 """The name of a wire, I64[]: the number of micro-batches that were accumulated."""
 CONFIRMED = "splitonnx.confirmed"
 """The name of a wire, I64[]: the same number, when the server has all that it needs to update."""
+MOST_IN_FLIGHT = 16
+"""The largest number of tasks of one step that a server lets a client have open at once."""
 LARGEST_DIFFERENCE = 1e-6
 """How much the weights that two losses give the same micro-batch may differ."""
 

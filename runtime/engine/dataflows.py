@@ -7,9 +7,10 @@ and sends nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from splitonnx.manifests import Phase, Source, Stage
+from splitonnx.names import ACCUMULATE
 
 
 class Dataflow:
@@ -28,8 +29,13 @@ class Dataflow:
             stage.name: frozenset(i.name for i in stage.inputs if i.source is not Source.STATE)
             for stage in phase.stages
         }
-        self.kept = frozenset(phase.results) | frozenset(phase.commits.values())
-        """Values that are still needed after all stages have run: results and new state."""
+        self.kept = frozenset(phase.results)
+        """Values that are still needed after all stages have run: results and new state.
+
+        What a micro-batch changes is kept elsewhere, since the next one may read it before.
+        """
+        if phase.name != ACCUMULATE:
+            self.kept |= frozenset(phase.commits.values())
         self.uses = Counter(name for names in self.needs.values() for name in names)
         self.uses.update(self.sends)
         """How many stages and outgoing wires use each value."""
@@ -67,15 +73,21 @@ class Progress:
         """Record that values are available: input data, received tensors or stage outputs."""
         self._present.update(names)
 
-    def next_stage(self) -> Stage | None:
+    def next_stage(self, is_ready: Callable[[Stage], bool] = lambda _: True) -> Stage | None:
         """Return the next stage whose inputs are all available, or ``None``.
 
-        Each stage is returned only once, and counts as run from then on.
+        ``is_ready`` returns whether the state that a stage reads is available.  Each stage is
+        returned only once, and counts as run from then on.
         """
         for index, stage in enumerate(self._waiting):
-            if self._flow.needs[stage.name] <= self._present:
+            if self._flow.needs[stage.name] <= self._present and is_ready(stage):
                 return self._waiting.pop(index)
         return None
+
+    @property
+    def has_all_values(self) -> bool:
+        """Return whether a stage that did not run needs nothing but the state."""
+        return any(self._flow.needs[stage.name] <= self._present for stage in self._waiting)
 
     def next_wires(self) -> tuple[str, ...]:
         """Return the names of outgoing tensors that have become available since the last call."""
@@ -87,3 +99,33 @@ class Progress:
         """Record one use of each value, and return the names of those that are no longer needed."""
         self._uses.subtract(names := tuple(names))
         return tuple(n for n in names if self._uses[n] <= 0 and n not in self._flow.kept)
+
+
+def can_overlap(phase: Phase, party: str) -> bool:
+    """Return whether tasks of a phase that follow each other can make progress side by side.
+
+    A stage may read a state that the phase changes.  Then it waits for the stage of the task before
+    that changes it.  If that stage needs a received tensor that the reading stage does not need,
+    the one task would have to wait for the other's next message.
+    """
+    needed = _list_received(phase, party)
+    of_values = {name: needed[stage.name] for stage in phase.stages for name in stage.outputs}
+    of_values.update((w.tensor.name, {w.tensor.name}) for w in phase.wires if w.receiver == party)
+    return all(
+        of_values.get(phase.commits[i.name], set()) <= needed[stage.name]
+        for stage in phase.stages
+        for i in stage.inputs
+        if i.source is Source.STATE and i.name in phase.commits
+    )
+
+
+def _list_received(phase: Phase, party: str) -> dict[str, set[str]]:
+    """Return the received tensors that each stage needs, itself or through other stages."""
+    flow = Dataflow(phase, party)
+    makers = {name: stage.name for stage in phase.stages for name in stage.outputs}
+    needed = {stage: set(names & flow.receives) for stage, names in flow.needs.items()}
+    for _ in phase.stages:  # as far as any chain of stages is long
+        for stage, names in flow.needs.items():
+            for name in names & makers.keys():
+                needed[stage] |= needed[makers[name]]
+    return needed

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 
@@ -47,55 +47,9 @@ from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array
 
 
-class SessionExecutor(Protocol):
-    """The interface of a session's executor on a server, in this process or a worker process.
-
-    The methods are those of :class:`Executor`, and may also raise ``WorkerLost``.
-    """
-
-    @property
-    def step(self) -> int:
-        """Return the number of training steps committed so far."""
-
-    @property
-    def is_lost(self) -> bool:
-        """Return whether the state was lost because the worker that held it ended."""
-
-    def begin(
-        self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
-    ) -> None:
-        """Open a task with this party's data."""
-
-    def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
-        """Pass tensors from the other party to an open task."""
-
-    def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
-        """Run all stages whose inputs are available; after each, yield the tensors to send."""
-
-    def is_finished(self, key: TaskKey) -> bool:
-        """Return whether a task is ready for :meth:`finish`."""
-
-    def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
-        """Commit a finished task's changes to the state, close the task and return its results."""
-
-    def abandon(self, key: TaskKey) -> None:
-        """Abort a task and discard its changes to the state."""
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return all tensors of the state, including those of the optimizer."""
-
-    def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
-        """Replace the state and the number of committed steps, and abort open tasks."""
-
-    def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
-        """Write the state to the party's folder as the outcome of training."""
-
-    def close(self) -> None:
-        """Close the executor and release its state."""
-
-
 @dataclass(kw_only=True)
 class _Task:
+    key: TaskKey
     phase: Phase
     flow: Dataflow
     progress: Progress
@@ -107,7 +61,10 @@ class Executor:
     """An executor that runs one party's stages in this process and keeps the party's state.
 
     ``step`` is the number of training steps committed so far.  Several tasks may be open at the
-    same time; they share the state.  Two threads must not use an executor at the same time.
+    same time; they share the state.  Those of one step of several micro-batches are begun and
+    finished in the order of their numbers; each reads what the one before it changed, so that the
+    result does not depend on which stages run first (see :class:`~steps.OpenStep`).  Two threads
+    must not use an executor at the same time.
 
     ``norm`` is the largest L2 norm allowed for a gradient that this party decodes; ``None`` means
     no limit.
@@ -184,11 +141,12 @@ class Executor:
         self.prepare(key.phase)
         flow = self._flows[key.phase]
         phase = self.manifest.phase(key.phase)
-        task = _Task(phase=phase, flow=flow, progress=flow.start())
+        task = _Task(key=key, phase=phase, flow=flow, progress=flow.start())
         for spec in phase.data:
             if spec.name not in data:
                 raise MissingArray(spec.name, tuple(data))
             check_array(data[spec.name], spec, task.sizes)
+        self._open.begin(key)
         self._supply(task, {spec.name: data[spec.name] for spec in phase.data})
         self._supply(task, scalars)
         self._tasks[key] = task
@@ -211,8 +169,10 @@ class Executor:
         """Run all stages whose inputs are available; after each, yield the tensors to send.
 
         Each yielded dictionary maps the tensors' names to read-only arrays.  The first one also
-        contains those of this party's input arrays that are sent to the other party unchanged.  If
-        this method raises an error, abandon the task.
+        contains those of this party's input arrays that are sent to the other party unchanged.  A
+        stage that reads what an earlier task of the step has not changed yet does not run: call
+        this method again when that task has run, or is finished if this one is the update.  If this
+        method raises an error, abandon the task.
 
         Raises:
             StageFailed, StageTooSlow, StageStopped: see :meth:`Engine.run`.
@@ -223,13 +183,20 @@ class Executor:
             ArrayMismatch: what was decoded does not have the declared shape.
         """
         task = self._task(key)
-        while stage := task.progress.next_stage():
+        while stage := task.progress.next_stage(partial(self._open.is_ready, key)):
             with attribute_errors_to_us(f"stage '{stage.name}'"):
                 self._run(task, stage)
             if wires := task.progress.next_wires():
                 yield self._collect_wires(task, wires)
         if wires := task.progress.next_wires():  # data alone: no stage was ready
             yield self._collect_wires(task, wires)
+
+    def is_waiting(self, key: TaskKey) -> bool:
+        """Return whether an open task has a stage that needs nothing but :meth:`advance`.
+
+        After that method, such a stage waits for an earlier task of the step.
+        """
+        return self._task(key).progress.has_all_values
 
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether a task is ready for :meth:`finish`.
@@ -252,14 +219,15 @@ class Executor:
         ends its step.
 
         Raises:
-            LocalProtocolError: the task is not finished.
+            LocalProtocolError: the task is not finished, or one before it in its step is not.
         """
         results = self.results(key)
+        self._open.check_end(key)
         task = self._tasks.pop(key)
-        changes = {name: task.values[v] for name, v in task.phase.commits.items()}
         if key.phase == ACCUMULATE:
-            self._open.add(changes)
+            self._open.end(key)
             return results
+        changes = {name: task.values[v] for name, v in task.phase.commits.items()}
         if key.phase == UPDATE:
             changes = {**self._open.close(), **changes}
         self._state.update(changes)
@@ -269,11 +237,15 @@ class Executor:
     def abandon(self, key: TaskKey) -> None:
         """Abort a task and discard its changes to the state; do nothing if it is not open.
 
-        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted.
+        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted,
+        with all its tasks.
         """
         self._tasks.pop(key, None)
         if key.phase in (ACCUMULATE, UPDATE) and key.step == self.step:
             self._open.reset()
+            self._tasks = {
+                k: t for k, t in self._tasks.items() if k.phase not in (ACCUMULATE, UPDATE)
+            }
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all tensors of the state, including those of the optimizer, as read-only arrays.
@@ -357,13 +329,13 @@ class Executor:
     def _keep(self, task: _Task, tensors: Mapping[str, Tensor]) -> None:
         task.values.update((n, t) for n, t in tensors.items() if task.flow.wants(n))
         task.progress.arrive(tensors)
+        self._open.add(task.key, tensors)
 
     def _run(self, task: _Task, stage: Stage) -> None:
-        state: Mapping[str, Tensor] = self._state
-        if task.phase.name in (ACCUMULATE, UPDATE):
-            state = self._open.overlay(state)
         feeds = {
-            i.name: state[i.name] if i.source is Source.STATE else task.values[i.name]
+            i.name: self._open.read(self._state, task.key, i.name)
+            if i.source is Source.STATE
+            else task.values[i.name]
             for i in stage.inputs
         }
         outputs = self._engine.run(self._loaded[task.phase.name, stage.name], feeds)
@@ -373,6 +345,7 @@ class Executor:
                 raise NotFinite(LOSS, f"{loss} at step {self.step + 1}")
         self._check_decoded(task, outputs)
         self._keep(task, outputs)
+        self._open.note_run(task.key, stage)
         self._drop(task, task.flow.needs[stage.name])
 
     def _check_decoded(self, task: _Task, outputs: Mapping[str, Tensor]) -> None:

@@ -2,18 +2,20 @@
 
 A step of several micro-batches changes the state only as a whole.  Until its update is committed,
 the sums of gradients, and the running statistics and carried states that each micro-batch replaces,
-are kept beside the state.  A step that is abandoned therefore leaves the state as it was.  This
-module runs no stages.
+are kept beside the state.  A step that is abandoned therefore leaves the state as it was.  Several
+micro-batches may be open at once, and read the same values as if each had waited for the one before
+it.  This module runs no stages.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import numpy as np
 
 from splitonnx.errors import LocalProtocolError, UsageError
-from splitonnx.manifests import KEY, LEARNING_RATE, STEP, PartyManifest
+from splitonnx.manifests import KEY, LEARNING_RATE, STEP, PartyManifest, Source, Stage
 from splitonnx.messages import TaskKey
 from splitonnx.names import ACCUMULATE, STEP_PHASES, UPDATE
 from splitonnx.runtime.engine.engines import Engine, Tensor
@@ -21,14 +23,32 @@ from splitonnx.tensors import DTYPES
 
 
 class OpenStep:
-    """What the micro-batches of a party's running step have changed; empty between two steps."""
+    """What the micro-batches of a party's running step have changed; empty between two steps.
+
+    Several tasks of the step may be open at once, begun and finished in the order of their numbers.
+    A state that micro-batches change has a *version* for each: micro-batch ``n`` reads version
+    ``n`` and makes version ``n + 1``, and the update reads the last one.  Version 0 is the party's
+    state, or zeros for a sum.  Whatever the order in which stages run, they therefore read what
+    they would read if each task were finished before the next begins.  A version is freed when
+    nothing can read it any more.
+
+    ``micro_batches`` is the number of micro-batches that were finished.
+    """
 
     def __init__(self, manifest: PartyManifest, engine: Engine) -> None:
         self.micro_batches = 0
+        self._begun = 0
+        self._is_updating = False
         self._manifest = manifest
         self._engine = engine
         self._sums = {spec.name: spec for spec in manifest.accumulators}
-        self._changed: dict[str, Tensor] = {}
+        self._commits = manifest.phase(ACCUMULATE).commits
+        self._reads = {
+            phase: {stage.name: self._list_read(stage) for stage in manifest.phase(phase).stages}
+            for phase in (ACCUMULATE, UPDATE)
+        }
+        self._versions: dict[str, dict[int, Tensor]] = {name: {} for name in self._commits}
+        self._unread: dict[int, Counter[str]] = {}  # by micro-batch: stages that will read a state
 
     def start_anew(self) -> OpenStep:
         """Return an empty one for the same party."""
@@ -45,34 +65,110 @@ class OpenStep:
         if key.step != step:
             raise LocalProtocolError(f"to {key.phase} at step {key.step}; the next is {step}")
         is_part = key.phase in (ACCUMULATE, UPDATE)
-        if self.micro_batches != (key.micro_batch if is_part else 0):
+        if self._begun != (key.micro_batch if is_part else 0):
             raise LocalProtocolError(
                 f"to {key.phase} micro-batch {key.micro_batch} of step {step}; "
-                f"{self.micro_batches} were accumulated"
+                f"{self._begun} were begun"
             )
-        if key.phase == UPDATE and not self.micro_batches:
+        if self._is_updating:
+            raise LocalProtocolError(f"to {key.phase} at step {step}, which is being updated")
+        if key.phase == UPDATE and not self._begun:
             raise LocalProtocolError(f"to update at step {step}, but nothing was accumulated")
 
-    def overlay(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return a party's state as the step's micro-batches left it; sums begin at zero."""
-        zeros = {} if self.micro_batches else {n: self._make_zeros(n) for n in self._sums}
-        return {**state, **zeros, **self._changed}
+    def begin(self, key: TaskKey) -> None:
+        """Record that a task was begun, which :meth:`check_next` has checked."""
+        if key.phase not in (ACCUMULATE, UPDATE):
+            return
+        self._begun += key.phase == ACCUMULATE
+        self._is_updating = key.phase == UPDATE
+        reads = self._reads[key.phase].values()
+        self._unread[key.micro_batch] = Counter(name for names in reads for name in names)
 
-    def add(self, changes: Mapping[str, Tensor]) -> None:
-        """Record what a micro-batch has changed."""
-        self._changed.update(changes)
+    def is_ready(self, key: TaskKey, stage: Stage) -> bool:
+        """Return whether what a stage of an open task reads of the step's changes is there.
+
+        An update reads nothing before all micro-batches are finished.
+        """
+        if key.phase == UPDATE:
+            return self.micro_batches == key.micro_batch
+        if key.phase != ACCUMULATE or key.micro_batch == 0:
+            return True
+        names = self._reads[ACCUMULATE][stage.name]
+        return all(key.micro_batch in self._versions[name] for name in names)
+
+    def read(self, state: Mapping[str, Tensor], key: TaskKey, name: str) -> Tensor:
+        """Return a tensor of a party's ``state`` as a task reads it."""
+        if key.phase in (ACCUMULATE, UPDATE):
+            if (found := self._versions.get(name, {}).get(key.micro_batch)) is not None:
+                return found
+            if name in self._sums:
+                return self._make_zeros(name)
+        return state[name]
+
+    def add(self, key: TaskKey, values: Mapping[str, Tensor]) -> None:
+        """Record what a task has changed, if its new values are among ``values``."""
+        if key.phase != ACCUMULATE:
+            return
+        for name, value in self._commits.items():
+            if value in values:
+                self._versions[name][key.micro_batch + 1] = values[value]
+                self._drop_read(name, key.micro_batch)
+
+    def note_run(self, key: TaskKey, stage: Stage) -> None:
+        """Record that a stage has run, and free what no later stage reads."""
+        if key.phase not in (ACCUMULATE, UPDATE):
+            return
+        for name in self._reads[key.phase][stage.name]:
+            self._unread[key.micro_batch][name] -= 1
+            self._drop_read(name, key.micro_batch)
+
+    def check_end(self, key: TaskKey) -> None:
+        """Check that the tasks before a task were finished.
+
+        Raises:
+            LocalProtocolError: one is not.
+        """
+        if key.phase in (ACCUMULATE, UPDATE) and key.micro_batch != self.micro_batches:
+            raise LocalProtocolError(
+                f"to finish micro-batch {key.micro_batch} of step {key.step}; "
+                f"{self.micro_batches} were finished"
+            )
+
+    def end(self, key: TaskKey) -> None:
+        """Record that a micro-batch is finished."""
+        del self._unread[key.micro_batch]
         self.micro_batches += 1
 
     def close(self) -> dict[str, Tensor]:
         """End the step, and return what its micro-batches have changed in the state."""
-        changed = {n: tensor for n, tensor in self._changed.items() if n not in self._sums}
+        changed = {
+            name: versions[self.micro_batches]
+            for name, versions in self._versions.items()
+            if name not in self._sums and self.micro_batches in versions
+        }
         self.reset()
         return changed
 
     def reset(self) -> None:
         """Forget what the step's micro-batches have changed."""
-        self._changed = {}
-        self.micro_batches = 0
+        self._versions = {name: {} for name in self._commits}
+        self._unread = {}
+        self.micro_batches = self._begun = 0
+        self._is_updating = False
+
+    def _list_read(self, stage: Stage) -> tuple[str, ...]:
+        return tuple(
+            i.name for i in stage.inputs if i.source is Source.STATE and i.name in self._commits
+        )
+
+    def _drop_read(self, name: str, number: int) -> None:
+        """Free the version of a state that task ``number`` reads, if it will not read it again."""
+        if self._unread[number][name]:
+            return
+        versions = self._versions[name]
+        is_last = self._is_updating and number == self._begun  # the update's own
+        if number + 1 in versions or (is_last and name in self._sums):
+            versions.pop(number, None)
 
     def _make_zeros(self, name: str) -> Tensor:
         spec = self._sums[name]

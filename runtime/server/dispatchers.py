@@ -190,7 +190,7 @@ class Dispatcher:
     def _estimate(self, message: Tensors) -> int:
         if self._estimates is None:
             return 0
-        needed = self._estimates.measure(message.phase, self._protocol.sizes)
+        needed = self._estimates.measure(message.phase, self._protocol.list_sizes(message.key))
         if self._task_bytes is not None and needed > self._task_bytes:
             raise TaskTooLarge(needed, self._task_bytes)
         return needed
@@ -277,9 +277,10 @@ class Dispatcher:
 
     def _greet(self, hello: Hello) -> Reply:
         assert self.session is not None  # found when the greeting was read
-        found = self.session.greet(hello)
-        self._generation = hello.generation
         manifest = self.registry.manifest
+        in_flight = max(1, min(hello.in_flight, self._terms.count_in_flight(manifest)))
+        found = self.session.greet(hello, in_flight)
+        self._generation = hello.generation
         return self._protocol.send(
             Welcome(
                 session=self.session.id,
@@ -291,6 +292,7 @@ class Dispatcher:
                 policy=self._terms.policy,
                 local_steps=self._terms.local_steps,
                 rounds=self._terms.rounds,
+                in_flight=in_flight,
                 wires=self._wires,
             )
         )

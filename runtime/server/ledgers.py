@@ -2,9 +2,11 @@
 
 A step is one task, or the tasks of its micro-batches and then its update.  Each is performed
 exactly once, even if its messages arrive several times: a repeated message is answered with the
-recorded replies.  The ledger covers the running task and the last finished one, whose replies may
+recorded replies.  A client may have several tasks of one step open at once, which make up its
+*window*.  The ledger covers as many tasks as the window has, the newest ones, whose replies may
 have been lost.  Earlier tasks need no records, because a client that begins a task has received all
-replies of those before it.  The ledger only keeps records: it neither runs nor sends anything.
+replies of those before its window.  The ledger only keeps records: it neither runs nor sends
+anything.
 """
 
 from __future__ import annotations
@@ -111,9 +113,31 @@ class Query:
 
 
 @dataclass(kw_only=True)
+class OpenTask:
+    """An unfinished task of a step, and the message that began it.
+
+    ``answered`` is how many of its messages were handled whole, and ``heard`` is how many came on
+    the newest connection; the replies to others wait until they come again.
+    """
+
+    message: Tensors
+    answered: int = 0
+    heard: int = 1
+
+
+@dataclass(kw_only=True)
 class _Turn:
     fingerprint: Fingerprint
     replies: list[Reply] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class _Task:
+    """The records of a task; ``ends_step`` means that its end is the end of its step."""
+
+    ends_step: bool
+    turns: list[_Turn]
+    is_finished: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,20 +152,21 @@ class Continuation:
 class Ledger:
     """The ledger of a session whose next training step is ``step``.
 
-    ``micro_batch`` is the number of that step's micro-batches that were accumulated.
+    ``micro_batch`` is the number of that step's micro-batches that were accumulated.  ``in_flight``
+    is the number of tasks that a client may have open at once.  A task is named by its step and its
+    number in the step.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, in_flight: int = 1) -> None:
         self.step = step
         self.micro_batch = 0
-        self._running: list[_Turn] = []
-        self._made: list[_Turn] = []
-        self._made_at = (-1, 0)
+        self.in_flight = in_flight
+        self._tasks: dict[tuple[int, int], _Task] = {}  # the newest, in the order of their numbers
 
     @property
     def is_open(self) -> bool:
         """Return whether a step has begun but has not finished."""
-        return bool(self._running or self.micro_batch)
+        return bool(self.micro_batch or self._list_open())
 
     def welcome(self, hello: Hello, *, is_joint: bool) -> Continuation | None:
         """Return how a client can continue where it is, or ``None`` if it cannot.
@@ -160,16 +185,16 @@ class Ledger:
         """Return whether a client that is at ``step`` can continue without going back.
 
         In general, client and server must be at the same task, with two exceptions.  ``is_open``
-        means that the client is in the middle of a task and will send the task's messages again:
-        then the server may be one task ahead, if it still has its replies to that task.
-        ``can_repeat`` means that the client can also send the messages of the task before it again:
-        then the server may be one task behind.  ``micro_batch`` is the client's, as that of the
-        ledger is the server's.
+        means that the client is in the middle of a task and will send the messages of all its open
+        tasks again: then the server may be ahead, as far as it still has its replies to those
+        tasks.  ``can_repeat`` means that the client can also send the messages of the task before
+        it again: then the server may be one task behind.  ``micro_batch`` is the client's, as that
+        of the ledger is the server's.
         """
         place = (step, micro_batch)
         if place == (self.step, self.micro_batch):
             return True
-        if place == self._made_at and self._made:
+        if place in self._tasks and self._tasks[place].is_finished:
             return is_open
         return can_repeat and self.is_behind(step, micro_batch)
 
@@ -184,84 +209,109 @@ class Ledger:
         """Decide how to handle message number ``turn`` of a task, without changing the ledger.
 
         Raises:
-            RemoteProtocolError: the message belongs to another task, or an earlier message is
-                missing.
+            RemoteProtocolError: the message belongs to another task, an earlier message is missing,
+                or too many tasks would be open.
             StepConflict: a message with this number but different contents has already been
                 handled.
         """
-        if (step, micro_batch) == self._made_at and self._made:
-            self._compare(self._made, step, turn, fingerprint)
+        task = self._tasks.get((step, micro_batch))
+        if task is not None and task.is_finished:
+            _compare(task.turns, step, turn, fingerprint)
             return Verdict.REPEAT
         if step != self.step:
             raise RemoteProtocolError(f"it is at step {step}, the server at {self.step}")
-        if micro_batch != self.micro_batch and (micro_batch or turn):
-            raise RemoteProtocolError(
-                f"it is at micro-batch {micro_batch} of step {step}, the server at "
-                f"{self.micro_batch}"
-            )
-        if micro_batch != self.micro_batch:
-            return Verdict.BEGIN  # the whole step begins again
-        if turn == 0 and not (self._running and _are_same(self._running[0], fingerprint)):
-            if self._running and micro_batch:
+        if task is None:
+            if turn or micro_batch:  # otherwise the whole step begins, perhaps again
+                self._check_next(step, turn, micro_batch)
+            return Verdict.BEGIN
+        if turn == 0 and not _are_same(task.turns[0], fingerprint):
+            if micro_batch:
                 raise StepConflict(step)  # gradients were added up since the step began
             return Verdict.BEGIN
-        if turn == len(self._running):
+        if turn == len(task.turns):
             return Verdict.CONTINUE
-        self._compare(self._running, step, turn, fingerprint)
+        _compare(task.turns, step, turn, fingerprint)
         return Verdict.REPEAT
 
-    def begin(self, fingerprint: Fingerprint) -> None:
-        """Record the first message of the next task, before it is handled."""
-        self._made = []
-        self._running = [_Turn(fingerprint=fingerprint)]
+    def begin(self, fingerprint: Fingerprint, *, ends_step: bool = True) -> None:
+        """Record the first message of the next task, before it is handled.
 
-    def continue_step(self, fingerprint: Fingerprint) -> None:
-        """Record the next message of the running step, before it is handled."""
-        self._running.append(_Turn(fingerprint=fingerprint))
+        ``ends_step`` means that the end of the task is that of its step.
+        """
+        place = (self.step, self.micro_batch + len(self._list_open()))
+        if place[1] == 0:
+            self._tasks = {}  # a client that begins a step has all replies of the one before
+        while len(self._tasks) >= self.in_flight:
+            del self._tasks[next(iter(self._tasks))]
+        self._tasks[place] = _Task(ends_step=ends_step, turns=[_Turn(fingerprint=fingerprint)])
 
-    @property
-    def turns(self) -> int:
-        """Return how many messages of the running step were recorded."""
-        return len(self._running)
+    def continue_task(self, fingerprint: Fingerprint, step: int, micro_batch: int = 0) -> None:
+        """Record the next message of an open task, before it is handled."""
+        self._tasks[step, micro_batch].turns.append(_Turn(fingerprint=fingerprint))
 
-    def answer(self, reply: Iterable[Chunk], turn: int) -> Reply:
+    def count_turns(self, step: int, micro_batch: int = 0) -> int:
+        """Return how many messages of an unfinished task were recorded."""
+        task = self._tasks.get((step, micro_batch))
+        return 0 if task is None or task.is_finished else len(task.turns)
+
+    def answer(self, reply: Iterable[Chunk], turn: int, step: int, micro_batch: int = 0) -> Reply:
         """Record one more reply to a message, and return the reply as a list of chunks."""
         kept = list(reply)
-        self._running[turn].replies.append(kept)
+        self._tasks[step, micro_batch].turns[turn].replies.append(kept)
         return kept
 
-    def count_replies(self) -> int:
-        """Return how many replies the running step has so far."""
-        return sum(len(turn.replies) for turn in self._running)
+    def count_replies(self, step: int, micro_batch: int = 0) -> int:
+        """Return how many replies a task has so far."""
+        return sum(len(turn.replies) for turn in self._tasks[step, micro_batch].turns)
 
     def repeat(self, step: int, turn: int, micro_batch: int = 0) -> Iterator[Reply]:
         """Yield the recorded replies to a message that :meth:`classify` marked as ``REPEAT``."""
-        is_made = (step, micro_batch) == self._made_at and bool(self._made)
-        turns = self._made if is_made else self._running
-        yield from turns[turn].replies
+        yield from self._tasks[step, micro_batch].turns[turn].replies
 
-    def commit(self, *, ends_step: bool = True) -> None:
-        """Mark the running task as finished, and its step if the task ends it."""
-        self._made, self._running = self._running, []
-        self._made_at = (self.step, self.micro_batch)
-        if ends_step:
+    def commit(self) -> None:
+        """Mark the oldest unfinished task as finished, and its step if the task ends it."""
+        task = self._list_open()[0]
+        task.is_finished = True
+        if task.ends_step:
             self.step, self.micro_batch = self.step + 1, 0
         else:
             self.micro_batch += 1
 
     def abandon(self) -> None:
         """Forget the running step with all its micro-batches, as if it had never begun."""
-        self._running = []
-        if self.micro_batch:
-            self.micro_batch, self._made = 0, []
+        self._tasks = {place: task for place, task in self._tasks.items() if place[0] != self.step}
+        self.micro_batch = 0
 
-    def _compare(self, turns: list[_Turn], step: int, turn: int, fingerprint: Fingerprint) -> None:
-        if turn >= len(turns):
-            raise RemoteProtocolError(
-                f"it sent message {turn} of step {step}, but the step has only {len(turns)}"
+    def _check_next(self, step: int, turn: int, micro_batch: int) -> None:
+        """Check that a task that has no records is the next, and may be begun by its message."""
+        if turn:
+            name = (
+                f"step {step}" if not micro_batch else f"micro-batch {micro_batch} of step {step}"
             )
-        if not _are_same(turns[turn], fingerprint):
-            raise StepConflict(step)
+            raise RemoteProtocolError(f"it sent message {turn} of {name}, which has not begun")
+        tasks = self._list_open()
+        if micro_batch != self.micro_batch + len(tasks) or (tasks and tasks[-1].ends_step):
+            raise RemoteProtocolError(
+                f"it is at micro-batch {micro_batch} of step {step}, the server at "
+                f"{self.micro_batch + len(tasks)}"
+            )
+        if len(tasks) >= self.in_flight:
+            raise RemoteProtocolError(
+                f"it begins micro-batch {micro_batch} of step {step} before {self.micro_batch} has "
+                f"ended, and may have {self.in_flight} open"
+            )
+
+    def _list_open(self) -> list[_Task]:
+        return [task for task in self._tasks.values() if not task.is_finished]
+
+
+def _compare(turns: list[_Turn], step: int, turn: int, fingerprint: Fingerprint) -> None:
+    if turn >= len(turns):
+        raise RemoteProtocolError(
+            f"it sent message {turn} of step {step}, but the step has only {len(turns)}"
+        )
+    if not _are_same(turns[turn], fingerprint):
+        raise StepConflict(step)
 
 
 def _are_same(turn: _Turn, fingerprint: Fingerprint) -> bool:

@@ -31,6 +31,7 @@ from splitonnx.runtime.server.ledgers import (
     Continuation,
     Fingerprint,
     Ledger,
+    OpenTask,
     Query,
     Reply,
     Verdict,
@@ -63,10 +64,9 @@ class Session:
         self._joined = joined
         self._held: deque[Delivery] = deque()
         self._deferred: deque[tuple[Tensors, Mapping[str, np.ndarray], Fingerprint]] = deque()
-        self._answered = self._heard = 0  # messages of the running step, see :meth:`_answer_step`
         self._is_closed = False
-        self._running: TaskKey | None = None
-        self._message: Tensors | None = None  # that began the running step
+        self._open: dict[TaskKey, OpenTask] = {}  # of the running step, in their order
+        self._running: TaskKey | None = None  # the running step's newest task, also between two
         self._query: Query | None = None
         self._bytes_up = self._bytes_down = 0
         self._received_at: float | None = None
@@ -79,9 +79,14 @@ class Session:
     @property
     def open_phases(self) -> frozenset[str]:
         """Return the phases that have an unfinished task."""
-        running, query = self._running, self._query  # another thread may end them meanwhile
-        keys = (running, None if query is None else query.key)
+        query = self._query  # another thread may end it meanwhile
+        keys = (self._running, None if query is None else query.key, *self.open_tasks)
         return frozenset(key.phase for key in keys if key is not None)
+
+    @property
+    def open_tasks(self) -> tuple[TaskKey, ...]:
+        """Return the unfinished tasks of the running step; may be read in any thread."""
+        return tuple(self._open.copy())
 
     @property
     def is_joint(self) -> bool:
@@ -91,8 +96,9 @@ class Session:
     @property
     def awaits_others(self) -> bool:
         """Return whether the running step waits for other sessions, and not for its client."""
-        is_open = self._joined.is_shared and self._running is not None
-        return is_open and self._answered < self.ledger.turns
+        count = self.ledger.count_turns
+        tasks = self._open.copy().items() if self._joined.is_shared else ()
+        return any(t.answered < count(key.step, key.micro_batch) for key, t in tasks)
 
     @property
     def status(self) -> SessionStatus:
@@ -118,16 +124,14 @@ class Session:
         self._bytes_down += size
 
     def require_owner(self, owner: str) -> None:
-        """Check that the session belongs to ``owner``.
-
-        Raises:
-            ForeignSession: the session belongs to another owner.
-        """
+        """Raise ``ForeignSession`` if the session does not belong to ``owner``."""
         if self.owner != owner:
             raise ForeignSession(self.id)
 
-    def greet(self, hello: Hello) -> Continuation:
+    def greet(self, hello: Hello, in_flight: int = 1) -> Continuation:
         """Accept a new connection, and return where both sides continue.
+
+        ``in_flight`` is how many tasks of a step the client may have open at once.
 
         If possible, that is the client's current step (see :meth:`Ledger.suits`).  Otherwise, both
         sides go back to the newest step that both have, or begin the current one again if its
@@ -141,8 +145,12 @@ class Session:
         if hello.generation <= self.generation:
             raise StaleConnection(hello.generation, self.generation)
         self._deferred.clear()
-        self._heard = 0
+        for task in self._open.values():
+            task.heard = 0
         self.give_up(SHARE)  # the client shares again, on the new connection
+        if len(self._open) > 1 and not (hello.is_open or hello.micro_batch):
+            self.abandon()  # it makes the step anew, and its first message may be the same
+        self.ledger.in_flight = in_flight
         found = self.ledger.welcome(hello, is_joint=self.is_joint)
         if found is None:
             step = self._find_common(hello)
@@ -180,7 +188,8 @@ class Session:
             RemoteProtocolError, StepConflict: the message is not allowed now.
             DataError, StageFailed: the task cannot be carried out.
         """
-        is_new = message.key != self._running or message.turn >= self.ledger.turns
+        step, turn, number = message.step, message.turn, message.micro_batch
+        is_new = message.key not in self._open or turn >= self.ledger.count_turns(step, number)
         if is_new and self.awaits_others:  # whose results come first
             if len(self._deferred) == MOST_DEFERRED:
                 raise RemoteProtocolError("it goes on before its step has ended")
@@ -191,29 +200,29 @@ class Session:
         if message.phase not in STEP_PHASES:
             yield from self._handle_query(message, tensors, encode)
             return
-        step, turn, number = message.step, message.turn, message.micro_batch
         match self.ledger.classify(step, turn, fingerprint, number):
             case Verdict.REPEAT:
-                self._heard = max(self._heard, turn + 1)
+                if (task := self._open.get(message.key)) is not None:
+                    task.heard = max(task.heard, turn + 1)
                 yield from self.ledger.repeat(step, turn, number)
                 return
             case Verdict.BEGIN:
                 if number == 0:
                     self.abandon()
-                self._running, self._message = message.key, message
-                self._answered = 0
-                self.ledger.begin(fingerprint)
+                self._running = message.key
+                self._open[message.key] = OpenTask(message=message)
+                self.ledger.begin(fingerprint, ends_step=message.phase != ACCUMULATE)
             case Verdict.CONTINUE:
-                if message.key != self._running:
+                if message.key not in self._open:
                     raise RemoteProtocolError(f"it continues {message.key}, which is not open")
-                self.ledger.continue_step(fingerprint)
-        self._heard = message.turn + 1
+                self.ledger.continue_task(fingerprint, step, number)
+                self._open[message.key].heard = turn + 1
         with closing(self._policy.submit(make_task(message, tensors))) as deliveries:
             for delivery in deliveries:
-                if delivery.key != message.key:
+                if delivery.key not in self._open:
                     yield delivery
-                else:
-                    yield from self._answer_step(message, delivery, encode)
+                else:  # perhaps of a later task, which waited for this one
+                    yield from self._answer_step(delivery, encode)
         fingerprint.settle()  # after the replies, so that they need not wait for a hash
 
     def hold(self, delivery: Delivery) -> None:
@@ -228,24 +237,20 @@ class Session:
         """Yield the reply that a delivery, which another session yielded, has for this client.
 
         Nothing is yielded if the client does not wait for it.  What it sent meanwhile is handled.
-
-        Raises:
-            SplitonnxError: the error that ended the client's task.
+        The error that ended the client's task is raised.
         """
-        query, running = self._query, self._running
+        query = self._query
         if query is not None and delivery.key == query.key:
             yield from self._answer_query(query, delivery, encode)
-        elif running is not None and delivery.key == running:
-            assert self._message is not None  # it began the running step
-            yield from self._answer_step(self._message, delivery, encode)
+        elif delivery.key in self._open:
+            yield from self._answer_step(delivery, encode)
         while self._deferred and not self.awaits_others:
             yield from self.handle_training(*self._deferred.popleft(), encode)
 
     def save(self, message: Save) -> Saved | Unsaved:
         """Write a durable checkpoint and, if requested, the outcome of the training.
 
-        Returns:
-            ``Saved``, or ``Unsaved`` with the reason if the state cannot be written.
+        Return ``Saved``, or ``Unsaved`` with the reason if the state cannot be written.
 
         Raises:
             RemoteProtocolError: the client is at another step, or a step is unfinished.
@@ -285,7 +290,7 @@ class Session:
 
     def close(self) -> None:
         """Release the state after the session has been removed from memory."""
-        self._running = self._query = None
+        self._running, self._open, self._query = None, {}, None
         if not self._is_closed:
             self._policy.leave(self.id)
         self._is_closed = True
@@ -299,10 +304,10 @@ class Session:
         self.ledger.abandon()
 
     def give_up(self, phase: str) -> None:
-        """Abort the unfinished task of a phase, if there is one."""
-        if self._running is not None and self._running.phase == phase:
+        """Abort the unfinished task of a phase, if there is one, with its whole step."""
+        if self._running is not None and phase in {k.phase for k in (self._running, *self._open)}:
             self._policy.withdraw(self._running)
-            self._running = None
+            self._running, self._open = None, {}
             self.ledger.abandon()
         if self._query is not None and self._query.key.phase == phase:
             self._policy.withdraw(self._query.key)
@@ -331,30 +336,30 @@ class Session:
                 else:
                     yield delivery
 
-    def _answer_step(
-        self, message: Tensors, delivery: Delivery, encode: Encoder
-    ) -> Iterator[Reply]:
-        """Record a delivery of the running step, and yield the reply to the client.
+    def _answer_step(self, delivery: Delivery, encode: Encoder) -> Iterator[Reply]:
+        """Record a delivery of an open task of the step, and yield the reply to the client.
 
         What answers a message that came on an earlier connection is not sent, as the client will
         send that message again.
         """
         if delivery.error is not None:
             raise delivery.error
-        turn = self.ledger.turns - 1 if delivery.turn is None else delivery.turn
-        self._answered = max(self._answered, delivery.handled)
+        task, step, number = self._open[delivery.key], delivery.key.step, delivery.key.micro_batch
+        newest = self.ledger.count_turns(step, number) - 1
+        turn = newest if delivery.turn is None else delivery.turn
+        task.answered = max(task.answered, delivery.handled)
         if delivery.tensors:
-            reply = msgspec.structs.replace(message, turn=self.ledger.count_replies())
-            answer = self.ledger.answer(encode(reply, delivery.tensors), turn)
-            if turn < self._heard:
+            count = self.ledger.count_replies(step, number)
+            reply = msgspec.structs.replace(task.message, turn=count)
+            answer = self.ledger.answer(encode(reply, delivery.tensors), turn, step, number)
+            if turn < task.heard:
                 yield answer
         if delivery.is_last:
-            ends_step = delivery.key.phase != ACCUMULATE
-            self.tasks_done, self._running = (
-                self.tasks_done + 1,
-                None if ends_step else delivery.key,
-            )
-            self.ledger.commit(ends_step=ends_step)
+            self.tasks_done += 1
+            del self._open[delivery.key]
+            if delivery.key.phase != ACCUMULATE:
+                self._running = None
+            self.ledger.commit()
 
     def _answer_query(self, query: Query, delivery: Delivery, encode: Encoder) -> Iterator[Reply]:
         if delivery.error is not None:
@@ -390,5 +395,5 @@ class Session:
         if step == self.ledger.step:
             return
         self._policy.rewind(self.id, step)
-        self.ledger = Ledger(step)
+        self.ledger = Ledger(step, self.ledger.in_flight)
         self._saved = step

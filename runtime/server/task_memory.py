@@ -10,8 +10,8 @@ from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager, suppress
 
 from splitonnx.errors import ConnectionLost, ServerBusy, TaskTooLarge
-from splitonnx.messages import Tensors
-from splitonnx.names import PREDICT, SHARE, STEP_PHASES, TRAIN
+from splitonnx.messages import TaskKey, Tensors
+from splitonnx.names import ACCUMULATE, PREDICT, SHARE, STEP_PHASES, TRAIN, UPDATE
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import IDLE_SECONDS, Task
 from splitonnx.runtime.server.contexts import ServerContext
@@ -38,6 +38,7 @@ class TaskMemory:
         self._peer = peer
         self._gone = gone
         self._stopping = stopping
+        self._needed: dict[TaskKey, int] = {}  # of the open tasks of a step of micro-batches
 
     async def reserve(
         self, session: Session, owner: Hashable, message: Tensors, needed: int
@@ -45,8 +46,10 @@ class TaskMemory:
         """Reserve ``needed`` bytes for a message's task.
 
         The first message of a task waits until the memory is available, the connection ends or the
-        server stops.  Later messages do not wait.  Clients whose batches make one step have their
-        memory at the same time; a client that gets none because all others wait for it is refused.
+        server stops.  Later messages do not wait, and neither do tasks that are begun while others
+        of their step have memory; all open tasks of a phase together have one reservation.  Clients
+        whose batches make one step have their memory at the same time; a client that gets none
+        because all others wait for it is refused.
 
         Raises:
             ConnectionLost: the connection ended or the server is stopping; the message is dropped.
@@ -57,8 +60,9 @@ class TaskMemory:
         budget, task = self._context.budget, (session.id, message.phase)
         if budget is None or message.phase == SHARE:  # a share runs no stage
             return
-        if message.turn > 0:  # the task has its memory already, or is not open
-            budget.extend(task, owner, needed)
+        needed = self._add_open(session, message.key, needed)
+        if message.turn > 0 or _continues_step(session, message):
+            budget.extend(task, owner, needed)  # the task has its memory already, or is not open
             return
         is_joint = message.phase == TRAIN and session.is_joint
         if is_joint:
@@ -87,6 +91,15 @@ class TaskMemory:
             if self._stopping.done():
                 await self._peer.close(RESTART, "the server restarts")
             raise ConnectionLost(self._peer.name, "it ended before its task had its memory")
+
+    def _add_open(self, session: Session, key: TaskKey, needed: int) -> int:
+        """Return what a task needs together with the other open tasks of its step and phase."""
+        if key.phase not in (ACCUMULATE, UPDATE):
+            return needed
+        known = self._needed
+        self._needed = {other: known[other] for other in session.open_tasks if other in known}
+        self._needed[key] = max(needed, known.get(key, 0))
+        return sum(size for other, size in self._needed.items() if other.phase == key.phase)
 
     def _await_this_one(self, holders: Collection[Task]) -> bool:
         """Return whether all tasks that have memory wait for other clients."""
@@ -123,3 +136,13 @@ class TaskMemory:
             yield
         finally:
             self._context.waiting.discard(session.id)
+
+
+def _continues_step(session: Session, message: Tensors) -> bool:
+    """Return whether a task is begun while tasks before it in its step may have memory.
+
+    It does not wait then: those tasks may need messages that come after its own.
+    """
+    if message.phase == UPDATE:
+        return any(key != message.key for key in session.open_tasks)
+    return message.phase == ACCUMULATE and message.micro_batch > 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from threading import Lock
 
 import numpy as np
 
@@ -40,6 +41,7 @@ from splitonnx.messages import (
     decode_message,
     encode_message,
 )
+from splitonnx.micro_batches import MOST_IN_FLIGHT
 from splitonnx.names import ACCUMULATE, CLIENT, SERVER, SHARE, STEP_PHASES, TRAIN, UPDATE
 from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array, check_rows
@@ -105,8 +107,8 @@ class Protocol:
         self._manifest = manifest
         self._role = role
         self._peer = SERVER if role == CLIENT else CLIENT
-        self._task: TaskKey | None = None
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[TaskKey, dict[str, int]] = {}  # of the newest tasks, in order
+        self._mutex = Lock()  # a message may be read while a reply is encoded
 
     def send(
         self, message: Message, tensors: Mapping[str, np.ndarray] | None = None
@@ -125,10 +127,9 @@ class Protocol:
         self.state = following
         return encode_message(message, tensors)
 
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """Return the known sizes of the newest task's named dimensions."""
-        return self._sizes
+    def list_sizes(self, key: TaskKey) -> Mapping[str, int]:
+        """Return the known sizes of a task's named dimensions; the newest tasks are known."""
+        return self._sizes.get(key, {})
 
     def close(self) -> None:
         """End the exchange without sending a message."""
@@ -187,18 +188,27 @@ class Protocol:
         if message.phase == SHARE and (missing := wires.keys() - tensors.keys()):
             error = RemoteProtocolError if sender == self._peer else LocalProtocolError
             raise error(f"a share comes whole, and {quote(sorted(missing))} is missing from it")
-        if message.key != self._task:
-            self._task, self._sizes = message.key, {}
+        sizes = self._find_sizes(message, sender)
         for name, array in tensors.items():
             if self._batch is not None and sender == self._peer:
                 check_rows(array, wires[name].tensor, self._batch)
             kind = wires[name].kind
             is_output = kind is WireKind.OUTPUT
-            check_array(array, wires[name].tensor, self._sizes, is_output=is_output)
+            check_array(array, wires[name].tensor, sizes, is_output=is_output)
             if message.phase in _FINITE_PHASES and sender == self._peer:
                 check_finite(name, array, f"step {message.step + 1}")
                 if self._norm is not None and kind is WireKind.GRADIENT:
                     check_norm(name, array, self._norm)
+
+    def _find_sizes(self, message: Tensors, sender: str) -> dict[str, int]:
+        """Return the sizes that are known in a message's task; a task's first message has none."""
+        with self._mutex:
+            if message.key not in self._sizes or (message.turn == 0 and sender == CLIENT):
+                self._sizes.pop(message.key, None)
+                while len(self._sizes) > MOST_IN_FLIGHT:
+                    del self._sizes[next(iter(self._sizes))]
+                self._sizes[message.key] = {}
+            return self._sizes[message.key]
 
 
 def list_wires(manifest: PartyManifest) -> Wires:

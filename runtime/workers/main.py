@@ -179,7 +179,8 @@ class Host:
         if wires is not None:
             return self._give(wires)
         del self._advancing[session, key]
-        return Done(is_finished=self._sessions[session].is_finished(key))
+        executor = self._sessions[session]
+        return Done(is_finished=executor.is_finished(key), is_waiting=executor.is_waiting(key))
 
     def _give(self, tensors: dict[str, np.ndarray]) -> Given:
         assert self._outbox is not None

@@ -162,9 +162,14 @@ class Need(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The answer if an action succeeded; ``is_finished`` is true if the task can be committed."""
+    """The answer if an action succeeded.
+
+    ``is_finished`` is true if the task can be committed, and ``is_waiting`` if one of its stages
+    waits for an earlier task of the step.
+    """
 
     is_finished: bool = False
+    is_waiting: bool = False
 
 
 class Given(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -76,7 +76,7 @@ class _Task:
     def __init__(self, begin: Begin) -> None:
         self.begin: Begin | None = begin
         self.wires: Mapping[str, np.ndarray] = {}
-        self.is_finished = False
+        self.is_finished = self.is_waiting = False
 
 
 class RemoteExecutor:
@@ -164,7 +164,15 @@ class RemoteExecutor:
         while not isinstance(given, Done):
             yield given
             given = self._ask(Continue(session=self._number, key=key), key)
-        task.is_finished = given.is_finished
+        task.is_finished, task.is_waiting = given.is_finished, given.is_waiting
+
+    def is_waiting(self, key: TaskKey) -> bool:
+        """Return whether an open task has a stage that needs nothing but :meth:`advance`.
+
+        After that method, such a stage waits for an earlier task of the step.
+        """
+        task = self._task(key)
+        return task.is_waiting or task.begin is not None or bool(task.wires)
 
     def is_finished(self, key: TaskKey) -> bool:
         """Return whether a task is ready for :meth:`finish`.
@@ -197,12 +205,15 @@ class RemoteExecutor:
     def abandon(self, key: TaskKey) -> None:
         """Abort a task and discard its changes to the state; do nothing if it is not open.
 
-        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted.
+        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted,
+        with all its tasks.
         """
         task = self._tasks.pop(key, None)
         is_begun = task is not None and task.begin is None
         if key.phase in (ACCUMULATE, UPDATE) and key.step == self.step:
             is_begun, self._has_open_step = is_begun or self._has_open_step, False
+            for other in [k for k in self._tasks if k.phase in (ACCUMULATE, UPDATE)]:
+                is_begun = self._tasks.pop(other).begin is None or is_begun
         if is_begun and self._worker is not None:
             self._worker.abandon(self._number, key)
 

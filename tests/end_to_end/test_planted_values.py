@@ -21,7 +21,8 @@ from splitonnx.messages import TaskKey
 from splitonnx.partitioner.lowerings.kernels import choices
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.engine.engines import Engine, installed_runtime
-from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.policies.models import SessionExecutor
 from splitonnx.runtime.workers.pools import WorkerPool
 from splitonnx.runtime.workers.processes import WorkerOptions
 

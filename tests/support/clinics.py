@@ -76,8 +76,8 @@ def open_clinic(served: object, folder: Path, limits: Limits | None = None) -> I
     known = Tokens.read(folder / "tokens")
     committed, commit = threading.Condition(), Ledger.commit
 
-    def commit_and_tell(ledger: Ledger, *, ends_step: bool = True) -> None:
-        commit(ledger, ends_step=ends_step)
+    def commit_and_tell(ledger: Ledger) -> None:
+        commit(ledger)
         with committed:
             committed.notify_all()
 

@@ -9,7 +9,8 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.messages import Hello
 from splitonnx.runtime.engine.engines import Engine
-from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.policies.models import SessionExecutor
 from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.server.sessions import Session

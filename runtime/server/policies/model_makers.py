@@ -20,8 +20,8 @@ from splitonnx.errors import (
 )
 from splitonnx.messages import Hello
 from splitonnx.names import ACCUMULATE, PREDICT, TRAIN, UPDATE
-from splitonnx.runtime.engine.executors import Executor, SessionExecutor
-from splitonnx.runtime.server.policies.models import ServerModel
+from splitonnx.runtime.engine.executors import Executor
+from splitonnx.runtime.server.policies.models import ServerModel, SessionExecutor
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.runtime.storage.outcomes import publish_state
 from splitonnx.states import is_session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -11,10 +12,60 @@ import numpy as np
 from splitonnx.errors import BundleError
 from splitonnx.messages import TaskKey
 from splitonnx.names import ACCUMULATE, STEP_PHASES, UPDATE
-from splitonnx.runtime.engine.executors import Executor, SessionExecutor
+from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.tasks import Delivery, Task
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.runtime.storage.checkpoints import Checkpoint, CheckpointStore
+
+
+class SessionExecutor(Protocol):
+    """The interface of a session's executor on a server, in this process or a worker process.
+
+    The methods are those of :class:`~executors.Executor`, and may also raise ``WorkerLost``.
+    """
+
+    @property
+    def step(self) -> int:
+        """Return the number of training steps committed so far."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Return whether the state was lost because the worker that held it ended."""
+
+    def begin(
+        self, key: TaskKey, *, data: Mapping[str, np.ndarray], seed: int, learning_rate: float
+    ) -> None:
+        """Open a task with this party's data."""
+
+    def deliver(self, key: TaskKey, tensors: Mapping[str, np.ndarray]) -> None:
+        """Pass tensors from the other party to an open task."""
+
+    def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
+        """Run all stages whose inputs are available; after each, yield the tensors to send."""
+
+    def is_waiting(self, key: TaskKey) -> bool:
+        """Return whether a stage of an open task needs nothing but :meth:`advance`."""
+
+    def is_finished(self, key: TaskKey) -> bool:
+        """Return whether a task is ready for :meth:`finish`."""
+
+    def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
+        """Commit a finished task's changes to the state, close the task and return its results."""
+
+    def abandon(self, key: TaskKey) -> None:
+        """Abort a task and discard its changes to the state."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all tensors of the state, including those of the optimizer."""
+
+    def restore(self, tensors: Mapping[str, np.ndarray], step: int) -> None:
+        """Replace the state and the number of committed steps, and abort open tasks."""
+
+    def publish(self, *, session: str = "", position: str = "", owner: str = "") -> None:
+        """Write the state to the party's folder as the outcome of training."""
+
+    def close(self) -> None:
+        """Close the executor and release its state."""
 
 
 class ServerModel:
@@ -97,6 +148,9 @@ class ServerModel:
     def perform(self, task: Task) -> Iterator[Delivery]:
         """Run what a submission of a task makes possible, and yield each delivery for its session.
 
+        Several tasks of a step of micro-batches may be open.  They end in the order of their
+        numbers; what waited for this task is run, too.
+
         Raises:
             SplitonnxError: as raised by :meth:`begin` and :meth:`run`.
         """
@@ -105,17 +159,35 @@ class ServerModel:
             self.begin(key, seed=task.seed, learning_rate=task.learning_rate)
         for tensors in self.run(key, task.tensors):
             yield Delivery(key=key, version=self.version, tensors=tensors)
-        if self.finish(key):
-            yield Delivery(key=key, version=self.version, is_last=True)
+        if key.phase not in (ACCUMULATE, UPDATE):
+            if self.finish(key):
+                yield Delivery(key=key, version=self.version, is_last=True)
+            return
+        is_first = True
+        for later in self._list_open_step(key.session):
+            if later != key and self.executor.is_waiting(self._keys[later]):
+                for tensors in self.executor.advance(self._keys[later]):
+                    yield Delivery(key=later, version=self.version, tensors=tensors)
+            is_first = is_first and self.finish(later)
+            if is_first:
+                yield Delivery(key=later, version=self.version, is_last=True)
+
+    def _list_open_step(self, session: str) -> list[TaskKey]:
+        """Return the open tasks of a session's step of micro-batches, in their order."""
+        own = [k for k in self._keys if k.session == session and k.phase in (ACCUMULATE, UPDATE)]
+        return sorted(own, key=lambda key: key.micro_batch)
 
     def abandon(self, key: TaskKey) -> None:
         """Abort a task and discard its changes to the state; do nothing if it is not open.
 
-        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted.
+        Of a step of several micro-batches, whose tasks need not be open, the whole step is aborted,
+        with all its tasks.
         """
         own = self._keys.pop(key, None)
-        if own is None and key.phase in (ACCUMULATE, UPDATE):
-            own = self._find_own(key)
+        if key.phase in (ACCUMULATE, UPDATE):
+            own = own or self._find_own(key)
+            for other in self._list_open_step(key.session):
+                del self._keys[other]
         if own is not None:
             self.executor.abandon(own)
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from splitonnx.errors import RemoteProtocolError
+from splitonnx.manifests import PartyManifest
+from splitonnx.micro_batches import MOST_IN_FLIGHT
 from splitonnx.names import ACCUMULATE, ONE_MODEL, UPDATE
+from splitonnx.runtime.engine.dataflows import can_overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,12 @@ class Terms:
         A model that several clients train at once is updated by each micro-batch of each of them.
         """
         return self.policy not in ONE_MODEL
+
+    def count_in_flight(self, manifest: PartyManifest) -> int:
+        """Return how many tasks of one step a client of a server's part may have open at once."""
+        if not self.can_accumulate or not can_overlap(manifest.phase(ACCUMULATE), manifest.party):
+            return 1
+        return MOST_IN_FLIGHT
 
     def check(self, phase: str) -> None:
         """Check that a client may send tensors in a phase.

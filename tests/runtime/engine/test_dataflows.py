@@ -1,5 +1,7 @@
-from splitonnx.manifests import Phase, Source
-from splitonnx.runtime.engine.dataflows import Dataflow
+import pytest
+
+from splitonnx.manifests import Phase, Source, Wire, WireKind
+from splitonnx.runtime.engine.dataflows import Dataflow, can_overlap
 from tests.support import tiny
 
 CLIENT = tiny.split_bundle().client.manifest.phase("train")
@@ -76,3 +78,50 @@ def test_one_task_leaves_another_as_it_was() -> None:
     assert first.next_stage()
     assert second.next_stage() is None
     assert second.release(["x"]) == ()
+
+
+def test_a_stage_whose_state_is_not_there_lets_others_pass() -> None:
+    stages = tuple(tiny.make_stage(name, {"x": Source.DATA}, (name,)) for name in ("a", "b"))
+    progress = Dataflow(Phase(name="accumulate", stages=stages), "client").start()
+    progress.arrive(["x"])
+    found = progress.next_stage(lambda stage: stage.name == "b")
+    assert found is not None
+    assert found.name == "b"
+    assert progress.next_stage(lambda _: False) is None
+    assert progress.has_all_values
+    assert progress.next_stage() is not None
+    assert not progress.has_all_values
+
+
+def test_what_a_micro_batch_changes_is_not_kept_in_its_task() -> None:
+    phase = Phase(name="accumulate", stages=CLIENT.stages, commits={"W1": "W1.new"})
+    assert not Dataflow(phase, "client").wants("W1.new")
+    assert Dataflow(Phase(name="train", commits={"W1": "W1.new"}), "client").wants("W1.new")
+
+
+@pytest.mark.parametrize(
+    ("commits", "expected"),
+    [
+        ({}, True),
+        ({"sum": "sum/new"}, True),  # by the stage that reads it
+        ({"mean": "mean/new"}, True),  # before the reply, as it is read
+        ({"mean": "sum/new"}, False),  # after the reply, and read before it
+        ({"mean": "reply"}, False),  # by the other party
+        ({"sum": "mean/new"}, True),
+        ({"unread": "sum/new"}, True),
+    ],
+)
+def test_tasks_overlap_unless_one_reads_early_what_another_changes_late(
+    commits: dict[str, str], expected: bool
+) -> None:
+    reply = Wire(
+        tensor=tiny.spec("h.grad"), sender="server", receiver="client", kind=WireKind.GRADIENT
+    )
+    stages = (
+        tiny.make_stage("adder", {"sum": Source.STATE, "grad": Source.STASH}, ("sum/new",)),
+        tiny.make_stage("backward", {"h.grad": Source.WIRE}, ("grad",)),
+        tiny.make_stage("forward", {"x": Source.DATA, "mean": Source.STATE}, ("h", "mean/new")),
+    )
+    commits = {state: "h.grad" if value == "reply" else value for state, value in commits.items()}
+    phase = Phase(name="accumulate", stages=stages, wires=(reply,), commits=commits)
+    assert can_overlap(phase, "client") is expected

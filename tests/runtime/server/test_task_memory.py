@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import cast
 
-from splitonnx.messages import Tensors
+import msgspec
+import pytest
+
+from splitonnx.errors import ServerBusy, TaskTooLarge
+from splitonnx.messages import TaskKey, Tensors
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.budgets import Budget
 from splitonnx.runtime.server.contexts import ServerContext
@@ -20,6 +24,7 @@ class OpenSession:
         self.id = name
         self.given_up: list[str] = []
         self.open_phases: frozenset[str] = frozenset({"train"})
+        self.open_tasks: tuple[TaskKey, ...] = ()
         self.awaits_others = self.is_joint = False
 
     def give_up(self, phase: str) -> None:
@@ -108,3 +113,71 @@ async def list_idle(*, awaits_others: bool) -> list[object]:
 def test_a_step_whose_client_is_silent_is_idle_and_one_that_waits_for_others_is_not() -> None:
     assert asyncio.run(list_idle(awaits_others=False)) == [("a", "train")]
     assert asyncio.run(list_idle(awaits_others=True)) == []
+
+
+def make_part(name: str, number: int, turn: int = 0, phase: str = "accumulate") -> Tensors:
+    return msgspec.structs.replace(make_first(name), phase=phase, micro_batch=number, turn=turn)
+
+
+async def have_open(budget: Budget, sizes: list[tuple[int, int, int]], *ended: int) -> Budget:
+    """Send messages of micro-batches: their numbers, turns and sizes; some end before the last."""
+    never = asyncio.create_task(asyncio.sleep(3600))
+    memory = TaskMemory(
+        cast("ServerContext", Shared(budget)),
+        cast("Peer", None),
+        gone=never,
+        stopping=cast("asyncio.Task[bool]", never),
+    )
+    session = OpenSession("a")
+    session.open_phases = frozenset({"accumulate"})
+    open_tasks: dict[int, TaskKey] = {}
+    for index, (number, turn, size) in enumerate(sizes):
+        if index == len(sizes) - 1:
+            open_tasks = {n: key for n, key in open_tasks.items() if n not in ended}
+        message = make_part("a", number, turn)
+        session.open_tasks = tuple(open_tasks.values())
+        await memory.reserve(cast("Session", session), "a", message, size)
+        open_tasks[number] = message.key
+    never.cancel()
+    return budget
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ended", "used"),
+    [
+        ([(0, 0, 10), (1, 0, 10), (2, 0, 10)], (), 30),
+        ([(0, 0, 10), (1, 0, 10), (0, 1, 25)], (), 35),  # a later message tells more sizes
+        ([(0, 0, 10), (1, 0, 10), (2, 0, 10)], (0,), 20),
+        ([(0, 0, 10), (1, 0, 10), (2, 0, 10)], (0, 1), 20),  # the most that were open at once
+    ],
+)
+def test_each_open_micro_batch_has_its_memory(
+    sizes: list[tuple[int, int, int]], ended: tuple[int, ...], used: int
+) -> None:
+    assert asyncio.run(have_open(Budget(100), sizes, *ended)).used == used
+
+
+def test_open_micro_batches_together_do_not_exceed_the_limit() -> None:
+    with pytest.raises(TaskTooLarge):
+        asyncio.run(have_open(Budget(100), [(number, 0, 30) for number in range(4)]))
+
+
+def test_a_micro_batch_does_not_wait_for_memory_that_its_own_step_holds() -> None:
+    budget = Budget(100)
+
+    async def others_hold() -> None:
+        await budget.ask(("b", "train"), "b", 50)
+        await have_open(budget, [(0, 0, 30), (1, 0, 30)])
+
+    with pytest.raises(ServerBusy):
+        asyncio.run(others_hold())
+
+    async def again() -> None:
+        waiting = budget.ask(("a", "accumulate"), "a", 30)
+        assert not waiting.done()  # the step now asks for what it needed before
+        budget.release(("b", "train"))
+        await waiting
+        assert budget.used == 60
+
+    budget.release(("a", "accumulate"))
+    asyncio.run(again())

@@ -341,3 +341,19 @@ def test_a_step_that_is_given_up_between_two_micro_batches_is_given_up_in_the_wo
     executor.abandon(key)  # once is enough
     assert pool.worker.abandoned == [key]
     assert executor.unload(waits=True)
+
+
+def test_giving_up_one_micro_batch_gives_up_the_others_that_are_open(
+    executor: RemoteExecutor, pool: Pool
+) -> None:
+    keys = [TaskKey(SESSION, "accumulate", 0, number) for number in range(2)]
+    for key in keys:
+        executor.begin(key, data={}, seed=0, learning_rate=0.1)
+        executor.deliver(key, WIRES)
+        assert executor.is_waiting(key)  # it was not sent to the worker
+    assert list(executor.advance(keys[0])) == [REPLY]
+    executor.abandon(keys[1])
+    assert pool.worker.abandoned == [keys[1]]
+    with pytest.raises(LocalProtocolError, match="not open"):
+        executor.is_finished(keys[0])
+    assert executor.unload(waits=True)

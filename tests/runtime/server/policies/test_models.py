@@ -14,6 +14,7 @@ from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.models import ServerModel
+from splitonnx.runtime.server.policies.tasks import Task
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import read_state
 from tests.support import tiny
@@ -165,3 +166,43 @@ def test_a_step_that_is_given_up_between_two_micro_batches_changes_nothing() -> 
     model.begin(first, seed=0, learning_rate=0.1)  # the step begins again
     for name, array in executor.state().items():
         np.testing.assert_array_equal(array, before[name])
+
+
+def test_what_waits_for_an_earlier_micro_batch_follows_it_in_order() -> None:
+    bundle = cut(ZOO["chain"].build(), at="act0", tail_at="act2")
+    assert bundle.server is not None
+    model = ServerModel(
+        ANN, owner="", executor=Executor(bundle.server, Engine(threads=1)), start=None, store=None
+    )
+
+    def submit(number: int, turn: int, tensors: dict[str, np.ndarray]) -> list[tuple[int, str]]:
+        phase = "update" if number == 2 else "accumulate"
+        task = Task(
+            key=TaskKey(ANN, phase, 5, number),
+            turn=turn,
+            seed=0,
+            learning_rate=0.1,
+            tensors=tensors,
+        )
+        return [
+            (delivery.key.micro_batch, ", ".join(delivery.tensors) or "end")
+            for delivery in model.perform(task)
+        ]
+
+    forward = {
+        "act0@server": np.ones((2, 8), np.float32),
+        "splitonnx.weight": np.array(0.5, np.float32),
+    }
+    backward = {"act2@client_grad": np.ones((2, 8), np.float32)}
+    for number in range(2):
+        assert submit(number, 0, forward) == [(number, "act2@client")]
+    assert submit(2, 0, {"splitonnx.micro_batches": np.array(2)}) == []
+    assert submit(1, 1, backward) == [(1, "act0@server_grad")]
+    assert submit(0, 1, backward) == [
+        (0, "act0@server_grad"),
+        (0, "end"),
+        (1, "end"),
+        (2, "splitonnx.confirmed"),
+        (2, "end"),
+    ]
+    assert model.version == 1
