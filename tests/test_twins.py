@@ -17,7 +17,7 @@ from splitonnx import (
     states,
     tensors,
 )
-from splitonnx.runtime.channels import channels, credentials, retries, websockets
+from splitonnx.runtime.channels import credentials, exchanges, retries, websockets
 from splitonnx.runtime.client import runners, training_loops
 from splitonnx.runtime.storage import checkpoints
 from splitonnx.runtime.wire import close_codes
@@ -43,7 +43,7 @@ SAME: dict[str, float] = {
     "graph_limits.MAX_RANK": graph_limits.STAGE.rank,
     "graph_limits.MAX_TEXT_BYTES": graph_limits.STAGE.text_bytes,
     "graph_limits.MAX_TYPE_DEPTH": graph_limits.STAGE.type_depth,
-    "channels.GREETINGS": channels.GREETINGS,
+    "channels.GREETINGS": exchanges.GREETINGS,
     "manifests.MAX_SLOTS": manifests.MAX_SLOTS,
     "messages.MAX_HEADER": messages.MAX_HEADER,
     "messages.PROTOCOL": messages.PROTOCOL,

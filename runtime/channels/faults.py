@@ -1,19 +1,36 @@
-"""The errors that a server reports, raised by the client as the server raised them."""
+"""A server's answers: which kind was due, errors as it raised them, and why it did not save."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 from splitonnx.errors import (
     BatchTooLarge,
     NotFinite,
     NotPermitted,
     RemoteFault,
+    RemoteProtocolError,
     ServerBusy,
     SharingNotPermitted,
     SplitonnxError,
     StaleConnection,
     TaskTooLarge,
 )
-from splitonnx.messages import Fault
+from splitonnx.messages import Fault, Message, Save, Saved, Unsaved
+
+_Answer = TypeVar("_Answer", bound=Message)
+
+
+def expect(expected: type[_Answer], message: Message) -> _Answer:
+    """Return a server's message, which must be of the kind that is due.
+
+    Raises:
+        RemoteProtocolError: it is of another kind.
+    """
+    if not isinstance(message, expected):
+        due = expected.__name__
+        raise RemoteProtocolError(f"it sent {type(message).__name__} where {due} was due")
+    return message
 
 
 def translate_fault(fault: Fault, generation: int) -> SplitonnxError:
@@ -36,3 +53,18 @@ def translate_fault(fault: Fault, generation: int) -> SplitonnxError:
     if fault.code == TaskTooLarge.__name__:
         return TaskTooLarge(fault.needed, fault.limit)
     return RemoteFault(fault.code, fault.reason)
+
+
+def read_saved(asked: Save, answer: Message) -> str:
+    """Return why a server did not save its state as it was asked to, or ``""`` if it did.
+
+    Raises:
+        RemoteProtocolError: its answer belongs to something else.
+    """
+    if not isinstance(answer, Saved | Unsaved):
+        raise RemoteProtocolError(f"it sent {type(answer).__name__} where Saved was due")
+    if answer.step != asked.step:
+        raise RemoteProtocolError(f"it saved step {answer.step}, not {asked.step}")
+    if isinstance(answer, Unsaved):
+        return answer.reason
+    return "its version cannot keep the best state" if asked.keep and not answer.keep else ""

@@ -66,6 +66,7 @@ def make_hello(
     can_repeat: bool,
     can_share: bool,
     micro_batch: int = 0,
+    in_flight: int = 1,
 ) -> Hello:
     """Make the greeting of a client that can resume from ``point``; see :class:`Hello`."""
     return Hello(
@@ -80,6 +81,7 @@ def make_hello(
         can_repeat=can_repeat,
         can_share=can_share,
         micro_batch=micro_batch,
+        in_flight=in_flight,
         wires=list_wires(manifest),
     )
 

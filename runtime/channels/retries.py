@@ -1,6 +1,6 @@
 """Exponential backoff: how long a client waits before each attempt to reconnect.
 
-This module computes the times; the caller does the waiting.
+This module computes the times; the caller reads the clock and does the waiting.
 """
 
 from __future__ import annotations
@@ -56,3 +56,35 @@ class Backoff:
         while True:
             yield random.uniform(bound / 2, bound)
             bound = min(2 * bound, self.longest)
+
+
+class Attempts:
+    """The attempts to connect since the connection was lost; they end when a message arrives."""
+
+    def __init__(self, backoff: Backoff) -> None:
+        self._backoff = backoff
+        self._delays: Iterator[float] | None = None
+        self._lost_at: float | None = None
+
+    def find_delay(self, now: float, *, can_give_up: bool) -> float | None:
+        """Return how many seconds to wait before the next attempt; ``None`` means to give up.
+
+        ``now`` is the time in seconds.
+        """
+        if self._lost_at is None:
+            self._lost_at = now
+        if self._delays is None:
+            self._delays = self._backoff.delays()
+        delay, limit = next(self._delays), self._backoff.give_up_after
+        if limit is None or not can_give_up:
+            return delay
+        left = self._lost_at + limit - now
+        return min(delay, left) if left > 0 else None
+
+    def note_progress(self) -> None:
+        """Record that a new message arrived; the next attempts start with the shortest delay."""
+        self._delays = self._lost_at = None
+
+    def forget_loss(self) -> None:
+        """Count the time before giving up from the next loss on."""
+        self._lost_at = None

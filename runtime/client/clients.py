@@ -17,7 +17,9 @@ import numpy as np
 from splitonnx.bundles import PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest
+from splitonnx.micro_batches import enlarge
 from splitonnx.names import EVALUATE, PREDICT, TRAIN
+from splitonnx.pipelines import USUAL_IN_FLIGHT, choose_division
 from splitonnx.runtime.channels.channels import Dial
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.greetings import SharingTerms
@@ -50,7 +52,6 @@ from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.engine.placements import Placement
 from splitonnx.runtime.engine.providers import CPU
-from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.runtime.wire.transports import Transport
 from splitonnx.schedules import Schedule
 from splitonnx.stopping import EarlyStopping
@@ -179,6 +180,8 @@ class Client:
         epochs: int = 1,
         batch_size: int = 32,
         accumulate: int = 1,
+        micro_batches: int = 1,
+        in_flight: int = USUAL_IN_FLIGHT,
         eval_data: DataSource | None = None,
         metrics: Sequence[str] = (),
         learning_rate: LearningRate = None,
@@ -208,6 +211,9 @@ class Client:
                 divided into batches.
             accumulate: number of micro-batches that each step's batch is divided into.  Their
                 gradients are added up and applied once, so a step needs less memory.
+            micro_batches: the same, with at most ``in_flight`` of them unfinished at a time, so
+                that client, network and server work at once.
+            in_flight: from 1 to 16; more of them need more memory and hide a slower network.
             eval_data: the data on which the model is evaluated after each epoch.
             metrics: what else an evaluation computes; see :meth:`evaluate`.
             learning_rate: a number, or a function of the number of steps so far; by default, the
@@ -217,8 +223,7 @@ class Client:
             stopping: return to the best evaluation's state; see :mod:`splitonnx.stopping`.
             checkpoint_every: number of steps between checkpoints, which both sides write to their
                 folders; by default, no checkpoints are written.
-            when_unsaved: what to do if a checkpoint cannot be written: ``"stop"`` or
-                ``"continue"``.
+            when_unsaved: if a checkpoint cannot be written, ``"stop"`` or ``"continue"``.
             restart: discard an interrupted run in the folder.
             save: call :meth:`save` at the end; steps that the server lost are repeated first.
             on_start: a function that is called once, after all checks and before the first step.
@@ -242,8 +247,8 @@ class Client:
         """
         require_positive(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         specs = require_phase(self._manifest, TRAIN).data
-        self._runner.check_accumulate(accumulate)
-        sizes = (batch_size, accumulate)
+        division = self._runner.divide(choose_division(accumulate, micro_batches, in_flight))
+        sizes = (batch_size, division.count)
         training, held_out = open_run(self._manifest, (data, eval_data), sizes, self._kept)
         rates = fit_schedule(
             schedule, learning_rate, training, specs, epochs=epochs, batch_size=batch_size
@@ -268,23 +273,13 @@ class Client:
             on_step=on_step,
             on_epoch=on_epoch,
         )
-        start = DataPosition(
-            epoch=0,
-            batch=0,
-            batch_size=batch_size,
-            seed=self._seed,
-            shuffle=shuffle,
-            samples=training.size,
-            accumulate=accumulate,
-            schedule="" if rates is None else str(rates),
-            stopping="" if stopping is None else str(stopping),
-        )
+        start = options.find_start(sizes, seed=self._seed, shuffle=shuffle)
         with self._training():
             if save:
                 self._run.hold()  # fail now rather than after training
             if checkpoint_every is not None or stopping is not None:
                 self._run.begin_run(restart=restart)
-            self._runner.prepare_training(accumulate)
+            self._runner.prepare_training(division.count)
             if on_start is not None:
                 on_start()
             return self._loop.fit(options, self._run.take_position(start))
@@ -303,22 +298,29 @@ class Client:
             self._is_training.release()
 
     def step(
-        self, batch: Batch, *, learning_rate: LearningRate = None, accumulate: int = 1
+        self,
+        batch: Batch,
+        *,
+        learning_rate: LearningRate = None,
+        accumulate: int = 1,
+        micro_batches: int = 1,
+        in_flight: int = USUAL_IN_FLIGHT,
     ) -> dict[str, np.ndarray]:
         """Perform one training step on a batch, and return the step's results, ``loss`` first.
 
-        ``accumulate`` divides the batch as in :meth:`fit`.
+        The last three arguments divide the batch as in :meth:`fit`.
 
         Raises:
             UsageError: a call to :meth:`fit` is still running, or the step cannot be divided.
             DataError, StageFailed, ConnectionLost, RemoteFault: see :meth:`fit`.
         """
-        require_phase(self._manifest, TRAIN)
-        check_batch(batch, self._runner.check_accumulate(accumulate), self._kept)
+        specs = require_phase(self._manifest, TRAIN).data
+        division = self._runner.divide(choose_division(accumulate, micro_batches, in_flight))
+        check_batch(batch, enlarge(specs, division.count), self._kept)
         check_finite(batch, "")
         if self._is_training.locked():
             raise UsageError(_ALREADY_TRAINING)
-        return self._loop.step(batch, learning_rate, accumulate)
+        return self._loop.step(batch, learning_rate, division.count)
 
     def evaluate(
         self, data: DataSource, *, batch_size: int = 32, metrics: Sequence[str] = ()
@@ -382,8 +384,7 @@ class Client:
             FolderInUse: another client is training in the folder.
             StepsLost: the server lost steps, and both sides went back to an earlier step; calling
                 :meth:`fit` with ``save`` repeats the lost steps.
-            ConnectionLost, RemoteFault: the connection was lost, or the server reported an internal
-                error.
+            ConnectionLost, RemoteFault: see :meth:`fit`.
         """
         with ExitStack() as undo:
             undo.callback(self._release_unless_training)

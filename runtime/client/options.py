@@ -15,6 +15,7 @@ from splitonnx.runtime.client.datasets import Batch, Dataset, DataSource, open_d
 from splitonnx.runtime.client.histories import Evaluation, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric, choose_metrics
 from splitonnx.runtime.client.runners import WhenUnsaved
+from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.sample_axes import find_sample_axis
 from splitonnx.schedules import RatePlan, Schedule, plan_rates
 from splitonnx.stopping import EarlyStopping
@@ -44,6 +45,23 @@ class FitOptions:
     save: bool
     on_step: Callable[[StepRecord], None] | None
     on_epoch: Callable[[Evaluation], None] | None
+
+    def find_start(self, sizes: tuple[int, int], *, seed: int, shuffle: bool) -> DataPosition:
+        """Return the position in the data at which a new run begins.
+
+        ``sizes`` are the rows of a batch, and the number of micro-batches that it is divided into.
+        """
+        return DataPosition(
+            epoch=0,
+            batch=0,
+            batch_size=sizes[0],
+            seed=seed,
+            shuffle=shuffle,
+            samples=self.training.size,
+            accumulate=sizes[1],
+            schedule="" if self.rates is None else str(self.rates),
+            stopping="" if self.stopping is None else str(self.stopping),
+        )
 
 
 def check_client(manifest: PartyManifest, *, has_server: bool, seed: int) -> None:

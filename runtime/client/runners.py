@@ -22,19 +22,20 @@ from splitonnx.micro_batches import (
     MICRO_BATCH_WEIGHT,
     MICRO_BATCHES,
     check_accumulating,
-    enlarge,
     find_weights,
     split_batch,
 )
 from splitonnx.names import ACCUMULATE, PER_CLIENT, SHARE, TRAIN, UPDATE, WEIGH
+from splitonnx.pipelines import StepDivision
 from splitonnx.runtime.channels.channels import Channel
 from splitonnx.runtime.channels.greetings import SharingTerms
-from splitonnx.runtime.client.dataset_means import DatasetMeans
+from splitonnx.runtime.client.jobs import Job, PlannedTask, Sending
+from splitonnx.runtime.client.metrics.dataset_means import DatasetMeans
 from splitonnx.runtime.client.training_runs import TrainingRun
+from splitonnx.runtime.engine.dataflows import can_overlap
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, list_joined, name_own
-from splitonnx.tensors import TensorSpec
 
 WhenUnsaved: TypeAlias = Literal["stop", "continue"]
 """What training does if a checkpoint cannot be written."""
@@ -62,6 +63,7 @@ class TaskRunner:
         self.position: DataPosition | None = None
         self._channel = channel
         self._seed = seed
+        self._in_flight = 1  # tasks of one step that are unfinished at a time
         self._closed = self._is_half_published = False
         self._others = itertools.count()  # numbers the tasks that are not training steps
 
@@ -94,28 +96,30 @@ class TaskRunner:
             KeyboardInterrupt: Ctrl-C was pressed earlier, and other code discarded the exception.
         """
         number = self.executor.step if phase in (TRAIN, SHARE) else next(self._others)
-        return self._perform(self._name_task(phase, number), data, learning_rate)
+        (results,) = self._perform(
+            [PlannedTask(key=self._name_task(phase, number), data=data)], learning_rate
+        )
+        return results
 
-    def check_accumulate(self, accumulate: int) -> tuple[TensorSpec, ...]:
-        """Check that a step may consist of several micro-batches, if it is to.
-
-        Return the declarations of the arrays of a whole step.
+    def divide(self, division: StepDivision) -> StepDivision:
+        """Divide each step from now on, if that is possible; return the division.
 
         Raises:
-            UsageError: the number is less than 1, or the bundle or the server does not permit it.
+            UsageError: the bundle or the server does not permit it.
         """
-        if accumulate < 1:
-            raise UsageError(f"accumulate must be at least 1, not {accumulate}")
-        manifest = self.executor.manifest
-        if accumulate > 1:
-            check_accumulating(manifest)
-        if accumulate > 1 and self._channel is not None and not self.terms.can_accumulate:
+        if division.count > 1:
+            check_accumulating(self.executor.manifest)
+        if division.count > 1 and self._channel is not None and not self.terms.can_accumulate:
             raise UsageError(
                 f"the server's policy '{self.terms.policy}' does not let a step consist of several "
                 "micro-batches, or the server is of an earlier version; train without accumulate "
-                f"(--accumulate), or serve with the policy '{PER_CLIENT}'"
+                "and micro_batches (--accumulate, --micro-batches), or serve with the policy "
+                f"'{PER_CLIENT}'"
             )
-        return enlarge(manifest.phase(TRAIN).data, accumulate)
+        accumulate = self.executor.manifest.phase(ACCUMULATE)
+        can_overlap_own = can_overlap(accumulate, self.executor.manifest.party)
+        self._in_flight = division.in_flight if can_overlap_own else 1
+        return division
 
     def prepare_training(self, accumulate: int) -> None:
         """Load the stages of training now, instead of in the first step.
@@ -150,6 +154,10 @@ class TaskRunner:
         weights = find_weights(counts)
         for part, weight in zip(parts, weights, strict=True):
             part[MICRO_BATCH_WEIGHT] = np.array(weight, np.float32)
+        if self._channel is not None:
+            with ExitStack() as ending, self._going_back():
+                ending.push(self._close_after)
+                self._channel.widen(self._in_flight)
         for _ in range(MOST_RESTARTS):
             with suppress(StepRestarted):
                 return self._accumulate(parts, counts, learning_rate)
@@ -162,37 +170,51 @@ class TaskRunner:
         learning_rate: float,
     ) -> dict[str, np.ndarray]:
         """Add up the gradients of micro-batches, and update; return the means of the results."""
-        means, step = DatasetMeans(), self.executor.step
-        for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
-            key = self._name_task(ACCUMULATE, step, number)
-            results = self._perform(key, part, learning_rate)
+        step, count = self.executor.step, len(parts)
+        planned = [
+            *((ACCUMULATE, part) for part in parts),
+            (UPDATE, {MICRO_BATCHES: np.array(count)}),
+        ]
+        tasks = [
+            PlannedTask(key=self._name_task(phase, step, number), data=data)
+            for number, (phase, data) in enumerate(planned)
+        ]
+        means = DatasetMeans()
+        for results, counted in zip(self._perform(tasks, learning_rate), counts, strict=False):
             numbers = {name: float(a) for name, a in results.items() if a.ndim == 0}
-            means.add({**numbers, **count}, 1)
-        key = self._name_task(UPDATE, step, len(parts))
-        self._perform(key, {MICRO_BATCHES: np.array(len(parts))}, learning_rate)
+            means.add({**numbers, **counted}, 1)
         return {name: np.array(value) for name, value in means.compute().items()}
 
     def _name_task(self, phase: str, number: int, micro_batch: int = 0) -> TaskKey:
         return TaskKey(session=self.run.session, phase=phase, step=number, micro_batch=micro_batch)
 
     def _perform(
-        self, key: TaskKey, data: Mapping[str, np.ndarray], learning_rate: float
-    ) -> dict[str, np.ndarray]:
+        self, tasks: Sequence[PlannedTask], learning_rate: float
+    ) -> list[dict[str, np.ndarray]]:
+        """Run one task, or the tasks of one step, and return the results of each."""
+        in_flight = 1 if self._channel is None else self._channel.in_flight
+        job = Job(
+            self.executor,
+            tasks,
+            in_flight=min(in_flight, self._in_flight),
+            seed=self._seed,
+            learning_rate=learning_rate,
+        )
         with ExitStack() as undo:
-            undo.callback(self.executor.abandon, key)  # with the micro-batches before it
+            undo.callback(job.abandon)
             self._require_open()
             check_interrupt()
-            self.executor.begin(key, data=data, seed=self._seed, learning_rate=learning_rate)
+            job.begin()
             try:
                 with ExitStack() as ending:
                     ending.push(self._close_after)
                     with self._going_back():
-                        results = self._exchange(key, learning_rate)
+                        self._exchange(job, learning_rate)
             finally:
                 if self._channel is not None:
-                    self._channel.end()
+                    self._channel.end_all()
             undo.pop_all()
-        return results
+        return job.results
 
     def share(self, samples: int, *, leaves: bool) -> int:
         """Share this part's parameters, replace them by the joined ones, and return the round.
@@ -302,15 +324,17 @@ class TaskRunner:
         if self._closed:
             raise LocalProtocolError("the client is closed")
 
-    def _exchange(self, key: TaskKey, learning_rate: float) -> dict[str, np.ndarray]:
-        if self._channel is not None:
-            self._channel.begin(key)
-        while True:
-            for wires in self.executor.advance(key):
-                self._remote().send_wires(wires, self._seed, learning_rate)
-            if self.executor.is_finished(key):
-                return self.executor.finish(key)
-            self.executor.deliver(key, self._remote().receive_wires())
+    def _exchange(self, job: Job, learning_rate: float) -> None:
+        """Run a job, and exchange with the server what it sends and waits for."""
+        while not job.is_done:
+            if not job.is_ready:
+                job.deliver(*self._remote().receive_wires())
+                continue
+            for event in job.work():
+                if isinstance(event, Sending):
+                    self._remote().send_wires(event.key, event.wires, self._seed, learning_rate)
+                elif self._channel is not None:
+                    self._channel.end(event.key)
 
     def _save_remotely(self, *, publish: bool = False, keep: bool = False) -> None:
         if self._channel is None:

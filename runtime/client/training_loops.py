@@ -17,10 +17,10 @@ import numpy as np
 from splitonnx.disclosures import list_labels
 from splitonnx.errors import StepsLost, UnusableData, UsageError
 from splitonnx.names import EVALUATE, LOSS, ONE_MODEL, PREDICT, TRAIN
-from splitonnx.runtime.client.dataset_means import DatasetMeans
 from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric
+from splitonnx.runtime.client.metrics.dataset_means import DatasetMeans
 from splitonnx.runtime.client.metrics.metric_sets import MetricSet
 from splitonnx.runtime.client.options import FitOptions, LearningRate, count_rows, has_fixed_rows
 from splitonnx.runtime.client.runners import TaskRunner

@@ -115,6 +115,7 @@ class TrainingRun:
             backoff=Backoff(give_up_after=give_up_after),
             patient=is_patient,
             can_share=can_share,
+            in_background=isinstance(server, str),
         )
 
     def hold(self) -> None:

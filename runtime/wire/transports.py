@@ -9,13 +9,15 @@ from splitonnx.codecs import Chunk
 
 
 class Transport(Protocol):
-    """A connection over which a client exchanges messages with a server.
+    """A connection over which a client exchanges messages with a server."""
 
-    ``bytes_sent`` and ``bytes_received`` count the bytes of complete messages.
-    """
+    @property
+    def bytes_sent(self) -> int:
+        """Return the number of bytes of messages that were sent."""
 
-    bytes_sent: int
-    bytes_received: int
+    @property
+    def bytes_received(self) -> int:
+        """Return the number of bytes of messages that were received."""
 
     def send(self, chunks: Sequence[Chunk]) -> None:
         """Send ``chunks``, one after the other, as a single message.

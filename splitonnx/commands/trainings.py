@@ -56,7 +56,9 @@ from splitonnx.commands.stopping import StoppingOptions
 from splitonnx.commands.training_displays import PlacementNote, choose_display
 from splitonnx.commands.training_logs import TrainingLogOptions, call_both
 from splitonnx.errors import UsageError
+from splitonnx.micro_batches import MOST_IN_FLIGHT
 from splitonnx.names import CLIENT
+from splitonnx.pipelines import USUAL_IN_FLIGHT
 from splitonnx.schedules import plan_rates
 
 if TYPE_CHECKING:
@@ -88,6 +90,22 @@ class RunOptions:
             "their gradients are added up.",
         ),
     ] = 1
+    micro_batches: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="The same, with several micro-batches under way at a time, so that client, "
+            "network and server work at once.",
+        ),
+    ] = 1
+    in_flight: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=MOST_IN_FLIGHT,
+            help="Most micro-batches under way at a time, with --micro-batches.",
+        ),
+    ] = USUAL_IN_FLIGHT
     lr: Annotated[
         float | None, typer.Option("--lr", help="Learning rate, in place of the bundle's.")
     ] = None
@@ -301,6 +319,8 @@ def train(
                 epochs=run.epochs,
                 batch_size=batch_size,
                 accumulate=run.accumulate,
+                micro_batches=run.micro_batches,
+                in_flight=run.in_flight,
                 shuffle=run.shuffle,
                 eval_data=held_out,
                 metrics=names,

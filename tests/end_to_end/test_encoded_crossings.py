@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 import splitonnx
 from splitonnx.bundles import Bundle
 from splitonnx.errors import NormTooLarge, NotFinite, SplitonnxError
-from splitonnx.messages import Fault, Message, Tensors, decode_message, encode_message
+from splitonnx.messages import Fault, Message, TaskKey, Tensors, decode_message, encode_message
 from splitonnx.names import PREDICT, TRAIN
 from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
 from splitonnx.partitioner.partitions import cut
@@ -228,10 +228,14 @@ def test_a_server_refuses_large_gradients_of_a_client_also_in_a_process_of_its_o
     sending = Channel.send_wires
 
     def exaggerate(
-        channel: Channel, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float
+        channel: Channel,
+        key: TaskKey,
+        wires: Mapping[str, np.ndarray],
+        seed: int,
+        learning_rate: float,
     ) -> None:
         changed = {n: np.full_like(a, scale) if "#scale" in n else a for n, a in wires.items()}
-        sending(channel, changed, seed, learning_rate)
+        sending(channel, key, changed, seed, learning_rate)
 
     monkeypatch.setattr(Channel, "send_wires", exaggerate)
     assert bundle.server is not None

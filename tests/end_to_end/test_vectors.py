@@ -26,7 +26,7 @@ from tests.support import tiny
 from tests.vectors import builders
 
 HERE = Path(builders.__file__).parent
-LARGEST = 400_000
+LARGEST = 430_000
 """Bytes of all vectors together; a bundle's manifests list what it shares once for each party."""
 
 

@@ -17,7 +17,9 @@ HERE = Path(__file__).parent
 def write(folder: Path) -> None:
     """Write every file into ``folder``; what stands there is replaced."""
     for name, build in builders.BUILDERS.items():
-        indent = None if name in ("sample_axes", "schedules", "shapes") else 1  # many are small
+        indent = (
+            None if name in ("exchanges", "sample_axes", "schedules", "shapes") else 1
+        )  # many are small
         text = json.dumps(build(), indent=indent, ensure_ascii=False)
         (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     tiny.sharing_bundle().save(folder / "whole", overwrite=True)

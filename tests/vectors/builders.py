@@ -34,6 +34,7 @@ from splitonnx.tensors import DTYPES, name_dtype
 from tests import test_codecs, test_messages
 from tests.runtime.gate import test_gate_bytes, test_gates
 from tests.support import spoiled_graphs, tiny
+from tests.support.exchange_players import record_all
 from tests.support.quantized_graphs import X, build_quantized, compute_quantized
 from tests.support.zoo import ZOO
 from tests.vectors.sample_axes import build_sample_axes
@@ -350,6 +351,7 @@ def record_stages(bundle: Bundle) -> dict[str, np.ndarray]:
 
 
 BUILDERS: Mapping[str, Callable[[], object]] = {
+    "exchanges": record_all,
     "messages": build_messages,
     "quantized_stage": build_quantized_stage,
     "refusals": build_refusals,

@@ -33,6 +33,7 @@ from tests.support import tiny
 from tests.support.sharing import sharing_bundle
 
 SESSION = "5" * 32
+KEY = TaskKey(session=SESSION, phase="train", step=0, micro_batch=0)
 
 
 class Fleeting:
@@ -76,13 +77,12 @@ def test_waits_grow_until_an_answer_comes_though_every_connection_is_welcomed() 
             find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
             backoff=Backoff(first=1.0, longest=8.0),
         )
-        channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
-        channel.send_wires({}, seed=0, learning_rate=0.1)
+        channel.send_wires(KEY, {}, seed=0, learning_rate=0.1)
         bounds = [0, 1, 2, 4, 8, 8]
         assert waits == [pytest.approx(0.75 * bound, abs=0.25 * bound) for bound in bounds]
         channel.receive_wires()
         waits.clear()
-        channel.send_wires({}, seed=0, learning_rate=0.1)
+        channel.send_wires(KEY, {}, seed=0, learning_rate=0.1)
         assert waits == [0]
 
 
@@ -123,8 +123,7 @@ def open_link(bundle: Bundle, *servers: Sequence[int]) -> Channel:
         find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
         backoff=Backoff(first=0.0, longest=0.0),
     )
-    channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
-    channel.send_wires({}, seed=0, learning_rate=0.1)
+    channel.send_wires(KEY, {}, seed=0, learning_rate=0.1)
     return channel
 
 
@@ -165,8 +164,7 @@ def test_a_server_that_brings_nothing_new_and_hangs_up_is_given_up_in_the_end(an
             find_resume_point=lambda: ResumePoint(origin="", start=0, step=0, kept=()),
             backoff=Backoff(first=1.0, longest=8.0, give_up_after=30.0),
         )
-        channel.begin(TaskKey(session=SESSION, phase="train", step=0, micro_batch=0))
-        ask = partial(channel.send_wires, {}, seed=0, learning_rate=0.1)
+        ask = partial(channel.send_wires, KEY, {}, seed=0, learning_rate=0.1)
         if answers:
             ask()
             channel.receive_wires()
@@ -239,12 +237,12 @@ def test_a_step_is_not_repeated_behind_what_was_shared_after_it(
         backoff=Backoff(first=0.0, longest=0.0),
     )
     for phase in ("train", "share") if does_share else ("train",):
-        channel.begin(TaskKey(session=SESSION, phase=phase, step=points[-1].step, micro_batch=0))
-        channel.send_wires(shared if phase == SHARE else {}, seed=0, learning_rate=0.1)
+        key = TaskKey(session=SESSION, phase=phase, step=points[-1].step, micro_batch=0)
+        channel.send_wires(key, shared if phase == SHARE else {}, seed=0, learning_rate=0.1)
         channel.receive_wires()
         if phase == "train":  # its last message has no answer
-            channel.send_wires({}, seed=0, learning_rate=0.1)
-        channel.end()
+            channel.send_wires(key, {}, seed=0, learning_rate=0.1)
+        channel.end(key)
         points.append(ResumePoint(origin="", start=0, step=1, kept=(1, 0)))
     with pytest.raises(StepsLost):  # the server is at step 0
         channel.save(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from splitonnx.errors import LocalProtocolError, RemoteProtocolError
+from splitonnx.errors import RemoteProtocolError
 from splitonnx.messages import TaskKey, Tensors
 from splitonnx.runtime.channels.open_tasks import OpenTask, SentTasks
 
@@ -26,18 +26,17 @@ def answer(turn: int) -> Tensors:
 
 def test_answers_are_taken_in_order() -> None:
     task = OpenTask(key=KEY)
-    for turn in range(3):
-        task.check(answer(turn))
-    assert task.due == 3
+    assert [task.take(answer(turn)) for turn in range(3)] == [True, True, True]
+    assert task.due == task.received == 3
 
 
 @pytest.mark.parametrize("turn", [0, 2, 5])
 def test_an_answer_that_came_before_or_comes_too_early_is_refused(turn: int) -> None:
     task = OpenTask(key=KEY)
-    task.check(answer(0))
+    task.take(answer(0))
     with pytest.raises(RemoteProtocolError, match=f"message {turn} where 1 was due"):
-        task.check(answer(turn))
-    task.check(answer(1))  # what was refused counts for nothing
+        task.take(answer(turn))
+    task.take(answer(1))  # what was refused counts for nothing
 
 
 @pytest.mark.parametrize(
@@ -46,30 +45,49 @@ def test_an_answer_that_came_before_or_comes_too_early_is_refused(turn: int) -> 
 def test_an_answer_to_another_task_is_refused(other: dict[str, object]) -> None:
     task = OpenTask(key=KEY)
     with pytest.raises(RemoteProtocolError, match="open is"):
-        task.check(msgspec.structs.replace(answer(0), **other))
+        task.take(msgspec.structs.replace(answer(0), **other))
     assert task.due == 0
+    tasks = SentTasks()
+    tasks.record(KEY, {}, 0, 0.1)
+    with pytest.raises(RemoteProtocolError, match="open is"):
+        tasks.find_answered(msgspec.structs.replace(answer(0), **other))
+    assert tasks.find_answered(answer(0)).key == KEY
 
 
-def test_on_a_new_connection_every_answer_may_come_once_more() -> None:
-    task = OpenTask(key=KEY)
-    task.check(answer(0))
-    task.received = 1
-    task.due = 0
-    task.check(answer(0))
+def test_on_a_new_connection_every_answer_may_come_once_more_and_is_not_new() -> None:
+    tasks = SentTasks()
+    tasks.record(KEY, {}, 0, 0.1)
+    task = tasks.find_answered(answer(0))
+    assert task.take(answer(0))
+    assert [sent.turn for sent, _ in tasks.repeat()] == [0]
+    assert not task.take(answer(0))
     with pytest.raises(RemoteProtocolError):
-        task.check(answer(0))
-    assert task.received == 1  # whether it is new is the channel's to say
+        task.take(answer(0))
+    assert task.take(answer(1))
 
 
-def test_tasks_keep_what_they_sent_apart() -> None:
-    first, second = OpenTask(key=KEY), OpenTask(key=KEY)
-    first.sent.append((answer(0), {}))
-    assert second.sent == []
+def test_messages_of_several_tasks_are_repeated_in_the_order_in_which_they_were_sent() -> None:
+    tasks = SentTasks()
+    keys = [msgspec.structs.replace(KEY, phase="accumulate", micro_batch=n) for n in range(3)]
+    for number in (0, 1, 0, 2, 1):
+        tasks.record(keys[number], {}, 0, 0.1)
+    assert tasks.count == 3
+    assert [(sent.micro_batch, sent.turn) for sent, _ in tasks.repeat()] == [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+        (2, 0),
+        (1, 1),
+    ]
+    tasks.end(keys[0])
+    assert tasks.micro_batch == 1
+    assert [(sent.micro_batch, sent.turn) for sent, _ in tasks.repeat()] == [(1, 0), (2, 0), (1, 1)]
 
 
 def end_task(tasks: SentTasks, phase: str, step: int, micro_batch: int = 0) -> None:
-    tasks.open = OpenTask(key=TaskKey("a" * 32, phase, step, micro_batch))
-    tasks.end()
+    key = TaskKey("a" * 32, phase, step, micro_batch)
+    tasks.record(key, {}, 0, 0.1)
+    tasks.end(key)
 
 
 def test_the_task_before_the_next_one_is_kept_to_be_sent_again() -> None:
@@ -86,10 +104,24 @@ def test_within_a_step_the_micro_batch_before_is_kept() -> None:
     tasks = SentTasks()
     end_task(tasks, "accumulate", 5, 0)
     assert tasks.find_last(5) is None  # the step would begin again, which needs none
-    tasks.open = OpenTask(key=TaskKey("a" * 32, "accumulate", 5, 1))
+    second = TaskKey("a" * 32, "accumulate", 5, 1)
+    message = tasks.record(second, {}, 0, 0.1)
     assert (found := tasks.find_last(5)) is not None
     assert found.key.micro_batch == 0
-    tasks.note_reply()
+    tasks.note_reply(tasks.find_answered(message))
+    assert tasks.find_last(5) is None
+
+
+def test_a_reply_to_a_task_that_was_open_when_the_last_one_ended_does_not_confirm_it() -> None:
+    tasks = SentTasks()
+    first, second, third = (TaskKey("a" * 32, "accumulate", 5, n) for n in range(3))
+    tasks.record(first, {}, 0, 0.1)
+    beside = tasks.record(second, {}, 0, 0.1)
+    tasks.end(first)
+    tasks.note_reply(tasks.find_answered(beside))
+    assert tasks.find_last(5) is not None
+    later = tasks.record(third, {}, 0, 0.1)
+    tasks.note_reply(tasks.find_answered(later))
     assert tasks.find_last(5) is None
 
 
@@ -97,8 +129,3 @@ def test_an_update_is_confirmed_and_not_repeated() -> None:
     tasks = SentTasks()
     end_task(tasks, "update", 5, 2)
     assert tasks.find_last(6) is None
-
-
-def test_without_an_open_task_nothing_is_sent() -> None:
-    with pytest.raises(LocalProtocolError, match="no task is open"):
-        SentTasks().require_open()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -32,18 +33,24 @@ class Server:
         self.loses: StepsLost | None = None
         self.breaks: BaseException | None = None
         self.traffic = (0, 0)
+        self.in_flight = 1
+        self._key: TaskKey | None = None
         self._sent: Mapping[str, np.ndarray] = {}
 
-    def begin(self, key: TaskKey) -> None:
-        self.calls.append(f"begin {key.phase} {key.step}")
+    def end(self, key: TaskKey) -> None:
+        self.calls.append(f"end {key.phase} {key.step}")
 
-    def end(self) -> None:
-        self.calls.append("end")
+    def end_all(self) -> None:
+        self.calls.append("end all")
 
-    def send_wires(self, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float) -> None:
-        self._sent = {**self._sent, **wires}
+    def send_wires(
+        self, key: TaskKey, wires: Mapping[str, np.ndarray], seed: int, learning_rate: float
+    ) -> None:
+        if key != self._key:
+            self.calls.append(f"begin {key.phase} {key.step}")
+        self._key, self._sent = key, {**self._sent, **wires}
 
-    def receive_wires(self) -> dict[str, np.ndarray]:
+    def receive_wires(self) -> tuple[TaskKey | None, dict[str, np.ndarray]]:
         if self.breaks is not None:
             raise self.breaks
         if self.loses is not None:
@@ -51,7 +58,7 @@ class Server:
         h, labels = self._sent["h"], self._sent["labels"]
         difference = h @ self.state["W2"].astype(np.float32) - labels
         grad = 2 * difference / difference.size @ self.state["W2"].T.astype(np.float32)
-        return {"h.grad": grad, "loss": np.mean(difference**2)}
+        return self._key, {"h.grad": grad, "loss": np.mean(difference**2)}
 
     def save(self, step: int, *, publish: bool = False, keep: bool = False) -> str:
         self.calls.append(f"{'publish' if publish else 'save'} {step}")
@@ -104,7 +111,7 @@ def test_a_step_goes_back_and_forth_between_the_two_halves(
     results = runner.perform("train", tiny.batch(0), tiny.RATE)
     assert results["loss"] == pytest.approx(tiny.reference_step(reference, tiny.batch(0)), 1e-5)
     np.testing.assert_allclose(runner.executor.state()["W1"], reference["W1"], rtol=1e-5, atol=1e-6)
-    assert server.calls == ["begin train 0", "end"]
+    assert server.calls == ["begin train 0", "end train 0", "end all"]
 
 
 def test_after_an_error_the_state_is_as_before_and_the_runner_is_closed(
@@ -114,7 +121,7 @@ def test_after_an_error_the_state_is_as_before_and_the_runner_is_closed(
     server.breaks = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         runner.perform("train", tiny.batch(0), tiny.RATE)
-    assert server.calls == ["begin train 0", "bye", "end"]
+    assert server.calls == ["begin train 0", "bye", "end all"]
     for name, array in runner.executor.state().items():
         np.testing.assert_array_equal(array, before[name])
     key = TaskKey(session=runner.run.session, phase="train", step=0, micro_batch=0)
@@ -221,8 +228,9 @@ def test_predictions_and_evaluations_are_numbered_apart_from_steps(
     runner: TaskRunner, server: Server
 ) -> None:
     data = {**tiny.batch(0), "y": np.zeros((6, 2), np.float32)}
-    runner.perform("train", tiny.batch(0), tiny.RATE)
-    runner.perform("evaluate", data, tiny.RATE)
-    runner.perform("evaluate", data, tiny.RATE)
-    begun = [call for call in server.calls if call.startswith("begin")]
-    assert begun == ["begin train 0", "begin evaluate 0", "begin evaluate 1"]
+    with patch.object(runner.executor, "begin", wraps=runner.executor.begin) as begin:
+        runner.perform("train", tiny.batch(0), tiny.RATE)
+        runner.perform("evaluate", data, tiny.RATE)
+        runner.perform("evaluate", data, tiny.RATE)
+    begun = [(call.args[0].phase, call.args[0].step) for call in begin.call_args_list]
+    assert begun == [("train", 0), ("evaluate", 0), ("evaluate", 1)]

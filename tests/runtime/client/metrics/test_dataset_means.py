@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitonnx.runtime.client.dataset_means import DatasetMeans
+from splitonnx.runtime.client.metrics.dataset_means import DatasetMeans
 
 
 def test_batches_weigh_by_their_size_or_by_what_counted() -> None:
