@@ -1,7 +1,7 @@
 /**
  * A client's channel to its server: one logical connection that reconnects where it breaks.
  *
- * Its conversation decides; this shell dials, sends, receives and sleeps for it.  What comes while the
+ * Its exchange decides; this shell dials, sends, receives and sleeps for it.  What comes while the
  * client computes waits in the connection.
  */
 
@@ -9,15 +9,18 @@ import { ConnectionLost } from "../errors.js";
 import type { TaskKey } from "../messages.js";
 import type { NdArrays } from "../tensors.js";
 import type { Transport } from "../wire/transports.js";
-import { Conversation } from "./conversations.js";
-import type { ConversationOptions, Outcome } from "./conversations.js";
+import type { Outcome, TaskWires } from "./exchange_events.js";
+import { Exchange } from "./exchanges.js";
+import type { ExchangeOptions } from "./exchanges.js";
 import type { SharingTerms } from "./greetings.js";
 
 /** Makes a new connection; it throws ConnectionLost where none can be had now. */
 export type Dial = () => Promise<Transport>;
 
-export interface ChannelOptions extends ConversationOptions {
+export interface ChannelOptions extends ExchangeOptions {
   readonly dial: Dial;
+  /** Whether the first connection is worth waiting for, as every later one is. */
+  readonly isPatient: boolean;
 }
 
 type OutcomeOf<T extends Outcome["type"]> = Extract<Outcome, { type: T }>;
@@ -25,16 +28,15 @@ type OutcomeOf<T extends Outcome["type"]> = Extract<Outcome, { type: T }>;
 /** The connection of one session; made by {@link Channel.open}. */
 export class Channel {
   readonly #dial: Dial;
-  readonly #conversation: Conversation;
+  readonly #exchange: Exchange;
   readonly #ended = new AbortController();
   #transport: Transport | undefined;
   #mustDial = false;
-  #allowed = 1; // tasks of a step to have open at once, as the server was told
   #past: readonly [number, number] = [0, 0];
 
   private constructor({ dial, ...options }: ChannelOptions) {
     this.#dial = dial;
-    this.#conversation = new Conversation(options);
+    this.#exchange = new Exchange(options);
   }
 
   /**
@@ -46,24 +48,24 @@ export class Channel {
    */
   static async open(options: ChannelOptions): Promise<Channel> {
     const channel = new Channel(options);
-    channel.#conversation.start(now());
+    channel.#exchange.start(now(), options);
     await channel.#next("Greeted");
     return channel;
   }
 
-  /** Where both sides are since the last greeting: see {@link Conversation}. */
+  /** Where both sides are since the last greeting: see {@link Exchange}. */
   get step(): number {
-    return this.#conversation.step;
+    return this.#exchange.step;
   }
 
   /** Connections that were made again. */
   get reconnects(): number {
-    return this.#conversation.reconnects;
+    return this.#exchange.reconnects;
   }
 
   /** How the server joins what its clients learn. */
   get terms(): SharingTerms {
-    return this.#conversation.terms!; // it has greeted
+    return this.#exchange.terms!; // it has greeted
   }
 
   /** Bytes sent and received so far. */
@@ -73,40 +75,37 @@ export class Channel {
     return [sent + (transport?.bytesSent ?? 0), received + (transport?.bytesReceived ?? 0)];
   }
 
+  /** How many tasks of a step may be open at once. */
+  get inFlight(): number {
+    return this.#exchange.inFlight;
+  }
+
   /**
-   * Return how many tasks of a step may be open at once, of at most `wanted`.
+   * Have so many tasks of a step open at once from now on, or as many as the server permits.
    *
-   * The server is told so by another greeting, so that it keeps as many replies and not more.
+   * It is told by another greeting, so that it keeps as many replies and not more.
    *
    * @throws StepsLost, ConnectionLost: as {@link receiveWires}.
    */
-  async allow(wanted: number): Promise<number> {
-    if (wanted > this.#allowed) {
-      this.#allowed = wanted;
-      this.#conversation.returnToStep(now(), wanted);
-      await this.#next("Greeted");
-    }
-    return Math.min(wanted, this.#conversation.inFlight);
-  }
-
-  /** Begin a task: what is sent of it from now on is kept until {@link end}. */
-  begin(key: TaskKey): void {
-    this.#conversation.begin(key);
+  async widen(inFlight: number): Promise<void> {
+    if (!this.#exchange.widen(inFlight)) return;
+    this.#exchange.returnToStep(now());
+    await this.#next("Greeted");
   }
 
   /** Close a task that is complete. */
   end(key: TaskKey): void {
-    this.#conversation.end(key);
+    this.#exchange.end(key);
   }
 
   /** Give up all open tasks. */
   endAll(): void {
-    this.#conversation.endAll();
+    this.#exchange.endAll();
   }
 
-  /** Send wires of an open task, now or as soon as there is a connection again. */
+  /** Send wires of a task, which the first ones open, now or as soon as there is a connection again. */
   sendWires(key: TaskKey, wires: NdArrays, seed: number, learningRate: number): void {
-    this.#conversation.send(key, wires, seed, learningRate);
+    this.#exchange.send(key, wires, seed, learningRate);
     this.#apply();
   }
 
@@ -118,7 +117,7 @@ export class Channel {
    * @throws ConnectionLost: none came within the time.
    * @throws RemoteFault: the server reported an error of its own.
    */
-  async receiveWires(): Promise<{ readonly key: TaskKey; readonly tensors: NdArrays }> {
+  async receiveWires(): Promise<TaskWires> {
     return this.#next("Replied");
   }
 
@@ -128,7 +127,7 @@ export class Channel {
    * @throws StepsLost, ConnectionLost, RemoteFault: as {@link receiveWires}.
    */
   async save(step: number, { publish }: { publish: boolean }): Promise<string> {
-    this.#conversation.save(step, { publish, keep: false });
+    this.#exchange.save(step, { publish, keep: false });
     return (await this.#next("SaveAnswered")).reason;
   }
 
@@ -138,41 +137,41 @@ export class Channel {
    * Where it is not `forGood` only the connection is over, and the server keeps the session.
    */
   close({ forGood }: { forGood: boolean }): void {
-    this.#conversation.close({ forGood });
+    this.#exchange.close({ forGood });
     this.#apply();
     this.#hangUp();
     this.#ended.abort();
   }
 
-  /** Do what the conversation asks for until it has something to tell. */
+  /** Do what the exchange asks for until it has something to tell. */
   async #next<T extends Outcome["type"]>(type: T): Promise<OutcomeOf<T>> {
-    const conversation = this.#conversation;
+    const exchange = this.#exchange;
     for (;;) {
       this.#apply();
-      const outcome = conversation.takeOutcome();
+      const outcome = exchange.takeOutcome();
       if (outcome?.type === "Failed") throw outcome.error;
       if (outcome?.type === type) return outcome as OutcomeOf<T>;
       try {
         if (this.#mustDial) {
           this.#mustDial = false;
           this.#transport = await this.#dial();
-          conversation.connected();
-        } else if (conversation.wakeAt !== undefined) {
-          await this.#sleep(conversation.wakeAt - now());
-          conversation.wake(now());
+          exchange.connected();
+        } else if (exchange.wakeAt !== undefined) {
+          await this.#sleep(exchange.wakeAt - now());
+          exchange.wake(now());
         } else {
           if (!this.#transport) throw new ConnectionLost("the server", "the connection is closed");
-          conversation.receive(await this.#transport.receive(), now());
+          exchange.receive(await this.#transport.receive(), now());
         }
       } catch (error) {
-        conversation.lost(error as Error, now());
+        exchange.lost(error as Error, now());
       }
     }
   }
 
-  /** Send and hang up as the conversation asks; {@link #next} dials. */
+  /** Send and hang up as the exchange asks; {@link #next} dials. */
   #apply(): void {
-    for (let effects; (effects = this.#conversation.takeEffects()).length; ) {
+    for (let effects; (effects = this.#exchange.takeEffects()).length; ) {
       try {
         for (const effect of effects) {
           if (effect.type === "Transmit") this.#transport?.send(effect.content);
@@ -180,7 +179,7 @@ export class Channel {
           else this.#mustDial = true;
         }
       } catch (error) {
-        this.#conversation.lost(error as Error, now()); // the rest was for this connection, too
+        this.#exchange.lost(error as Error, now()); // the rest was for this connection, too
       }
     }
   }

@@ -1,6 +1,6 @@
 /** What went out and came in of a client's newest tasks; it sends and receives nothing. */
 
-import { LocalProtocolError, RemoteProtocolError } from "../errors.js";
+import { RemoteProtocolError } from "../errors.js";
 import { ACCUMULATE, SHARE, STEP_PHASES, TRAIN } from "../manifests.js";
 import { describeTask, nameTask } from "../messages.js";
 import type { TaskKey, TensorsMessage } from "../messages.js";
@@ -32,7 +32,8 @@ export interface OpenTask {
  * received all of it: until a reply comes to a task that began after it.
  */
 export class SentTasks {
-  #open: OpenTask[] = []; // in the order in which they began
+  readonly #open = new Map<string, OpenTask>(); // by name, in the order in which they began
+  readonly #echoed = new Map<string, OpenTask>(); // ended, while replies come once more
   #last: OpenTask | undefined;
   #ended = 0; // counts the tasks of steps
   #done = 0; // micro-batches of the running step
@@ -40,54 +41,41 @@ export class SentTasks {
 
   /** The number of open tasks. */
   get count(): number {
-    return this.#open.length;
-  }
-
-  /** Whether something was sent of a task that is not complete. */
-  get isOpen(): boolean {
-    return this.#open.some(({ sent }) => sent.length);
+    return this.#open.size;
   }
 
   /** How many micro-batches of the step come before the oldest task that is not complete. */
   get microBatch(): number {
-    const [oldest] = this.#open;
+    const [oldest] = this.#open.values();
     if (!oldest) return this.#done;
     return STEP_PHASES.includes(oldest.key.phase) ? oldest.key.microBatch : 0;
   }
 
-  begin({ session, phase, step, microBatch }: TaskKey): void {
-    const key = { session, phase, step, microBatch };
-    this.#open.push({ key, sent: [], received: 0, due: 0, ended: this.#ended });
-  }
-
-  find(key: TaskKey): OpenTask | undefined {
-    return this.#open.find((task) => nameTask(task.key) === nameTask(key));
-  }
-
-  /**
-   * Make the next message of an open task, and record it as `write` writes it.
-   *
-   * @throws LocalProtocolError: the task is not open.
-   */
-  add(
-    key: TaskKey,
+  /** Make the next message of a task, and keep it as `write` writes it; the first opens the task. */
+  record(
+    { session, phase, step, microBatch }: TaskKey,
     { seed, learningRate }: Pick<TensorsMessage, "seed" | "learningRate">,
     write: (message: TensorsMessage) => Uint8Array<ArrayBuffer>,
   ): SentMessage {
-    const task = this.find(key);
-    if (!task) throw new LocalProtocolError(`${describeTask(key)} is not open`);
+    const key = { session, phase, step, microBatch };
+    const name = nameTask(key);
+    const task = this.#open.get(name) ?? { key, sent: [], received: 0, due: 0, ended: this.#ended };
     const turn = task.sent.length;
-    const message = { type: "Tensors", ...task.key, turn, seed, learningRate } as const;
+    const message = { type: "Tensors", ...key, turn, seed, learningRate } as const;
     const sent = { message, content: write(message), number: this.#sent++ };
     task.sent.push(sent);
+    this.#open.set(name, task);
     return sent;
   }
 
-  /** Close a task that is complete. */
+  /** Close a task that is complete; do nothing if it is not open. */
   end(key: TaskKey): void {
-    const task = this.find(key);
-    this.#open = this.#open.filter((one) => one !== task);
-    if (!task || !STEP_PHASES.includes(key.phase)) return;
+    const name = nameTask(key);
+    const task = this.#open.get(name);
+    if (!task) return;
+    this.#open.delete(name);
+    if (task.due < task.received) this.#echoed.set(name, task);
+    if (!STEP_PHASES.includes(key.phase)) return;
     this.#last = task;
     this.#ended += 1;
     this.#done = key.phase === ACCUMULATE ? key.microBatch + 1 : 0;
@@ -95,36 +83,40 @@ export class SentTasks {
 
   /** Give up all open tasks, and the micro-batches of the running step. */
   endAll(): void {
-    this.#open = [];
+    for (const { key } of [...this.#open.values()]) this.end(key);
     this.#done = 0;
   }
 
-  /** Return the messages of all open tasks in the order in which they were sent, to send them again. */
+  /**
+   * Return the messages of all open tasks in the order in which they were sent, to send them again;
+   * the server may answer each again, from its first reply on.
+   */
   repeat(): readonly SentMessage[] {
-    for (const task of this.#open) task.due = 0;
-    return this.#open.flatMap(({ sent }) => sent).sort((a, b) => a.number - b.number);
+    this.#echoed.clear();
+    const tasks = [...this.#open.values()];
+    for (const task of tasks) task.due = 0;
+    return tasks.flatMap(({ sent }) => sent).sort((a, b) => a.number - b.number);
   }
 
   /**
-   * Receive a reply of an open task, or of `last`, which is repeated; return the task if it is new.
+   * Receive a reply of an open task, or of one that ended after its messages were sent again; return
+   * the task if the reply is new.
    *
-   * @throws RemoteProtocolError: it belongs to another task, came before, or comes too early.
+   * @throws RemoteProtocolError: the task is not open, or the reply is out of order.
    */
-  takeReply(message: TensorsMessage, last?: OpenTask): OpenTask | undefined {
-    const open = last ? [last] : this.#open;
-    const task = open.find(({ key }) => nameTask(key) === nameTask(message));
+  takeReply(message: TensorsMessage): OpenTask | undefined {
+    const name = nameTask(message);
+    const echoed = this.#echoed.get(name);
+    const task = echoed && echoed.due < echoed.received ? echoed : this.#open.get(name);
     if (!task) {
-      const names = open.map(({ key }) => describeTask(key)).join(", ") || "nothing";
-      throw new RemoteProtocolError(`it answered ${describeTask(message)}, open is ${names}`);
+      const open = [...this.#open.values()].map(({ key }) => describeTask(key));
+      throw new RemoteProtocolError(
+        `it answered ${describeTask(message)}, open is ${open.join(", ") || "no task"}`,
+      );
     }
-    if (message.turn !== task.due) {
-      throw new RemoteProtocolError(`it sent message ${message.turn} where ${task.due} was due`);
-    }
-    task.due += 1;
-    if (last || message.turn < task.received) return undefined;
-    task.received += 1;
+    if (!takeDue(task, message)) return undefined;
     // after a share, a repeated step is not enough
-    const isOfStep = [...STEP_PHASES, SHARE].includes(task.key.phase);
+    const isOfStep = [...STEP_PHASES, SHARE].includes(message.phase);
     if (isOfStep && task.ended === this.#ended) this.#last = undefined;
     return task;
   }
@@ -139,4 +131,24 @@ export class SentTasks {
     const { phase, step: own, microBatch } = this.#last?.key ?? {};
     return [phase, own, microBatch].join() === before.join() ? this.#last : undefined;
   }
+}
+
+/**
+ * Receive a reply of a task; return whether it did not come before.
+ *
+ * @throws RemoteProtocolError: it belongs to another task, or is out of order.
+ */
+export function takeDue(task: OpenTask, message: TensorsMessage): boolean {
+  if (nameTask(message) !== nameTask(task.key)) {
+    throw new RemoteProtocolError(
+      `it answered ${describeTask(message)}, open is ${describeTask(task.key)}`,
+    );
+  }
+  if (message.turn !== task.due) {
+    throw new RemoteProtocolError(`it sent message ${message.turn} where ${task.due} was due`);
+  }
+  task.due += 1;
+  if (message.turn !== task.received) return false;
+  task.received += 1;
+  return true;
 }

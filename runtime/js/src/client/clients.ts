@@ -31,7 +31,7 @@ import {
 } from "./datasets.js";
 import type { Batch, DataSource, Dataset } from "./datasets.js";
 import type { History } from "./histories.js";
-import { checkNumbers, fitSchedule, planSteps, requirePositive } from "./options.js";
+import { checkNumbers, chooseDivision, fitSchedule, requirePositive } from "./options.js";
 import type {
   ConnectOptions,
   FitOptions,
@@ -177,16 +177,16 @@ export class SplitClient {
     const { epochs = 1, batchSize = 32, evalData, checkpointEvery } = options;
     requirePositive({ epochs, batchSize, checkpointEvery });
     const specs = this.#phase(TRAIN).data;
-    const plan = planSteps(options);
-    this.#runner.checkPlan(plan);
-    const training = this.#open(data, specs, batchSize, plan.microBatches);
-    const rows = Math.ceil(batchSize / plan.microBatches);
+    const division = chooseDivision(options);
+    this.#runner.checkDivision(division);
+    const training = this.#open(data, specs, batchSize, division.count);
+    const rows = Math.ceil(batchSize / division.count);
     const heldOut = evalData && this.#open(evalData, this.#evaluationData(), rows);
     const rates = fitSchedule(options, training, hasFixedRows(specs));
     this.#requireIdle();
     this.#isTraining = true;
     try {
-      const resolved = { ...options, epochs, training, heldOut, rates, plan };
+      const resolved = { ...options, epochs, training, heldOut, rates, division };
       const history = await this.#train(resolved, batchSize);
       if (options.save) await this.#runner.run.release();
       return history;
@@ -203,7 +203,7 @@ export class SplitClient {
     if (options.save || checkpoints) { // now rather than after the work
       await this.#runner.beginRun({ checkpoints, restart: options.restart ?? false });
     }
-    await this.#runner.prepareTraining(options.plan);
+    await this.#runner.prepareTraining(options.division);
     const start: DataPosition = {
       epoch: 0,
       batch: 0,
@@ -211,7 +211,7 @@ export class SplitClient {
       seed: this.#seed,
       shuffle: options.shuffle ?? true,
       samples: options.training.size,
-      accumulate: options.plan.microBatches, // with whichever option: the results are the same
+      accumulate: options.division.count, // with whichever option: the results are the same
       schedule: options.rates?.description ?? "",
       unsharedSteps: 0,
       unsharedSamples: 0,
@@ -227,14 +227,14 @@ export class SplitClient {
    * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
    */
   async step(batch: Batch, options: StepOptions = {}): Promise<Outputs> {
-    const plan = planSteps(options);
+    const division = chooseDivision(options);
     const arrays = takeBatch(batch);
     this.#phase(TRAIN);
-    checkBatch(arrays, this.#runner.checkPlan(plan), this.#kept);
+    checkBatch(arrays, this.#runner.checkDivision(division), this.#kept);
     checkFinite(arrays, "");
     this.#requireIdle();
     const expected = this.steps;
-    return giveAll(await this.#loop.step(arrays, plan, { rate: options.learningRate, expected }));
+    return giveAll(await this.#loop.step(arrays, division, { rate: options.learningRate, expected }));
   }
 
   /**

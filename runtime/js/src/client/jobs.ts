@@ -1,118 +1,129 @@
 /**
- * The tasks of one step, or a single task: their pieces, run in the order of a schedule.
+ * What a client runs for one task, or for one step of several micro-batches, piece by piece.
  *
- * A job sends and receives nothing: it says what is to be sent, and is told what came.
+ * A job decides what runs next and what is sent, and waits for nothing: its caller passes what the
+ * server replies.
  */
 
-import { listPieces } from "../engine/dataflows.js";
+import type { TaskWires } from "../channels/exchange_events.js";
 import type { Executor } from "../engine/executors.js";
+import { RemoteProtocolError } from "../errors.js";
 import { findPhase } from "../manifests.js";
+import { describeTask, nameTask } from "../messages.js";
 import type { TaskKey } from "../messages.js";
-import type { Move } from "../pipelines.js";
+import { listPieces, makeSchedule } from "../pipelines.js";
+import type { Operation } from "../pipelines.js";
 import type { NdArrays } from "../tensors.js";
 
-/** A task with the client's data for it. */
-export interface TaskData {
+/** A task that is to run, with the client's data. */
+export interface PlannedTask {
   readonly key: TaskKey;
   readonly data: NdArrays;
 }
 
-/** Wires of a task. */
-export interface TaskWires {
-  readonly key: TaskKey;
-  readonly tensors: NdArrays;
-}
-
 export interface JobOptions {
-  readonly executor: Executor;
-  /** In the order in which they begin. */
-  readonly tasks: readonly TaskData[];
-  /** What comes before the last piece of the last task; nothing where there is one task. */
-  readonly moves?: readonly Move[];
+  /** Tasks that are unfinished at a time, at the most. */
+  readonly inFlight: number;
   /** Keys the random masks. */
   readonly seed: number;
   readonly learningRate: number;
-  /** Called with each task that begins. */
-  readonly onBegin: (key: TaskKey) => void;
-  /** Called with each task that is complete. */
-  readonly onEnd: (key: TaskKey) => void;
 }
 
-/** Runs tasks to their end; `results` are those of the complete ones, in order. */
+/**
+ * The run of one task, or of the tasks of one step: micro-batches, and then the update.
+ *
+ * `results` has the results of each task that has ended, in order.
+ */
 export class Job {
   readonly results: NdArrays[] = [];
+  readonly #executor: Executor;
+  readonly #tasks: readonly PlannedTask[];
   readonly #options: JobOptions;
-  readonly #moves: Move[];
+  readonly #pieces: readonly (readonly (readonly string[])[])[];
+  readonly #operations: Operation[];
+  readonly #received: readonly Set<string>[];
   #begun = 0;
-  #running: AsyncGenerator<NdArrays, void> | undefined;
 
-  constructor(options: JobOptions) {
+  constructor(executor: Executor, tasks: readonly PlannedTask[], options: JobOptions) {
+    const { manifest } = executor;
+    const pieces = tasks.map(({ key }) => {
+      return listPieces(findPhase(manifest, key.phase), manifest.party);
+    });
+    this.#executor = executor;
+    this.#tasks = tasks;
     this.#options = options;
-    const last = { task: options.tasks.length - 1, piece: Infinity };
-    this.#moves = [...(options.moves ?? []), last];
+    this.#pieces = pieces;
+    this.#received = tasks.map(() => new Set());
+    const [first, last] = [pieces[0]!, pieces.at(-1)!];
+    this.#operations =
+      tasks.length === 1
+        ? first.map((_, piece) => ({ task: 0, piece }))
+        : makeSchedule(first.length, tasks.length - 1, options.inFlight, last.length);
   }
 
-  /** Whether all tasks are complete. */
+  /** Whether every task has ended. */
   get isDone(): boolean {
-    return !this.#moves.length;
+    return !this.#operations.length;
+  }
+
+  /** Whether the next piece can run; otherwise the job waits for replies, or is done. */
+  get isReady(): boolean {
+    const [next] = this.#operations;
+    if (!next) return false;
+    const received = this.#received[next.task]!;
+    return this.#pieces[next.task]![next.piece]!.every((name) => received.has(name));
   }
 
   /**
-   * Begin the next task; called first, it checks the data of the first one.
+   * Begin the first task, without running anything.
    *
    * @throws DataError, UsageError, LocalProtocolError, StageFailed: see {@link Executor.begin}.
    */
   async begin(): Promise<void> {
-    const { executor, tasks, seed, learningRate, onBegin } = this.#options;
-    const { key, data } = tasks[this.#begun]!;
-    await executor.begin(key, { data, seed, learningRate });
-    this.#begun += 1;
-    onBegin(key);
+    await this.#begin(this.#tasks[0]!);
   }
 
   /**
-   * Compute on in the order of the schedule until there is something to send, and return it; nothing
-   * if wires have to arrive first, or all tasks are complete.
+   * Run the next piece, and yield what is to be sent as soon as it is computed; after its last piece,
+   * yield the task that has ended, without wires.
    *
    * @throws StageFailed, NotFinite, ArrayMismatch: see {@link Executor.advance}.
    */
-  async work(): Promise<TaskWires | undefined> {
-    const { executor, tasks } = this.#options;
-    for (let move; (move = this.#moves[0]); ) {
-      while (this.#begun <= move.task) await this.begin();
-      const { key } = tasks[move.task]!;
-      this.#running ??= executor.advance(key);
-      const { value, done } = await this.#running.next();
-      if (!done) return { key, tensors: value };
-      this.#running = undefined;
-      if (!this.#isOver(key, move.piece)) return undefined;
-      this.#moves.shift();
-    }
-    return undefined;
+  async *work(): AsyncGenerator<{ readonly key: TaskKey; readonly wires?: NdArrays }, void> {
+    const { task, piece } = this.#operations.shift()!;
+    const planned = this.#tasks[task]!;
+    const { key } = planned;
+    if (task && !piece) await this.#begin(planned);
+    this.#begun = Math.max(this.#begun, task + 1);
+    for await (const wires of this.#executor.advance(key)) yield { key, wires };
+    if (piece + 1 < this.#pieces[task]!.length) return;
+    this.results.push(this.#executor.finish(key));
+    yield { key };
+    const { length } = this.#tasks;
+    if (this.#begun < length || this.results.length !== length - 1) return;
+    const last = this.#tasks.at(-1)!.key; // an update that had begun waited for this
+    for await (const wires of this.#executor.advance(last)) yield { key: last, wires };
   }
 
   /**
-   * Hand over wires of an open task that arrived.
+   * Pass a reply of the server to its task.
    *
    * @throws RemoteProtocolError, ArrayMismatch, ValueOutOfRange: see {@link Executor.deliver}.
    */
-  deliver({ key, tensors }: TaskWires): void {
-    this.#options.executor.deliver(key, tensors);
+  deliver({ key, wires }: TaskWires): void {
+    const task = this.#tasks.findIndex((one) => nameTask(one.key) === nameTask(key));
+    if (task < 0) throw new RemoteProtocolError(`it answered ${describeTask(key)}, which is not open`);
+    this.#executor.deliver(key, wires);
+    for (const name of wires.keys()) this.#received[task]!.add(name);
   }
 
-  /** Check whether a piece of a task has run; after its last one the task is complete. */
-  #isOver(key: TaskKey, piece: number): boolean {
-    const { executor, onEnd } = this.#options;
-    const { manifest } = executor;
-    const pieces = listPieces(findPhase(manifest, key.phase), manifest.party);
-    if (piece && piece >= pieces.length - 1) {
-      if (!executor.isFinished(key)) return false;
-      this.results.push(executor.finish(key));
-      onEnd(key);
-      return true;
-    }
-    const missing = executor.listMissing(key);
-    const awaited = pieces.slice(0, piece + 1).flatMap(({ wires }) => wires);
-    return !awaited.some((name) => missing.includes(name));
+  /** Abort all tasks that have not ended, and of a step also those that have. */
+  abandon(): void {
+    for (const { key } of this.#tasks) this.#executor.abandon(key);
+  }
+
+  async #begin({ key, data }: PlannedTask): Promise<void> {
+    const { seed, learningRate } = this.#options;
+    await this.#executor.begin(key, { data, seed, learningRate });
   }
 }

@@ -10,7 +10,9 @@ import type { StateStorage } from "../storage/storages.js";
 import type { DataSource, Dataset } from "./datasets.js";
 import type { Evaluation, StepRecord } from "./histories.js";
 import type { WhenUnsaved } from "./runners.js";
-import { IN_FLIGHT } from "../pipelines.js";
+import { MOST_IN_FLIGHT } from "../micro_batches.js";
+import { USUAL_IN_FLIGHT } from "../pipelines.js";
+import type { StepDivision } from "../pipelines.js";
 import { planRates } from "../schedules.js";
 import type { RatePlan, Schedule } from "../schedules.js";
 
@@ -74,13 +76,13 @@ export interface FitOptions {
    */
   readonly accumulate?: number | undefined;
   /**
-   * Micro-batches as with `accumulate`, and to the same results, of which several are under way at
-   * once, so that this device, the network and the server work at the same time.  Takes more memory.
+   * Micro-batches as with `accumulate`, and to the same results, of which several are unfinished at a
+   * time, so that this device, the network and the server work at once.  Takes more memory.
    */
   readonly microBatches?: number | undefined;
   /**
-   * With `microBatches`: how many are under way at once, the update counted, at most; 4 by default.
-   * A server may permit fewer.
+   * With `microBatches`: how many are unfinished at a time, at most; 3 by default, 16 at the most.  A
+   * server may permit fewer.
    */
   readonly inFlight?: number | undefined;
   /** Shuffle the samples in each epoch; true by default. */
@@ -115,39 +117,36 @@ export type StepOptions = Pick<
   "learningRate" | "accumulate" | "microBatches" | "inFlight"
 >;
 
-/** Of how many micro-batches a step consists, and how many of its tasks are open at once. */
-export interface StepPlan {
-  readonly microBatches: number;
-  readonly inFlight: number;
-}
-
 /** The options of a fit with their defaults filled in, and its data opened. */
 export interface ResolvedFitOptions extends FitOptions {
   readonly training: Dataset;
   readonly heldOut: Dataset | undefined;
   readonly epochs: number;
   readonly rates: RatePlan | undefined;
-  readonly plan: StepPlan;
+  readonly division: StepDivision;
 }
 
 /**
- * Plan what a step consists of.
+ * Return the division of a step's batch that was asked for.
  *
  * @throws UsageError: a number is out of its range, or options exclude each other.
  */
-export function planSteps({ accumulate, microBatches, inFlight }: StepOptions): StepPlan {
+export function chooseDivision({ accumulate, microBatches, inFlight }: StepOptions): StepDivision {
   requirePositive({ accumulate, microBatches, inFlight });
+  if (inFlight && inFlight > MOST_IN_FLIGHT) {
+    throw new UsageError(`inFlight must be at most ${MOST_IN_FLIGHT}, not ${inFlight}`);
+  }
   if (accumulate && microBatches) {
     throw new UsageError(
-      "accumulate and microBatches both divide a step; give one of them: microBatches is faster, " +
-        "accumulate needs less memory",
+      "accumulate runs micro-batches one after the other, and microBatches several at a time; give " +
+        "one of them",
     );
   }
   if (inFlight && !microBatches) {
-    throw new UsageError("inFlight says how many micro-batches are under way; give microBatches, too");
+    throw new UsageError("inFlight says how many micro-batches are unfinished; give microBatches, too");
   }
   const count = microBatches ?? accumulate ?? 1;
-  return { microBatches: count, inFlight: count > 1 && microBatches ? (inFlight ?? IN_FLIGHT) : 1 };
+  return { count, inFlight: count > 1 && microBatches ? (inFlight ?? USUAL_IN_FLIGHT) : 1 };
 }
 
 /**

@@ -7,28 +7,25 @@
 
 import type { Channel } from "../channels/channels.js";
 import type { SharingTerms } from "../channels/greetings.js";
-import { canOverlap, listPieces } from "../engine/dataflows.js";
+import { canOverlap } from "../engine/dataflows.js";
 import type { Executor } from "../engine/executors.js";
 import { LocalProtocolError, NotSaved, StepRestarted, StepsLost, UsageError } from "../errors.js";
 import { ACCUMULATE, SHARE, TRAIN, UPDATE, WEIGH, findPhase } from "../manifests.js";
 import {
   MICRO_BATCHES,
   MICRO_BATCH_WEIGHT,
-  MOST_IN_FLIGHT,
   checkAccumulating,
   enlarge,
   findWeights,
   splitBatch,
 } from "../micro_batches.js";
-import { makeSchedule } from "../pipelines.js";
-import type { Move } from "../pipelines.js";
+import type { StepDivision } from "../pipelines.js";
 import { LEAVES, ROUND, SAMPLES, listJoined, nameOwn } from "../sharing.js";
 import type { DataPosition } from "../storage/checkpoints.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
-import { averageResults, readNumbers } from "./dataset_means.js";
+import { averageResults, readNumbers } from "./metrics/dataset_means.js";
 import { Job } from "./jobs.js";
-import type { TaskData } from "./jobs.js";
-import type { StepPlan } from "./options.js";
+import type { PlannedTask } from "./jobs.js";
 import type { TrainingRun } from "./training_runs.js";
 
 /** Times in a row that a step of several micro-batches may begin again. */
@@ -65,6 +62,7 @@ export class TaskRunner {
   #closed = false;
   #isHalfPublished = false;
   #released: Promise<void> | undefined;
+  #inFlight = 1; // tasks of a step that are open at once
   #others = 0; // numbers the tasks other than training steps
   #last: Promise<unknown> = Promise.resolve();
 
@@ -109,7 +107,7 @@ export class TaskRunner {
       this.#checkStep(expected);
       const step = [TRAIN, SHARE].includes(phase) ? this.executor.step : this.#others++;
       const key = { ...this.#own, phase, step, microBatch: 0 };
-      return (await this.#perform([{ key, data }], [], learningRate))[0]!;
+      return (await this.#perform([{ key, data }], learningRate))[0]!;
     });
   }
 
@@ -119,9 +117,9 @@ export class TaskRunner {
    *
    * @throws UsageError: the bundle or the server does not permit it.
    */
-  checkPlan({ microBatches }: StepPlan): readonly TensorSpec[] {
+  checkDivision({ count: number }: StepDivision): readonly TensorSpec[] {
     const { manifest } = this.executor;
-    if (microBatches > 1) {
+    if (number > 1) {
       checkAccumulating(manifest);
       const { canAccumulate, policy } = this.terms;
       if (!canAccumulate) {
@@ -131,12 +129,12 @@ export class TaskRunner {
         );
       }
     }
-    return enlarge(findPhase(manifest, TRAIN).data, microBatches);
+    return enlarge(findPhase(manifest, TRAIN).data, number);
   }
 
   /** Load the stages of training now instead of in its first step. */
-  async prepareTraining({ microBatches }: StepPlan): Promise<void> {
-    for (const phase of microBatches === 1 ? [TRAIN] : [WEIGH, ACCUMULATE, UPDATE]) {
+  async prepareTraining(division: StepDivision): Promise<void> {
+    for (const phase of division.count === 1 ? [TRAIN] : [WEIGH, ACCUMULATE, UPDATE]) {
       await this.executor.prepare(phase);
     }
   }
@@ -150,12 +148,11 @@ export class TaskRunner {
    */
   async train(
     batch: NdArrays,
-    plan: StepPlan,
+    division: StepDivision,
     { learningRate, expected }: { learningRate: number; expected: number },
   ): Promise<NdArrays> {
-    const { microBatches } = plan;
-    if (microBatches === 1) return this.perform(TRAIN, batch, { learningRate, expected });
-    const parts = splitBatch(batch, findPhase(this.executor.manifest, TRAIN).data, microBatches);
+    if (division.count === 1) return this.perform(TRAIN, batch, { learningRate, expected });
+    const parts = splitBatch(batch, findPhase(this.executor.manifest, TRAIN).data, division.count);
     const counts: ReadonlyMap<string, number>[] = [];
     for (const part of parts) {
       counts.push(readNumbers(await this.perform(WEIGH, part, { learningRate: 0 })));
@@ -167,9 +164,10 @@ export class TaskRunner {
     });
     return this.#inTurn(async () => {
       this.#checkStep(expected);
+      await this.#goingBack(() => this.#widen(division));
       for (let restarts = 0; ; restarts++) {
         try {
-          return await this.#accumulate(weighed, counts, { learningRate, plan });
+          return await this.#accumulate(weighed, counts, learningRate);
         } catch (error) {
           if (!(error instanceof StepRestarted) || restarts === MOST_RESTARTS) throw error;
         }
@@ -181,27 +179,24 @@ export class TaskRunner {
   async #accumulate(
     parts: readonly NdArrays[],
     counts: readonly ReadonlyMap<string, number>[],
-    { learningRate, plan }: { learningRate: number; plan: StepPlan },
+    learningRate: number,
   ): Promise<NdArrays> {
-    const inFlight = await this.#allow(plan);
-    const { step, manifest } = this.executor;
+    const { step } = this.executor;
     const all = [...parts, new Map([[MICRO_BATCHES, count(parts.length)]])];
     const tasks = all.map((data, microBatch) => {
       const phase = microBatch < parts.length ? ACCUMULATE : UPDATE;
       return { key: { ...this.#own, phase, step, microBatch }, data };
     });
-    const { length } = listPieces(findPhase(manifest, ACCUMULATE), manifest.party);
-    const { moves } = makeSchedule(Math.max(2, length), parts.length, inFlight);
-    const results = await this.#perform(tasks, moves, learningRate);
+    const results = await this.#perform(tasks, learningRate);
     return averageResults(results, counts);
   }
 
-  /** Return how many tasks of a step may be open at once. */
-  async #allow({ microBatches, inFlight }: StepPlan): Promise<number> {
+  /** Have as many tasks of a step open at once as the division says, and both sides permit. */
+  async #widen({ inFlight }: StepDivision): Promise<void> {
     const { manifest } = this.executor;
-    const canWait = canOverlap(findPhase(manifest, ACCUMULATE), manifest.party);
-    const most = Math.min(inFlight, microBatches + 1, MOST_IN_FLIGHT);
-    return canWait ? this.#goingBack(() => this.#channel.allow(most)) : 1;
+    const accumulate = findPhase(manifest, ACCUMULATE);
+    this.#inFlight = canOverlap(accumulate, manifest.party) ? inFlight : 1;
+    await this.#channel.widen(this.#inFlight);
   }
 
   /** Another task that ran meanwhile may have found that steps are lost. */
@@ -215,22 +210,10 @@ export class TaskRunner {
     return { session: this.run.session };
   }
 
-  /** Carry tasks through, in the order of a schedule, and return the results of each. */
-  async #perform(
-    tasks: readonly TaskData[],
-    moves: readonly Move[],
-    learningRate: number,
-  ): Promise<readonly NdArrays[]> {
-    const { executor } = this;
-    const job = new Job({
-      executor,
-      tasks,
-      moves,
-      seed: this.#seed,
-      learningRate,
-      onBegin: (key) => this.#channel.begin(key),
-      onEnd: (key) => this.#channel.end(key),
-    });
+  /** Run one task, or the tasks of one step, and return the results of each. */
+  async #perform(tasks: readonly PlannedTask[], learningRate: number): Promise<readonly NdArrays[]> {
+    const inFlight = Math.min(this.#inFlight, this.#channel.inFlight);
+    const job = new Job(this.executor, tasks, { inFlight, seed: this.#seed, learningRate });
     try {
       await job.begin();
       try {
@@ -242,9 +225,9 @@ export class TaskRunner {
         throw error;
       }
     } finally {
-      if (!job.isDone) {
+      if (job.results.length < tasks.length) {
         this.#channel.endAll();
-        for (const { key } of tasks) executor.abandon(key); // with the micro-batches that ended
+        job.abandon(); // with the micro-batches that ended
       }
     }
   }
@@ -358,15 +341,19 @@ export class TaskRunner {
 
   async #exchange(job: Job, learningRate: number): Promise<void> {
     const channel = this.#channel;
-    for (;;) {
-      for (let wires; (wires = await job.work()); ) {
-        this.#onWires?.("sent", wires.key.phase, wires.tensors);
-        channel.sendWires(wires.key, wires.tensors, this.#seed, learningRate);
+    while (!job.isDone) {
+      if (!job.isReady) {
+        const reply = await channel.receiveWires();
+        this.#onWires?.("received", reply.key.phase, reply.wires);
+        job.deliver(reply);
+        continue;
       }
-      if (job.isDone) return;
-      const wires = await channel.receiveWires();
-      this.#onWires?.("received", wires.key.phase, wires.tensors);
-      job.deliver(wires);
+      for await (const { key, wires } of job.work()) {
+        if (wires) {
+          this.#onWires?.("sent", key.phase, wires);
+          channel.sendWires(key, wires, this.#seed, learningRate);
+        } else channel.end(key);
+      }
     }
   }
 

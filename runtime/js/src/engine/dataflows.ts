@@ -6,6 +6,7 @@
  */
 
 import type { Phase, Stage } from "../manifests.js";
+import { traceWires } from "../pipelines.js";
 
 /**
  * What one party's phase needs and provides: computed once, valid for every task.
@@ -80,29 +81,16 @@ export class Progress {
    * `hasState` says whether the state that a stage reads is there, too.
    */
   nextStage(hasState: (stage: Stage) => boolean = () => true): Stage | undefined {
+    const needs = (stage: Stage) => this.#flow.needs.get(stage.name)!;
     const index = this.#waiting.findIndex(
-      (stage) => !this.#lacks(stage).length && hasState(stage),
+      (stage) => needs(stage).every((name) => this.#present.has(name)) && hasState(stage),
     );
     return index < 0 ? undefined : this.#waiting.splice(index, 1)[0];
-  }
-
-  /**
-   * The wires without which the next stage cannot run; all that have not arrived if no stage waits
-   * for wires alone.
-   */
-  get awaited(): readonly string[] {
-    const { missing } = this;
-    const lacking = this.#waiting.map((stage) => this.#lacks(stage));
-    return lacking.find((names) => names.length && names.every((n) => missing.includes(n))) ?? missing;
   }
 
   /** Check whether a stage that has not run reads this state. */
   willRead(state: string): boolean {
     return this.#waiting.some((stage) => readsState(stage, state));
-  }
-
-  #lacks(stage: Stage): readonly string[] {
-    return this.#flow.needs.get(stage.name)!.filter((name) => !this.#present.has(name));
   }
 
   /** Return the outgoing wires that are there and were not returned before. */
@@ -119,47 +107,19 @@ export class Progress {
   }
 }
 
-/** What a party does of a task between two arrivals of wires. */
-export interface Piece {
-  /** The wires that have to arrive before it, beside those of the pieces before; none for the first. */
-  readonly wires: readonly string[];
-  readonly stages: readonly Stage[];
-}
-
-/** List the pieces of a party's phase, in the order of the manifest's stages. */
-export function listPieces(phase: Phase, party: string): readonly Piece[] {
-  const flow = new Dataflow(phase, party);
-  const progress = flow.start();
-  const made = new Set(phase.stages.flatMap((stage) => stage.outputs));
-  const needed = [...flow.needs.values()].flat();
-  progress.arrive(needed.filter((name) => !flow.receives.has(name) && !made.has(name)));
-  const pieces: Piece[] = [];
-  for (let wires: readonly string[] = []; ; wires = progress.awaited) {
-    progress.arrive(wires);
-    const stages: Stage[] = [];
-    for (let stage = progress.nextStage(); stage; stage = progress.nextStage()) {
-      stages.push(stage);
-      progress.arrive(stage.outputs);
-    }
-    // wires that no stage waits for, such as a loss, come with those of the last one that does
-    const before = pieces.length > 1 && !stages.length ? pieces.pop() : undefined;
-    pieces.push(before ? { ...before, wires: [...before.wires, ...wires] } : { wires, stages });
-    if (!progress.missing.length) return pieces;
-  }
-}
-
 /**
- * Check whether a party can have several tasks of this phase open at once: no stage may read, in an
- * earlier piece, a state that a later piece replaces, as it would wait for the task before it to end.
+ * Check whether tasks of a phase that follow each other can make progress side by side.
+ *
+ * A stage that reads a state which the phase replaces waits for the stage of the task before that
+ * replaces it.  If that one needs a received wire that the reading stage does not need, the one task
+ * would have to wait for the other's next message.
  */
 export function canOverlap(phase: Phase, party: string): boolean {
-  const pieces = listPieces(phase, party);
+  const { stages, values } = traceWires(phase, party);
   return [...phase.commits].every(([state, value]) => {
-    const place = pieces.findIndex(({ wires, stages }) => {
-      return wires.includes(value) || stages.some((stage) => stage.outputs.includes(value));
-    });
-    const before = pieces.slice(0, Math.max(place, 0)).flatMap(({ stages }) => stages);
-    return !before.some((stage) => readsState(stage, state));
+    const readers = phase.stages.filter((stage) => readsState(stage, state));
+    const behind = [...(values.get(value) ?? [])];
+    return readers.every(({ name }) => behind.every((wire) => stages.get(name)!.has(wire)));
   });
 }
 

@@ -165,11 +165,6 @@ export class Executor {
     if (wires.length) yield this.#collectWires(task, wires); // data alone: no stage was ready
   }
 
-  /** List the wires of an open task that have not arrived. */
-  listMissing(key: TaskKey): readonly string[] {
-    return this.#find(key).progress.missing;
-  }
-
   /** Whether every stage of the task ran and every wire was received and handed out. */
   isFinished(key: TaskKey): boolean {
     return this.#find(key).progress.isFinished;

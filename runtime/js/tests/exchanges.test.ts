@@ -1,30 +1,28 @@
 /** The client's side of a session as an event machine: no connection, no clock, no waiting. */
 
 import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { before, beforeEach, describe, test } from "node:test";
 
 import { loadBundle } from "../src/bundles.js";
-import { Conversation } from "../src/channels/conversations.js";
-import type { ConversationOptions } from "../src/channels/conversations.js";
-import {
-  ConnectionLost,
-  LocalProtocolError,
-  StaleConnection,
-} from "../src/errors.js";
-import { ACCUMULATE, TRAIN, UPDATE, findPhase } from "../src/manifests.js";
+import { Exchange } from "../src/channels/exchanges.js";
+import type { ExchangeOptions } from "../src/channels/exchanges.js";
+import { spell } from "../src/decoders.js";
+import { ConnectionLost, LocalProtocolError, SessionLost, StaleConnection } from "../src/errors.js";
+import { ACCUMULATE, TRAIN, UPDATE, decodeManifest, findPhase } from "../src/manifests.js";
 import type { PartyManifest } from "../src/manifests.js";
 import { REPLACED, decodeMessage, encodeMessage } from "../src/messages.js";
 import type { Message, MessageOf, TaskKey, TensorsMessage } from "../src/messages.js";
 import { openFolder } from "../src/node.js";
 import type { NdArrays } from "../src/tensors.js";
 import { listWires } from "../src/wire/protocols.js";
-import { VECTORS, makeArray } from "./fixtures.js";
+import { VECTORS, makeArray, readVectors } from "./fixtures.js";
 
 const SESSION = "s";
 const LOST = new ConnectionLost("the server", "cut");
 let manifest: PartyManifest;
-let conversation: Conversation;
+let exchange: Exchange;
 let point: { origin: string; start: number; step: number; kept: number[] };
 
 before(async () => {
@@ -33,15 +31,14 @@ before(async () => {
 
 beforeEach(() => {
   point = { origin: "", start: 0, step: 0, kept: [] };
-  conversation = make();
+  exchange = make();
 });
 
-function make(more: Partial<ConversationOptions> = {}): Conversation {
-  return new Conversation({
+function make(more: Partial<ExchangeOptions> = {}): Exchange {
+  return new Exchange({
     manifest,
     session: SESSION,
     findResumePoint: () => point,
-    isPatient: false,
     canShare: false,
     random: () => 1,
     ...more,
@@ -67,7 +64,7 @@ function fill(phase: string, ...names: string[]): NdArrays {
 
 /** Take the effects, with what is transmitted as messages; describe each by its kind, and a task's turn. */
 function hear(): string[] {
-  return conversation.takeEffects().map((effect) => {
+  return exchange.takeEffects().map((effect) => {
     if (effect.type !== "Transmit") return effect.type;
     const { message } = decodeMessage(effect.content);
     last = message;
@@ -77,7 +74,7 @@ function hear(): string[] {
 let last: Message; // the last one that was heard
 
 function say(message: Message, tensors?: NdArrays): void {
-  conversation.receive(encodeMessage(message, tensors), 0);
+  exchange.receive(encodeMessage(message, tensors), 0);
 }
 
 function answer(key: TaskKey, turn: number, ...wires: string[]): void {
@@ -96,7 +93,7 @@ function welcome(changes: Partial<MessageOf<"Welcome">> = {}): void {
 /** Take the outcomes; describe each by its kind, or the error's, or the task that was replied to. */
 function learn(): string[] {
   const found: string[] = [];
-  for (let outcome; (outcome = conversation.takeOutcome()); ) {
+  for (let outcome; (outcome = exchange.takeOutcome()); ) {
     if (outcome.type === "Failed") found.push(outcome.error.name);
     else if (outcome.type === "Replied") found.push(`${outcome.key.microBatch}`);
     else found.push(outcome.type);
@@ -106,15 +103,18 @@ function learn(): string[] {
 
 /** Connect, with so many tasks of a step to be open at once. */
 function open(inFlight: number, changes: Partial<MessageOf<"Welcome">> = {}): void {
-  conversation.start(0);
-  assert.deepEqual(hear(), ["Dial"]);
-  conversation.connected();
+  exchange.start(0, { isPatient: false });
+  assert.deepEqual(hear(), ["Connect"]);
+  exchange.connected();
   assert.deepEqual(hear(), ["Hello"]);
   welcome(changes);
   assert.deepEqual(learn(), ["Greeted"]);
-  conversation.returnToStep(0, inFlight);
-  assert.deepEqual(hear(), ["HangUp", "Dial"]);
-  conversation.connected();
+  assert.ok(!exchange.widen(1));
+  if (!exchange.widen(inFlight)) return;
+  exchange.returnToStep(0);
+  exchange.wake(0);
+  assert.deepEqual(hear(), ["HangUp", "Connect"]);
+  exchange.connected();
   assert.deepEqual(hear(), ["Hello"]);
   assert.equal((last as MessageOf<"Hello">).inFlight, inFlight);
   welcome(changes);
@@ -123,21 +123,20 @@ function open(inFlight: number, changes: Partial<MessageOf<"Welcome">> = {}): vo
 
 /** Send a task's first message. */
 function begin(key: TaskKey): void {
-  conversation.begin(key);
   const wires = key.phase === UPDATE ? ["splitonnx.micro_batches"] : ["r1@server"];
-  conversation.send(key, fill(key.phase, ...wires), 0, 0.1);
+  exchange.send(key, fill(key.phase, ...wires), 0, 0.1);
 }
 
 function finishForward(key: TaskKey): void {
-  conversation.send(key, fill(key.phase, "flat@client_grad"), 0, 0.1);
+  exchange.send(key, fill(key.phase, "flat@client_grad"), 0, 0.1);
 }
 
 /** Cut the connection, make another one, and return the greeting. */
 function cut(): MessageOf<"Hello"> {
-  conversation.lost(LOST, 0);
-  conversation.wake(conversation.wakeAt ?? 0); // where nothing new came since the one before
-  assert.deepEqual(hear(), ["HangUp", "Dial"]);
-  conversation.connected();
+  exchange.lost(LOST, 0);
+  exchange.wake(exchange.wakeAt!);
+  assert.deepEqual(hear(), ["HangUp", "Connect"]);
+  exchange.connected();
   assert.deepEqual(hear(), ["Hello"]);
   return last as MessageOf<"Hello">;
 }
@@ -151,7 +150,7 @@ describe("several tasks of a step", () => {
     finishForward(name(0));
     answer(name(1), 0, "flat@client");
     answer(name(0), 1, "r1@server_grad");
-    conversation.end(name(0));
+    exchange.end(name(0));
     begin(name(3, UPDATE));
     answer(name(2), 0, "flat@client");
     assert.deepEqual(learn(), ["0", "1", "0", "2"]);
@@ -166,7 +165,7 @@ describe("several tasks of a step", () => {
     finishForward(name(1));
     finishForward(name(0));
     answer(name(0), 1, "r1@server_grad");
-    conversation.end(name(0));
+    exchange.end(name(0));
     begin(name(3, UPDATE));
     assert.deepEqual(learn(), ["0", "1", "0"]);
     hear();
@@ -178,16 +177,17 @@ describe("several tasks of a step", () => {
     answer(name(2), 0, "flat@client");
     answer(name(1), 1, "r1@server_grad");
     assert.deepEqual(learn(), ["2", "1"]);
-    assert.equal(conversation.reconnects, 1);
+    assert.equal(exchange.reconnects, 1);
   });
 
   test("may go out while there is no connection, and are sent once there is one", () => {
     open(3);
     begin(name(0));
-    conversation.lost(LOST, 0);
+    exchange.lost(LOST, 0);
     begin(name(1));
-    assert.deepEqual(hear(), ["HangUp", "Dial"]);
-    conversation.connected();
+    exchange.wake(0);
+    assert.deepEqual(hear(), ["HangUp", "Connect"]);
+    exchange.connected();
     begin(name(2));
     welcome();
     assert.deepEqual(hear(), ["Hello", "0:0", "1:0", "2:0"]);
@@ -197,11 +197,11 @@ describe("several tasks of a step", () => {
     open(3);
     for (const number of [0, 1]) begin(name(number));
     answer(name(0), 0, "flat@client");
-    conversation.end(name(0));
+    exchange.end(name(0));
     cut();
     welcome({ restarts: true });
     assert.deepEqual(learn(), ["0", "StepRestarted"]);
-    conversation.endAll();
+    exchange.endAll();
     begin(name(0));
     assert.deepEqual(hear(), ["0:0"]);
     assert.equal(cut().microBatch, 0);
@@ -215,35 +215,35 @@ describe("several tasks of a step", () => {
     welcome({ inFlight: 1 });
     assert.deepEqual(learn(), ["StepRestarted"]);
     assert.deepEqual(hear(), []);
-    assert.equal(conversation.inFlight, 1);
+    assert.equal(exchange.inFlight, 1);
   });
 
   test("are as many as both sides permit", () => {
     open(5, { inFlight: 3 });
-    assert.equal(conversation.inFlight, 3);
-    conversation = make();
+    assert.equal(exchange.inFlight, 3);
+    exchange = make();
     open(5, { inFlight: 1 });
-    assert.equal(conversation.inFlight, 1);
+    assert.equal(exchange.inFlight, 1);
   });
 
   test("that are complete are counted at a cut before the next one begins", () => {
     open(2);
     for (const number of [0, 1]) {
       begin(name(number));
-      conversation.end(name(number));
+      exchange.end(name(number));
     }
     const { microBatch, isOpen } = cut();
     assert.deepEqual([microBatch, isOpen], [2, false]);
     welcome();
     begin(name(2, UPDATE));
-    conversation.end(name(2, UPDATE));
+    exchange.end(name(2, UPDATE));
     point.step = 1;
     assert.equal(cut().microBatch, 0);
   });
 
   test("take no reply of another task, and none that came before", () => {
     for (const reply of [() => answer(name(1), 0, "flat@client"), () => answer(name(0), 1, "flat@client")]) {
-      conversation = make();
+      exchange = make();
       open(2);
       begin(name(0));
       reply();
@@ -259,7 +259,7 @@ describe("the last task", () => {
     answer(name(0, TRAIN), 0, "flat@client");
     finishForward(name(0, TRAIN));
     answer(name(0, TRAIN), 1, "r1@server_grad");
-    conversation.end(name(0, TRAIN));
+    exchange.end(name(0, TRAIN));
     point.step = 1;
     begin(name(0, TRAIN));
     learn();
@@ -281,7 +281,7 @@ describe("the last task", () => {
   test("is kept until a reply comes to a task that began after it", () => {
     open(2);
     for (const number of [0, 1]) begin(name(number));
-    conversation.end(name(0));
+    exchange.end(name(0));
     answer(name(1), 0, "flat@client");
     hear();
     assert.ok(cut().canRepeat);
@@ -303,13 +303,13 @@ describe("the last task", () => {
 
 test("a save goes out again after a cut, and its answer comes once", () => {
   open(1);
-  conversation.save(0, { publish: false, keep: true });
+  exchange.save(0, { publish: false, keep: true });
   assert.deepEqual(hear(), ["Save"]);
   cut();
   welcome();
   assert.deepEqual(hear(), ["Save"]);
   say({ type: "Saved", session: SESSION, step: 0, keep: false });
-  const outcome = conversation.takeOutcome();
+  const outcome = exchange.takeOutcome();
   assert.ok(outcome?.type === "SaveAnswered");
   assert.match(outcome.reason, /cannot keep/);
   assert.deepEqual(learn(), []);
@@ -323,8 +323,8 @@ test("steps that are lost are told, and the connection serves on", () => {
   cut();
   welcome({ step: 2 });
   assert.deepEqual(learn(), ["StepsLost"]);
-  assert.equal(conversation.step, 2);
-  conversation.endAll();
+  assert.equal(exchange.step, 2);
+  exchange.endAll();
   point.step = 2;
   begin(name(0, TRAIN));
   assert.deepEqual(hear(), ["0:0"]);
@@ -335,47 +335,48 @@ describe("a client whose server is away", () => {
     open(1);
     begin(name(0));
     const waits: number[] = [];
-    conversation.lost(LOST, 10);
-    for (let now = 10; waits.length < 10; ) {
-      conversation.lost(LOST, now); // it cannot be reached
-      waits.push(conversation.wakeAt! - now);
-      now = conversation.wakeAt!;
-      conversation.wake(now - 0.01);
+    exchange.lost(LOST, 10);
+    for (let now = 10; waits.length < 11; exchange.lost(LOST, now)) {
+      waits.push(exchange.wakeAt! - now);
+      now = exchange.wakeAt!;
+      exchange.wake(now - 0.01);
       hear();
-      conversation.wake(now);
-      assert.deepEqual(hear(), ["Dial"]);
+      exchange.wake(now);
+      assert.deepEqual(hear(), ["Connect"]);
     }
-    const expected = [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10];
+    const expected = [0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10];
     assert.deepEqual(waits.map((wait) => Math.round(wait * 1000) / 1000), expected);
-    conversation.connected();
+    exchange.wake(exchange.wakeAt!);
+    exchange.connected();
     welcome();
     answer(name(0), 0, "flat@client");
-    hear();
-    conversation.lost(LOST, 100);
-    assert.deepEqual(hear(), ["HangUp", "Dial"]);
+    exchange.lost(LOST, 100);
+    assert.equal(exchange.wakeAt, 100);
   });
 
   test("gives up in time, with the last cause", () => {
-    conversation = make({ giveUpAfter: 1 });
+    exchange = make({ giveUpAfter: 1 });
     open(1);
-    conversation.lost(LOST, 10);
-    conversation.lost(LOST, 10.9);
-    assert.ok(Math.abs(conversation.wakeAt! - 10.95) < 1e-9);
-    conversation.wake(11);
-    conversation.lost(LOST, 11);
+    exchange.lost(LOST, 10);
+    exchange.wake(10);
+    exchange.lost(LOST, 10.9);
+    assert.ok(Math.abs(exchange.wakeAt! - 10.95) < 1e-9);
+    exchange.wake(11);
+    exchange.lost(LOST, 11);
     assert.deepEqual(learn(), ["ConnectionLost"]);
-    assert.equal(conversation.wakeAt, undefined);
+    assert.equal(exchange.wakeAt, undefined);
   });
 
   test("fails at once at the first connection, unless it is patient", () => {
-    conversation.start(0);
-    conversation.lost(LOST, 0);
+    exchange.start(0, { isPatient: false });
+    exchange.lost(LOST, 0);
     assert.deepEqual(learn(), ["ConnectionLost"]);
-    conversation = make({ isPatient: true });
-    conversation.start(0);
-    conversation.lost(LOST, 0);
+    exchange = make();
+    exchange.start(0, { isPatient: true });
+    exchange.wake(0);
+    exchange.lost(LOST, 0);
     assert.deepEqual(learn(), []);
-    assert.equal(conversation.wakeAt, 0.05);
+    assert.equal(exchange.wakeAt, 0.05);
   });
 });
 
@@ -385,25 +386,25 @@ describe("a connection that is too old", () => {
   };
 
   test("is made again with a larger number, some times", () => {
-    conversation.start(0);
+    exchange.start(0, { isPatient: false });
     for (let attempt = 1; attempt < 10; attempt++) {
       hear();
-      conversation.connected();
+      exchange.connected();
       hear();
       assert.equal((last as MessageOf<"Hello">).generation, attempt === 1 ? 1 : attempt * 10 - 9);
       refuse(attempt * 10);
-      assert.deepEqual(hear(), ["HangUp", "Dial"]);
+      assert.deepEqual(hear(), ["HangUp", "Connect"]);
     }
-    conversation.connected();
+    exchange.connected();
     refuse(200);
     assert.deepEqual(learn(), ["StaleConnection"]);
   });
 
   test("is not made again after another client took its place", () => {
     open(1);
-    conversation.lost(new ConnectionLost("the server", "replaced", REPLACED), 0);
+    exchange.lost(new ConnectionLost("the server", "replaced", REPLACED), 0);
     assert.deepEqual(hear(), ["HangUp"]);
-    const outcome = conversation.takeOutcome();
+    const outcome = exchange.takeOutcome();
     assert.ok(outcome?.type === "Failed" && outcome.error instanceof StaleConnection);
   });
 });
@@ -411,23 +412,135 @@ describe("a connection that is too old", () => {
 describe("what is closed", () => {
   test("says so to the server, and hangs up", () => {
     open(1);
-    conversation.close({ forGood: true });
+    exchange.close({ forGood: true });
     assert.deepEqual(hear(), ["Bye", "HangUp"]);
-    conversation.close({ forGood: true });
+    exchange.close({ forGood: true });
     assert.deepEqual(hear(), []);
   });
 
   test("fails whoever waits, and a connection that comes then is not used", () => {
-    conversation.start(0);
+    exchange.start(0, { isPatient: false });
     hear();
-    conversation.close({ forGood: false });
+    exchange.close({ forGood: false });
     assert.deepEqual(learn(), ["ConnectionLost"]);
-    conversation.connected();
+    assert.deepEqual(hear(), ["HangUp"]);
+    exchange.connected();
     assert.deepEqual(hear(), ["HangUp"]);
   });
 });
 
-test("only an open task can send", () => {
+test("only wires of the phase can be sent", () => {
   open(1);
-  assert.throws(() => finishForward(name(0)), LocalProtocolError);
+  assert.throws(() => exchange.send(name(0), fill(UPDATE, "splitonnx.micro_batches"), 0, 0.1), LocalProtocolError);
+  assert.deepEqual(hear(), []);
+});
+
+describe("a script of the vectors", () => {
+  type Entry = readonly [string, ...unknown[]];
+  type Script = readonly { readonly entry: Entry; readonly follows: readonly (readonly unknown[])[] }[];
+  const SHOWN: Readonly<Record<string, readonly string[]>> = {
+    Hello: ["step", "generation", "isOpen", "canRepeat", "microBatch", "inFlight"],
+    Tensors: ["phase", "step", "microBatch", "turn"],
+    Save: ["step", "publish", "keep"],
+    Bye: [],
+  };
+  const session = "5".repeat(32);
+  const content = new Uint8Array(readFileSync(join(VECTORS, "tiny/manifest.json")));
+  const tiny = decodeManifest(content, "tiny");
+  const train = findPhase(tiny, TRAIN);
+  const added = [ACCUMULATE, UPDATE].map((phase) => ({ ...train, name: phase }));
+  const played = { ...tiny, phases: [...tiny.phases, ...added] };
+  const key = ([phase, step, microBatch]: readonly unknown[]) => {
+    return { session, phase, step, microBatch } as TaskKey;
+  };
+
+  function makeAnswer(kind: string, given: readonly unknown[]): Message {
+    const [first, second, third] = given as [never, never, never];
+    const wires = listWires(played);
+    switch (kind) {
+      case "welcome": {
+        const fields = Object.entries(first as object).map(([word, value]) => {
+          return [word.replace(/_(.)/g, (_, letter: string) => letter.toUpperCase()), value];
+        });
+        return {
+          type: "Welcome", session, digest: played.digest, step: 0, wantsRepeat: false,
+          canAccumulate: false, restarts: false, inFlight: 1, policy: "per-client", localSteps: 0,
+          rounds: 0, wires, ...(Object.fromEntries(fields) as object),
+        };
+      }
+      case "reply":
+        return { type: "Tensors", ...key(given), turn: given[3] as number, seed: 0, learningRate: 0.1 };
+      case "saved":
+        return { type: "Saved", session, step: first, keep: second };
+      case "unsaved":
+        return { type: "Unsaved", session, step: first, reason: second };
+      default:
+        assert.equal(kind, "fault");
+        return {
+          type: "Fault", code: first, reason: second, newest: third, subject: "", needed: 0, limit: 0,
+        };
+    }
+  }
+
+  const scripts = Object.entries(readVectors<Record<string, Script>>("exchanges"));
+  for (const [title, script] of scripts) {
+    test(`is followed: ${title}`, () => {
+      let [now, step] = [0, 0];
+      const talk = new Exchange({
+        manifest: played,
+        session,
+        findResumePoint: () => {
+          const kept = Array.from({ length: step + 1 }, (_, index) => index);
+          return { origin: "", start: 0, step, kept };
+        },
+        canShare: false,
+        random: () => 0,
+      });
+      const play = (kind: string, given: readonly unknown[]): void => {
+        now += 20; // longer than any wait
+        const [first, second, third] = given as [never, never, never];
+        if (kind === "start") talk.start(now, { isPatient: first });
+        else if (kind === "connected") talk.connected();
+        else if (kind === "lost") talk.lost(new ConnectionLost("the server", "it closed"), now);
+        else if (kind === "replaced") talk.lost(new ConnectionLost("the server", "", REPLACED), now);
+        else if (kind === "wake") talk.wake(now);
+        else if (kind === "send") talk.send(key(given), new Map(), 0, 0.1);
+        else if (kind === "end") talk.end(key(given));
+        else if (kind === "step") step = first;
+        else if (kind === "widen") void (talk.widen(first) && talk.returnToStep(now));
+        else if (kind === "return_to_step") talk.returnToStep(now);
+        else if (kind === "save") talk.save(first, { publish: second, keep: third });
+        else if (kind === "close") talk.close({ forGood: first });
+        else talk.receive(encodeMessage(makeAnswer(kind, given)), now);
+      };
+      const take = (): unknown[][] => {
+        const found = talk.takeEffects().map((effect): unknown[] => {
+          if (effect.type !== "Transmit") return [effect.type === "Connect" ? "connect" : "hang up"];
+          const message = decodeMessage(effect.content).message as unknown as Record<string, unknown>;
+          const type = message["type"] as string;
+          const fields = SHOWN[type]!.map((field) => [spell(field), message[field]]);
+          return ["transmit", { type, ...(Object.fromEntries(fields) as object) }];
+        });
+        for (let outcome; (outcome = talk.takeOutcome()); ) {
+          if (outcome.type === "Greeted") found.push(["greeted"]);
+          else if (outcome.type === "SaveAnswered") found.push(["save answered", outcome.reason]);
+          else if (outcome.type === "Replied") {
+            const { phase, step: at, microBatch } = outcome.key;
+            found.push(["replied", phase, at, microBatch]);
+          } else {
+            // a class of its own here: a client with a storage may be able to go on
+            const isOwn = outcome.error instanceof SessionLost;
+            found.push(["failed", isOwn ? "RemoteFault" : outcome.error.name]);
+          }
+        }
+        return found;
+      };
+      for (const { entry: [kind, ...given], follows } of script) {
+        play(kind, given);
+        assert.deepEqual(take(), follows, `${kind} ${JSON.stringify(given)}`);
+      }
+    });
+  }
+
+  test("is there at all", () => assert.ok(scripts.length > 20));
 });

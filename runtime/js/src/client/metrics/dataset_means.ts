@@ -7,8 +7,8 @@
  * what counted.  If several losses are added up, `loss.a@weight` is the factor of `loss.a`.
  */
 
-import { COUNTED, LOSS, TOTAL, WEIGHT } from "../manifests.js";
-import type { NdArray, NdArrays } from "../tensors.js";
+import { COUNTED, LOSS, TOTAL, WEIGHT } from "../../manifests.js";
+import type { NdArray, NdArrays } from "../../tensors.js";
 
 /** The means of all results over the batches that were added so far. */
 export class DatasetMeans {
