@@ -68,6 +68,7 @@ class Job:
         self._operations = deque(_list_operations(self._pieces, in_flight))
         self._received: list[set[str]] = [set() for _ in tasks]
         self._numbers = {task.key: number for number, task in enumerate(tasks)}
+        self._begun = 0  # the newest task
 
     @property
     def is_done(self) -> bool:
@@ -106,6 +107,7 @@ class Job:
         if operation.piece + 1 == len(self._pieces[operation.task]):
             self.results.append(self._executor.finish(task.key))
             yield Ended(key=task.key)
+            yield from self._resume_update()
 
     def deliver(self, key: TaskKey, wires: Mapping[str, np.ndarray]) -> None:
         """Pass a reply of the server to its task.
@@ -124,11 +126,23 @@ class Job:
         for task in reversed(self._tasks):
             self._executor.abandon(task.key)
 
+    def _resume_update(self) -> Iterator[Sending]:
+        """Send what an update that has begun could not send before its micro-batches had ended.
+
+        With gradient clipping, the server waits for it.
+        """
+        last = len(self._tasks) - 1
+        if self._begun == last and len(self.results) == last > 0:
+            key = self._tasks[last].key
+            for wires in self._executor.advance(key):
+                yield Sending(key=key, wires=wires)
+
     def _begin(self, number: int) -> None:
         task = self._tasks[number]
         self._executor.begin(
             task.key, data=task.data, seed=self._seed, learning_rate=self._learning_rate
         )
+        self._begun = number
 
 
 def _list_pieces(manifest: PartyManifest, key: TaskKey) -> tuple[frozenset[str], ...]:
