@@ -81,7 +81,12 @@ class PipelineSchedule:
 
 
 def make_schedule(
-    pieces: int, micro_batches: int, in_flight: int, *, update_pieces: int = 2
+    pieces: int,
+    micro_batches: int,
+    in_flight: int,
+    *,
+    update_pieces: int = 2,
+    is_update_early: bool = True,
 ) -> PipelineSchedule:
     """Make the schedule of a step in which at most ``in_flight`` tasks are unfinished at a time.
 
@@ -89,12 +94,16 @@ def make_schedule(
     sent.  Otherwise, the next piece runs of the task whose message was sent first, as the server
     answers in that order.  ``pieces`` is the number of a
     micro-batch's pieces, and ``update_pieces`` that of the update's: 1 without a server.
+    ``is_update_early`` means that the server can be asked for the update while the client still
+    computes gradients, as it needs nothing of them.
     """
     operations: list[Operation] = []
     waiting: deque[tuple[int, int]] = deque()  # the pieces that come next, by their task
     begun = 0
     while begun <= micro_batches or waiting:
-        may_begin = begun < micro_batches or all(piece == pieces - 1 for _, piece in waiting)
+        may_begin = begun < micro_batches or (
+            all(piece == pieces - 1 for _, piece in waiting) if is_update_early else not waiting
+        )
         if begun <= micro_batches and len(waiting) < in_flight and may_begin:
             task, piece = begun, 0
             begun += 1
@@ -102,7 +111,9 @@ def make_schedule(
             task, piece = waiting.popleft()
         is_update = task == micro_batches
         count = update_pieces if is_update else pieces
-        name = "UE"[piece] if is_update else _name(piece, count, task)
+        name = _name(piece, count, task)
+        if is_update and piece in (0, count - 1):
+            name = "E" if piece else "U"
         operations.append(Operation(task=task, piece=piece, name=name))
         if piece + 1 < count:
             waiting.append((task, piece + 1))
@@ -130,6 +141,12 @@ def list_pieces(phase: Phase, party: str) -> tuple[frozenset[str], ...]:
         else:
             pieces[-1] |= unread
     return tuple(pieces)
+
+
+def sends_data_alone(phase: Phase, party: str) -> bool:
+    """Return whether a party sends nothing in a phase that its stages compute."""
+    data = {spec.name for spec in phase.data}
+    return all(wire.tensor.name in data for wire in phase.wires if wire.sender == party)
 
 
 def _name(piece: int, count: int, task: int) -> str:

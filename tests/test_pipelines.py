@@ -32,6 +32,11 @@ def test_a_schedule_reads_as_text(pieces: tuple[int, int, int]) -> None:
     assert str(make_schedule(*pieces)) == TEXTS[pieces]
 
 
+def test_an_update_that_needs_what_the_client_computed_waits_for_it() -> None:
+    late = make_schedule(2, 3, 2, update_pieces=3, is_update_early=False)
+    assert str(late) == "F0 F1 B0 F2 B1 B2 U T3 E"
+
+
 def test_without_a_server_nothing_ends_the_update() -> None:
     assert str(make_schedule(1, 2, 1, update_pieces=1)) == "F0 F1 U"
 

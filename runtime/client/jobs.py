@@ -16,7 +16,8 @@ import numpy as np
 from splitonnx.errors import RemoteProtocolError
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import TaskKey
-from splitonnx.pipelines import Operation, list_pieces, make_schedule
+from splitonnx.names import UPDATE
+from splitonnx.pipelines import Operation, list_pieces, make_schedule, sends_data_alone
 from splitonnx.runtime.engine.executors import Executor
 
 
@@ -65,10 +66,9 @@ class Job:
         self._seed = seed
         self._learning_rate = learning_rate
         self._pieces = [_list_pieces(executor.manifest, task.key) for task in tasks]
-        self._operations = deque(_list_operations(self._pieces, in_flight))
+        self._operations = deque(self._list_operations(in_flight))
         self._received: list[set[str]] = [set() for _ in tasks]
         self._numbers = {task.key: number for number, task in enumerate(tasks)}
-        self._begun = 0  # the newest task
 
     @property
     def is_done(self) -> bool:
@@ -107,7 +107,6 @@ class Job:
         if operation.piece + 1 == len(self._pieces[operation.task]):
             self.results.append(self._executor.finish(task.key))
             yield Ended(key=task.key)
-            yield from self._resume_update()
 
     def deliver(self, key: TaskKey, wires: Mapping[str, np.ndarray]) -> None:
         """Pass a reply of the server to its task.
@@ -126,36 +125,27 @@ class Job:
         for task in reversed(self._tasks):
             self._executor.abandon(task.key)
 
-    def _resume_update(self) -> Iterator[Sending]:
-        """Send what an update that has begun could not send before its micro-batches had ended.
-
-        With gradient clipping, the server waits for it.
-        """
-        last = len(self._tasks) - 1
-        if self._begun == last and len(self.results) == last > 0:
-            key = self._tasks[last].key
-            for wires in self._executor.advance(key):
-                yield Sending(key=key, wires=wires)
+    def _list_operations(self, in_flight: int) -> Sequence[Operation]:
+        """Return the pieces of a single task, or the operations of a step's schedule."""
+        *parts, last = map(len, self._pieces)
+        if not parts:
+            return [Operation(task=0, piece=piece, name=str(piece)) for piece in range(last)]
+        manifest = self._executor.manifest
+        schedule = make_schedule(
+            parts[0],
+            len(parts),
+            in_flight,
+            update_pieces=last,
+            is_update_early=sends_data_alone(manifest.phase(UPDATE), manifest.party),
+        )
+        return schedule.operations
 
     def _begin(self, number: int) -> None:
         task = self._tasks[number]
         self._executor.begin(
             task.key, data=task.data, seed=self._seed, learning_rate=self._learning_rate
         )
-        self._begun = number
 
 
 def _list_pieces(manifest: PartyManifest, key: TaskKey) -> tuple[frozenset[str], ...]:
     return list_pieces(manifest.phase(key.phase), manifest.party)
-
-
-def _list_operations(
-    pieces: Sequence[Sequence[frozenset[str]]], in_flight: int
-) -> Iterator[Operation]:
-    """Yield the pieces of a single task, or the operations of a step's schedule."""
-    if len(pieces) == 1:
-        for piece in range(len(pieces[0])):
-            yield Operation(task=0, piece=piece, name=str(piece))
-    else:
-        count, last = len(pieces) - 1, len(pieces[-1])
-        yield from make_schedule(len(pieces[0]), count, in_flight, update_pieces=last).operations

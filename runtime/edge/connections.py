@@ -84,6 +84,7 @@ class LimitedConnection(ServerConnection, asyncio.BufferedProtocol):
         self._bytes = 0  # received in total
         self._is_direct = False  # whether bytes are being received into the reader's memory
         self.kept = 0  # bytes of unread messages
+        self._most_kept = KEPT_BYTES
         self._frames = 0  # since the last call of the bucket
         self._fragments = 0  # of the message being received
         self._arriving = self._expect_message()
@@ -187,7 +188,7 @@ class LimitedConnection(ServerConnection, asyncio.BufferedProtocol):
         if self._on_begin is not None:
             self._on_begin()
             self.kept -= len(event.data)
-        if self.kept > KEPT_BYTES:
+        if self.kept > self._most_kept:
             self._pause("kept")
         if event.fin:
             self._fragments = 0
@@ -269,8 +270,13 @@ class LimitedConnection(ServerConnection, asyncio.BufferedProtocol):
     def _take(self, size: int) -> None:
         """Record that the server has read ``size`` bytes, and resume receiving if possible."""
         self.kept -= size
-        if self.kept <= KEPT_BYTES and "kept" in self._pauses:
+        if self.kept <= self._most_kept and "kept" in self._pauses:
             self._resume("kept")
+
+    def read_ahead(self, size: int) -> None:
+        """Let ``size`` bytes more than ``KEPT_BYTES`` wait unread; the largest size counts."""
+        self._most_kept = max(self._most_kept, KEPT_BYTES + size)
+        self._take(0)
 
     def open(self) -> None:
         """Record that the handshake is complete, and set a time limit for showing a token.

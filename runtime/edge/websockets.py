@@ -143,6 +143,13 @@ class Peer:
         except (OSError, WebSocketException) as error:
             raise self._explain(error) from error
 
+    def read_ahead(self, size: int) -> None:
+        """Let a message of ``size`` bytes arrive while the server handles others.
+
+        The client has sent one as large already, so it can make the server keep twice as much.
+        """
+        self._connection.read_ahead(size)
+
     async def wait_closed(self) -> None:
         """Wait until either side has closed the connection."""
         await self._connection.wait_closed()

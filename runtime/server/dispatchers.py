@@ -76,8 +76,9 @@ class Dispatcher:
     with what other sessions' clients wait for; without it, there are no others.
 
     ``registry`` holds the server's sessions.  ``session`` is ``None`` until the client has sent its
-    greeting, and ``refused`` is ``None`` until an error ends the connection.  :meth:`read` may be
-    called at any time.  While any other method runs, nothing else may use the session.
+    greeting, and ``refused`` is ``None`` until an error ends the connection.  ``in_flight`` is how
+    many tasks of a step the client may have open at once.  :meth:`read` may be called at any time.
+    While any other method runs, nothing else may use the session.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Dispatcher:
     ) -> None:
         self.session: Session | None = None
         self.refused: SplitonnxError | None = None
+        self.in_flight = 1
         self.registry = registry
         self._owner = owner
         self._estimates = estimates
@@ -278,8 +280,8 @@ class Dispatcher:
     def _greet(self, hello: Hello) -> Reply:
         assert self.session is not None  # found when the greeting was read
         manifest = self.registry.manifest
-        in_flight = max(1, min(hello.in_flight, self._terms.count_in_flight(manifest)))
-        found = self.session.greet(hello, in_flight)
+        self.in_flight = max(1, min(hello.in_flight, self._terms.count_in_flight(manifest)))
+        found = self.session.greet(hello, self.in_flight)
         self._generation = hello.generation
         return self._protocol.send(
             Welcome(
@@ -292,7 +294,7 @@ class Dispatcher:
                 policy=self._terms.policy,
                 local_steps=self._terms.local_steps,
                 rounds=self._terms.rounds,
-                in_flight=in_flight,
+                in_flight=self.in_flight,
                 wires=self._wires,
             )
         )

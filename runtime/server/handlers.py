@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Literal, TypeVar
@@ -25,20 +25,13 @@ from splitonnx.errors import (
     TaskTooLarge,
     Unauthorized,
 )
-from splitonnx.messages import (
-    REPLACED,
-    Hello,
-    Message,
-    Save,
-    Tensors,
-    is_bye,
-)
+from splitonnx.messages import REPLACED, Hello, Message, Save, Tensors, is_bye
 from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.scheduling.turns import Turns
 from splitonnx.runtime.server.contexts import ServerContext
 from splitonnx.runtime.server.deliveries import pass_on
 from splitonnx.runtime.server.dispatchers import Dispatcher, ReceivedMessage
-from splitonnx.runtime.server.ledgers import Reply
+from splitonnx.runtime.server.ledgers import Reply, list_finished
 from splitonnx.runtime.server.metrics import Part
 from splitonnx.runtime.server.policies.tasks import Delivery
 from splitonnx.runtime.server.reply_senders import ReplySender
@@ -70,10 +63,10 @@ class ConnectionHandler:
         self._metrics = context.metrics
         self._seconds: dict[Part, float] = dict.fromkeys(STEP_PARTS, 0.0)
         self._dispatcher: Dispatcher | None = None
-        # The owner that takes turns; an object of its own if the client has no owner.
-        self._owner: Hashable = object()
+        self._owner: Hashable = object()  # that takes turns; of its own if the client has none
         self._has_message = False  # a message arrived and is not handled yet
         self._delivering: set[asyncio.Task[None]] = set()
+        self._sender = ReplySender(self._send)
 
     async def run(self) -> None:
         """Serve the connection until it ends or the server stops."""
@@ -98,6 +91,7 @@ class ConnectionHandler:
         finally:
             stopping.cancel()
             self._gone.cancel()
+            self._sender.cancel()
             self._metrics.close_connection()
             if self._dispatcher is not None:
                 self._release(self._dispatcher)
@@ -129,7 +123,7 @@ class ConnectionHandler:
         assert dispatcher is not None  # a session's connection has greeted
         with suppress(ConnectionLost):  # the client asks again on its next connection
             async with self._context.lock(delivery.key.session):
-                await self._reply(dispatcher, dispatcher.take(delivery), self._context.storage)
+                await self._reply(dispatcher.take(delivery), self._context.storage)
                 self._note_refusal(dispatcher)
                 if delivery.is_last:
                     self._metrics.count_step(delivery.key.phase)
@@ -138,9 +132,9 @@ class ConnectionHandler:
 
     def _release(self, dispatcher: Dispatcher) -> None:
         dispatcher.end()
-        session = dispatcher.session
-        if session is not None and self._context.holders.get(session.id) is self:
-            del self._context.holders[session.id]
+        session, holders = dispatcher.session, self._context.holders
+        if session is not None and holders.get(session.id) is self:
+            del holders[session.id]
 
     async def _serve(self, stopping: asyncio.Task[Literal[True]]) -> None:
         owner = self._peer.owner
@@ -169,10 +163,13 @@ class ConnectionHandler:
                 return
             self._seconds["receive"] += time.perf_counter() - begun
             await self._handle(dispatcher, content)
+        await self._finish_sending()
 
     async def _receive(self) -> Chunk | bytearray:
         content = await self._peer.receive()
         self._has_message = True
+        if self._dispatcher is not None and self._dispatcher.in_flight > 1:
+            self._peer.read_ahead(len(content))
         return content
 
     async def _next_message(
@@ -194,6 +191,7 @@ class ConnectionHandler:
                 await asyncio.wait((receiving,))
             if not receiving.cancelled():
                 receiving.exception()  # mark the exception as retrieved
+        await self._finish_sending()
         await self._peer.close(RESTART, "the server restarts")
         return None
 
@@ -226,14 +224,13 @@ class ConnectionHandler:
 
     async def _refuse(self, dispatcher: Dispatcher, error: SplitonnxError) -> None:
         """Report an error to the client; the error ends the connection."""
-        await self._reply(dispatcher, dispatcher.refuse(error), self._context.storage)
+        await self._reply(dispatcher.refuse(error), self._context.storage)
         self._note_refusal(dispatcher)
 
     async def _answer(self, dispatcher: Dispatcher, received: ReceivedMessage) -> None:
         """Act on a message as soon as there is memory for its task."""
         session, message = dispatcher.session, received.message
-        done = 0 if session is None else session.tasks_done
-        is_work = isinstance(message, Tensors)
+        done, before = (0, ()) if session is None else (session.tasks_done, session.open_tasks)
         try:
             if session is not None and isinstance(message, Tensors):
                 dispatcher.check_session(message.session)
@@ -243,12 +240,15 @@ class ConnectionHandler:
             return
         begun = time.perf_counter()
         try:
+            is_work = isinstance(message, Tensors)
             turns = self._context.compute if is_work else self._context.storage
-            await self._reply(dispatcher, dispatcher.answer(received), turns)
+            task = message.key if isinstance(message, Tensors) else None
+            await self._reply(dispatcher.answer(received), turns, task)
         finally:  # count the work even if the reply could not be sent
             if session is not None:
                 seconds = time.perf_counter() - begun
-                self._note(message, session, session.tasks_done > done, seconds)
+                number = session.tasks_done - done
+                self._note(message, session, list_finished(message, before, number), seconds)
             self._note_refusal(dispatcher)
 
     async def _enter(self, dispatcher: Dispatcher, received: ReceivedMessage) -> None:
@@ -306,26 +306,30 @@ class ConnectionHandler:
     def _withdraw(turns: Turns, piece: asyncio.Future[_Result], _: object) -> None:
         turns.withdraw(piece)
 
-    async def _reply(self, dispatcher: Dispatcher, replies: Iterator[Reply], turns: Turns) -> None:
+    async def _reply(self, replies: Iterator[Reply], turns: Turns, task: Hashable = None) -> None:
         """Compute all replies, and send each once it is ready and the previous one was sent.
 
         The work does not wait for the client to read, and the task's memory is freed as soon as the
-        work is done.
+        work is done.  The next message waits while more tasks are unread than may be open.
         """
-        sender = ReplySender(self._send)
-        work = partial(self._work_off, replies, sender)
+        dispatcher, work = self._dispatcher, partial(self._work_off, replies, task)
+        assert dispatcher is not None
         try:
             await asyncio.shield(turns.run(self._owner, work))
             self._memory.settle(dispatcher.session)
-            if sender.sending is not None:
+            most = 0 if dispatcher.is_closed or dispatcher.in_flight == 1 else dispatcher.in_flight
+            if self._sender.unsent > most:
                 with self._memory.letting_go(dispatcher.session):
-                    await self._finish_sending(sender.sending)
+                    await self._finish_sending(most)
+        except BaseException:
+            self._sender.cancel()
+            raise
         finally:
-            sender.cancel()
             self._memory.settle(dispatcher.session)
 
-    async def _finish_sending(self, sending: asyncio.Task[None]) -> None:
-        """Wait until replies are read; only briefly if the server stops, not at all if it halts."""
+    async def _finish_sending(self, most: int = 0) -> None:
+        """Wait until replies of ``most`` tasks are unread; not for long if the server stops."""
+        sending = asyncio.create_task(self._sender.wait(most))
         await asyncio.wait((sending, self._stopping), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done():
             await self._context.wait_unless_halted(sending, SEND_GRACE)
@@ -348,20 +352,23 @@ class ConnectionHandler:
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 
-    def _work_off(self, replies: Iterator[Reply], sender: ReplySender) -> None:
+    def _work_off(self, replies: Iterator[Reply], task: Hashable) -> None:
         """Compute all replies in a thread; each is sent as soon as it is ready."""
         begun = time.perf_counter()
         try:
             for reply in replies:
-                self._loop.call_soon_threadsafe(sender.put, reply)
+                self._loop.call_soon_threadsafe(self._sender.put, reply, task)
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 
-    def _note(self, message: Message, session: Session, is_done: bool, seconds: float) -> None:
-        """Update the metrics after a message."""
+    def _note(
+        self, message: Message, session: Session, finished: Sequence[str], seconds: float
+    ) -> None:
+        """Update the metrics after a message; ``finished`` are the phases of the ended tasks."""
+        for phase in finished:
+            self._metrics.count_step(phase)
         match message:
-            case Tensors(phase=phase) if is_done:
-                self._metrics.count_step(phase)
+            case Tensors() if finished:
                 for part in STEP_PARTS:
                     self._metrics.observe(part, self._seconds[part])
                     self._seconds[part] = 0.0
@@ -372,8 +379,7 @@ class ConnectionHandler:
                 self._metrics.count_checkpoint("saved" if session.is_saved else "failed")
 
     def _note_refusal(self, dispatcher: Dispatcher) -> None:
-        error = dispatcher.refused
-        if error is not None:
+        if (error := dispatcher.refused) is not None:
             self._metrics.count_refusal(type(error).__name__)
             self._log(logging.WARNING, "refused", error)
 

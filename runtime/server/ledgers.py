@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from splitonnx.codecs import Chunk
 from splitonnx.errors import RemoteProtocolError, StepConflict
-from splitonnx.messages import Hello, TaskKey, Tensors
+from splitonnx.messages import Hello, Message, TaskKey, Tensors
+from splitonnx.names import STEP_PHASES
 
 Reply = list[Chunk]
 
@@ -316,3 +317,17 @@ def _compare(turns: list[_Turn], step: int, turn: int, fingerprint: Fingerprint)
 
 def _are_same(turn: _Turn, fingerprint: Fingerprint) -> bool:
     return turn.fingerprint.take() == fingerprint.take()
+
+
+def list_finished(message: Message, before: Sequence[TaskKey], number: int) -> tuple[str, ...]:
+    """Return the phases of the ``number`` tasks that a message finished.
+
+    ``before`` are the tasks of the step that were open before the message.  A message may finish
+    the tasks after its own, too, if they waited for it.
+    """
+    if not isinstance(message, Tensors):
+        return ()
+    if message.phase not in STEP_PHASES:
+        return (message.phase,) * number
+    keys = dict.fromkeys((*before, message.key))  # in the order in which they end
+    return tuple(key.phase for key in keys)[:number]

@@ -1,10 +1,10 @@
-"""A queue that sends the replies to a message in order while later replies are being computed."""
+"""A queue that sends a connection's replies in order while later replies are being computed."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any
 
 from splitonnx.runtime.server.ledgers import Reply
@@ -14,33 +14,58 @@ class ReplySender:
     """A queue of replies that are sent in order with the function ``send``.
 
     Use the queue from one event loop only.  If a reply cannot be sent, all later replies are
-    dropped, and the asyncio task :attr:`sending` ends with the error.
+    dropped, and :meth:`wait` raises the error.
     """
 
     def __init__(self, send: Callable[[Reply], Coroutine[Any, Any, None]]) -> None:
-        self.sending: asyncio.Task[None] | None = None
-        """The task that sends all replies so far; ``None`` before the first reply."""
         self._send = send
-        self._waiting: deque[Reply] = deque()
+        self._sending: asyncio.Task[None] | None = None
+        self._unsent: deque[tuple[Reply, Hashable]] = deque()  # the first one is being sent
+        self._progress = asyncio.Event()  # set once a reply was sent, and replaced then
         self._is_over = False
 
-    def put(self, reply: Reply) -> None:
-        """Add a reply, which is sent as soon as all earlier replies have been sent."""
+    @property
+    def unsent(self) -> int:
+        """Return of how many tasks there are replies that were not sent whole yet."""
+        return len({task for _, task in self._unsent})
+
+    def put(self, reply: Reply, task: Hashable = None) -> None:
+        """Add a task's reply, which is sent as soon as all earlier replies have been sent."""
         if self._is_over:
             return
-        self._waiting.append(reply)
-        if self.sending is None or (self.sending.done() and not self._has_failed(self.sending)):
-            self.sending = asyncio.create_task(self._send_waiting())
+        self._unsent.append((reply, task))
+        if self._sending is None or (self._sending.done() and not self._has_failed(self._sending)):
+            self._sending = asyncio.create_task(self._send_all())
+
+    async def wait(self, most: int = 0) -> None:
+        """Wait until there are unsent replies of at most ``most`` tasks.
+
+        Raises:
+            ConnectionLost: as raised by ``send``.
+        """
+        while self.unsent > most and self._sending is not None:
+            if self._sending.done():
+                self._sending.result()
+            await self._progress.wait()
 
     def cancel(self) -> None:
         """Stop sending, drop the replies that have not been sent, and ignore any earlier error."""
         self._is_over = True
-        if self.sending is not None and not self.sending.cancel():
-            self._has_failed(self.sending)  # otherwise asyncio would report the error as unread
+        if self._sending is not None and not self._sending.cancel():
+            self._has_failed(self._sending)  # otherwise asyncio would report the error as unread
 
-    async def _send_waiting(self) -> None:
-        while self._waiting:
-            await self._send(self._waiting.popleft())
+    async def _send_all(self) -> None:
+        try:
+            while self._unsent:
+                await self._send(self._unsent[0][0])
+                self._unsent.popleft()
+                self._note_progress()
+        finally:
+            asyncio.get_running_loop().call_soon(self._note_progress)  # when this task is done
+
+    def _note_progress(self) -> None:
+        self._progress.set()
+        self._progress = asyncio.Event()
 
     @staticmethod
     def _has_failed(sending: asyncio.Task[None]) -> bool:

@@ -3,9 +3,9 @@
 Two trainings, vanilla and U-shaped, each once without faults and once through a proxy that cuts,
 while both processes are killed and started again.  With ``--clients`` and ``--policy``, several
 clients train one model instead, U-shaped, each through a proxy of its own.  With ``--wire``, what
-crosses the cut is encoded.  Exit code 1 where a bit
-differs, a training hangs, or it went through fewer faults than asked for; the folder with bundles
-and logs is then kept.
+crosses the cut is encoded; with ``--micro-batches``, steps have several in flight.  Exit code 1
+where a bit differs, a training hangs, or it went through fewer faults than asked for; the folder
+with bundles and logs is then kept.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=1, help="that train one model together")
     parser.add_argument("--policy", choices=POLICIES, default=PER_CLIENT, help="of the server")
     parser.add_argument("--wire", default="fp32", help="the codecs of what crosses the cut")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of each step, in flight")
     parser.add_argument("--folder", type=Path, help="where to work; it must not exist yet")
     options = parser.parse_args()
     if (options.policy == PER_CLIENT) != (options.clients == 1):
@@ -45,7 +46,10 @@ def main() -> int:
     print(f"seed {seed}, in {folder}", flush=True)
     start = time.monotonic()
     listed = _choose(options.policy, options.clients)
-    chosen = tuple(replace(scenario, wire=options.wire) for scenario in listed)
+    chosen = tuple(
+        replace(scenario, wire=options.wire, micro_batches=options.micro_batches)
+        for scenario in listed
+    )
     share = len(chosen)
     quota = Quota(cuts=-(-options.cuts // share), kills=-(-options.kills // share))
     outcomes = []

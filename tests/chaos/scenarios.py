@@ -57,7 +57,8 @@ class Scenario:
     """A way to cut the network; both parts hold BatchNormalization and a Dropout that is on.
 
     With another ``policy`` than ``per-client``, ``clients`` train one model together.  ``wire`` are
-    the codecs of what crosses the cut.
+    the codecs of what crosses the cut, and each step has ``micro_batches``, some of them in flight
+    at once.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Scenario:
     clients: int = 1
     policy: str = PER_CLIENT
     wire: str = "fp32"
+    micro_batches: int = 1
 
     @property
     def joins(self) -> bool:
@@ -181,6 +183,7 @@ def train_command(scenario: Scenario, bundle: Path, name: str, port: int, steps:
         "--data", str(folder / f"{name}.npz"), "--eval-data", str(folder / "test.npz"),
         "--epochs", str(epochs),
         "--batch-size", str(BATCH), "--seed", str(SEED),
+        "--micro-batches", str(scenario.micro_batches),
         *(["--share"] if scenario.joins else ()),
     ]  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import uuid
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -15,7 +16,11 @@ from contextlib import ExitStack, suppress
 import numpy as np
 import pytest
 
-from tests.support.arenas import MIB, Arena, Attacker, expect_undisturbed, many_files
+from splitonnx.messages import Hello, Tensors, encode_message
+from splitonnx.micro_batches import MICRO_BATCH_WEIGHT as WEIGHT
+from splitonnx.micro_batches import MOST_IN_FLIGHT
+from splitonnx.runtime.wire.protocols import list_wires
+from tests.support.arenas import FORWARD, MIB, Arena, Attacker, expect_undisturbed, many_files
 from tests.support.echoes import (
     BINARY,
     CONT,
@@ -167,6 +172,46 @@ def test_a_flood_of_pings_leaves_the_others_their_share(arena: Arena) -> None:
         shake(connection, f"Authorization: Bearer {arena.tokens['eve']}")
         connection.sendall(frame(b"", PING) * 2000)
         arena.expect_progress()
+
+
+def test_a_client_that_reads_no_reply_is_not_worked_for_however_much_it_may_have_open(
+    arena: Arena,
+) -> None:
+    """It sends one micro-batch after the other, all of them as they should be."""
+    rows, number = 4096, 2000
+    manifest = arena.bundle.client.manifest
+    session = uuid.uuid4().hex
+    hello = Hello(
+        digest=manifest.digest, session=session, step=0, in_flight=2**62, wires=list_wires(manifest)
+    )
+    forward = {FORWARD: np.zeros((rows, 7), np.float32), WEIGHT: np.array(0, np.float32)}
+    backward = {"act3@client_grad": np.zeros((rows, 6), np.float32)}
+    arena.forget_peak()
+    before = arena.resident_mib
+    sent = 0
+    with dial(arena.port) as connection:
+        shake(connection, f"Authorization: Bearer {arena.tokens['eve']}")
+        connection.sendall(frame(b"".join(encode_message(hello))))
+        connection.settimeout(2.0)
+        with suppress(TimeoutError):
+            for micro_batch in range(number):
+                for turn, wires in enumerate((forward, backward)):
+                    message = Tensors(
+                        session=session,
+                        phase="accumulate",
+                        step=0,
+                        micro_batch=micro_batch,
+                        turn=turn,
+                        seed=0,
+                        learning_rate=0.0,
+                    )
+                    connection.sendall(frame(b"".join(encode_message(message, wires))))
+                    sent += 1
+        grown = arena.peak_mib - before
+        arena.expect_progress()
+    print(f"{sent} messages of 100 KiB unread: server's memory {before:.0f} MiB, {grown:+.1f} MiB")
+    assert 2 * MOST_IN_FLIGHT < sent < 2 * number
+    assert grown < 64
 
 
 def test_random_bytes_break_nothing(arena: Arena) -> None:

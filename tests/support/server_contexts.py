@@ -24,7 +24,7 @@ def open_context(bundle: Bundle) -> Iterator[ServerContext]:
         registry=Registry(Executor(bundle.server, Engine(threads=1))),
         compute=compute,
         storage=storage,
-        metrics=Metrics(["train"]),
+        metrics=Metrics([phase.name for phase in bundle.server.manifest.phases]),
         stop=asyncio.Event(),
     )
     compute.close()

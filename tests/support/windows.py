@@ -11,10 +11,12 @@ import numpy as np
 from splitonnx.messages import Fault, Hello, TaskKey, Tensors, Welcome
 from splitonnx.micro_batches import MICRO_BATCH_WEIGHT, MICRO_BATCHES, split_batch
 from splitonnx.names import ACCUMULATE, CLIENT, UPDATE
+from splitonnx.runtime.channels.websockets import connect
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.dispatchers import Dispatcher
 from splitonnx.runtime.server.registries import Registry
 from splitonnx.runtime.wire.protocols import Protocol, list_wires
+from splitonnx.runtime.wire.transports import Transport
 
 RATE, SEED = 0.05, 11
 Arrays = Mapping[str, np.ndarray]
@@ -38,7 +40,11 @@ class WindowedClient:
     """
 
     def __init__(
-        self, registry: Registry, executor: Executor, in_flight: int, session: str = "a" * 32
+        self,
+        registry: Registry | None,
+        executor: Executor,
+        in_flight: int,
+        session: str = "a" * 32,
     ) -> None:
         self.executor = executor
         self.open: dict[TaskKey, Sent] = {}
@@ -112,10 +118,8 @@ class WindowedClient:
 
     def connect(self) -> None:
         """Connect again, when what was under way is lost, and send all open tasks' messages."""
-        if self.dispatcher is not None:
-            self.dispatcher.end()
+        self._dial()
         self._generation += 1
-        self.dispatcher = Dispatcher(self._registry)
         self._protocol = Protocol(self.executor.manifest, CLIENT)
         hello = Hello(
             digest=self.executor.manifest.digest,
@@ -128,8 +132,7 @@ class WindowedClient:
             in_flight=self._in_flight,
             wires=list_wires(self.executor.manifest),
         )
-        (reply,) = self.dispatcher.handle(b"".join(self._protocol.send(hello)))
-        welcome, _ = self._protocol.receive(b"".join(reply))
+        welcome, _ = self._protocol.receive(self._ask(b"".join(self._protocol.send(hello))))
         assert isinstance(welcome, Welcome), welcome
         assert (welcome.step, welcome.wants_repeat) == (self.executor.step, False)
         self.welcome = welcome
@@ -141,6 +144,17 @@ class WindowedClient:
             task.due = 0
         for key, turn in self._order:
             self.up.append(self._encode(*self.open[key].messages[turn]))
+
+    def _dial(self) -> None:
+        assert self._registry is not None
+        if self.dispatcher is not None:
+            self.dispatcher.end()
+        self.dispatcher = Dispatcher(self._registry)
+
+    def _ask(self, content: bytes) -> bytes:
+        assert self.dispatcher is not None
+        (reply,) = self.dispatcher.handle(content)
+        return b"".join(reply)
 
     def refused(self, message: Tensors, wires: Arrays) -> Fault:
         """Say something that the server refuses."""
@@ -178,6 +192,37 @@ class WindowedClient:
 
     def _encode(self, message: Tensors, wires: Arrays) -> bytes:
         return b"".join(self._protocol.send(message, wires))
+
+
+class SocketClient(WindowedClient):
+    """The same over websockets: what is moved up is sent, and a move down waits for a reply."""
+
+    def __init__(self, url: str, executor: Executor, in_flight: int, session: str) -> None:
+        self._url = url
+        self._transport: Transport | None = None
+        super().__init__(None, executor, in_flight, session)
+
+    def handle_up(self) -> None:
+        assert self._transport is not None
+        self._transport.send([self.up.popleft()])
+
+    def handle_down(self) -> None:
+        assert self._transport is not None
+        self.down.append(bytes(self._transport.receive()))
+        super().handle_down()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def _dial(self) -> None:
+        self.close()
+        self._transport = connect(self._url)
+
+    def _ask(self, content: bytes) -> bytes:
+        assert self._transport is not None
+        self._transport.send([content])
+        return bytes(self._transport.receive())
 
 
 def make_message(key: TaskKey, turn: int) -> Tensors:

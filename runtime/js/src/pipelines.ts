@@ -28,20 +28,20 @@ export interface Operation {
  *
  * A task begins as soon as that permits it; the update, when all messages of micro-batches were sent.
  * Otherwise, the next piece runs of the task whose message was sent first, as the server answers in
- * that order.
+ * that order.  `isUpdateEarly` means that the server can be asked for the update while the client
+ * still computes gradients, as it needs nothing of them.
  */
 export function makeSchedule(
   pieces: number,
   microBatches: number,
   inFlight: number,
-  updatePieces = 2,
+  { updatePieces = 2, isUpdateEarly = true } = {},
 ): Operation[] {
   const operations: Operation[] = [];
   const waiting: Operation[] = []; // the next piece of each unfinished task
   for (let begun = 0; begun <= microBatches || waiting.length; ) {
-    const mayBegin =
-      begun < microBatches ||
-      (begun === microBatches && waiting.every(({ piece }) => piece === pieces - 1));
+    const isSent = waiting.every(({ piece }) => isUpdateEarly && piece === pieces - 1);
+    const mayBegin = begun < microBatches || (begun === microBatches && isSent);
     const begins = mayBegin && waiting.length < inFlight;
     const { task, piece } = begins ? { task: begun++, piece: 0 } : waiting.shift()!;
     operations.push({ task, piece });
@@ -55,13 +55,13 @@ export function makeSchedule(
  * Write a schedule as text: `F3` is the first piece of micro-batch 3, `B3` its last one, and `T3` a
  * piece between them (`T1.3` and `T2.3` if there are several); `U` begins the update, and `E` ends it.
  */
-export function spellSchedule(operations: readonly Operation[], pieces: number): string {
+export function spellSchedule(operations: readonly Operation[]): string {
   const last = Math.max(...operations.map(({ task }) => task));
   const words = operations.map(({ task, piece }) => {
-    if (task === last) return piece ? "E" : "U";
-    if (!piece) return `F${task}`;
-    if (piece === pieces - 1) return `B${task}`;
-    return pieces === 3 ? `T${task}` : `T${piece}.${task}`;
+    const count = operations.filter((one) => one.task === task).length;
+    if (!piece) return task === last ? "U" : `F${task}`;
+    if (piece === count - 1) return task === last ? "E" : `B${task}`;
+    return count === 3 ? `T${task}` : `T${piece}.${task}`;
   });
   return words.join(" ");
 }
@@ -104,4 +104,10 @@ export function listPieces(phase: Phase, party: string): readonly (readonly stri
   if (unread.length && pieces.length === 1) pieces.push(unread);
   else pieces.at(-1)!.push(...unread);
   return pieces;
+}
+
+/** Check whether a party sends nothing in a phase that its stages compute. */
+export function sendsDataAlone(phase: Phase, party: string): boolean {
+  const sent = phase.wires.filter(({ sender }) => sender === party);
+  return sent.every(({ tensor }) => phase.data.some(({ name }) => name === tensor.name));
 }

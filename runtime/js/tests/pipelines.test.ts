@@ -22,9 +22,7 @@ import type { NdArray, NdArrays } from "../src/tensors.js";
 import { RUNTIMES, SESSION_OPTIONS, VECTORS, makeArray, sameBytes } from "./fixtures.js";
 
 describe("a schedule", () => {
-  const spell = (pieces: number, count: number, inFlight: number, update?: number) => {
-    return spellSchedule(makeSchedule(pieces, count, inFlight, update), pieces);
-  };
+  const spell = (...given: Parameters<typeof makeSchedule>) => spellSchedule(makeSchedule(...given));
 
   test("of one task in flight is the unpipelined step", () => {
     assert.equal(spell(2, 3, 1), "F0 B0 F1 B1 F2 B2 U E");
@@ -36,7 +34,15 @@ describe("a schedule", () => {
     assert.equal(spell(3, 3, 2), "F0 F1 T0 T1 B0 F2 B1 T2 U B2 E");
     assert.equal(spell(2, 2, 16), "F0 F1 U B0 B1 E");
     assert.equal(spell(5, 1, 2), "F0 T1.0 T2.0 T3.0 U B0 E");
-    assert.equal(spell(2, 2, 2, 1), "F0 F1 B0 U B1");
+    assert.equal(spell(2, 5, 3), "F0 F1 F2 B0 F3 B1 F4 B2 U B3 B4 E");
+    assert.equal(spell(4, 2, 2), "F0 F1 T1.0 T1.1 T2.0 T2.1 B0 U B1 E");
+    assert.equal(spell(1, 2, 3), "F0 F1 U E");
+    assert.equal(spell(1, 2, 1, { updatePieces: 1 }), "F0 F1 U");
+  });
+
+  test("begins an update that needs what the client computed after that", () => {
+    const late = { updatePieces: 3, isUpdateEarly: false };
+    assert.equal(spell(2, 3, 2, late), "F0 F1 B0 F2 B1 B2 U T3 E");
   });
 
   test("has each piece once, in order within its task, and never too many in flight", () => {

@@ -95,7 +95,7 @@ def run_step(job: Job, server: Executor) -> None:
                     server.finish(unfinished.pop(0))
 
 
-def test_an_update_that_began_early_sends_its_norm_once_the_micro_batches_have_ended() -> None:
+def test_a_step_with_clipping_ends_the_same_however_many_tasks_are_in_flight() -> None:
     entry = ZOO["convolutions"]
     bundle = cut(entry.build(), at="r1", loss=entry.loss, optimizer=SGD(clip_norm=0.01))
     assert bundle.server is not None

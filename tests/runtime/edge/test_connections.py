@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import queue
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +13,7 @@ from splitonnx.runtime.edge import connections
 from splitonnx.runtime.edge.connections import MAX_FRAGMENTS
 from splitonnx.runtime.edge.http import Refusal
 from splitonnx.runtime.edge.rate_limits import Timers
+from splitonnx.runtime.edge.websockets import Peer
 from splitonnx.runtime.limits import Limits
 from tests.support.echoes import (
     BINARY,
@@ -200,6 +203,40 @@ def test_large_messages_that_wait_to_be_read_stop_the_reading(
         assert [len(transport.receive()) for _ in sizes] == sizes
         transport.close()
     assert echo.refusals.empty()
+
+
+class Late(Echo):
+    """Says which bytes are unread once it reads no more, with and without reading ahead."""
+
+    def __init__(self, ahead: int) -> None:
+        super().__init__()
+        self.kept: queue.Queue[int] = queue.Queue()
+        self._ahead = ahead
+
+    async def _serve(self, peer: Peer) -> None:
+        connection = peer._connection
+        peer.read_ahead(self._ahead)
+        await peer.receive()
+        while "kept" not in connection._pauses:
+            await asyncio.sleep(0)
+        self.kept.put(connection.kept)
+        await super()._serve(peer)
+
+
+@pytest.mark.parametrize("ahead", [0, 5 << 20])
+def test_a_message_may_arrive_while_others_are_handled(
+    monkeypatch: pytest.MonkeyPatch, ahead: int
+) -> None:
+    monkeypatch.setattr(connections, "KEPT_BYTES", 1000)
+    echo = Late(ahead)
+    with echo:
+        transport = connect(echo.url)
+        for _ in range(4):
+            transport.send([bytes(3 << 20)])
+        kept = echo.kept.get(timeout=PATIENCE)
+        assert ahead + 1000 < kept < ahead + (2 << 20)
+        assert [len(transport.receive()) for _ in range(3)] == [3 << 20] * 3
+        transport.close()
 
 
 def test_a_large_frame_that_trickles_is_cut_off() -> None:

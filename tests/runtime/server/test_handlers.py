@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import cast
 
+import msgspec
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -219,3 +220,74 @@ def test_a_server_that_halts_does_not_wait_for_a_reply_to_be_read(
 
     asyncio.run(train())
     assert count_steps(context.metrics) == 1
+
+
+class Pipelining(LimitedConnection):
+    """A client that sends micro-batches, and reads replies only as it is ``allowed``.
+
+    ``asked`` is how often the server has asked for the next message.
+    """
+
+    def __init__(self, bundle: Bundle, *, in_flight: int, number: int) -> None:
+        super().__init__(bundle, hears=number + 1)
+        hello = self._says[0][0]
+        self._says = [
+            (msgspec.structs.replace(cast("Hello", hello), in_flight=in_flight), None),
+            *[(make_micro_batch(n), make_wires()) for n in range(number)],
+        ]
+        self.allowed = asyncio.Semaphore(1)  # the welcome
+        self.asked = 0
+        self.ahead: list[int] = []
+
+    async def receive(self) -> bytes:
+        self.asked += 1
+        return await super().receive()
+
+    async def send(self, chunks: Sequence[Chunk]) -> None:
+        await self.allowed.acquire()
+        await super().send(chunks)
+
+    def read_ahead(self, size: int) -> None:
+        self.ahead.append(size)
+
+
+def make_micro_batch(number: int) -> Tensors:
+    return msgspec.structs.replace(make_task(0), phase="accumulate", micro_batch=number)
+
+
+def make_wires() -> dict[str, np.ndarray]:
+    return {
+        "act1@server": np.ones((2, 7), np.float32),
+        "labels@server": np.zeros(2, np.int64),
+        "splitonnx.weight": np.array(0.5, np.float32),
+    }
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_a_client_may_leave_as_many_tasks_unread_as_it_may_have_open(
+    in_flight: int,
+) -> None:
+    bundle = cut(ZOO["chain"].build(), at="act1")
+    number = 5
+
+    async def train(context: ServerContext) -> None:
+        peer = Pipelining(bundle, in_flight=in_flight, number=number)
+        serving = asyncio.create_task(ConnectionHandler(context, cast("Peer", peer)).run())
+        first = 1 if in_flight == 1 else in_flight + 1
+        for done in range(first, number + 1):
+            while sum(session.tasks_done for session in context.registry.sessions) < done:
+                assert not serving.done(), serving.result()
+                await asyncio.sleep(0)
+            for _ in range(50):  # it would ask for the next message at once
+                await asyncio.sleep(0)
+            assert peer.asked == 1 + done
+            peer.allowed.release()
+        for _ in range(number):
+            peer.allowed.release()
+        await asyncio.wait_for(serving, PATIENCE)
+        assert peer.left == 0
+        assert count_steps(context.metrics) == number
+        assert len(peer.ahead) == (number if in_flight > 1 else 0)
+
+    with open_context(bundle) as context:
+        asyncio.run(train(context))

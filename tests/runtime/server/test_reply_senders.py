@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from splitonnx.errors import ConnectionLost
 from splitonnx.runtime.server.ledgers import Reply
 from splitonnx.runtime.server.reply_senders import ReplySender
@@ -33,7 +35,7 @@ def test_replies_leave_in_their_order_and_each_once_the_one_before_is_taken() ->
     async def run() -> None:
         reader = Reader()
         sender = ReplySender(reader.send)
-        assert sender.sending is None
+        await sender.wait()  # there is nothing to send
         sender.put([b"first"])
         sender.put([b"second"])
         await settle()
@@ -41,12 +43,12 @@ def test_replies_leave_in_their_order_and_each_once_the_one_before_is_taken() ->
         reader.may_take.release()
         await settle()
         assert reader.taken == [[b"first"]]
+        assert sender.unsent == 1
         reader.may_take.release()
-        assert sender.sending is not None
-        await sender.sending
+        await sender.wait()
         sender.put([b"third"])  # after all were sent
         reader.may_take.release()
-        await sender.sending
+        await sender.wait()
         assert reader.taken == [[b"first"], [b"second"], [b"third"]]
 
     asyncio.run(run())
@@ -64,8 +66,8 @@ def test_after_a_reply_that_cannot_be_sent_none_is_tried_and_the_error_is_kept()
         reader.may_take.release()
         await settle()
         assert reader.taken == [[b"first"]]
-        assert sender.sending is not None
-        assert isinstance(sender.sending.exception(), ConnectionLost)
+        with pytest.raises(ConnectionLost):
+            await sender.wait()
 
     asyncio.run(run())
 
@@ -76,12 +78,46 @@ def test_what_comes_after_the_end_is_not_sent() -> None:
         sender = ReplySender(reader.send)
         sender.put([b"first"])
         reader.may_take.release()
-        assert sender.sending is not None
-        await sender.sending
+        await sender.wait()
         sender.cancel()
         sender.put([b"late"])  # a thread went on to its end
         reader.may_take.release()
         await settle()
         assert reader.taken == [[b"first"]]
+
+    asyncio.run(run())
+
+
+def test_who_may_leave_some_tasks_unread_waits_for_the_others_alone() -> None:
+    async def run() -> None:
+        reader = Reader()
+        sender = ReplySender(reader.send)
+        for content in (b"first", b"first again", b"second", b"third"):
+            sender.put([content], content[:5])
+        await sender.wait(3)
+        waiting = asyncio.create_task(sender.wait(1))
+        reader.may_take.release()
+        await settle()
+        assert (sender.unsent, waiting.done()) == (3, False)
+        reader.may_take.release()
+        await settle()
+        assert (sender.unsent, waiting.done()) == (2, False)
+        reader.may_take.release()
+        await settle()
+        assert (sender.unsent, waiting.done()) == (1, True)
+
+    asyncio.run(run())
+
+
+def test_who_waits_is_told_that_a_reply_cannot_be_sent() -> None:
+    async def run() -> None:
+        reader = Reader(gone_after=0)
+        sender = ReplySender(reader.send)
+        sender.put([b"first"])
+        waiting = asyncio.create_task(sender.wait())
+        await settle()
+        reader.may_take.release()
+        with pytest.raises(ConnectionLost):
+            await waiting
 
     asyncio.run(run())

@@ -8,10 +8,10 @@
 import type { TaskWires } from "../channels/exchange_events.js";
 import type { Executor } from "../engine/executors.js";
 import { RemoteProtocolError } from "../errors.js";
-import { findPhase } from "../manifests.js";
+import { UPDATE, findPhase } from "../manifests.js";
 import { describeTask, nameTask } from "../messages.js";
 import type { TaskKey } from "../messages.js";
-import { listPieces, makeSchedule } from "../pipelines.js";
+import { listPieces, makeSchedule, sendsDataAlone } from "../pipelines.js";
 import type { Operation } from "../pipelines.js";
 import type { NdArrays } from "../tensors.js";
 
@@ -42,7 +42,6 @@ export class Job {
   readonly #pieces: readonly (readonly (readonly string[])[])[];
   readonly #operations: Operation[];
   readonly #received: readonly Set<string>[];
-  #begun = 0;
 
   constructor(executor: Executor, tasks: readonly PlannedTask[], options: JobOptions) {
     const { manifest } = executor;
@@ -58,7 +57,10 @@ export class Job {
     this.#operations =
       tasks.length === 1
         ? first.map((_, piece) => ({ task: 0, piece }))
-        : makeSchedule(first.length, tasks.length - 1, options.inFlight, last.length);
+        : makeSchedule(first.length, tasks.length - 1, options.inFlight, {
+            updatePieces: last.length,
+            isUpdateEarly: sendsDataAlone(findPhase(manifest, UPDATE), manifest.party),
+          });
   }
 
   /** Whether every task has ended. */
@@ -94,15 +96,10 @@ export class Job {
     const planned = this.#tasks[task]!;
     const { key } = planned;
     if (task && !piece) await this.#begin(planned);
-    this.#begun = Math.max(this.#begun, task + 1);
     for await (const wires of this.#executor.advance(key)) yield { key, wires };
     if (piece + 1 < this.#pieces[task]!.length) return;
     this.results.push(this.#executor.finish(key));
     yield { key };
-    const { length } = this.#tasks;
-    if (this.#begun < length || this.results.length !== length - 1) return;
-    const last = this.#tasks.at(-1)!.key; // an update that had begun waited for this
-    for await (const wires of this.#executor.advance(last)) yield { key: last, wires };
   }
 
   /**
