@@ -208,18 +208,17 @@ def write_model(folder: Path, name: str) -> list[str]:
 def write_clipped(folder: Path) -> str:
     """Cut one model U-shaped with gradient clipping, train it whole in steps of micro-batches."""
     entry, name = ZOO["convolutions"], "clipped-accumulated"
-    bundle, whole = (
-        cut(
-            entry.build(),
-            at=at,
-            tail_at=tail,
-            loss=entry.loss,
-            optimizer=Adam(clip_norm=0.1),
-            client_target=target,
-            server_target="portable",
-        )
-        for at, tail, target in (("r1", "flat", PORTABLE), (None, (), TRAINING))
+    prepared = prepare(open_model(entry.build()))
+    bundle = cut_prepared(
+        prepared,
+        at="r1",
+        tail_at="flat",
+        loss=entry.loss,
+        optimizer=Adam(clip_norm=0.1),
+        client_target="portable",
+        server_target="portable",
     )
+    whole = cut_prepared(prepared, at=None, loss=entry.loss, optimizer=Adam(clip_norm=0.1))
     data = entry.data(SAMPLES)
     write(folder / name, bundle, data, train_whole(whole, data, accumulate=MICRO_BATCHES))
     return name

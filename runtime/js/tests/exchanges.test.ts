@@ -1,23 +1,21 @@
 /** The client's side of a session as an event machine: no connection, no clock, no waiting. */
 
 import assert from "node:assert/strict";
-import { readFileSync } from "node:fs";
 import { join } from "node:path";
 import { before, beforeEach, describe, test } from "node:test";
 
 import { loadBundle } from "../src/bundles.js";
 import { Exchange } from "../src/channels/exchanges.js";
 import type { ExchangeOptions } from "../src/channels/exchanges.js";
-import { spell } from "../src/decoders.js";
-import { ConnectionLost, LocalProtocolError, SessionLost, StaleConnection } from "../src/errors.js";
-import { ACCUMULATE, TRAIN, UPDATE, decodeManifest, findPhase } from "../src/manifests.js";
+import { ConnectionLost, LocalProtocolError, StaleConnection } from "../src/errors.js";
+import { ACCUMULATE, TRAIN, UPDATE, findPhase } from "../src/manifests.js";
 import type { PartyManifest } from "../src/manifests.js";
 import { REPLACED, decodeMessage, encodeMessage } from "../src/messages.js";
 import type { Message, MessageOf, TaskKey, TensorsMessage } from "../src/messages.js";
 import { openFolder } from "../src/node.js";
 import type { NdArrays } from "../src/tensors.js";
 import { listWires } from "../src/wire/protocols.js";
-import { VECTORS, makeArray, readVectors } from "./fixtures.js";
+import { VECTORS, makeArray } from "./fixtures.js";
 
 const SESSION = "s";
 const LOST = new ConnectionLost("the server", "cut");
@@ -62,7 +60,7 @@ function fill(phase: string, ...names: string[]): NdArrays {
   );
 }
 
-/** Take the effects, with what is transmitted as messages; describe each by its kind, and a task's turn. */
+/** Take the effects; describe each by its kind, and a message of a task by micro-batch and turn. */
 function hear(): string[] {
   return exchange.takeEffects().map((effect) => {
     if (effect.type !== "Transmit") return effect.type;
@@ -170,7 +168,7 @@ describe("several tasks of a step", () => {
     assert.deepEqual(learn(), ["0", "1", "0"]);
     hear();
     const { microBatch, isOpen, canRepeat } = cut();
-    assert.deepEqual({ microBatch, isOpen, canRepeat }, { microBatch: 1, isOpen: true, canRepeat: true });
+    assert.deepEqual([microBatch, isOpen, canRepeat], [1, true, true]);
     welcome();
     assert.deepEqual(hear(), ["1:0", "2:0", "1:1", "3:0"]);
     answer(name(1), 0, "flat@client"); // again
@@ -207,17 +205,6 @@ describe("several tasks of a step", () => {
     assert.equal(cut().microBatch, 0);
   });
 
-  test("begin again where another server permits fewer at once", () => {
-    open(3);
-    for (const number of [0, 1]) begin(name(number));
-    hear();
-    cut();
-    welcome({ inFlight: 1 });
-    assert.deepEqual(learn(), ["StepRestarted"]);
-    assert.deepEqual(hear(), []);
-    assert.equal(exchange.inFlight, 1);
-  });
-
   test("are as many as both sides permit", () => {
     open(5, { inFlight: 3 });
     assert.equal(exchange.inFlight, 3);
@@ -242,11 +229,11 @@ describe("several tasks of a step", () => {
   });
 
   test("take no reply of another task, and none that came before", () => {
-    for (const reply of [() => answer(name(1), 0, "flat@client"), () => answer(name(0), 1, "flat@client")]) {
+    for (const [task, turn] of [[1, 0], [0, 1]] as const) {
       exchange = make();
       open(2);
       begin(name(0));
-      reply();
+      answer(name(task), turn, "flat@client");
       assert.deepEqual(learn(), ["RemoteProtocolError"]);
     }
   });
@@ -293,41 +280,6 @@ describe("the last task", () => {
     assert.ok(!cut().canRepeat);
   });
 
-  test("that is not there cannot be asked for", () => {
-    open(1);
-    cut();
-    welcome({ wantsRepeat: true });
-    assert.deepEqual(learn(), ["RemoteProtocolError"]);
-  });
-});
-
-test("a save goes out again after a cut, and its answer comes once", () => {
-  open(1);
-  exchange.save(0, { publish: false, keep: true });
-  assert.deepEqual(hear(), ["Save"]);
-  cut();
-  welcome();
-  assert.deepEqual(hear(), ["Save"]);
-  say({ type: "Saved", session: SESSION, step: 0, keep: false });
-  const outcome = exchange.takeOutcome();
-  assert.ok(outcome?.type === "SaveAnswered");
-  assert.match(outcome.reason, /cannot keep/);
-  assert.deepEqual(learn(), []);
-});
-
-test("steps that are lost are told, and the connection serves on", () => {
-  point = { ...point, step: 4, kept: [2] };
-  open(1);
-  begin(name(0, TRAIN));
-  hear();
-  cut();
-  welcome({ step: 2 });
-  assert.deepEqual(learn(), ["StepsLost"]);
-  assert.equal(exchange.step, 2);
-  exchange.endAll();
-  point.step = 2;
-  begin(name(0, TRAIN));
-  assert.deepEqual(hear(), ["0:0"]);
 });
 
 describe("a client whose server is away", () => {
@@ -382,7 +334,8 @@ describe("a client whose server is away", () => {
 
 describe("a connection that is too old", () => {
   const refuse = (newest: number) => {
-    say({ type: "Fault", code: "StaleConnection", reason: "", newest, subject: "", needed: 0, limit: 0 });
+    const more = { reason: "", newest, subject: "", needed: 0, limit: 0 };
+    say({ type: "Fault", code: "StaleConnection", ...more });
   };
 
   test("is made again with a larger number, some times", () => {
@@ -431,116 +384,7 @@ describe("what is closed", () => {
 
 test("only wires of the phase can be sent", () => {
   open(1);
-  assert.throws(() => exchange.send(name(0), fill(UPDATE, "splitonnx.micro_batches"), 0, 0.1), LocalProtocolError);
+  const wires = fill(UPDATE, "splitonnx.micro_batches");
+  assert.throws(() => exchange.send(name(0), wires, 0, 0.1), LocalProtocolError);
   assert.deepEqual(hear(), []);
-});
-
-describe("a script of the vectors", () => {
-  type Entry = readonly [string, ...unknown[]];
-  type Script = readonly { readonly entry: Entry; readonly follows: readonly (readonly unknown[])[] }[];
-  const SHOWN: Readonly<Record<string, readonly string[]>> = {
-    Hello: ["step", "generation", "isOpen", "canRepeat", "microBatch", "inFlight"],
-    Tensors: ["phase", "step", "microBatch", "turn"],
-    Save: ["step", "publish", "keep"],
-    Bye: [],
-  };
-  const session = "5".repeat(32);
-  const content = new Uint8Array(readFileSync(join(VECTORS, "tiny/manifest.json")));
-  const tiny = decodeManifest(content, "tiny");
-  const train = findPhase(tiny, TRAIN);
-  const added = [ACCUMULATE, UPDATE].map((phase) => ({ ...train, name: phase }));
-  const played = { ...tiny, phases: [...tiny.phases, ...added] };
-  const key = ([phase, step, microBatch]: readonly unknown[]) => {
-    return { session, phase, step, microBatch } as TaskKey;
-  };
-
-  function makeAnswer(kind: string, given: readonly unknown[]): Message {
-    const [first, second, third] = given as [never, never, never];
-    const wires = listWires(played);
-    switch (kind) {
-      case "welcome": {
-        const fields = Object.entries(first as object).map(([word, value]) => {
-          return [word.replace(/_(.)/g, (_, letter: string) => letter.toUpperCase()), value];
-        });
-        return {
-          type: "Welcome", session, digest: played.digest, step: 0, wantsRepeat: false,
-          canAccumulate: false, restarts: false, inFlight: 1, policy: "per-client", localSteps: 0,
-          rounds: 0, wires, ...(Object.fromEntries(fields) as object),
-        };
-      }
-      case "reply":
-        return { type: "Tensors", ...key(given), turn: given[3] as number, seed: 0, learningRate: 0.1 };
-      case "saved":
-        return { type: "Saved", session, step: first, keep: second };
-      case "unsaved":
-        return { type: "Unsaved", session, step: first, reason: second };
-      default:
-        assert.equal(kind, "fault");
-        return {
-          type: "Fault", code: first, reason: second, newest: third, subject: "", needed: 0, limit: 0,
-        };
-    }
-  }
-
-  const scripts = Object.entries(readVectors<Record<string, Script>>("exchanges"));
-  for (const [title, script] of scripts) {
-    test(`is followed: ${title}`, () => {
-      let [now, step] = [0, 0];
-      const talk = new Exchange({
-        manifest: played,
-        session,
-        findResumePoint: () => {
-          const kept = Array.from({ length: step + 1 }, (_, index) => index);
-          return { origin: "", start: 0, step, kept };
-        },
-        canShare: false,
-        random: () => 0,
-      });
-      const play = (kind: string, given: readonly unknown[]): void => {
-        now += 20; // longer than any wait
-        const [first, second, third] = given as [never, never, never];
-        if (kind === "start") talk.start(now, { isPatient: first });
-        else if (kind === "connected") talk.connected();
-        else if (kind === "lost") talk.lost(new ConnectionLost("the server", "it closed"), now);
-        else if (kind === "replaced") talk.lost(new ConnectionLost("the server", "", REPLACED), now);
-        else if (kind === "wake") talk.wake(now);
-        else if (kind === "send") talk.send(key(given), new Map(), 0, 0.1);
-        else if (kind === "end") talk.end(key(given));
-        else if (kind === "step") step = first;
-        else if (kind === "widen") void (talk.widen(first) && talk.returnToStep(now));
-        else if (kind === "return_to_step") talk.returnToStep(now);
-        else if (kind === "save") talk.save(first, { publish: second, keep: third });
-        else if (kind === "close") talk.close({ forGood: first });
-        else talk.receive(encodeMessage(makeAnswer(kind, given)), now);
-      };
-      const take = (): unknown[][] => {
-        const found = talk.takeEffects().map((effect): unknown[] => {
-          if (effect.type !== "Transmit") return [effect.type === "Connect" ? "connect" : "hang up"];
-          const message = decodeMessage(effect.content).message as unknown as Record<string, unknown>;
-          const type = message["type"] as string;
-          const fields = SHOWN[type]!.map((field) => [spell(field), message[field]]);
-          return ["transmit", { type, ...(Object.fromEntries(fields) as object) }];
-        });
-        for (let outcome; (outcome = talk.takeOutcome()); ) {
-          if (outcome.type === "Greeted") found.push(["greeted"]);
-          else if (outcome.type === "SaveAnswered") found.push(["save answered", outcome.reason]);
-          else if (outcome.type === "Replied") {
-            const { phase, step: at, microBatch } = outcome.key;
-            found.push(["replied", phase, at, microBatch]);
-          } else {
-            // a class of its own here: a client with a storage may be able to go on
-            const isOwn = outcome.error instanceof SessionLost;
-            found.push(["failed", isOwn ? "RemoteFault" : outcome.error.name]);
-          }
-        }
-        return found;
-      };
-      for (const { entry: [kind, ...given], follows } of script) {
-        play(kind, given);
-        assert.deepEqual(take(), follows, `${kind} ${JSON.stringify(given)}`);
-      }
-    });
-  }
-
-  test("is there at all", () => assert.ok(scripts.length > 20));
 });

@@ -195,7 +195,10 @@ describe("a training in steps of three micro-batches", () => {
   });
 
   // at once, more is sent again over each connection
-  for (const [title, options, least] of [["one by one", inTurn, 4_000], ["at once", atOnce, 10_000]] as const) {
+  for (const [title, options, least] of [
+    ["one by one", inTurn, 4_000],
+    ["at once", atOnce, 10_000],
+  ] as const) {
     test(`is not changed by connections that break anywhere, ${title}`, async () => {
       let seed = 7;
       const random = () => (seed = (Math.imul(seed, 1664525) + 1013904223) >>> 0) / 2 ** 32;

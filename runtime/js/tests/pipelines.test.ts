@@ -173,7 +173,9 @@ for (const [title, ort] of RUNTIMES) {
       confirm(executor);
       executor.finish(name(count));
       expected = executor.state();
-      const moved = [...expected].filter(([key, { data }]) => data.some((v, i) => v !== party.state.get(key)!.data[i]));
+      const moved = [...expected].filter(([key, { data }]) => {
+        return data.some((value, index) => value !== party.state.get(key)!.data[index]);
+      });
       assert.ok(moved.length > 5);
     });
 

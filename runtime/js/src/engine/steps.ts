@@ -109,9 +109,9 @@ export class OpenStep {
 
   /** Forget states that a task has read for the last time; those that the update commits are kept. */
   release({ phase, microBatch }: TaskKey, names: readonly string[]): void {
-    const isSum = (name: string) => this.#sums.some((sum) => sum.name === name);
+    const sums = new Set(this.#sums.map(({ name }) => name));
     for (const name of names) {
-      if (phase === ACCUMULATE || isSum(name)) this.#links[microBatch]!.delete(name);
+      if (phase === ACCUMULATE || sums.has(name)) this.#links[microBatch]!.delete(name);
     }
   }
 
