@@ -29,6 +29,7 @@ from splitonnx.bundles import Bundle
 from splitonnx.codecs import encode_tensors
 from splitonnx.losses import Loss, LossSource
 from splitonnx.names import PORTABLE, TRAINING, Target
+from splitonnx.optimizers import Adam
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
 from splitonnx.partitioner.gate.gates import open_model
@@ -204,6 +205,25 @@ def write_model(folder: Path, name: str) -> list[str]:
     return written
 
 
+def write_clipped(folder: Path) -> str:
+    """Cut one model U-shaped with gradient clipping, train it whole in steps of micro-batches."""
+    entry, name = ZOO["convolutions"], "clipped-accumulated"
+    prepared = prepare(open_model(entry.build()))
+    bundle = cut_prepared(
+        prepared,
+        at="r1",
+        tail_at="flat",
+        loss=entry.loss,
+        optimizer=Adam(clip_norm=0.1),
+        client_target="portable",
+        server_target="portable",
+    )
+    whole = cut_prepared(prepared, at=None, loss=entry.loss, optimizer=Adam(clip_norm=0.1))
+    data = entry.data(SAMPLES)
+    write(folder / name, bundle, data, train_whole(whole, data, accumulate=MICRO_BATCHES))
+    return name
+
+
 def write_case(folder: Path, name: str) -> str:
     """Cut one small model at its place, train it whole, and return its name."""
     case = CASES[name]
@@ -291,5 +311,6 @@ if __name__ == "__main__":
         names = [name for model in ZOO for name in write_model(root, model)]
         names += [write_case(root, name) for name in CASES]
         names += [write_coded(root, wire) for wire in CODECS]
+        names.append(write_clipped(root))
         print(json.dumps(names), flush=True)
         serve(root)

@@ -59,7 +59,7 @@ function answer(content: Uint8Array): Uint8Array<ArrayBuffer> | undefined {
 
 function welcome({ session, digest, step, wires }: MessageOf<"Hello">): MessageOf<"Welcome"> {
   const terms = {
-    policy: "per-client", localSteps: 0, rounds: 0, canAccumulate: true, restarts: false,
+    policy: "per-client", localSteps: 0, rounds: 0, canAccumulate: true, restarts: false, inFlight: 1,
   };
   return { type: "Welcome", session, digest, step, wantsRepeat: false, ...terms, wires };
 }

@@ -3,7 +3,9 @@
 import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
 
-const LIMIT = 36_000; // bytes, minified and gzipped; sharing weights took 0.9 kB, micro-batches 2 kB, decoding 0.1 kB
+// Bytes, minified and gzipped; sharing weights took 0.9 kB, micro-batches 2 kB, decoding 0.1 kB, and
+// pipelining 2.6 kB: a client's core without input and output, schedules, and states in chains.
+const LIMIT = 37_000;
 
 const { outputFiles } = await build({
   entryPoints: ["src/index.ts"],

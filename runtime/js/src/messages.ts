@@ -52,6 +52,7 @@ const FIELDS = {
   /**
    * Client: I have this bundle and am at this step of this session.  `canShare`: my user permits
    * me to share my parameters.  `microBatch`: I have completed so many micro-batches of the step.
+   * `inFlight`: I may have so many tasks of a step open at once.
    */
   Hello: readRecord({
     protocol: readOptional(readCount, PROTOCOL),
@@ -66,6 +67,7 @@ const FIELDS = {
     canRepeat: readOptional(readFlag, false),
     canShare: readOptional(readFlag, false),
     microBatch: readOptional(readCount, 0),
+    inFlight: readOptional(readCount, 1),
     wires: readWires,
   }),
   /**
@@ -73,7 +75,8 @@ const FIELDS = {
    * have not made the step before that yet; send its messages again.  Where `localSteps` is not 0,
    * my `policy` joins what clients learn: share your parameters after so many steps, until `rounds`
    * rounds are complete; 0: you decide.  `canAccumulate`: a step may consist of several
-   * micro-batches.  `restarts`: I do not have yours of the running step, so begin it again.
+   * micro-batches, `inFlight` of whose tasks you may have open at once.  `restarts`: I do not have
+   * yours of the running step, so begin it again.
    */
   Welcome: readRecord({
     session: readText,
@@ -82,6 +85,7 @@ const FIELDS = {
     wantsRepeat: readOptional(readFlag, false),
     canAccumulate: readOptional(readFlag, false),
     restarts: readOptional(readFlag, false),
+    inFlight: readOptional(readCount, 1),
     policy: readOptional(readText, PER_CLIENT),
     localSteps: readOptional(readCount, 0),
     rounds: readOptional(readCount, 0),
@@ -135,14 +139,9 @@ export type TensorsMessage = MessageOf<"Tensors">;
 /** What a task is known by: one micro-batch of one step of one phase of one session. */
 export type TaskKey = Pick<TensorsMessage, "session" | "phase" | "step" | "microBatch">;
 
-/** Check whether two keys are of one task. */
-export function isSameTask(a: TaskKey, b: TaskKey): boolean {
-  return (
-    a.session === b.session &&
-    a.phase === b.phase &&
-    a.step === b.step &&
-    a.microBatch === b.microBatch
-  );
+/** Name a task by its key, one name for one task. */
+export function nameTask({ session, phase, step, microBatch }: TaskKey): string {
+  return JSON.stringify([session, phase, step, microBatch]);
 }
 
 /** Describe a task for an error. */

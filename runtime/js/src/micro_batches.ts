@@ -13,6 +13,8 @@ import type { NdArrays, TensorSpec } from "./tensors.js";
 
 /** Names of arrays of the client: a micro-batch's weight, F32[], and their number, I64[]. */
 export const [MICRO_BATCH_WEIGHT, MICRO_BATCHES] = ["splitonnx.weight", "splitonnx.micro_batches"];
+/** Tasks of a step that may be open at once, at the most. */
+export const MOST_IN_FLIGHT = 16;
 /** How much the weights that two losses give the same micro-batch may differ. */
 const LARGEST_DIFFERENCE = 1e-6;
 

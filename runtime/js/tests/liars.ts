@@ -42,7 +42,7 @@ export function welcome(hello: MessageOf<"Hello">, changes = {}): CannedResponse
   const { session, digest, step } = hello;
   const wires = listWires(MANIFEST);
   const terms = {
-    policy: "per-client", localSteps: 0, rounds: 0, canAccumulate: true, restarts: false,
+    policy: "per-client", localSteps: 0, rounds: 0, canAccumulate: true, restarts: false, inFlight: 1,
   };
   return {
     message: { type: "Welcome", session, digest, step, wantsRepeat: false, ...terms, wires, ...changes },

@@ -6,7 +6,7 @@ import { test } from "node:test";
 
 import { LONGEST_DELAY, listDelays } from "../src/channels/retries.js";
 import { decodeTensors, encodeTensors } from "../src/codecs.js";
-import { DatasetMeans } from "../src/client/dataset_means.js";
+import { DatasetMeans } from "../src/client/metrics/dataset_means.js";
 import { Dataflow } from "../src/engine/dataflows.js";
 import { FormatError, NormTooLarge, NotFinite, ValueOutOfRange } from "../src/errors.js";
 import { LARGEST, fitsShape } from "../src/expressions.js";

@@ -110,7 +110,7 @@ test("replies are taken and refused as the vectors say", async () => {
     protocol.send({
       type: "Hello", protocol: PROTOCOL, digest: manifest.digest, session: "s", origin: "",
       start: 0, generation: 1, step: 0, kept: [], isOpen: false, canRepeat: false, canShare: false,
-      microBatch: 0, wires,
+      microBatch: 0, inFlight: 1, wires,
     });
     protocol.state = state;
     let caught = "";

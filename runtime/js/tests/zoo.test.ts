@@ -15,7 +15,7 @@ import type { PartyBundle } from "../src/bundles.js";
 import { decodeTensors } from "../src/codecs.js";
 import { giveTensor, takeTensor } from "../src/engine/engines.js";
 import { MemoryStorage, SplitClient, UsageError } from "../src/index.js";
-import type { Batch, Ort, Outputs } from "../src/index.js";
+import type { Batch, FitOptions, Ort, Outputs } from "../src/index.js";
 import { TRAIN } from "../src/manifests.js";
 import { MAX_HEADER } from "../src/messages.js";
 import { openFolder } from "../src/node.js";
@@ -137,6 +137,50 @@ async function train(name: string, url: string, ort: Ort, party: PartyBundle): P
   }
   return told;
 }
+
+/** Train from the beginning with these options; return the losses, and both sides' states. */
+async function trainAnew(name: string, ort: Ort, options: FitOptions) {
+  peer.say(name);
+  const url = JSON.parse(await peer.hear()) as string;
+  const phases: string[] = []; // of the messages, in order
+  const client = await SplitClient.connect(url, {
+    ort,
+    openSocket,
+    seed: SEED,
+    bundle: openFolder(join(folder, name, "bundle/client")),
+    storage: new MemoryStorage(),
+    sessionOptions: SESSION_OPTIONS,
+    onWires: (direction, phase) => void phases.push(`${direction} ${phase}`),
+  });
+  const data = readData(name);
+  const given = Array.isArray(data) ? data.map(giveAll) : giveAll(data);
+  const { steps } = await client.fit(given, { epochs: 1, batchSize: BATCH, ...options, save: true });
+  const own = Object.entries(client.state()).map(([key, array]) => [key, [...array.data]] as const);
+  await client.close();
+  const others = [...read(name, "bundle/server/state")].map(([key, array]) => {
+    return [key, [...array.data as Float32Array]] as const;
+  });
+  return { losses: steps.map(({ loss }) => loss), state: new Map([...own, ...others]), phases };
+}
+
+test("micro-batches that are under way at once give what they give one by one, bit for bit", async () => {
+  // U-shaped under every runtime; vanilla, and with running statistics and states, under one each
+  const chosen = names.filter((name) => /-(0|accumulated)$|_bn|^state-both/.test(name));
+  const trials = chosen.flatMap((name, index) => {
+    const runtimes = name.endsWith("-accumulated") ? RUNTIMES : [RUNTIMES[index % 2]!];
+    return runtimes.map((runtime) => [name, runtime] as const);
+  });
+  let overlapping = 0;
+  assert.ok(trials.length > 60);
+  for (const [name, [title, ort]] of trials) {
+    const { phases: _, ...expected } = await trainAnew(name, ort, { accumulate: MICRO_BATCHES });
+    const { phases, ...found } = await trainAnew(name, ort, { microBatches: MICRO_BATCHES });
+    assert.deepEqual(found, expected, `${name} under ${title}`);
+    const first = phases.slice(phases.indexOf("sent accumulate"));
+    if (first[1] === "sent accumulate") overlapping += 1;
+  }
+  assert.equal(overlapping, trials.length);
+});
 
 // The server of a bundle trains with a client of each runtime; neither knows of the other.
 test("the zoo trains under every runtime, and no lie about a shape breaks it", async () => {

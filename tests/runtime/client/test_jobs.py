@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import pytest
 
 from splitonnx.errors import RemoteProtocolError
 from splitonnx.messages import TaskKey
+from splitonnx.micro_batches import MICRO_BATCH_WEIGHT, MICRO_BATCHES
+from splitonnx.names import ACCUMULATE, UPDATE
+from splitonnx.optimizers import SGD
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.jobs import Ended, Job, PlannedTask, Sending
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from tests.support import tiny
+from tests.support.zoo import ZOO
 
 SESSION = "5" * 32
 
@@ -64,3 +71,49 @@ def test_an_abandoned_job_leaves_the_state_and_the_task_can_begin_again() -> Non
     np.testing.assert_array_equal(executor.state()["W1"], before["W1"])
     assert executor.step == 0
     make_job(executor)
+
+
+def run_step(job: Job, server: Executor) -> None:
+    """Run a step's job against its server's executor, which answers in the order of messages."""
+    replies: deque[tuple[TaskKey, dict[str, np.ndarray]]] = deque()
+    unfinished: list[TaskKey] = []
+    while not job.is_done:
+        if not job.is_ready:
+            assert replies, "the client waits for the server, and the server for the client"
+            job.deliver(*replies.popleft())
+            continue
+        for event in job.work():
+            if not isinstance(event, Sending):
+                continue
+            if event.key not in unfinished:
+                server.begin(event.key, data={}, seed=0, learning_rate=0.1)
+                unfinished.append(event.key)
+            server.deliver(event.key, event.wires)
+            for key in tuple(unfinished):
+                replies.extend((key, wires) for wires in server.advance(key))
+                if server.is_finished(key) and key == unfinished[0]:
+                    server.finish(unfinished.pop(0))
+
+
+def test_a_step_with_clipping_ends_the_same_however_many_tasks_are_in_flight() -> None:
+    entry = ZOO["convolutions"]
+    bundle = cut(entry.build(), at="r1", loss=entry.loss, optimizer=SGD(clip_norm=0.01))
+    assert bundle.server is not None
+    states = []
+    for in_flight in (1, 2, 3):
+        client = Executor(bundle.client, Engine(threads=1))
+        data = [{**entry.data(4), MICRO_BATCH_WEIGHT: np.array(0.5, np.float32)}] * 2
+        planned = [*((ACCUMULATE, one) for one in data), (UPDATE, {MICRO_BATCHES: np.array(2)})]
+        tasks = [
+            PlannedTask(key=TaskKey(SESSION, phase, 0, number), data=one)
+            for number, (phase, one) in enumerate(planned)
+        ]
+        job = Job(client, tasks, in_flight=in_flight, seed=0, learning_rate=0.1)
+        job.begin()
+        server = Executor(bundle.server, Engine(threads=1))
+        run_step(job, server)
+        assert client.step == server.step == 1
+        states.append({**client.state(), **server.state()})
+    for name, array in states[0].items():
+        for other in states[1:]:
+            np.testing.assert_array_equal(other[name], array)

@@ -5,6 +5,7 @@ import {
   NotFinite,
   NotPermitted,
   RemoteFault,
+  RemoteProtocolError,
   ServerBusy,
   SessionLost,
   SharingNotPermitted,
@@ -14,7 +15,23 @@ import {
   flatten,
 } from "../errors.js";
 import type { SplitonnxError } from "../errors.js";
-import type { MessageOf } from "../messages.js";
+import type { Message, MessageOf } from "../messages.js";
+
+/**
+ * Return why a server did not save its state as it was asked to, or nothing if it did.
+ *
+ * @throws RemoteProtocolError: its answer belongs to something else.
+ */
+export function readSaved(asked: MessageOf<"Save">, answer: Message): string {
+  if (answer.type !== "Saved" && answer.type !== "Unsaved") {
+    throw new RemoteProtocolError(`it sent ${answer.type} where Saved was due`);
+  }
+  if (answer.step !== asked.step) {
+    throw new RemoteProtocolError(`it saved step ${answer.step}, not ${asked.step}`);
+  }
+  if (answer.type === "Unsaved") return answer.reason || "no reason given";
+  return asked.keep && !answer.keep ? "its version cannot keep the best state" : "";
+}
 
 /** Return the error that a fault reports, on the connection of this generation. */
 export function translateFault(fault: MessageOf<"Fault">, generation: number): SplitonnxError {

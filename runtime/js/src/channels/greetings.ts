@@ -22,6 +22,16 @@ export interface ResumePoint {
   readonly kept: readonly number[];
 }
 
+/** Who greets. */
+export interface Greeter {
+  readonly manifest: PartyManifest;
+  readonly session: string;
+  /** Returns from where the client can resume; called for each greeting. */
+  readonly findResumePoint: () => ResumePoint;
+  /** Whether the client may share its parameters, if the server joins what its clients learn. */
+  readonly canShare: boolean;
+}
+
 /** How the server joins what its clients learn. */
 export interface SharingTerms {
   /** A name that is only shown. */
@@ -36,41 +46,41 @@ export interface SharingTerms {
   readonly canAccumulate: boolean;
 }
 
-/** Make the greeting of a client that can resume from `point`. */
+/** Make the greeting of a client. */
 export function makeHello(
-  manifest: PartyManifest,
-  session: string,
-  point: ResumePoint,
-  more: Pick<MessageOf<"Hello">, "generation" | "isOpen" | "canRepeat" | "canShare" | "microBatch">,
+  { manifest, session, findResumePoint, canShare }: Greeter,
+  more: Pick<
+    MessageOf<"Hello">,
+    "generation" | "isOpen" | "canRepeat" | "microBatch" | "inFlight"
+  >,
 ): MessageOf<"Hello"> {
   return {
     type: "Hello",
     protocol: PROTOCOL,
     digest: manifest.digest,
     session,
-    ...point,
+    ...findResumePoint(),
     ...more,
+    canShare,
     wires: listWires(manifest),
   };
 }
 
 /**
- * Check the server's answer to a greeting, and return how it joins what clients learn.
+ * Check the server's answer to a greeting, and return how it joins what clients learn: as it did at
+ * the greeting before, which gave `known`.
  *
  * @throws RemoteProtocolError: it names another session, or a step whose state was not kept, or
- *   asks for parameters where the bundle does not declare how they are shared.
+ *   asks for parameters where the bundle does not declare how they are shared, or joins otherwise
+ *   than it did before.
  * @throws SharingNotPermitted: it asks for parameters, and the user does not permit to share them.
  */
 export function checkWelcome(
   welcome: MessageOf<"Welcome">,
-  { session, point, manifest, canShare }: {
-    session: string;
-    point: ResumePoint;
-    manifest: PartyManifest;
-    canShare: boolean;
-  },
+  { session, findResumePoint, manifest, canShare }: Greeter,
+  known: SharingTerms | undefined,
 ): SharingTerms {
-  const { step, kept, start } = point;
+  const { step, kept, start } = findResumePoint();
   if (welcome.session !== session) {
     throw new RemoteProtocolError(`it welcomed session '${welcome.session.slice(0, LONGEST)}'`);
   }
@@ -85,5 +95,11 @@ export function checkWelcome(
   if (joins && !findPhase(manifest, SHARE).wires.length) {
     throw new RemoteProtocolError("it asks for parameters, which this bundle does not share");
   }
-  return { policy, localSteps, rounds, joins, canAccumulate };
+  const terms = { policy, localSteps, rounds, joins, canAccumulate };
+  const before = { ...(known ?? terms), canAccumulate }; // another version may differ in it
+  const [found, expected] = [terms, before].map((one) => JSON.stringify(one));
+  if (found !== expected) {
+    throw new RemoteProtocolError(`it has other terms, ${found}, not ${expected}`);
+  }
+  return terms;
 }

@@ -31,7 +31,7 @@ import {
 } from "./datasets.js";
 import type { Batch, DataSource, Dataset } from "./datasets.js";
 import type { History } from "./histories.js";
-import { checkNumbers, fitSchedule, requirePositive } from "./options.js";
+import { checkNumbers, chooseDivision, fitSchedule, requirePositive } from "./options.js";
 import type {
   ConnectOptions,
   FitOptions,
@@ -174,18 +174,19 @@ export class SplitClient {
    * @throws ConnectionLost, RemoteFault: the server went, or reported an error of its own.
    */
   async fit(data: DataSource, options: FitOptions = {}): Promise<History> {
-    const { epochs = 1, batchSize = 32, accumulate = 1, evalData, checkpointEvery } = options;
+    const { epochs = 1, batchSize = 32, evalData, checkpointEvery } = options;
     requirePositive({ epochs, batchSize, checkpointEvery });
     const specs = this.#phase(TRAIN).data;
-    this.#runner.checkAccumulate(accumulate);
-    const training = this.#open(data, specs, batchSize, accumulate);
-    const rows = Math.ceil(batchSize / accumulate);
+    const division = chooseDivision(options);
+    this.#runner.checkDivision(division);
+    const training = this.#open(data, specs, batchSize, division.count);
+    const rows = Math.ceil(batchSize / division.count);
     const heldOut = evalData && this.#open(evalData, this.#evaluationData(), rows);
     const rates = fitSchedule(options, training, hasFixedRows(specs));
     this.#requireIdle();
     this.#isTraining = true;
     try {
-      const resolved = { ...options, epochs, training, heldOut, rates };
+      const resolved = { ...options, epochs, training, heldOut, rates, division };
       const history = await this.#train(resolved, batchSize);
       if (options.save) await this.#runner.run.release();
       return history;
@@ -202,8 +203,7 @@ export class SplitClient {
     if (options.save || checkpoints) { // now rather than after the work
       await this.#runner.beginRun({ checkpoints, restart: options.restart ?? false });
     }
-    const { accumulate = 1 } = options;
-    await this.#runner.prepareTraining(accumulate);
+    await this.#runner.prepareTraining(options.division);
     const start: DataPosition = {
       epoch: 0,
       batch: 0,
@@ -211,7 +211,7 @@ export class SplitClient {
       seed: this.#seed,
       shuffle: options.shuffle ?? true,
       samples: options.training.size,
-      accumulate,
+      accumulate: options.division.count, // with whichever option: the results are the same
       schedule: options.rates?.description ?? "",
       unsharedSteps: 0,
       unsharedSamples: 0,
@@ -227,14 +227,14 @@ export class SplitClient {
    * @throws DataError, StageFailed, ConnectionLost, RemoteFault: see {@link fit}.
    */
   async step(batch: Batch, options: StepOptions = {}): Promise<Outputs> {
-    const { learningRate: rate, accumulate = 1 } = options;
+    const division = chooseDivision(options);
     const arrays = takeBatch(batch);
     this.#phase(TRAIN);
-    checkBatch(arrays, this.#runner.checkAccumulate(accumulate), this.#kept);
+    checkBatch(arrays, this.#runner.checkDivision(division), this.#kept);
     checkFinite(arrays, "");
     this.#requireIdle();
     const expected = this.steps;
-    return giveAll(await this.#loop.step(arrays, accumulate, { rate, expected }));
+    return giveAll(await this.#loop.step(arrays, division, { rate: options.learningRate, expected }));
   }
 
   /**

@@ -10,6 +10,9 @@ import type { StateStorage } from "../storage/storages.js";
 import type { DataSource, Dataset } from "./datasets.js";
 import type { Evaluation, StepRecord } from "./histories.js";
 import type { WhenUnsaved } from "./runners.js";
+import { MOST_IN_FLIGHT } from "../micro_batches.js";
+import { USUAL_IN_FLIGHT } from "../pipelines.js";
+import type { StepDivision } from "../pipelines.js";
 import { planRates } from "../schedules.js";
 import type { RatePlan, Schedule } from "../schedules.js";
 
@@ -72,6 +75,16 @@ export interface FitOptions {
    * once, so a step needs less memory.  1 by default.
    */
   readonly accumulate?: number | undefined;
+  /**
+   * Micro-batches as with `accumulate`, and to the same results, of which several are unfinished at a
+   * time, so that this device, the network and the server work at once.  Takes more memory.
+   */
+  readonly microBatches?: number | undefined;
+  /**
+   * With `microBatches`: how many are unfinished at a time, at most; 3 by default, 16 at the most.  A
+   * server may permit fewer.
+   */
+  readonly inFlight?: number | undefined;
   /** Shuffle the samples in each epoch; true by default. */
   readonly shuffle?: boolean | undefined;
   /** Evaluated after each epoch. */
@@ -99,7 +112,10 @@ export interface FitOptions {
 }
 
 /** How `SplitClient.step` trains on a batch; see {@link FitOptions}. */
-export type StepOptions = Pick<FitOptions, "learningRate" | "accumulate">;
+export type StepOptions = Pick<
+  FitOptions,
+  "learningRate" | "accumulate" | "microBatches" | "inFlight"
+>;
 
 /** The options of a fit with their defaults filled in, and its data opened. */
 export interface ResolvedFitOptions extends FitOptions {
@@ -107,6 +123,30 @@ export interface ResolvedFitOptions extends FitOptions {
   readonly heldOut: Dataset | undefined;
   readonly epochs: number;
   readonly rates: RatePlan | undefined;
+  readonly division: StepDivision;
+}
+
+/**
+ * Return the division of a step's batch that was asked for.
+ *
+ * @throws UsageError: a number is out of its range, or options exclude each other.
+ */
+export function chooseDivision({ accumulate, microBatches, inFlight }: StepOptions): StepDivision {
+  requirePositive({ accumulate, microBatches, inFlight });
+  if (inFlight && inFlight > MOST_IN_FLIGHT) {
+    throw new UsageError(`inFlight must be at most ${MOST_IN_FLIGHT}, not ${inFlight}`);
+  }
+  if (accumulate && microBatches) {
+    throw new UsageError(
+      "accumulate runs micro-batches one after the other, and microBatches several at a time; give " +
+        "one of them",
+    );
+  }
+  if (inFlight && !microBatches) {
+    throw new UsageError("inFlight says how many micro-batches are unfinished; give microBatches, too");
+  }
+  const count = microBatches ?? accumulate ?? 1;
+  return { count, inFlight: count > 1 && microBatches ? (inFlight ?? USUAL_IN_FLIGHT) : 1 };
 }
 
 /**

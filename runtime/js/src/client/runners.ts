@@ -7,10 +7,10 @@
 
 import type { Channel } from "../channels/channels.js";
 import type { SharingTerms } from "../channels/greetings.js";
+import { canOverlap } from "../engine/dataflows.js";
 import type { Executor } from "../engine/executors.js";
 import { LocalProtocolError, NotSaved, StepRestarted, StepsLost, UsageError } from "../errors.js";
 import { ACCUMULATE, SHARE, TRAIN, UPDATE, WEIGH, findPhase } from "../manifests.js";
-import type { TaskKey } from "../messages.js";
 import {
   MICRO_BATCHES,
   MICRO_BATCH_WEIGHT,
@@ -19,11 +19,13 @@ import {
   findWeights,
   splitBatch,
 } from "../micro_batches.js";
+import type { StepDivision } from "../pipelines.js";
 import { LEAVES, ROUND, SAMPLES, listJoined, nameOwn } from "../sharing.js";
 import type { DataPosition } from "../storage/checkpoints.js";
 import type { NdArray, NdArrays, TensorSpec } from "../tensors.js";
-import { DatasetMeans } from "./dataset_means.js";
-import { requirePositive } from "./options.js";
+import { averageResults, readNumbers } from "./metrics/dataset_means.js";
+import { Job } from "./jobs.js";
+import type { PlannedTask } from "./jobs.js";
 import type { TrainingRun } from "./training_runs.js";
 
 /** Times in a row that a step of several micro-batches may begin again. */
@@ -60,6 +62,7 @@ export class TaskRunner {
   #closed = false;
   #isHalfPublished = false;
   #released: Promise<void> | undefined;
+  #inFlight = 1; // tasks of a step that are open at once
   #others = 0; // numbers the tasks other than training steps
   #last: Promise<unknown> = Promise.resolve();
 
@@ -73,7 +76,7 @@ export class TaskRunner {
 
   /** How the server joins what its clients learn. */
   get terms(): SharingTerms {
-    return this.#channel.terms!; // it has greeted
+    return this.#channel.terms;
   }
 
   /** Whether the session has not made a step since it began or was published. */
@@ -103,41 +106,41 @@ export class TaskRunner {
     return this.#inTurn(async () => {
       this.#checkStep(expected);
       const step = [TRAIN, SHARE].includes(phase) ? this.executor.step : this.#others++;
-      return this.#perform({ ...this.#own, phase, step, microBatch: 0 }, data, learningRate);
+      const key = { ...this.#own, phase, step, microBatch: 0 };
+      return (await this.#perform([{ key, data }], learningRate))[0]!;
     });
   }
 
   /**
-   * Check that a step may consist of several micro-batches, if it is to, and return the declarations
-   * of a step's arrays.
+   * Check that a step may consist of so many micro-batches, and return the declarations of a step's
+   * arrays.
    *
    * @throws UsageError: the bundle or the server does not permit it.
    */
-  checkAccumulate(accumulate: number): readonly TensorSpec[] {
-    requirePositive({ accumulate });
+  checkDivision({ count: number }: StepDivision): readonly TensorSpec[] {
     const { manifest } = this.executor;
-    if (accumulate > 1) {
+    if (number > 1) {
       checkAccumulating(manifest);
       const { canAccumulate, policy } = this.terms;
       if (!canAccumulate) {
         throw new UsageError(
           `the server's policy '${policy}' does not let a step consist of several micro-batches, ` +
-            `or the server is of an earlier version; train without accumulate`,
+            `or the server is of an earlier version; train without them`,
         );
       }
     }
-    return enlarge(findPhase(manifest, TRAIN).data, accumulate);
+    return enlarge(findPhase(manifest, TRAIN).data, number);
   }
 
   /** Load the stages of training now instead of in its first step. */
-  async prepareTraining(accumulate: number): Promise<void> {
-    for (const phase of accumulate === 1 ? [TRAIN] : [WEIGH, ACCUMULATE, UPDATE]) {
+  async prepareTraining(division: StepDivision): Promise<void> {
+    for (const phase of division.count === 1 ? [TRAIN] : [WEIGH, ACCUMULATE, UPDATE]) {
       await this.executor.prepare(phase);
     }
   }
 
   /**
-   * Make one training step of at most `accumulate` micro-batches, and return its results.
+   * Make one training step of at most so many micro-batches, and return its results.
    *
    * @throws UnusableData: the batch cannot be divided.
    * @throws StepRestarted: the server lost the step's micro-batches again and again.
@@ -145,11 +148,11 @@ export class TaskRunner {
    */
   async train(
     batch: NdArrays,
-    accumulate: number,
+    division: StepDivision,
     { learningRate, expected }: { learningRate: number; expected: number },
   ): Promise<NdArrays> {
-    if (accumulate === 1) return this.perform(TRAIN, batch, { learningRate, expected });
-    const parts = splitBatch(batch, findPhase(this.executor.manifest, TRAIN).data, accumulate);
+    if (division.count === 1) return this.perform(TRAIN, batch, { learningRate, expected });
+    const parts = splitBatch(batch, findPhase(this.executor.manifest, TRAIN).data, division.count);
     const counts: ReadonlyMap<string, number>[] = [];
     for (const part of parts) {
       counts.push(readNumbers(await this.perform(WEIGH, part, { learningRate: 0 })));
@@ -161,6 +164,7 @@ export class TaskRunner {
     });
     return this.#inTurn(async () => {
       this.#checkStep(expected);
+      await this.#goingBack(() => this.#widen(division));
       for (let restarts = 0; ; restarts++) {
         try {
           return await this.#accumulate(weighed, counts, learningRate);
@@ -177,20 +181,22 @@ export class TaskRunner {
     counts: readonly ReadonlyMap<string, number>[],
     learningRate: number,
   ): Promise<NdArrays> {
-    const means = new DatasetMeans();
     const { step } = this.executor;
-    for (const [microBatch, part] of parts.entries()) {
-      const key = { ...this.#own, phase: ACCUMULATE, step, microBatch };
-      const results = readNumbers(await this.#perform(key, part, learningRate));
-      means.add(new Map([...results, ...counts[microBatch]!]), 1);
-    }
-    const key = { ...this.#own, phase: UPDATE, step, microBatch: parts.length };
-    await this.#perform(key, new Map([[MICRO_BATCHES, count(parts.length)]]), learningRate);
-    return new Map(
-      Object.entries(means.compute()).map(([name, value]): [string, NdArray] => {
-        return [name, { dtype: "F64", shape: [], data: Float64Array.of(value) }];
-      }),
-    );
+    const all = [...parts, new Map([[MICRO_BATCHES, count(parts.length)]])];
+    const tasks = all.map((data, microBatch) => {
+      const phase = microBatch < parts.length ? ACCUMULATE : UPDATE;
+      return { key: { ...this.#own, phase, step, microBatch }, data };
+    });
+    const results = await this.#perform(tasks, learningRate);
+    return averageResults(results, counts);
+  }
+
+  /** Have as many tasks of a step open at once as the division says, and both sides permit. */
+  async #widen({ inFlight }: StepDivision): Promise<void> {
+    const { manifest } = this.executor;
+    const accumulate = findPhase(manifest, ACCUMULATE);
+    this.#inFlight = canOverlap(accumulate, manifest.party) ? inFlight : 1;
+    await this.#channel.widen(this.#inFlight);
   }
 
   /** Another task that ran meanwhile may have found that steps are lost. */
@@ -204,23 +210,25 @@ export class TaskRunner {
     return { session: this.run.session };
   }
 
-  async #perform(key: TaskKey, data: NdArrays, learningRate: number): Promise<NdArrays> {
-    let isDone = false;
+  /** Run one task, or the tasks of one step, and return the results of each. */
+  async #perform(tasks: readonly PlannedTask[], learningRate: number): Promise<readonly NdArrays[]> {
+    const inFlight = Math.min(this.#inFlight, this.#channel.inFlight);
+    const job = new Job(this.executor, tasks, { inFlight, seed: this.#seed, learningRate });
     try {
-      await this.executor.begin(key, { data, seed: this.#seed, learningRate });
+      await job.begin();
       try {
-        const results = await this.#goingBack(() => this.#exchange(key, learningRate));
-        isDone = true;
-        return results;
+        await this.#goingBack(() => this.#exchange(job, learningRate));
+        return job.results;
       } catch (error) {
         const isLost = error instanceof StepsLost || error instanceof StepRestarted;
         if (!isLost) this.close();
         throw error;
-      } finally {
-        this.#channel.end();
       }
     } finally {
-      if (!isDone) this.executor.abandon(key); // with the micro-batches before it
+      if (job.results.length < tasks.length) {
+        this.#channel.endAll();
+        job.abandon(); // with the micro-batches that ended
+      }
     }
   }
 
@@ -331,18 +339,21 @@ export class TaskRunner {
     return mine;
   }
 
-  async #exchange(key: TaskKey, learningRate: number): Promise<NdArrays> {
-    const { executor } = this;
-    this.#channel.begin(key);
-    for (;;) {
-      for await (const wires of executor.advance(key)) {
-        this.#onWires?.("sent", key.phase, wires);
-        await this.#channel.sendWires(wires, this.#seed, learningRate);
+  async #exchange(job: Job, learningRate: number): Promise<void> {
+    const channel = this.#channel;
+    while (!job.isDone) {
+      if (!job.isReady) {
+        const reply = await channel.receiveWires();
+        this.#onWires?.("received", reply.key.phase, reply.wires);
+        job.deliver(reply);
+        continue;
       }
-      if (executor.isFinished(key)) return executor.finish(key);
-      const wires = await this.#channel.receiveWires();
-      this.#onWires?.("received", key.phase, wires);
-      executor.deliver(key, wires);
+      for await (const { key, wires } of job.work()) {
+        if (wires) {
+          this.#onWires?.("sent", key.phase, wires);
+          channel.sendWires(key, wires, this.#seed, learningRate);
+        } else channel.end(key);
+      }
     }
   }
 
@@ -363,12 +374,6 @@ export class TaskRunner {
       throw error;
     }
   }
-}
-
-/** Return the results that are numbers. */
-function readNumbers(results: NdArrays): Map<string, number> {
-  const scalars = [...results].filter(([, { shape }]) => !shape.length);
-  return new Map(scalars.map(([name, { data }]) => [name, Number(data[0])]));
 }
 
 function count(value: number): NdArray {

@@ -8,8 +8,9 @@ import { StepsLost } from "../errors.js";
 import { EVALUATE, LOSS, PREDICT, TRAIN, findPhase } from "../manifests.js";
 import { ONE_MODEL } from "../messages.js";
 import type { DataPosition } from "../storage/checkpoints.js";
+import type { StepDivision } from "../pipelines.js";
 import type { NdArrays, TensorSpec } from "../tensors.js";
-import { DatasetMeans } from "./dataset_means.js";
+import { DatasetMeans } from "./metrics/dataset_means.js";
 import { countSamples, dealInOrder, hasFixedRows } from "./datasets.js";
 import type { Dataset } from "./datasets.js";
 import { History } from "./histories.js";
@@ -110,14 +111,14 @@ export class TrainingLoop {
     return this.#runner.perform(phase, batch, { learningRate, expected });
   }
 
-  /** Make one training step of at most `accumulate` micro-batches at the step `expected`. */
+  /** Make one training step divided so at the step `expected`. */
   async step(
     batch: NdArrays,
-    accumulate: number,
+    division: StepDivision,
     { rate, expected }: { rate: LearningRate | undefined; expected: number },
   ): Promise<NdArrays> {
     const learningRate = this.#chooseRate(rate, expected);
-    return this.#runner.train(batch, accumulate, { learningRate, expected });
+    return this.#runner.train(batch, division, { learningRate, expected });
   }
 
   #chooseRate(given: LearningRate | undefined, step: number): number {
@@ -164,7 +165,7 @@ export class TrainingLoop {
       if (isDue) await this.#keep(options, position);
       const rate = this.#findRate(options, position);
       position = { ...position, batch: position.batch + 1 };
-      const record = await this.#recordStep(batch, position, rate);
+      const record = await this.#recordStep(batch, position, [options.division, rate]);
       history.steps.push(record);
       await options.onStep?.(record);
       this.#checkCourse();
@@ -242,12 +243,12 @@ export class TrainingLoop {
 
   async #recordStep(
     batch: NdArrays,
-    { epoch, batch: number, accumulate }: DataPosition,
-    rate: number,
+    { epoch, batch: number }: DataPosition,
+    [division, rate]: readonly [StepDivision, number],
   ): Promise<StepRecord> {
     const [up, down] = this.#runner.traffic;
     const begun = performance.now();
-    const results = await this.step(batch, accumulate, { rate, expected: this.#expected });
+    const results = await this.step(batch, division, { rate, expected: this.#expected });
     this.#expected = this.#step;
     const seconds = (performance.now() - begun) / 1000;
     const [sent, received] = this.#runner.traffic;

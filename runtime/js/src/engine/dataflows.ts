@@ -6,6 +6,7 @@
  */
 
 import type { Phase, Stage } from "../manifests.js";
+import { traceWires } from "../pipelines.js";
 
 /**
  * What one party's phase needs and provides: computed once, valid for every task.
@@ -74,12 +75,22 @@ export class Progress {
     for (const name of names) this.#present.add(name);
   }
 
-  /** Return the first stage whose inputs are all there, if any, and count it as running. */
-  nextStage(): Stage | undefined {
-    const index = this.#waiting.findIndex((stage) =>
-      this.#flow.needs.get(stage.name)!.every((name) => this.#present.has(name)),
+  /**
+   * Return the first stage whose inputs are all there, if any, and count it as running.
+   *
+   * `hasState` says whether the state that a stage reads is there, too.
+   */
+  nextStage(hasState: (stage: Stage) => boolean = () => true): Stage | undefined {
+    const needs = (stage: Stage) => this.#flow.needs.get(stage.name)!;
+    const index = this.#waiting.findIndex(
+      (stage) => needs(stage).every((name) => this.#present.has(name)) && hasState(stage),
     );
     return index < 0 ? undefined : this.#waiting.splice(index, 1)[0];
+  }
+
+  /** Check whether a stage that has not run reads this state. */
+  willRead(state: string): boolean {
+    return this.#waiting.some((stage) => readsState(stage, state));
   }
 
   /** Return the outgoing wires that are there and were not returned before. */
@@ -94,6 +105,26 @@ export class Progress {
     for (const name of names) this.#uses.set(name, (this.#uses.get(name) ?? 0) - 1);
     return names.filter((name) => this.#uses.get(name)! <= 0 && !this.#flow.kept.has(name));
   }
+}
+
+/**
+ * Check whether tasks of a phase that follow each other can make progress side by side.
+ *
+ * A stage that reads a state which the phase replaces waits for the stage of the task before that
+ * replaces it.  If that one needs a received wire that the reading stage does not need, the one task
+ * would have to wait for the other's next message.
+ */
+export function canOverlap(phase: Phase, party: string): boolean {
+  const { stages, values } = traceWires(phase, party);
+  return [...phase.commits].every(([state, value]) => {
+    const readers = phase.stages.filter((stage) => readsState(stage, state));
+    const behind = [...(values.get(value) ?? [])];
+    return readers.every(({ name }) => behind.every((wire) => stages.get(name)!.has(wire)));
+  });
+}
+
+function readsState({ inputs }: Stage, state: string): boolean {
+  return inputs.some(({ name, source }) => source === "state" && name === state);
 }
 
 function namesOf(wires: Phase["wires"]): string[] {

@@ -20,7 +20,7 @@ import {
 import type { Sizes } from "../expressions.js";
 import { ACCUMULATE, LOSS, STEP_PHASES, TRAIN, UPDATE, findPhase } from "../manifests.js";
 import type { PartyManifest, Phase, Stage } from "../manifests.js";
-import { describeTask } from "../messages.js";
+import { describeTask, nameTask } from "../messages.js";
 import type { TaskKey } from "../messages.js";
 import { checkArray, findNotFinite } from "../tensors.js";
 import type { NdArray, NdArrays } from "../tensors.js";
@@ -31,6 +31,7 @@ import type { Engine, LoadedStage } from "./engines.js";
 import { OpenStep, isPart, makeScalars } from "./steps.js";
 
 interface Task {
+  readonly key: TaskKey;
   readonly phase: Phase;
   readonly flow: Dataflow;
   readonly progress: Progress;
@@ -110,6 +111,7 @@ export class Executor {
     const flow = this.#flows.get(key.phase)!;
     const phase = findPhase(this.manifest, key.phase);
     const task: Task = {
+      key,
       phase,
       flow,
       progress: flow.start(),
@@ -118,6 +120,7 @@ export class Executor {
     };
     const own = new Map(phase.data.map((spec) => [spec.name, take(data, spec.name)]));
     for (const spec of phase.data) checkArray(own.get(spec.name)!, spec, task.sizes);
+    if (isPart(key)) this.#open.begin(key, (array) => this.#engine.fromArray(array));
     this.#supply(task, own);
     this.#supply(task, scalars);
     this.#tasks.set(name, task);
@@ -152,7 +155,8 @@ export class Executor {
    */
   async *advance(key: TaskKey): AsyncGenerator<NdArrays, void> {
     const task = this.#find(key);
-    for (let stage = task.progress.nextStage(); stage; stage = task.progress.nextStage()) {
+    const hasState = (one: Stage) => !isPart(key) || this.#open.hasState(key, one);
+    for (let stage; (stage = task.progress.nextStage(hasState)); ) {
       await this.#run(task, stage);
       const wires = task.progress.nextWires();
       if (wires.length) yield this.#collectWires(task, wires);
@@ -172,7 +176,7 @@ export class Executor {
    * A task of the phase `train` counts as one step; one of the phase `accumulate` changes the state
    * only with the one of the phase `update` that ends its step.
    *
-   * @throws LocalProtocolError: the task is not finished.
+   * @throws LocalProtocolError: the task is not finished, or a micro-batch before it is not.
    */
   finish(key: TaskKey): Map<string, NdArray> {
     const { progress, phase, values } = this.#find(key);
@@ -180,12 +184,16 @@ export class Executor {
     const results = new Map(
       phase.results.map((name) => [name, this.#engine.toArray(values.get(name)!)]),
     );
-    const changes = new Map([...phase.commits].map(([name, value]) => [name, values.get(value)!]));
+    const changes = new Map(
+      [...phase.commits].map(([name, value]) => {
+        const tensor = values.get(value);
+        if (!tensor) throw new BundleError(`phase '${phase.name}'`, `nothing gives the new '${name}'`);
+        return [name, tensor];
+      }),
+    );
+    if (isPart(key)) this.#open.finish(key);
     this.#tasks.delete(nameTask(key));
-    if (key.phase === ACCUMULATE) {
-      this.#open.add(changes);
-      return results;
-    }
+    if (key.phase === ACCUMULATE) return results;
     const earlier = key.phase === UPDATE ? this.#open.close() : [];
     for (const [name, value] of [...earlier, ...changes]) this.#state.set(name, value);
     if (key.phase === TRAIN || key.phase === UPDATE) this.step += 1;
@@ -194,11 +202,13 @@ export class Executor {
 
   /**
    * Forget a task, open or not; the state is as it was before it.  Of a step of several micro-batches
-   * the whole step is forgotten.
+   * the whole step is forgotten, with its other open tasks.
    */
   abandon(key: TaskKey): void {
     this.#tasks.delete(nameTask(key));
-    if (isPart(key) && key.step === this.step) this.#open.reset();
+    if (!isPart(key) || key.step !== this.step) return;
+    for (const [name, task] of this.#tasks) if (isPart(task.key)) this.#tasks.delete(name);
+    this.#open.reset();
   }
 
   /** Return the whole state, optimizer's included; the arrays stay as they are. */
@@ -236,16 +246,18 @@ export class Executor {
     for (const [name, tensor] of tensors) {
       if (task.flow.wants(name)) task.values.set(name, tensor);
     }
+    if (isPart(task.key)) this.#open.note(task.key, tensors);
     task.progress.arrive(tensors.keys());
   }
 
   async #run(task: Task, stage: Stage): Promise<void> {
-    const state = isPart({ phase: task.phase.name })
-      ? this.#open.overlay(this.#state, (array) => this.#engine.fromArray(array))
-      : this.#state;
+    const readState = (name: string): Tensor | undefined => {
+      const own = this.#state.get(name);
+      return isPart(task.key) ? this.#open.read(task.key, name, own) : own;
+    };
     const feeds = new Map(
       stage.inputs.map(({ name, source }) => {
-        const value = (source === "state" ? state : task.values).get(name);
+        const value = source === "state" ? readState(name) : task.values.get(name);
         if (!value) throw new BundleError(`stage '${stage.name}'`, `nothing provides its '${name}'`);
         return [name, value];
       }),
@@ -259,6 +271,9 @@ export class Executor {
     this.#checkDecoded(task, outputs);
     this.#keep(task, outputs);
     this.#drop(task, task.flow.needs.get(stage.name)!);
+    if (!isPart(task.key)) return;
+    const read = stage.inputs.filter(({ source }) => source === "state").map(({ name }) => name);
+    this.#open.release(task.key, read.filter((name) => !task.progress.willRead(name)));
   }
 
   /** Check what a stage decoded as a received tensor that was not encoded is checked. */
@@ -294,10 +309,6 @@ export class Executor {
   #drop(task: Task, names: readonly string[]): void {
     for (const name of task.progress.release(names)) task.values.delete(name);
   }
-}
-
-function nameTask({ session, phase, step, microBatch }: TaskKey): string {
-  return JSON.stringify([session, phase, step, microBatch]);
 }
 
 function take(data: NdArrays, name: string): NdArray {

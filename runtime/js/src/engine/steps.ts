@@ -8,11 +8,12 @@
 import type { Tensor } from "onnxruntime-common";
 
 import { LocalProtocolError, UsageError } from "../errors.js";
-import { ACCUMULATE, KEY, LEARNING_RATE, STEP, STEP_PHASES, UPDATE } from "../manifests.js";
-import type { PartyManifest } from "../manifests.js";
+import { ACCUMULATE, KEY, LEARNING_RATE, STEP, STEP_PHASES, UPDATE, findPhase } from "../manifests.js";
+import type { PartyManifest, Stage } from "../manifests.js";
+import { describeTask } from "../messages.js";
 import type { TaskKey } from "../messages.js";
 import { makeZeros } from "../tensors.js";
-import type { Dtype, NdArray, NdArrays } from "../tensors.js";
+import type { Dtype, NdArray, NdArrays, TensorSpec } from "../tensors.js";
 
 const LARGEST_F32 = 3.4028234663852886e38;
 
@@ -21,14 +22,26 @@ export function isPart({ phase }: Pick<TaskKey, "phase">): boolean {
   return phase === ACCUMULATE || phase === UPDATE;
 }
 
-/** What the micro-batches of the running step have changed; nothing between two steps. */
+/**
+ * What the micro-batches of the running step have changed; nothing between two steps.
+ *
+ * Several of its tasks may be open at once, and each reads of the state that micro-batches replace
+ * what the one before it made, whenever that ran: so what is computed does not depend on timing.
+ */
 export class OpenStep {
-  microBatches = 0;
+  #begun = 0;
+  #finished = 0;
+  #isEnding = false; // the update has begun
   readonly #manifest: PartyManifest;
-  readonly #changed = new Map<string, Tensor>();
+  readonly #chained: ReadonlySet<string>; // the states that micro-batches replace
+  readonly #sums: readonly TensorSpec[];
+  /** What each task reads of those: first zeros, then what each micro-batch made. */
+  #links: Map<string, Tensor>[] = [];
 
   constructor(manifest: PartyManifest) {
     this.#manifest = manifest;
+    this.#sums = manifest.accumulators;
+    this.#chained = new Set(findPhase(manifest, ACCUMULATE).commits.keys());
   }
 
   /**
@@ -42,45 +55,94 @@ export class OpenStep {
     if (key.step !== step) {
       throw new LocalProtocolError(`to ${phase} at step ${key.step}; the next is ${step}`);
     }
-    const done = this.microBatches;
-    if (done !== (isPart(key) ? microBatch : 0) || (phase === UPDATE && !done)) {
+    const begun = this.#begun;
+    const isNext = begun === (isPart(key) ? microBatch : 0) && !this.#isEnding;
+    if (!isNext || (phase === UPDATE && !begun)) {
       throw new LocalProtocolError(
-        `to ${phase} micro-batch ${microBatch} of step ${step}; ${done} were accumulated`,
+        `to ${phase} micro-batch ${microBatch} of step ${step}; ${begun} were begun`,
       );
     }
   }
 
-  /** Return a state as the step's micro-batches left it; sums begin at zero. */
-  overlay(
-    state: ReadonlyMap<string, Tensor>,
-    fromArray: (array: NdArray) => Tensor,
-  ): ReadonlyMap<string, Tensor> {
-    const sums = this.microBatches ? [] : this.#manifest.accumulators;
-    const zeros = sums.map(({ name, dtype, shape }) => {
-      const made = makeZeros(dtype as Dtype, shape as number[]); // those of a parameter
-      return [name, fromArray(made)] as const;
-    });
-    return new Map([...state, ...zeros, ...this.#changed]);
+  /** Begin the next task of the step. */
+  begin({ phase }: TaskKey, fromArray: (array: NdArray) => Tensor): void {
+    if (phase === UPDATE) this.#isEnding = true;
+    else {
+      if (!this.#begun++) {
+        const zeros = this.#sums.map(({ name, dtype, shape }) => {
+          const made = makeZeros(dtype as Dtype, shape as number[]); // those of a parameter
+          return [name, fromArray(made)] as const;
+        });
+        this.#links = [new Map(zeros)];
+      }
+      this.#links.push(new Map());
+    }
   }
 
-  /** Record what a micro-batch has changed. */
-  add(changes: ReadonlyMap<string, Tensor>): void {
-    for (const [name, tensor] of changes) this.#changed.set(name, tensor);
-    this.microBatches += 1;
+  /** Return a state, `own` outside of the step, as a task of the step reads it. */
+  read(key: TaskKey, name: string, own: Tensor | undefined): Tensor | undefined {
+    if (!this.#chained.has(name)) return own;
+    return this.#links[key.microBatch]!.get(name) ?? (key.microBatch ? undefined : own);
+  }
+
+  /**
+   * Check whether the micro-batch before a task has made all that a stage of it reads; the update
+   * reads nothing before all of them have ended.
+   */
+  hasState({ phase, microBatch }: TaskKey, stage: Stage): boolean {
+    if (phase === UPDATE) return this.#finished === microBatch;
+    const link = this.#links[microBatch]!;
+    const isThere = (name: string) => !this.#chained.has(name) || link.has(name);
+    return (
+      !microBatch || stage.inputs.every(({ name, source }) => source !== "state" || isThere(name))
+    );
+  }
+
+  /** Record values that a micro-batch has made, of those that replace a state. */
+  note({ phase, microBatch }: TaskKey, values: ReadonlyMap<string, Tensor>): void {
+    if (phase !== ACCUMULATE) return;
+    for (const [name, value] of findPhase(this.#manifest, ACCUMULATE).commits) {
+      const tensor = values.get(value);
+      if (tensor) this.#links[microBatch + 1]!.set(name, tensor);
+    }
+  }
+
+  /** Forget states that a task has read for the last time; those that the update commits are kept. */
+  release({ phase, microBatch }: TaskKey, names: readonly string[]): void {
+    const sums = new Set(this.#sums.map(({ name }) => name));
+    for (const name of names) {
+      if (phase === ACCUMULATE || sums.has(name)) this.#links[microBatch]!.delete(name);
+    }
+  }
+
+  /**
+   * End a micro-batch.
+   *
+   * @throws LocalProtocolError: one before it has not ended.
+   */
+  finish(key: TaskKey): void {
+    if (key.microBatch !== this.#finished) {
+      throw new LocalProtocolError(
+        `to finish ${describeTask(key)}; ${this.#finished} micro-batches have ended`,
+      );
+    }
+    if (key.phase === UPDATE) return;
+    this.#links[this.#finished++]!.clear();
   }
 
   /** End the step, and return what its micro-batches have changed in the state. */
   close(): Map<string, Tensor> {
-    const changed = new Map(this.#changed);
-    for (const { name } of this.#manifest.accumulators) changed.delete(name);
+    const changed = new Map(this.#links.at(-1));
+    for (const { name } of this.#sums) changed.delete(name);
     this.reset();
     return changed;
   }
 
   /** Forget what the step's micro-batches have changed. */
   reset(): void {
-    this.#changed.clear();
-    this.microBatches = 0;
+    this.#links = [];
+    this.#begun = this.#finished = 0;
+    this.#isEnding = false;
   }
 }
 

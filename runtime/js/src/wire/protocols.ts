@@ -18,7 +18,7 @@ import {
 import type { Sizes } from "../expressions.js";
 import { ACCUMULATE, SHARE, STEP_PHASES, UPDATE, findPhase } from "../manifests.js";
 import type { PartyManifest, Wire } from "../manifests.js";
-import { decodeMessage, encodeMessage, isSameTask } from "../messages.js";
+import { decodeMessage, encodeMessage, nameTask } from "../messages.js";
 import type { Message, MessageOf, TaskKey, TensorsMessage, Wires } from "../messages.js";
 import { checkArray } from "../tensors.js";
 import type { NdArrays } from "../tensors.js";
@@ -55,8 +55,8 @@ export const MOVES: Readonly<Record<string, State>> = {
 export class Protocol {
   state: State = "start";
   readonly #manifest: PartyManifest;
-  #task: TaskKey | undefined;
-  #sizes: Sizes = new Map();
+  /** Of each open task: the sizes of its named dimensions. */
+  readonly #sizes = new Map<string, Sizes>();
 
   constructor(manifest: PartyManifest) {
     this.#manifest = manifest;
@@ -67,21 +67,41 @@ export class Protocol {
    *
    * @throws LocalProtocolError: this side may not send this message now.
    */
-  send(message: Message, tensors: NdArrays = new Map()): Uint8Array<ArrayBuffer> {
-    if (message.type === "Tensors") this.#checkTensors(message, tensors, CLIENT);
+  send(message: Message): Uint8Array<ArrayBuffer> {
     this.note(message);
-    return encodeMessage(message, tensors);
+    return encodeMessage(message);
   }
 
   /**
-   * Move on as a message is sent that was written before.
+   * Write a message with tensors, which is sent now or later, as {@link note} says.
+   *
+   * @throws LocalProtocolError, ArrayMismatch, ValueOutOfRange: a tensor is not one of its phase's
+   *   wires, or not as the manifest declares it.
+   */
+  write(message: TensorsMessage, tensors: NdArrays): Uint8Array<ArrayBuffer> {
+    this.#sizes.set(nameTask(message), this.#findSizes(message)); // until the task ends
+    this.#checkTensors(message, tensors, CLIENT);
+    return encodeMessage(message, tensors);
+  }
+
+  /** Forget a task. */
+  end(key: TaskKey): void {
+    this.#sizes.delete(nameTask(key));
+  }
+
+  /** Forget all tasks. */
+  endAll(): void {
+    this.#sizes.clear();
+  }
+
+  /**
+   * Move on as a message is sent, one that was written before perhaps.
    *
    * @throws LocalProtocolError: this side may not send this message now.
    */
   note(message: Message): void {
     const following = MOVES[`${this.state} ${CLIENT} ${message.type}`];
     if (!following) throw new LocalProtocolError(`a ${message.type} while ${this.state}`);
-    if (message.type === "Tensors") this.#open(message);
     this.state = following;
   }
 
@@ -128,21 +148,18 @@ export class Protocol {
       const kind = sender === SERVER ? RemoteProtocolError : LocalProtocolError;
       throw new kind(`a share comes whole, and ${quote(missing)} is missing from it`);
     }
-    this.#open(message);
+    const sizes = this.#findSizes(message);
     for (const [name, array] of tensors) {
       const { tensor, kind } = wires.get(name)!;
-      checkArray(array, tensor, this.#sizes, kind === "output");
+      checkArray(array, tensor, sizes, kind === "output");
       if ([...STEP_PHASES, SHARE].includes(message.phase) && sender === SERVER) {
         checkFinite(name, array, `step ${message.step + 1}`);
       }
     }
   }
 
-  /** Forget the sizes of named dimensions, which hold for one task. */
-  #open(message: TensorsMessage): void {
-    if (this.#task && isSameTask(this.#task, message)) return;
-    this.#task = message;
-    this.#sizes = new Map();
+  #findSizes(key: TaskKey): Sizes {
+    return this.#sizes.get(nameTask(key)) ?? new Map();
   }
 }
 

@@ -7,7 +7,8 @@
  * what counted.  If several losses are added up, `loss.a@weight` is the factor of `loss.a`.
  */
 
-import { COUNTED, LOSS, TOTAL, WEIGHT } from "../manifests.js";
+import { COUNTED, LOSS, TOTAL, WEIGHT } from "../../manifests.js";
+import type { NdArray, NdArrays } from "../../tensors.js";
 
 /** The means of all results over the batches that were added so far. */
 export class DatasetMeans {
@@ -40,4 +41,26 @@ export class DatasetMeans {
     }
     return Object.fromEntries(means);
   }
+}
+
+/** Return the results that are numbers. */
+export function readNumbers(results: NdArrays): Map<string, number> {
+  const scalars = [...results].filter(([, { shape }]) => !shape.length);
+  return new Map(scalars.map(([name, { data }]) => [name, Number(data[0])]));
+}
+
+/** Compute a step's results from those of its micro-batches, and from what `counts` in each. */
+export function averageResults(
+  results: readonly NdArrays[],
+  counts: readonly ReadonlyMap<string, number>[],
+): NdArrays {
+  const means = new DatasetMeans();
+  for (const [index, counted] of counts.entries()) {
+    means.add(new Map([...readNumbers(results[index]!), ...counted]), 1);
+  }
+  return new Map(
+    Object.entries(means.compute()).map(([name, value]): [string, NdArray] => {
+      return [name, { dtype: "F64", shape: [], data: Float64Array.of(value) }];
+    }),
+  );
 }
