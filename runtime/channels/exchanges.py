@@ -206,6 +206,7 @@ class Exchange:
         self._state = State.GREETING
         self._protocol = Protocol(self._manifest, self._manifest.party)
         self._generation += 1
+        self.tasks.begin_connection()
         self._transmit(self._make_hello())
 
     def wake(self, now: float) -> None:

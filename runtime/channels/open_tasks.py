@@ -135,12 +135,17 @@ class SentTasks:
         if task.key.phase in (*STEP_PHASES, SHARE) and task.key not in self._beside:
             self._last = None
 
+    def begin_connection(self) -> None:
+        """Record that a new connection was opened, on which no reply comes again so far."""
+        self._echoed.clear()
+        for task in self._open.values():
+            task.due = task.received
+
     def repeat(self) -> Iterator[Sent]:
         """Yield the messages of open tasks in the order in which they were sent first.
 
         From now on, the server may answer each of these tasks again, from its first reply on.
         """
-        self._echoed.clear()
         for task in self._open.values():
             task.due = 0
         for _, sent in self._sent:

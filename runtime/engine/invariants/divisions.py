@@ -25,7 +25,7 @@ SMALLEST = 1 << 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Division:
+class GraphDivision:
     """The two graphs, the steady inputs that the first one reads, and what it hands on."""
 
     invariant: bytes
@@ -34,7 +34,7 @@ class Division:
     handed: tuple[str, ...]
 
 
-def divide(graph: PlacedGraph, steady: Collection[str]) -> Division | None:
+def divide(graph: PlacedGraph, steady: Collection[str]) -> GraphDivision | None:
     """Divide a graph; ``None`` if nothing in it depends on the inputs ``steady`` alone.
 
     All inputs of the graph are inputs of the rest, too, and all its outputs are the rest's.
@@ -65,7 +65,7 @@ def divide(graph: PlacedGraph, steady: Collection[str]) -> Division | None:
     reads = tuple(name for name in graph.inputs if name in read)
     kept = places | {node.place for name, node in constants.items() if name in read}
     kept |= {place for name, place in graph.initializers.items() if name in read}
-    return Division(
+    return GraphDivision(
         invariant=_write_invariant(graph, kept, reads, handed),
         rest=_write_rest(graph, places, handed),
         reads=reads,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from splitonnx.runtime.engine.invariants.divisions import Division
+from splitonnx.runtime.engine.invariants.divisions import GraphDivision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class DividedSession:
     Several threads may run the stage at the same time.
     """
 
-    def __init__(self, division: Division, invariant: Any, rest: Any) -> None:
+    def __init__(self, division: GraphDivision, invariant: Any, rest: Any) -> None:
         self._reads, self._handed = division.reads, division.handed
         self._invariant = invariant
         self._rest = rest

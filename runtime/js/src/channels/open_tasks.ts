@@ -87,12 +87,17 @@ export class SentTasks {
     this.#done = 0;
   }
 
+  /** Record that a new connection was opened, on which no reply comes again so far. */
+  beginConnection(): void {
+    this.#echoed.clear();
+    for (const task of this.#open.values()) task.due = task.received;
+  }
+
   /**
    * Return the messages of all open tasks in the order in which they were sent, to send them again;
    * the server may answer each again, from its first reply on.
    */
   repeat(): readonly SentMessage[] {
-    this.#echoed.clear();
     const tasks = [...this.#open.values()];
     for (const task of tasks) task.due = 0;
     return tasks.flatMap(({ sent }) => sent).sort((a, b) => a.number - b.number);

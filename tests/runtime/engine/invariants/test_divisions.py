@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from splitonnx.runtime.engine.invariants.divisions import Division, divide
+from splitonnx.runtime.engine.invariants.divisions import GraphDivision, divide
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
 
 SHAPES: dict[str, tuple[int | str, ...]] = {
@@ -34,7 +34,7 @@ def write_graph(*nodes: onnx.NodeProto, outputs: str = "y") -> bytes:
     return bytes(model.SerializeToString())
 
 
-def divide_graph(*nodes: onnx.NodeProto, outputs: str = "y") -> Division | None:
+def divide_graph(*nodes: onnx.NodeProto, outputs: str = "y") -> GraphDivision | None:
     return divide(PlacedGraph(write_graph(*nodes, outputs=outputs)), {"w", "small"})
 
 
