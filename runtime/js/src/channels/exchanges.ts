@@ -168,6 +168,7 @@ export class Exchange {
     this.#state = "greeting";
     this.#protocol = new Protocol(this.#options.manifest);
     this.#generation += 1;
+    this.#tasks.beginConnection();
     const { token } = this.#options;
     if (token !== undefined) this.#send({ type: "Login", token });
     this.#send(this.#makeHello());
