@@ -274,7 +274,7 @@ class LimitedConnection(ServerConnection, asyncio.BufferedProtocol):
             self._resume("kept")
 
     def read_ahead(self, size: int) -> None:
-        """Let ``size`` bytes more than ``KEPT_BYTES`` wait unread; the largest size counts."""
+        """Allow ``size`` bytes more than ``KEPT_BYTES`` to wait unread; the largest size counts."""
         self._most_kept = max(self._most_kept, KEPT_BYTES + size)
         self._take(0)
 

@@ -144,7 +144,7 @@ class Peer:
             raise self._explain(error) from error
 
     def read_ahead(self, size: int) -> None:
-        """Let a message of ``size`` bytes arrive while the server handles others.
+        """Allow a message of ``size`` bytes to arrive while the server handles others.
 
         The client has sent one as large already, so it can make the server keep twice as much.
         """
