@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -163,31 +161,6 @@ def test_a_client_that_is_silent_in_its_step_does_not_hold_the_others_for_long(
     assert tell(scene.run()) == [("a", "StepEnded"), ("b", FORTH)]
     scene.now = 19.9  # Bob's time began when his step did
     assert scene.steps.end_if_silent(scene.model, scene.now) == ()
-
-
-def test_a_step_of_ever_more_micro_batches_does_not_hold_the_others_for_long() -> None:
-    bundle = cut(ZOO["chain"].build(), at="act1")
-    scene = Scene(bundle)
-    wires: dict[str, np.ndarray] = {
-        UP: np.ones((2, 7), np.float32),
-        "labels@server": np.zeros(2, np.int64),
-        "splitonnx.weight": np.array(0.5, np.float32),
-    }
-
-    def accumulate(session: str, number: int) -> list[tuple[str, str]]:
-        task = step_task(session, wires)
-        key = msgspec.structs.replace(task.key, phase="accumulate", micro_batch=number)
-        return tell(scene.submit(replace(task, key=key)))
-
-    for number in range(4):
-        scene.now = 5.0 * number
-        assert accumulate(ANN, number)[-1] == ("a", "done")
-        assert scene.steps.end_if_silent(scene.model, scene.now) == ()  # nobody waits
-    assert accumulate(BOB, 0) == []
-    assert scene.steps.end_if_silent(scene.model, scene.now) == ()
-    assert any(session == "b" for session, _ in tell(scene.run()))
-    with pytest.raises(StepEnded):
-        accumulate(ANN, 4)
 
 
 def test_without_a_timeout_nobody_is_too_slow(u_shaped: Bundle) -> None:
