@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -75,6 +76,15 @@ EVERY: list[Message] = [
 @pytest.mark.parametrize("message", EVERY, ids=lambda message: type(message).__name__)
 def test_every_message_comes_back_as_it_was(message: Message) -> None:
     assert decode_message(b"".join(encode_message(message))) == (message, {})
+
+
+@pytest.mark.parametrize("kind", [Hello, Welcome])
+def test_a_side_of_an_earlier_version_has_one_task_open(kind: type[Hello] | type[Welcome]) -> None:
+    now = next(message for message in EVERY if isinstance(message, kind))
+    fields = msgspec.to_builtins(now)
+    assert fields.pop("in_flight") == 1
+    earlier = {"splitonnx": msgspec.json.encode({**fields, "later": True}).decode()}
+    assert decode_message(b"".join(encode_tensors({}, earlier))) == (now, {})
 
 
 def test_tensors_travel_with_their_message() -> None:

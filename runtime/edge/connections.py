@@ -274,7 +274,7 @@ class LimitedConnection(ServerConnection, asyncio.BufferedProtocol):
             self._resume("kept")
 
     def read_ahead(self, size: int) -> None:
-        """Allow ``size`` bytes more than ``KEPT_BYTES`` to wait unread; the largest counts."""
+        """Allow ``size`` bytes more than ``KEPT_BYTES`` to wait unread; the largest size counts."""
         self._most_kept = max(self._most_kept, KEPT_BYTES + size)
         self._take(0)
 

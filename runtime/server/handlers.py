@@ -321,9 +321,6 @@ class ConnectionHandler:
             if self._sender.unsent > most:
                 with self._memory.letting_go(dispatcher.session):
                     await self._finish_sending(most)
-        except BaseException:
-            self._sender.cancel()
-            raise
         finally:
             self._memory.settle(dispatcher.session)
 

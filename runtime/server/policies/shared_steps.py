@@ -24,7 +24,7 @@ from splitonnx.errors import (
     WorkerLost,
 )
 from splitonnx.messages import TaskKey
-from splitonnx.names import ACCUMULATE, UPDATE
+from splitonnx.names import ACCUMULATE, TRAIN, UPDATE
 from splitonnx.runtime.server.policies.joint_batches import BatchLayout, Tensors
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.tasks import Delivery, Task
@@ -40,6 +40,7 @@ class _Step:
 
     keys: tuple[TaskKey, ...]
     rows: tuple[int, ...]
+    begun: float
     since: float  # when its clients were last answered
     turn: int = 0
     is_between: bool = False
@@ -55,7 +56,8 @@ class SharedSteps:
     With a ``layout``, all clients that a step waits for make one batch; without, each step is of
     one client, in the order in which they came.  ``quorum`` is how many clients are enough for a
     joint step after ``timeout`` seconds.  After this time, a step whose client does not continue is
-    ended; ``None`` is to wait forever.  Times are of a monotonic clock.
+    ended, and one of micro-batches, however many still come, if another step waits; ``None`` is to
+    wait forever.  Times are of a monotonic clock.
 
     If a joint step fails, its clients make it one by one, so that only a client whose own tensors
     are the cause receives the error.
@@ -150,11 +152,17 @@ class SharedSteps:
         self._arrived.clear()
 
     def end_if_silent(self, model: ServerModel, now: float) -> tuple[str, ...]:
-        """End the step if a client has not continued it in time; return the silent sessions."""
+        """End the step if a client has not continued it in time; return the silent sessions.
+
+        A step of micro-batches also ends if it has kept others waiting for as long.
+        """
         step = self._step
-        if step is None or self._timeout is None or now - step.since < self._timeout:
+        if step is None or self._timeout is None or now - step.begun < self._timeout:
             return ()
-        silent = tuple(key.session for key in step.keys if not self._arrived.get(key))
+        is_silent = now - step.since >= self._timeout
+        if not is_silent and (step.lead.phase == TRAIN or not self._list_waiting()):
+            return ()
+        silent = tuple(key.session for key in step.keys if is_silent and not self._arrived.get(key))
         self._end(model, step, StepEnded(step.lead.step))
         return silent
 
@@ -169,7 +177,7 @@ class SharedSteps:
             if self._layout is not None:
                 first = [self._arrived[key][0].tensors for key in keys]
                 rows = tuple(map(self._layout.count_rows, first))
-            self._step = _Step(keys=keys, rows=rows, since=now)
+            self._step = _Step(keys=keys, rows=rows, begun=now, since=now)
         step = self._step
         if step.is_between:
             following = (k for k in self._arrived if k.session == step.lead.session)

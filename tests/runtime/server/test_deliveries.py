@@ -85,9 +85,23 @@ def test_a_step_that_ends_while_its_client_is_away_frees_its_memory(
         assert budget.used == 0
 
 
-async def ask(budget: Budget, size: int) -> None:
+def test_micro_batches_keep_their_memory_until_their_step_ends(context: ServerContext) -> None:
+    context.registry.find(greet(ANN), "")
+    keys = [TaskKey(ANN, "accumulate", 0, 0), TaskKey(ANN, "update", 0, 1)]
+    for end in (Delivery(key=keys[1], version=1, is_last=True),
+                Delivery(key=keys[0], version=1, error=StepEnded(0))):  # fmt: skip
+        budget = context.budget = Budget(100)
+        for key in keys:
+            asyncio.run(ask(budget, 30, key.phase))
+        pass_on(context, Delivery(key=keys[0], version=1, is_last=True))
+        assert budget.used == 60
+        pass_on(context, end)
+        assert budget.used == 0
+
+
+async def ask(budget: Budget, size: int, phase: str = "train") -> None:
     """Reserve memory for the step."""
-    await budget.ask((ANN, "train"), ANN, size)
+    await budget.ask((ANN, phase), ANN, size)
 
 
 def test_a_round_that_cannot_be_closed_now_is_tried_again(

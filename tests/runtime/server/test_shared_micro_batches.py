@@ -12,7 +12,10 @@ from splitonnx.messages import TaskKey, Tensors
 from splitonnx.names import ASYNCHRONOUS, SPLITFED_V2, SYNCHRONOUS
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from tests.support.one_model import ACTIVATION, GRADIENT, RATE, Member, Table
+from splitonnx.runtime.server.policies.shared_steps import SharedSteps
+from splitonnx.runtime.server.policies.tasks import Task
+from tests.support.one_model import ACTIVATION, GRADIENT, RATE, Member, Table, make_bundle
+from tests.support.shared_models import make_model, tell
 
 POLICIES = (SPLITFED_V2, ASYNCHRONOUS)
 PARTS = 2
@@ -183,3 +186,30 @@ def test_a_joint_step_does_not_consist_of_micro_batches() -> None:
     ann = Table(SYNCHRONOUS).members[0]
     say(ann, list_messages(1)[0])
     assert "does not let it accumulate" in str(ann.error)
+
+
+def test_a_step_of_ever_more_micro_batches_does_not_hold_the_others_for_long() -> None:
+    model, steps = make_model(make_bundle()), SharedSteps(timeout=10.0)
+
+    def submit(session: str, number: int, turn: int, now: float) -> list[tuple[str, str]]:
+        phase, _, _, arrays = list_messages(1)[turn]
+        task = Task(
+            key=TaskKey(session, phase, 0, number),
+            turn=turn,
+            seed=0,
+            learning_rate=RATE,
+            tensors=arrays,
+        )
+        steps.add(task, now)
+        return tell(steps.run(model, (), now))
+
+    for number in range(4):
+        now = 5.0 * number
+        submit("a", number, 0, now)
+        assert submit("a", number, 1, now)[-1] == ("a", "done")
+        assert steps.end_if_silent(model, now) == ()  # nobody waits
+    assert submit("b", 0, 0, now) == []
+    assert steps.end_if_silent(model, now) == ()  # nobody is silent, and the step has ended
+    assert ("b", "act3@client") in tell(steps.run(model, (), now))
+    with pytest.raises(StepEnded):
+        submit("a", 4, 0, now)

@@ -29,6 +29,7 @@ from splitonnx.messages import (
     Welcome,
     encode_message,
 )
+from splitonnx.micro_batches import MOST_IN_FLIGHT
 from splitonnx.names import CLIENT, SERVER
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.wire.protocols import MOVES, Protocol, State, list_wires
@@ -125,6 +126,38 @@ def test_the_batch_is_one_number_throughout_a_task() -> None:
     with pytest.raises(ArrayMismatch, match="N = 5"):
         client.receive(b"".join(late))
     client.send(make_task(1), {ACTIVATION: np.ones((6, 7), np.float32)})
+
+
+def test_each_open_task_has_a_batch_of_its_own() -> None:
+    client, server = open_pair()
+    tasks = [
+        msgspec.structs.replace(make_task(), phase="accumulate", micro_batch=n) for n in (0, 1)
+    ]
+    for rows, task in zip((5, 6), tasks, strict=True):
+        server.receive(b"".join(client.send(task, {ACTIVATION: np.ones((rows, 7), np.float32)})))
+    for rows, task in zip((5, 6), tasks, strict=True):
+        assert server.list_sizes(task.key) == {"N": rows}
+        with pytest.raises(ArrayMismatch, match=f"N = {rows}"):
+            server.send(task, {GRADIENT: np.ones((7, 7), np.float32)})
+        client.receive(b"".join(server.send(task, {GRADIENT: np.ones((rows, 7), np.float32)})))
+
+
+def test_a_task_that_begins_again_may_have_another_batch() -> None:
+    client, server = open_pair()
+    for rows in (5, 6):
+        sent = {ACTIVATION: np.ones((rows, 7), np.float32)}
+        server.receive(b"".join(client.send(make_task(), sent)))
+        assert server.list_sizes(make_task().key) == {"N": rows}
+
+
+def test_the_sizes_of_few_tasks_are_kept() -> None:
+    client, server = open_pair()
+    for step in range(100):
+        sent = {ACTIVATION: np.ones((5, 7), np.float32)}
+        server.receive(b"".join(client.send(make_task(step), sent)))
+    known = [step for step in range(100) if server.list_sizes(make_task(step).key)]
+    assert MOST_IN_FLIGHT <= len(known) < 20
+    assert known[-1] == 99
 
 
 def test_labels_on_the_wire_are_held_to_their_range() -> None:
