@@ -107,7 +107,7 @@ class OperatorKernel:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedStage:
-    """A stage graph that is ready to run; ``outputs`` are the names of its outputs, in order."""
+    """A stage graph that is ready to run; ``outputs`` are the names of those that a run returns."""
 
     name: str
     outputs: tuple[str, ...]
@@ -280,7 +280,7 @@ class Engine:
         return _view(tensor)
 
     def run(self, stage: LoadedStage, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run a stage with the inputs in ``feeds``, and return all its outputs by name.
+        """Run a stage with the inputs in ``feeds``, and return its outputs by name.
 
         Raises:
             StageFailed: an operator failed, or the inputs do not fit the graph.

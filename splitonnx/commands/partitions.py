@@ -41,6 +41,7 @@ from splitonnx.commands.options import (
     OutputOption,
     ParamGroupOption,
     QuietOption,
+    RecomputeOption,
     SeedOption,
     ServerTargetOption,
     Target,
@@ -285,6 +286,7 @@ def cut(
     freeze: FreezeOption = None,
     means: ModelOptions,
     wire: WireOption = None,
+    recompute: RecomputeOption = None,
     client_target: ClientTargetOption = None,
     server_target: ServerTargetOption = None,
     check: CheckOption = None,
@@ -331,6 +333,7 @@ def cut(
         send_labels=send_labels,
         check=check,
         wire=wire,
+        recompute=False if recompute is None else recompute.value,
     )
     made.save(bundle, overwrite=force)
     if as_json:
