@@ -190,7 +190,7 @@ export class Engine {
   }
 
   /**
-   * Run a stage and return all its outputs by name, in this side's memory.
+   * Run a stage and return its outputs by name, in this side's memory.
    *
    * @throws StageFailed: an operator failed, or the feeds are not the graph's inputs.
    */
@@ -198,7 +198,7 @@ export class Engine {
     try {
       const gpu = await this.#findGpu();
       gpu?.pushErrorScope("validation");
-      const running = stage.session.run(Object.fromEntries(feeds));
+      const running = stage.session.run(Object.fromEntries(feeds), stage.outputs);
       // ONNX Runtime continues where a GPU refuses a kernel, with whatever its memory held.
       const outputs = await running.finally(async () => {
         const refusal = await gpu?.popErrorScope();
