@@ -192,11 +192,12 @@ class Engine:
     def _make_options(self, *, training: bool, own_format: bool) -> Any:
         levels = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
-        options.graph_optimization_level = (
-            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
-        )
+        level = levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
+        options.graph_optimization_level = level
         options.intra_op_num_threads = self._threads or 0
         options.enable_cpu_mem_arena = self._arena
+        # From the second run on, all results would be in one block, beside what the first one freed.
+        options.enable_mem_pattern = False
         # A thread that spins while it waits for the next stage takes the core from the other party.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Otherwise it would detect the format, and could mistake the bytes for ORT format.
@@ -217,9 +218,8 @@ class Engine:
         check_graph(name, graph)
         levels = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
-        options.graph_optimization_level = (
-            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_BASIC
-        )
+        level = levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_BASIC
+        options.graph_optimization_level = level
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.load_model_format", "ONNX")
         options.add_session_config_entry("session.save_model_format", "ORT")

@@ -90,11 +90,16 @@ const EXACT_SETTINGS: Readonly<Record<string, string>> = {
   disable_double_qdq_remover: "1",
 };
 
-/** Add the settings to the app's options, which may name other ones, and other values of these. */
+/**
+ * Add the settings to the app's options, which may name other ones, and other values of these.
+ *
+ * With memory patterns, from the second run on, all results would be in one block, beside what the
+ * first run freed.
+ */
 function addSettings(options: InferenceSession.SessionOptions): InferenceSession.SessionOptions {
   const extra = options.extra ?? {};
   const session = { ...EXACT_SETTINGS, ...(extra["session"] as object | undefined) };
-  return { logSeverityLevel: 4, ...options, extra: { ...extra, session } };
+  return { logSeverityLevel: 4, enableMemPattern: false, ...options, extra: { ...extra, session } };
 }
 
 /**
