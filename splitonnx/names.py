@@ -56,7 +56,7 @@ PORTABLE: Final = "portable"
 TRAINING: Final = "training"
 TARGETS: tuple[Target, ...] = get_args(Target)
 Recompute: TypeAlias = Literal["client", "server", "both"]
-"""Who computes its forward stage again before its backward stage, in place of keeping its values."""
+"""Who computes its forward stage again before its backward stage, and keeps no values of it."""
 ADAPTERS = "splitonnx.adapters"
 """Metadata key of the note about a model's adapters, which is JSON."""
 

@@ -36,8 +36,8 @@ class Target(StrEnum):
 class Recomputing(StrEnum):
     """The values that ``--recompute`` accepts."""
 
-    CLIENT = names.CLIENT
-    SERVER = names.SERVER
+    CLIENT = "client"
+    SERVER = "server"
     BOTH = "both"
 
 

@@ -208,7 +208,9 @@ def write_model(folder: Path, name: str) -> list[str]:
         written.append(f"{name}-{len(written)}")
         write(folder / written[-1], bundle, data, trained)
         if at == cuts[len(cuts) // 2] and name in RECOMPUTED:
-            write(folder / f"{written[-1]}-recomputed", recompute_stages(bundle, True), data, trained)
+            write(
+                folder / f"{written[-1]}-recomputed", recompute_stages(bundle, True), data, trained
+            )
             repeated.append(f"{written[-1]}-recomputed")
     written.append(f"{name}-accumulated")
     write(folder / written[-1], bundle, data, accumulated)  # the U-shaped one

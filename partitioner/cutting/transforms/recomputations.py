@@ -90,8 +90,9 @@ def _explain(bundle: Bundle, wanted: Sequence[str]) -> str:
         )
     if wanted == (SERVER,) and not bundle.manifest.recipe.tail_at:
         return (
-            f"{option}: in a cut without --tail-at the server has the loss and computes forward and "
-            "backward in one stage, so it keeps nothing in between; choose client, or leave it out"
+            f"{option}: in a cut without --tail-at the server has the loss and computes forward "
+            "and backward in one stage, so it keeps nothing in between; choose client, or leave it "
+            "out"
         )
     whose = " and ".join(f"the {name}'s" for name in wanted)
     verb = "part keeps" if len(wanted) == 1 else "parts keep"

@@ -28,9 +28,7 @@ def replace_phase(party: PartyBundle, phase: Phase, graphs: Mapping[str, bytes])
     )
 
 
-def replace_parties(
-    bundle: Bundle, parties: Mapping[str, PartyBundle], recipe: Recipe
-) -> Bundle:
+def replace_parties(bundle: Bundle, parties: Mapping[str, PartyBundle], recipe: Recipe) -> Bundle:
     """Return a bundle with other parties and another recipe, and with the digest of the parties."""
     unsigned = {
         name: replace(party, manifest=msgspec.structs.replace(party.manifest, digest=""))
