@@ -196,7 +196,7 @@ class Engine:
         options.graph_optimization_level = level
         options.intra_op_num_threads = self._threads or 0
         options.enable_cpu_mem_arena = self._arena
-        # From the second run on, all results would be in one block, beside what the first one freed.
+        # From the second run on, all results would be in one block beside what the first freed.
         options.enable_mem_pattern = False
         # A thread that spins while it waits for the next stage takes the core from the other party.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
