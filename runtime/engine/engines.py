@@ -107,7 +107,7 @@ class OperatorKernel:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedStage:
-    """A stage graph that is ready to run; ``outputs`` are the names of its outputs, in order."""
+    """A stage graph that is ready to run; ``outputs`` are the names of those that a run returns."""
 
     name: str
     outputs: tuple[str, ...]
@@ -194,11 +194,12 @@ class Engine:
     def _make_options(self, *, training: bool, own_format: bool) -> Any:
         levels = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
-        options.graph_optimization_level = (
-            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
-        )
+        level = levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
+        options.graph_optimization_level = level
         options.intra_op_num_threads = self._threads or 0
         options.enable_cpu_mem_arena = self._arena
+        # From the second run on, all results would be in one block beside what the first freed.
+        options.enable_mem_pattern = False
         # A thread that spins while it waits for the next stage takes the core from the other party.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Otherwise it would detect the format, and could mistake the bytes for ORT format.
@@ -218,9 +219,8 @@ class Engine:
         check_graph(name, graph)
         levels = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
-        options.graph_optimization_level = (
-            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_BASIC
-        )
+        level = levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_BASIC
+        options.graph_optimization_level = level
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.load_model_format", "ONNX")
         options.add_session_config_entry("session.save_model_format", "ORT")
@@ -281,7 +281,7 @@ class Engine:
         return _view(tensor)
 
     def run(self, stage: LoadedStage, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run a stage with the inputs in ``feeds``, and return all its outputs by name.
+        """Run a stage with the inputs in ``feeds``, and return its outputs by name.
 
         Raises:
             StageFailed: an operator failed, or the inputs do not fit the graph.
