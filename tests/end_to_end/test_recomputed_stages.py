@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from splitonnx.bundles import Bundle
+from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.manifests import Role
 from splitonnx.messages import TaskKey
 from splitonnx.names import TRAIN, Target
@@ -186,3 +189,32 @@ def test_what_leaves_a_client_is_explained_as_before() -> None:
     before, after = (explain(b.client) for b in (plain, recompute_stages(plain, "both")))
     for one, other in zip(before.phases, after.phases, strict=True):
         assert (one.leaves, one.arrives, one.arrays) == (other.leaves, other.arrives, other.arrays)
+
+
+def forget_waiting(party: PartyBundle) -> PartyBundle:
+    """Return a party as a runtime sees it that does not know ``after``."""
+    phases = tuple(
+        msgspec.structs.replace(
+            phase,
+            stages=tuple(msgspec.structs.replace(s, after=msgspec.UNSET) for s in phase.stages),
+        )
+        for phase in party.manifest.phases
+    )
+    return replace(party, manifest=msgspec.structs.replace(party.manifest, phases=phases))
+
+
+def test_a_runtime_that_does_not_know_such_stages_computes_the_same() -> None:
+    plain = cut_zoo("batchnorm_trained", "U-shaped")
+    made = recompute_stages(plain, "both")
+    old = replace(made, parties={n: forget_waiting(p) for n, p in made.parties.items()})
+    assert count_repeating(old) == 0
+    batches = [ZOO["batchnorm_trained"].data(ROWS, seed=seed) for seed in range(STEPS)]
+    assert train(old, batches) == train(plain, batches)
+
+
+def test_a_bundle_on_disk_says_what_is_computed_again(tmp_path: Path) -> None:
+    made = recompute_stages(cut_zoo("convolutions", "U-shaped"), "both")
+    made.save(tmp_path / "bundle")
+    found = Bundle.load(tmp_path / "bundle")
+    assert found.manifest.recipe.recompute == made.manifest.recipe.recompute
+    assert count_repeating(found) == count_repeating(made) > 0
