@@ -62,7 +62,7 @@ from splitonnx.runtime.engine.providers import CPU
 class AsyncClient:
     """A client that trains and runs its part of a split model, on an asyncio event loop.
 
-    Use it with ``async with``, or call :meth:`open` and :meth:`close`.  Stages run in a thread of
+    Use it with ``async with``, or await :meth:`open` and :meth:`close`.  Stages run in a thread of
     the client's own, one after the other, while the loop sends and receives.  Methods that are
     called while another one runs wait for it, and run in the order of the calls.
 
@@ -103,6 +103,8 @@ class AsyncClient:
         self._opened: _Opened | None = None
         self._is_used = False
         self._turn = asyncio.Lock()
+        self._running: asyncio.Task[object] | None = None  # whose turn it is
+        self._is_ended = False  # by a call of close
         self._thread = WorkThread(self._stop_stages)
         self._told: dict[str, str] = {}  # why a metric was not defined, told once
 
@@ -124,7 +126,7 @@ class AsyncClient:
         if self._is_used:
             raise LocalProtocolError("a client is opened once; make another one")
         self._is_used = True
-        async with self._turn:
+        async with self._taking_turn():
             try:
                 executor, run = await self._thread.run(self._load)
                 channel = await self._connect(executor, run)
@@ -282,9 +284,13 @@ class AsyncClient:
     async def close(self) -> None:
         """End the session and close the connection; may be called twice.
 
-        This waits for calls that began earlier; to end one sooner, cancel it.
+        A call that is running ends first: it raises ``LocalProtocolError``, and so do the calls
+        that wait for it.
         """
         self._is_used = True
+        if self._running is not None:
+            self._is_ended = True
+            self._running.cancel()
         async with self._turn:
             try:
                 if self._opened is not None:
@@ -324,9 +330,26 @@ class AsyncClient:
         return channel
 
     @asynccontextmanager
-    async def _calling(self) -> AsyncIterator[_Opened]:
-        """Wait for earlier calls; if the call is cancelled while it runs, close the client."""
+    async def _taking_turn(self) -> AsyncIterator[None]:
+        """Wait for earlier calls; raise ``LocalProtocolError`` if :meth:`close` ends this one."""
         async with self._turn:
+            task = asyncio.current_task()
+            assert task is not None  # as this is a coroutine
+            cancellations = task.cancelling()
+            self._running, self._is_ended = task, False
+            try:
+                yield
+            except asyncio.CancelledError:
+                if self._is_ended and task.uncancel() <= cancellations:
+                    raise LocalProtocolError("the client was closed during this call") from None
+                raise
+            finally:
+                self._running = None
+
+    @asynccontextmanager
+    async def _calling(self) -> AsyncIterator[_Opened]:
+        """Wait for earlier calls; if this one is cancelled while it runs, close the client."""
+        async with self._taking_turn():
             opened = self._require_opened()
             opened.runner.require_open()
             try:
