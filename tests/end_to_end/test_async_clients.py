@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,38 @@ def test_two_clients_train_at_once_on_one_loop() -> None:
         both = asyncio.run(train_both([first, second]))
     for (found, _), own in zip(both, expected, strict=True):
         assert_same(found, own)
+
+
+def test_several_micro_batches_are_under_way_at_once() -> None:
+    bundle, batch = cut_zoo("chain", "vanilla"), ZOO["chain"].data(ROWS)
+
+    async def train_late(url: str) -> None:
+        both_sent = asyncio.Event()
+
+        class Late(AsyncWebSocketTransport):
+            """A connection whose replies to tasks come when the second task's message was sent."""
+
+            tensors = 0
+
+            async def send(self, chunks: Sequence[Chunk]) -> None:
+                await super().send(chunks)
+                self.tensors += isinstance(decode_message(b"".join(chunks))[0], Tensors)
+                if self.tensors == 2:
+                    both_sent.set()
+
+            async def receive(self) -> Chunk | bytearray:
+                content = await super().receive()
+                if isinstance(decode_message(content)[0], Tensors):
+                    await both_sent.wait()
+                return content
+
+        async with AsyncClient(bundle.client, partial(Late.open, url), threads=1) as client:
+            async with asyncio.timeout(PATIENCE):
+                await client.step(batch, micro_batches=PARTS, in_flight=2)
+            assert client.steps == 1
+
+    with serving(bundle) as server:
+        asyncio.run(train_late(server.url))
 
 
 class Held:
@@ -321,8 +354,9 @@ def test_calls_at_once_run_in_their_order() -> None:
             waiting = asyncio.create_task(client.predict(select_inputs(bundle, name)))
             steps = [client.step(batch) for batch in list_batches(name)]
             given_up = asyncio.create_task(client.step(ZOO[name].data(ROWS)))
-            results = await asyncio.gather(waiting, *steps, cancel_soon(given_up))
-            losses = [result["loss"] for result in results[1:-1]]
+            running = asyncio.gather(*steps)
+            await asyncio.gather(waiting, cancel_soon(given_up))
+            losses = [result["loss"] for result in await running]
             return {**await client.state(), "losses": np.array(losses)}
 
     async def cancel_soon(task: asyncio.Task[State]) -> None:

@@ -59,6 +59,7 @@ class BoundedAsyncConnection(ClientConnection):
             write_limit=write_limit,
         )
         self._pauses: set[str] = set()
+        self._is_over = False  # this side closes the connection, and no message counts any more
         self._hanging_up: asyncio.TimerHandle | None = None
         self._is_awaited = False
         self._whole = 0  # bytes of complete messages that were not taken yet
@@ -123,6 +124,8 @@ class BoundedAsyncConnection(ClientConnection):
         if event.fin:
             content = self._arriving.join()
             self._arriving, self._fragments = self._expect_message(), 0
+            if self._is_over:
+                return
             self._messages.append(content)
             self._whole += len(content)
             super().process_event(Frame(Opcode.BINARY, b""))  # the library counts the messages
@@ -175,6 +178,7 @@ class BoundedAsyncConnection(ClientConnection):
         self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = ""
     ) -> None:
         """Close the connection; skip the closing handshake if there is too much unread data."""
+        self._is_over = True
         if self._pauses:
             self.transport.abort()
         await super().close(code, reason)
@@ -189,8 +193,9 @@ class BoundedAsyncConnection(ClientConnection):
             self.transport.close()
 
     def _pause(self, reason: str) -> None:
-        self._pauses.add(reason)
-        self.transport.pause_reading()
+        if not self._is_over:  # what ends the connection is read
+            self._pauses.add(reason)
+            self.transport.pause_reading()
 
     def _resume(self, reason: str) -> None:
         self._pauses.discard(reason)
