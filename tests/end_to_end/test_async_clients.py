@@ -1,0 +1,417 @@
+"""A client on an event loop trains as the waiting client does, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from splitonnx import AsyncClient, Client, Server
+from splitonnx.bundles import Bundle
+from splitonnx.codecs import Chunk
+from splitonnx.errors import ConnectionLost, LocalProtocolError
+from splitonnx.messages import Tensors, decode_message
+from splitonnx.runtime.channels.asynchronous.websockets import AsyncWebSocketTransport, connect
+from splitonnx.runtime.engine.engines import Engine
+from tests.end_to_end.test_accumulated_steps import cut_zoo
+from tests.support.echoes import PATIENCE
+from tests.support.zoo import ZOO
+
+ROWS, STEPS, PARTS = 7, 2, 4
+State = dict[str, np.ndarray]
+DIVISIONS: Mapping[str, dict[str, int]] = {
+    "one by one": {},
+    "accumulate": {"accumulate": PARTS},
+    "micro-batches": {"micro_batches": PARTS, "in_flight": 3},
+}
+
+
+@contextmanager
+def serving(bundle: Bundle) -> Iterator[Server]:
+    assert bundle.server is not None
+    with Server(bundle.server, port=0, threads=1) as server:
+        yield server
+
+
+def list_batches(name: str) -> list[dict[str, np.ndarray]]:
+    return [ZOO[name].data(ROWS, seed=seed) for seed in range(STEPS)]
+
+
+def train(bundle: Bundle, name: str, division: str) -> tuple[State, State]:
+    """Train some steps with the waiting client; return its state and losses, and predictions."""
+    with serving(bundle) as server, Client(bundle.client, server.url, threads=1) as client:
+        losses = [client.step(batch, **DIVISIONS[division])["loss"] for batch in list_batches(name)]
+        outputs = client.predict(select_inputs(bundle, name), batch_size=3)
+        return {**client.state(), "losses": np.array(losses)}, outputs
+
+
+def select_inputs(bundle: Bundle, name: str) -> dict[str, np.ndarray]:
+    data = ZOO[name].data(ROWS)
+    return {spec.name: data[spec.name] for spec in bundle.client.manifest.phase("predict").data}
+
+
+async def train_async(
+    bundle: Bundle, name: str, division: str, server: object
+) -> tuple[State, State]:
+    async with AsyncClient(bundle.client, server, threads=1) as client:  # type: ignore[arg-type]
+        losses = [
+            (await client.step(batch, **DIVISIONS[division]))["loss"]
+            for batch in list_batches(name)
+        ]
+        outputs = await client.predict(select_inputs(bundle, name), batch_size=3)
+        return {**await client.state(), "losses": np.array(losses)}, outputs
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("shape", ["vanilla", "U-shaped"])
+@pytest.mark.parametrize("name", ["dropout", "batchnorm_trained"])
+def test_steps_and_predictions_equal_those_of_the_waiting_client(
+    name: str, shape: str, division: str
+) -> None:
+    bundle = cut_zoo(name, shape)
+    expected, outputs = train(bundle, name, division)
+    with serving(bundle) as server:
+        found, predicted = asyncio.run(train_async(bundle, name, division, server.url))
+    assert_same(found, expected)
+    assert_same(predicted, outputs)
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_connections_that_are_cut_in_the_middle_change_nothing(division: str) -> None:
+    bundle = cut_zoo("dropout", "U-shaped")
+    expected, _ = train(bundle, "dropout", division)
+    cuts = 0
+
+    class Cut(AsyncWebSocketTransport):
+        """A connection that ends by itself after so many messages each way."""
+
+        left = 4
+
+        async def send(self, chunks: Sequence[Chunk]) -> None:
+            self.count()
+            await super().send(chunks)
+
+        async def receive(self) -> Chunk | bytearray:
+            content = await super().receive()
+            self.count()
+            return content
+
+        def count(self) -> None:
+            nonlocal cuts
+            self.left -= 1
+            if not self.left:
+                cuts += 1
+                self.abort()
+
+    with serving(bundle) as server:
+
+        async def dial() -> AsyncWebSocketTransport:
+            Cut.left += 1  # in the end there is time enough for a whole step
+            return await Cut.open(server.url)
+
+        found, _ = asyncio.run(train_async(bundle, "dropout", division, dial))
+    assert cuts >= 3
+    assert_same(found, expected)
+
+
+def test_two_clients_train_at_once_on_one_loop() -> None:
+    names = ["convolutions", "dropout"]
+    bundles = [cut_zoo(name, "vanilla") for name in names]
+    expected = [
+        train(bundle, name, "micro-batches")[0] for bundle, name in zip(bundles, names, strict=True)
+    ]
+
+    async def train_both(servers: list[Server]) -> list[tuple[State, State]]:
+        return await asyncio.gather(
+            *(
+                train_async(bundle, name, "micro-batches", server.url)
+                for bundle, name, server in zip(bundles, names, servers, strict=True)
+            )
+        )
+
+    with serving(bundles[0]) as first, serving(bundles[1]) as second:
+        both = asyncio.run(train_both([first, second]))
+    for (found, _), own in zip(both, expected, strict=True):
+        assert_same(found, own)
+
+
+def test_several_micro_batches_are_under_way_at_once() -> None:
+    bundle, batch = cut_zoo("chain", "vanilla"), ZOO["chain"].data(ROWS)
+
+    async def train_late(url: str) -> None:
+        both_sent = asyncio.Event()
+
+        class Late(AsyncWebSocketTransport):
+            """A connection whose replies to tasks come when the second task's message was sent."""
+
+            tensors = 0
+
+            async def send(self, chunks: Sequence[Chunk]) -> None:
+                await super().send(chunks)
+                self.tensors += isinstance(decode_message(b"".join(chunks))[0], Tensors)
+                if self.tensors == 2:
+                    both_sent.set()
+
+            async def receive(self) -> Chunk | bytearray:
+                content = await super().receive()
+                if isinstance(decode_message(content)[0], Tensors):
+                    await both_sent.wait()
+                return content
+
+        async with AsyncClient(bundle.client, partial(Late.open, url), threads=1) as client:
+            async with asyncio.timeout(PATIENCE):
+                await client.step(batch, micro_batches=PARTS, in_flight=2)
+            assert client.steps == 1
+
+    with serving(bundle) as server:
+        asyncio.run(train_late(server.url))
+
+
+class Held:
+    """A way to a server whose replies to tasks are held back; ``sent`` names what was sent."""
+
+    def __init__(self, url: str) -> None:
+        self.has_sent = asyncio.Event()
+        self.sent: list[str] = []
+        self._url = url
+
+    async def dial(self) -> HeldTransport:
+        transport = await HeldTransport.open(self._url)
+        transport.held = self
+        return transport
+
+
+class HeldTransport(AsyncWebSocketTransport):
+    held: Held
+
+    async def send(self, chunks: Sequence[Chunk]) -> None:
+        await super().send(chunks)
+        message, _ = decode_message(b"".join(chunks))
+        self.held.sent.append(type(message).__name__)
+        if isinstance(message, Tensors):
+            self.held.has_sent.set()
+
+    async def receive(self) -> Chunk | bytearray:
+        if self.held.has_sent.is_set():
+            await asyncio.Event().wait()
+        return await super().receive()
+
+
+def list_threads() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name.startswith("splitonnx-work")]
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_a_step_that_is_cancelled_while_it_waits_leaves_the_state_and_ends_the_session(
+    division: str,
+) -> None:
+    bundle = cut_zoo("dropout", "U-shaped")
+    batch = ZOO["dropout"].data(ROWS)
+
+    async def cancel(url: str) -> None:
+        held = Held(url)
+        async with AsyncClient(bundle.client, held.dial, threads=1) as client:
+            before = await client.state()
+            step = asyncio.create_task(client.step(batch, **DIVISIONS[division]))
+            await held.has_sent.wait()
+            step.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await step
+            assert held.sent[-1] == "Bye"
+            assert not list_threads()
+            assert client.steps == 0
+            assert_same(await client.state(), before)
+            with pytest.raises(LocalProtocolError, match="client is closed"):
+                await client.step(batch)
+
+    with serving(bundle) as server:
+        asyncio.run(cancel(server.url))
+
+
+def test_a_timeout_ends_a_step_that_waits() -> None:
+    bundle = cut_zoo("dropout", "vanilla")
+
+    async def wait(url: str) -> None:
+        held = Held(url)
+        async with AsyncClient(bundle.client, held.dial, threads=1) as client:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await client.step(ZOO["dropout"].data(ROWS))
+            assert held.sent[-1] == "Bye"
+
+    with serving(bundle) as server:
+        asyncio.run(wait(server.url))
+
+
+def test_a_step_that_is_cancelled_while_a_stage_runs_stops_it_and_waits_for_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bundle = cut_zoo("dropout", "vanilla")
+    runs, stopped = threading.Event(), threading.Event()
+    ended: list[str] = []
+    run, stop = Engine.run, Engine.stop
+
+    def run_until_stopped(self: Engine, stage: Any, feeds: Any) -> Any:
+        runs.set()
+        assert stopped.wait(PATIENCE)
+        try:
+            return run(self, stage, feeds)
+        finally:
+            ended.append(stage.name)
+
+    def stop_and_tell(self: Engine) -> None:
+        stop(self)
+        stopped.set()
+
+    async def cancel(url: str) -> None:
+        async with AsyncClient(bundle.client, url, threads=1) as client:
+            before = await client.state()
+            monkeypatch.setattr(Engine, "run", run_until_stopped)
+            monkeypatch.setattr(Engine, "stop", stop_and_tell)
+            step = asyncio.create_task(client.step(ZOO["dropout"].data(ROWS)))
+            assert await asyncio.to_thread(runs.wait, PATIENCE)  # the loop is free meanwhile
+            step.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await step
+            assert len(ended) == 1
+            assert not list_threads()
+            assert_same(await client.state(), before)
+
+    with serving(bundle) as server:
+        asyncio.run(cancel(server.url))
+        monkeypatch.undo()
+
+
+def test_a_step_that_is_cancelled_while_the_server_is_away_ends_at_once() -> None:
+    bundle = cut_zoo("dropout", "vanilla")
+    attempts: asyncio.Queue[int] = asyncio.Queue()
+
+    async def cancel(url: str) -> None:
+        async def dial() -> AsyncWebSocketTransport:
+            attempts.put_nowait(1)
+            if attempts.qsize() > 1:
+                raise ConnectionLost(url, "it is away")
+            transport = await connect(url)
+            opened.append(transport)
+            return transport
+
+        opened: list[AsyncWebSocketTransport] = []
+        async with AsyncClient(bundle.client, dial, threads=1) as client:
+            opened[0].abort()
+            step = asyncio.create_task(client.step(ZOO["dropout"].data(ROWS)))
+            while attempts.qsize() < 3:
+                await asyncio.sleep(0)
+            step.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await step
+            assert client.steps == 0
+
+    with serving(bundle) as server:
+        asyncio.run(cancel(server.url))
+
+
+def test_closing_the_client_ends_the_call_that_runs_and_those_that_wait_for_it() -> None:
+    bundle = cut_zoo("dropout", "vanilla")
+    batch = ZOO["dropout"].data(ROWS)
+
+    async def close(url: str) -> None:
+        held = Held(url)
+        client = await AsyncClient(bundle.client, held.dial, threads=1).open()
+        steps = [asyncio.create_task(client.step(batch)) for _ in range(2)]
+        await held.has_sent.wait()
+        await client.close()
+        first, second = await asyncio.gather(*steps, return_exceptions=True)
+        assert isinstance(first, LocalProtocolError)
+        assert "closed during this call" in str(first)
+        assert isinstance(second, LocalProtocolError)
+        assert "the client is closed" in str(second)
+        assert held.sent[-1] == "Bye"
+        assert held.sent.count("Tensors") == 1
+
+    with serving(bundle) as server:
+        asyncio.run(close(server.url))
+
+
+def test_calls_at_once_run_in_their_order() -> None:
+    bundle, name = cut_zoo("dropout", "vanilla"), "dropout"
+    expected, _ = train(bundle, name, "one by one")
+
+    async def run(url: str) -> State:
+        async with AsyncClient(bundle.client, url, threads=1) as client:
+            waiting = asyncio.create_task(client.predict(select_inputs(bundle, name)))
+            steps = [client.step(batch) for batch in list_batches(name)]
+            given_up = asyncio.create_task(client.step(ZOO[name].data(ROWS)))
+            running = asyncio.gather(*steps)
+            await asyncio.gather(waiting, cancel_soon(given_up))
+            losses = [result["loss"] for result in await running]
+            return {**await client.state(), "losses": np.array(losses)}
+
+    async def cancel_soon(task: asyncio.Task[State]) -> None:
+        await asyncio.sleep(0)  # it waits for its turn now
+        task.cancel()
+
+    with serving(bundle) as server:
+        assert_same(asyncio.run(run(server.url)), expected)
+
+
+def test_evaluations_and_saved_states_equal_those_of_the_waiting_client(tmp_path: Path) -> None:
+    bundle, name = cut_zoo("convolutions", "U-shaped"), "convolutions"
+    data = ZOO[name].data(ROWS)
+
+    async def run(folder: Path, url: str) -> dict[str, float]:
+        async with AsyncClient(folder / "client", url, threads=1) as client:
+            await client.step(data)
+            found = await client.evaluate(data, batch_size=3)
+            await client.save()
+            return found
+
+    def run_waiting(folder: Path, url: str) -> dict[str, float]:
+        with Client(folder / "client", url, threads=1) as client:
+            client.step(data)
+            found = client.evaluate(data, batch_size=3)
+            client.save()
+            return found
+
+    numbers, states = [], []
+    for number, play in enumerate([run_waiting, lambda *args: asyncio.run(run(*args))]):
+        folder = tmp_path / str(number)
+        bundle.save(folder)
+        with Server(folder / "server", port=0, threads=1) as server:
+            numbers.append(play(folder, server.url))
+        parties = Bundle.load(folder).parties.values()
+        assert {party.step for party in parties} == {1}
+        states.append({name: a for party in parties for name, a in party.state().items()})
+    assert numbers[0] == numbers[1]
+    assert_same(states[1], states[0])
+
+
+def test_a_whole_model_trains_without_a_server_and_batches_come_one_by_one() -> None:
+    bundle, name = cut_zoo("dropout", "whole"), "dropout"
+    inputs = select_inputs(bundle, name)
+    with Client(bundle.client, threads=1) as waiting:
+        expected = [waiting.step(batch)["loss"] for batch in list_batches(name)]
+        outputs = list(waiting.predict_batches(inputs, batch_size=3))
+
+    async def run() -> None:
+        async with AsyncClient(bundle.client, threads=1) as client:
+            losses = [(await client.step(batch))["loss"] for batch in list_batches(name)]
+            assert losses == expected
+            found = [batch async for batch in client.predict_batches(inputs, batch_size=3)]
+            assert len(found) == len(outputs) == 3
+            for one, other in zip(found, outputs, strict=True):
+                assert_same(one, other)
+
+    asyncio.run(run())
