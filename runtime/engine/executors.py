@@ -38,7 +38,7 @@ from splitonnx.names import (
     UPDATE,
     WEIGH,
 )
-from splitonnx.runtime.engine.dataflows import Dataflow, Progress, list_steady
+from splitonnx.runtime.engine.dataflows import Dataflow, Progress, list_steady, list_sums
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.providers import check_target
 from splitonnx.runtime.engine.steps import OpenStep, make_scalars
@@ -80,9 +80,7 @@ class Executor:
         self._state = {name: engine.from_array(a) for name, a in party.state().items()}
         self._flows: dict[str, Dataflow] = {}
         self._loaded: dict[tuple[str, str], LoadedStage] = {}
-        self._shared: dict[
-            tuple[str, bool, tuple[str, ...]], LoadedStage
-        ] = {}  # phases share files
+        self._shared: dict[tuple[object, ...], LoadedStage] = {}  # phases share files
         self._open = OpenStep(party.manifest, engine)
         self._tasks: dict[TaskKey, _Task] = {}
 
@@ -115,11 +113,12 @@ class Executor:
         training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE, WEIGH)
         for stage in declared.stages:
             steady = list_steady(declared, stage)
-            shared = (stage.graph, training, steady)
+            sums = list_sums(self.manifest, declared, stage)
+            shared = (stage.graph, training, steady, tuple(sums.items()))
             if shared not in self._shared:
                 graph = self.party.graphs[stage.graph]
                 self._shared[shared] = self._engine.load(
-                    stage.name, graph, training=training, steady=steady
+                    stage.name, graph, training=training, steady=steady, sums=sums
                 )
             self._loaded[phase, stage.name] = self._shared[shared]
         self._flows[phase] = Dataflow(declared, self.manifest.party)
@@ -337,13 +336,15 @@ class Executor:
         self._open.add(task.key, tensors)
 
     def _run(self, task: _Task, stage: Stage) -> None:
+        loaded = self._loaded[task.phase.name, stage.name]
         feeds = {
             i.name: self._open.read(self._state, task.key, i.name)
             if i.source is Source.STATE
             else task.values[i.name]
             for i in stage.inputs
+            if not (i.name in loaded.zeros and self._open.is_zero(task.key, i.name))
         }
-        outputs = self._engine.run(self._loaded[task.phase.name, stage.name], feeds)
+        outputs = self._engine.run(loaded, feeds)
         if task.phase.name in STEP_PHASES and LOSS in outputs:
             loss = self._engine.to_array(outputs[LOSS])
             if not np.isfinite(loss).all():

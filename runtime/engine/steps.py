@@ -105,6 +105,10 @@ class OpenStep:
                 return self._make_zeros(name)
         return state[name]
 
+    def is_zero(self, key: TaskKey, name: str) -> bool:
+        """Return whether a task of the phase ``accumulate`` reads a sum of nothing."""
+        return name in self._sums and key.micro_batch not in self._versions[name]
+
     def add(self, key: TaskKey, values: Mapping[str, Tensor]) -> None:
         """Record what a task has changed, if its new values are among ``values``."""
         if key.phase != ACCUMULATE:
