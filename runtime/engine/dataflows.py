@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from splitonnx.manifests import Phase, Source, Stage
+from splitonnx.manifests import PartyManifest, Phase, Source, Stage
 from splitonnx.names import ACCUMULATE
 
 
@@ -130,6 +130,31 @@ def list_steady(phase: Phase, stage: Stage) -> tuple[str, ...]:
         return ()
     state = (entry.name for entry in stage.inputs if entry.source is Source.STATE)
     return tuple(name for name in state if name not in phase.commits)
+
+
+def list_sums(manifest: PartyManifest, phase: Phase, stage: Stage) -> dict[str, str]:
+    """List the sums that a stage adds to, each with the output that takes its place.
+
+    They are those that nothing else reads in this phase, and whose new value nothing but the next
+    micro-batch reads, so that the stage may change them in place.
+    """
+    if phase.name != ACCUMULATE:
+        return {}
+    read = Counter(i.name for s in phase.stages for i in s.inputs if i.source is Source.STATE)
+    used = {i.name for s in phase.stages for i in s.inputs if i.source is not Source.STATE}
+    used |= {*phase.results, *(wire.tensor.name for wire in phase.wires)}
+    made = Counter(phase.commits.values())
+    own = {i.name for i in stage.inputs if i.source is Source.STATE}
+    pairs = {
+        spec.name: phase.commits[spec.name]
+        for spec in manifest.accumulators
+        if spec.name in own and spec.name in phase.commits
+    }
+    return {
+        name: value
+        for name, value in pairs.items()
+        if value in stage.outputs and read[name] == made[value] == 1 and value not in used
+    }
 
 
 def can_overlap(phase: Phase, party: str) -> bool:

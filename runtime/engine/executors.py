@@ -9,7 +9,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -38,7 +38,7 @@ from splitonnx.names import (
     UPDATE,
     WEIGH,
 )
-from splitonnx.runtime.engine.dataflows import Dataflow, list_steady
+from splitonnx.runtime.engine.dataflows import Dataflow, list_steady, list_sums
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.providers import check_target
 from splitonnx.runtime.engine.steps import OpenStep, OpenTask, make_scalars
@@ -70,9 +70,7 @@ class Executor:
         self._state = {name: engine.from_array(a) for name, a in party.state().items()}
         self._flows: dict[str, Dataflow] = {}
         self._loaded: dict[tuple[str, str], LoadedStage] = {}
-        self._shared: dict[
-            tuple[str, bool, tuple[str, ...]], LoadedStage
-        ] = {}  # phases share files
+        self._shared: dict[tuple[object, ...], LoadedStage] = {}  # phases share files
         self._open = OpenStep(party.manifest, engine)
         self._tasks: dict[TaskKey, OpenTask] = {}
 
@@ -105,11 +103,12 @@ class Executor:
         training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE, WEIGH)
         for stage in declared.stages:
             steady = list_steady(declared, stage)
-            shared = (stage.graph, training, steady)
+            sums = list_sums(self.manifest, declared, stage)
+            shared = (stage.graph, training, steady, tuple(sums.items()))
             if shared not in self._shared:
                 graph = self.party.graphs[stage.graph]
                 self._shared[shared] = self._engine.load(
-                    stage.name, graph, training=training, steady=steady
+                    stage.name, graph, training=training, steady=steady, sums=sums
                 )
             loaded = replace(self._shared[shared], outputs=stage.outputs)
             self._loaded[phase, stage.name] = loaded
@@ -326,9 +325,14 @@ class Executor:
         task.keep(tensors)
         self._open.add(task.key, tensors)
 
+    def _read(self, key: TaskKey, zeros: Collection[str], name: str) -> Tensor | None:
+        """Return a tensor of the state as a task reads it; ``None`` if it is zero and left out."""
+        is_left_out = name in zeros and self._open.is_zero(key, name)
+        return None if is_left_out else self._open.read(self._state, key, name)
+
     def _run(self, task: OpenTask, stage: Stage) -> None:
         loaded = self._loaded[task.phase.name, stage.name]
-        feeds = task.feed(stage, partial(self._open.read, self._state, task.key))
+        feeds = task.feed(stage, partial(self._read, task.key, loaded.zeros))
         outputs = self._engine.run(loaded, feeds)
         if task.phase.name in STEP_PHASES and LOSS in outputs:
             loss = self._engine.to_array(outputs[LOSS])

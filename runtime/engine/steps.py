@@ -47,12 +47,13 @@ class OpenTask:
     sizes: dict[str, int] = field(default_factory=dict)
     reread: dict[str, Tensor] = field(default_factory=dict)
 
-    def feed(self, stage: Stage, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Return a stage's inputs; ``read`` returns a tensor of the state as it is now.
+    def feed(self, stage: Stage, read: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+        """Return a stage's inputs; ``read`` returns a tensor of the state as it is now, or nothing.
 
         Another task may have replaced the state since a stage ran whose values are made again.
         """
-        own = {i.name: read(i.name) for i in stage.inputs if i.source is Source.STATE}
+        names = [i.name for i in stage.inputs if i.source is Source.STATE]
+        own = {name: tensor for name in names if (tensor := read(name)) is not None}
         for name in own.keys() & self.flow.reread:
             first = self.reread.setdefault(name, own[name])
             if stage.awaited:
@@ -149,6 +150,10 @@ class OpenStep:
             if name in self._sums:
                 return self._make_zeros(name)
         return state[name]
+
+    def is_zero(self, key: TaskKey, name: str) -> bool:
+        """Return whether a task of the phase ``accumulate`` reads a sum of nothing."""
+        return name in self._sums and key.micro_batch not in self._versions[name]
 
     def add(self, key: TaskKey, values: Mapping[str, Tensor]) -> None:
         """Record what a task has changed, if its new values are among ``values``."""

@@ -1,8 +1,12 @@
+from typing import Any
+
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from splitonnx.manifests import Phase, Source, Wire, WireKind
-from splitonnx.runtime.engine.dataflows import Dataflow, can_overlap, list_steady
+from splitonnx.runtime.engine.dataflows import Dataflow, can_overlap, list_steady, list_sums
+from splitonnx.tensors import TensorSpec
 from tests.support import tiny
 
 CLIENT = tiny.split_bundle().client.manifest.phase("train")
@@ -178,3 +182,40 @@ def test_steady_inputs_are_the_state_that_micro_batches_do_not_change() -> None:
     adding = Phase(name="accumulate", stages=(stage,), commits=commits)
     assert list_steady(adding, stage) == ("w",)
     assert list_steady(Phase(name="train", stages=(stage,), commits=commits), stage) == ()
+
+
+SUM, ADDED = "w#gradient", "w#gradient#next"
+READS = {"grad": Source.STASH, SUM: Source.STATE}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, {SUM: ADDED}),
+        ({"name": "update"}, {}),
+        ({"commits": {}}, {}),
+        ({"commits": {SUM: "grad"}}, {}),
+        ({"commits": {SUM: ADDED, "other": ADDED}}, {}),
+        ({"results": (ADDED,)}, {}),
+        ({"stages": ({"x": Source.STASH}, "x")}, {SUM: ADDED}),
+        ({"stages": ({SUM: Source.STATE}, "x")}, {}),
+        ({"stages": ({ADDED: Source.STASH}, "x")}, {}),
+    ],
+)
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_a_sum_is_changed_in_place_if_only_the_next_micro_batch_reads_it(
+    change: dict[str, Any], expected: dict[str, str], is_sent: bool
+) -> None:
+    adding = tiny.make_stage("accumulate", READS, (ADDED,))
+    spec = TensorSpec(name=SUM, dtype="F32", shape=(3,))
+    wires = (Wire(tensor=replace(spec, name=ADDED), sender="client", receiver="server",
+                  kind=WireKind.GRADIENT),)  # fmt: skip
+    fields: dict[str, Any] = {"name": "accumulate", "commits": {SUM: ADDED}} | change
+    others = [tiny.make_stage("other", *fields.pop("stages"))] if "stages" in change else []
+    phase = Phase(stages=(adding, *others), wires=wires if is_sent else (), **fields)
+    manifest = replace(tiny.split_bundle().client.manifest, phases=(phase,))
+    assert list_sums(manifest, phase, adding) == {}
+    summing = replace(manifest, accumulators=(spec,))
+    assert list_sums(summing, phase, adding) == ({} if is_sent else expected)
+    for stage in others:
+        assert list_sums(summing, phase, stage) == {}

@@ -77,6 +77,19 @@ def test_sums_begin_at_zero_and_are_no_part_of_the_state(step: OpenStep, engine:
     assert not engine.to_array(step.read(before, first, SUM)).any()
 
 
+def test_only_sums_that_nothing_was_added_to_are_zero(step: OpenStep, engine: Engine) -> None:
+    first, second = (name_task("accumulate", micro_batch=number) for number in range(2))
+    for task in (first, second):
+        step.begin(task)
+    assert step.is_zero(first, SUM)
+    assert not step.is_zero(first, "statistic")
+    step.add(first, {ADDED: make(engine, 1)})
+    assert not step.is_zero(second, SUM)
+    step.reset()
+    step.begin(first)
+    assert step.is_zero(first, SUM)
+
+
 def test_a_micro_batch_waits_for_what_the_one_before_it_adds(
     step: OpenStep, engine: Engine
 ) -> None:
