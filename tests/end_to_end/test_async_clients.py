@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from splitonnx.bundles import Bundle
 from splitonnx.codecs import Chunk
 from splitonnx.messages import Tensors, decode_message
 from splitonnx.runtime.channels.asynchronous.websockets import AsyncWebSocketTransport
+from tests.conftest import ROOT
 from tests.end_to_end.test_accumulated_steps import cut_zoo
+from tests.end_to_end.test_readme import list_blocks
 from tests.support.echoes import PATIENCE
 from tests.support.zoo import ZOO
 
@@ -81,6 +84,18 @@ def test_steps_and_predictions_equal_those_of_the_waiting_client(
     expected, outputs = train(bundle, name, division)
     with serving(bundle) as server:
         found, predicted = asyncio.run(train_async(bundle, name, division, server.url))
+    assert_same(found, expected)
+    assert_same(predicted, outputs)
+
+
+def test_on_uvloop_it_is_the_same() -> None:
+    uvloop = pytest.importorskip("uvloop", reason="it has no wheel for this platform")
+    bundle = cut_zoo("convolutions", "U-shaped")
+    expected, outputs = train(bundle, "convolutions", "micro-batches")
+    with serving(bundle) as server:
+        found, predicted = uvloop.run(
+            train_async(bundle, "convolutions", "micro-batches", server.url)
+        )
     assert_same(found, expected)
     assert_same(predicted, outputs)
 
@@ -246,3 +261,17 @@ def test_a_whole_model_trains_without_a_server_and_batches_come_one_by_one() -> 
                 assert_same(one, other)
 
     asyncio.run(run())
+
+
+def test_the_page_s_program_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cut_zoo("convolutions", "vanilla").save("bundle")
+    (block,) = list_blocks(ROOT / "docs" / "asyncio.md", "python")
+    program: dict[str, Any] = {}
+    exec(compile(block, "docs/asyncio.md", "exec"), program)
+    batches = list_batches("convolutions")
+    with Server("bundle/server", port=0, threads=1) as server:
+        found = asyncio.run(program["train"](server.url, batches))
+        with Client("bundle/client", server.url, threads=1) as client:
+            assert client.steps == STEPS
+            assert client.evaluate(batches[0]) == found
