@@ -132,6 +132,10 @@ class BoundedConnection(ClientConnection):
                 self._drop_pause("bytes")
         try:
             self.recv(timeout, decode=False)  # it only tells that there is one
+        except TimeoutError:
+            if self.protocol.close_expected():  # the server had time to end what is over
+                self.close_socket()
+            raise
         finally:
             self._is_awaited = False
         content = self._messages.popleft()

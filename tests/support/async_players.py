@@ -69,6 +69,7 @@ async def _play(name: str) -> tuple[list[dict[str, Any]], list[Any]]:
             except SplitonnxError as error:
                 told.append(["failed", type(error).__name__])
     await channel.close(for_good=False)  # after all was sent
+    thread.close()
     return player.transmitted, told
 
 

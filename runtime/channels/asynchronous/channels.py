@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TypeVar, TypeVarTuple
 
 import numpy as np
@@ -34,6 +35,9 @@ from splitonnx.runtime.channels.exchanges import Exchange
 from splitonnx.runtime.channels.greetings import ResumePoint, SharingTerms
 from splitonnx.runtime.channels.retries import Backoff
 from splitonnx.runtime.wire.fragments import FRAGMENT
+
+CLOSE_SECONDS = 10.0
+"""Longest time in seconds that closing may take."""
 
 _Arguments = TypeVarTuple("_Arguments")
 _Expected = TypeVar("_Expected", bound=Outcome)
@@ -179,11 +183,13 @@ class AsyncChannel:
         """End the session with a Bye message and close the connection; may be called twice.
 
         ``for_good=False`` closes only the connection; the server keeps the session.  If this is
-        cancelled, the connection is closed at once.
+        cancelled, or takes longer than 10 s, the connection is closed at once.
         """
         self._exchange.close(for_good=for_good)
         try:
-            await self._perform_effects()  # the other side may be gone already
+            with suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._perform_effects()  # the other side may be gone already
         finally:
             if self._transport is not None:
                 self._transport.abort()

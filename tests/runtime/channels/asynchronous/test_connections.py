@@ -19,14 +19,14 @@ CONNECTIONS = "splitonnx.runtime.channels.asynchronous.connections"
 SIZE = 8 << 20
 
 
-@pytest.mark.parametrize("is_whole", [True, False], ids=["whole messages", "one message"])
-def test_what_nobody_waits_for_is_not_read_without_end(is_whole: bool) -> None:
+@pytest.mark.parametrize("are_whole", [True, False], ids=["whole messages", "one message"])
+def test_what_nobody_waits_for_is_not_read_without_end(are_whole: bool) -> None:
     stalled = threading.Event()
 
     def flood(connection: socket.socket) -> None:
         accept(connection)
         connection.settimeout(0.5)
-        first, later = (0x82, 0x82) if is_whole else (0x02, 0x00)
+        first, later = (0x82, 0x82) if are_whole else (0x02, 0x00)
         for number in range(10):
             head = bytes([later if number else first, 0x7F]) + SIZE.to_bytes(8, "big")
             try:
@@ -39,7 +39,7 @@ def test_what_nobody_waits_for_is_not_read_without_end(is_whole: bool) -> None:
         transport = await connect(url)
         assert await asyncio.to_thread(stalled.wait, PATIENCE)
         held = transport._connection
-        if is_whole:
+        if are_whole:
             assert held.waiting_bytes <= READ_AHEAD + SIZE
             assert len(await transport.receive()) == SIZE  # what was kept can still be read
         else:
