@@ -184,15 +184,13 @@ class Engine:
             session = open_here(graph)
         else:
             session = open_arranged(
-                graph, self._ort, open_here, steady,
-                sums=sums, threads=self._threads, keeps=self._arena,
-            )  # fmt: skip
+                graph, self._ort, open_here, steady, sums, threads=self._threads, keeps=self._arena
+            )
         outputs = tuple(output.name for output in session.get_outputs())
-        zeros: frozenset[str] = getattr(session, "zeros", frozenset())
-        sources: Mapping[str, str] = getattr(session, "sources", {})
         return LoadedStage(
-            name=name, outputs=outputs, session=session, zeros=zeros, sources=sources
-        )
+            name=name, outputs=outputs, session=session,
+            zeros=getattr(session, "zeros", frozenset()), sources=getattr(session, "sources", {}),
+        )  # fmt: skip
 
     def _make_options(self, *, training: bool, own_format: bool) -> Any:
         levels = self._ort.GraphOptimizationLevel
