@@ -84,7 +84,10 @@ def divide_step(
         awaited = [wire for wire in norms if wire.receiver == SERVER]
         graphs[_CONFIRM] = _build_confirmation(awaited)
         sources = {value.name or "": Source.WIRE for value in graphs[_CONFIRM].inputs}
-        ends.append(_describe(_CONFIRM, graphs[_CONFIRM], sources))
+        confirm = _describe(_CONFIRM, graphs[_CONFIRM], sources)
+        # before it updates, so that the client need not wait for that
+        place = next((i for i, stage in enumerate(ends) if stage.name == "update"), len(ends))
+        ends.insert(place, confirm)
     confirmed = _rename(_COUNT, CONFIRMED)
     both = [_declare(_COUNT, CLIENT), *norms, _declare(confirmed, SERVER)] if is_split else []
     updating = Phase(

@@ -184,9 +184,8 @@ class Engine:
             session = open_here(graph)
         else:
             session = open_arranged(
-                graph, self._ort, open_here, steady,
-                sums=sums, threads=self._threads, keeps=self._arena,
-            )  # fmt: skip
+                graph, self._ort, open_here, steady, sums, threads=self._threads, keeps=self._arena
+            )
         outputs = tuple(output.name for output in session.get_outputs())
         more = {n: getattr(session, n) for n in ("zeros", "sources") if hasattr(session, n)}
         return LoadedStage(name=name, outputs=outputs, session=session, **more)

@@ -59,9 +59,9 @@ def open_arranged(
     content: bytes,
     runtime: Any,
     open_graph: _Open,
-    steady: Collection[str] = (),
-    *,
+    steady: Collection[str],
     sums: Mapping[str, str],
+    *,
     threads: int | None,
     keeps: bool,
 ) -> Any:

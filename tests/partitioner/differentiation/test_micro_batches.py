@@ -66,6 +66,15 @@ def test_the_client_tells_the_weight_and_the_server_confirms() -> None:
     ]
 
 
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_the_server_confirms_before_it_updates(clip_norm: float | None) -> None:
+    bundle = cut(ZOO["chain"].build(), at="act0", optimizer=SGD(clip_norm=clip_norm))
+    assert bundle.server is not None
+    stages = [stage.name for stage in bundle.server.manifest.phase("update").stages]
+    sends_norms = ["norms"] if clip_norm else []
+    assert stages == ["gradients", *sends_norms, "confirm", "update"]
+
+
 def test_a_server_that_trains_nothing_is_told_no_weight() -> None:
     bundle = cut(ZOO["chain"].build(), at="act0", tail_at="act2", freeze=["w1", "b1", "w2", "b2"])
     assert bundle.server is not None

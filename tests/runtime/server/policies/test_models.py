@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.errors import BundleError
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.engine.engines import Engine
+from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.models import ServerModel
-from splitonnx.runtime.server.policies.tasks import Task
+from splitonnx.runtime.server.policies.tasks import Delivery, Task
 from splitonnx.runtime.storage.archives import Archive
 from splitonnx.states import read_state
 from tests.support import tiny
@@ -205,4 +206,38 @@ def test_what_waits_for_an_earlier_micro_batch_follows_it_in_order() -> None:
         (2, "splitonnx.confirmed"),
         (2, "end"),
     ]
+    assert model.version == 1
+
+
+def test_the_client_has_the_confirmation_before_the_server_updates() -> None:
+    bundle = cut(ZOO["chain"].build(), at="act0")
+    assert bundle.server is not None
+    executor = Executor(bundle.server, Engine(threads=1))
+    model = ServerModel(ANN, owner="", executor=executor, start=None, store=None)
+    batch: dict[str, np.ndarray] = {
+        "act0@server": np.ones((2, 8), np.float32),
+        "labels@server": np.zeros(2, np.int64),
+        "splitonnx.weight": np.array(1, np.float32),
+    }
+
+    def submit(phase: str, number: int, tensors: dict[str, np.ndarray]) -> Iterator[Delivery]:
+        key = TaskKey(ANN, phase, 0, number)
+        return model.perform(Task(key=key, turn=0, seed=0, learning_rate=0.1, tensors=tensors))
+
+    list(submit("accumulate", 0, batch))
+    phase = executor.manifest.phase("update")
+    ran: list[str] = []
+    run = executor._engine.run
+
+    def note(stage: LoadedStage, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        ran.append(stage.name)
+        return run(stage, feeds)
+
+    executor._engine.run = note  # type: ignore[method-assign]
+    deliveries = submit("update", 1, {"splitonnx.micro_batches": np.array(1)})
+    assert list(next(deliveries).tensors) == ["splitonnx.confirmed"]
+    assert "update" not in ran
+    assert model.version == 0
+    assert next(deliveries).is_last
+    assert ran == [stage.name for stage in phase.stages]
     assert model.version == 1
