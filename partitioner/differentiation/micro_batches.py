@@ -86,8 +86,8 @@ def divide_step(
         sources = {value.name or "": Source.WIRE for value in graphs[_CONFIRM].inputs}
         confirm = _describe(_CONFIRM, graphs[_CONFIRM], sources)
         # before it updates, so that the client need not wait for that
-        place = next((i for i, stage in enumerate(ends) if stage.name == "update"), len(ends))
-        ends.insert(place, confirm)
+        index = next((i for i, stage in enumerate(ends) if stage.name == "update"), len(ends))
+        ends.insert(index, confirm)
     confirmed = _rename(_COUNT, CONFIRMED)
     both = [_declare(_COUNT, CLIENT), *norms, _declare(confirmed, SERVER)] if is_split else []
     updating = Phase(

@@ -9,19 +9,23 @@ numbers, and that one is unknown, it is assumed to be as large as the largest na
 the size of a node's output is still unknown, the output is assumed to be as large as the node's
 largest input if the operator never produces more elements than that, and otherwise as large as the
 graph's largest value of known size.  Weights are not counted, because they are in memory even if
-no task is running.  No stage is run for an estimate.
+no task is running.  What a step of several micro-batches computes once and keeps
+(:mod:`invariants`) is counted for each of them.  No stage is run for an estimate.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from math import prod
 
 from splitonnx.expressions import evaluate
 from splitonnx.manifests import PartyManifest, Source
-from splitonnx.runtime.engine.dataflows import Dataflow
+from splitonnx.runtime.engine.dataflows import Dataflow, list_steady
+from splitonnx.runtime.engine.invariants.divisions import find_origins
+from splitonnx.runtime.engine.layouts.convolutions import block_placed
+from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
 from splitonnx.runtime.engine.stage_graphs import Extent, Node, StageGraph, read_stage
 from splitonnx.tensors import DTYPES, TensorSpec
 
@@ -55,6 +59,11 @@ class Estimates:
         self._flows = {p.name: Dataflow(p, manifest.party) for p in manifest.phases}
         files = {stage.graph for phase in manifest.phases for stage in phase.stages}
         self._graphs = {file: read_stage(graphs[file]) for file in sorted(files)}
+        self._origins = {
+            (phase.name, stage.name): _find_origins(graphs[stage.graph], list_steady(phase, stage))
+            for phase in manifest.phases
+            for stage in phase.stages
+        }
         self._measure = lru_cache(maxsize=256)(self._walk_phase)
 
     def measure(self, phase: str, sizes: Mapping[str, int]) -> int:
@@ -74,19 +83,21 @@ class Estimates:
         held = {spec.name: _count_bytes(_describe(spec), sizes) or 0 for spec in given}
         sent = frozenset(flow.sends)
         uses = Counter(flow.uses)
-        peak = 0
+        peak = kept = 0
         for stage in phase.stages:
             uses.update(flow.later.get(stage.name, {}))
             own = frozenset(i.name for i in stage.inputs if i.source is Source.STATE)
             walk = _Walk(self._graphs[stage.graph], sizes)
             peak = max(peak, sum(held.values()) + walk.run(own))
+            for value, origin in self._origins[name, stage.name].items():
+                kept += walk.bytes.get(value, walk.bytes.get(origin, 0))
             wanted = [n for n in stage.outputs if uses[n] > 0 or n in flow.kept]
-            held.update({name: walk.bytes[name] for name in wanted if name not in own})
+            held.update({n: walk.bytes[n] for n in wanted if n not in own})
             uses.subtract(flow.needs[stage.name])
             for value in flow.needs[stage.name]:
                 if uses[value] <= 0 and value not in sent and value not in flow.kept:
                     held.pop(value, None)
-        return FIXED + int(max(peak, sum(held.values())) * FRAGMENTATION)
+        return FIXED + int((max(peak, sum(held.values())) + kept) * FRAGMENTATION)
 
 
 class _Walk:
@@ -191,6 +202,14 @@ _IMAGES: Mapping[str, tuple[int, int]] = {
 For each, the first number is the input whose size is the image's (-1 for the output), and the
 second is the input with the convolution kernel.
 """
+
+
+def _find_origins(graph: bytes, steady: Collection[str]) -> dict[str, str]:
+    """Map what an engine may keep of a stage between micro-batches to the weights that it is."""
+    if not steady:
+        return {}
+    blocked = block_placed(PlacedGraph(graph), _LEAST_BLOCK)
+    return find_origins(PlacedGraph(blocked), steady)
 
 
 def _describe(spec: TensorSpec) -> Extent:

@@ -73,6 +73,17 @@ def divide(graph: PlacedGraph, steady: Collection[str]) -> GraphDivision | None:
     )
 
 
+def find_origins(graph: PlacedGraph, steady: Collection[str]) -> dict[str, str]:
+    """Map each value that is kept between runs to the steady input whose values it has."""
+    division = divide(graph, steady)
+    makers = {name: node for node in graph.nodes for name in node.results}
+    origins = {name: name for name in (division.handed if division else ())}
+    for name in origins:
+        while (origin := origins[name]) in makers:
+            origins[name] = makers[origin].argument(0)
+    return origins
+
+
 def _is_constant(node: PlacedNode) -> bool:
     return node.operator == "Constant" and not node.domain and len(node.results) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from splitonnx.bundles import Bundle
@@ -195,3 +196,24 @@ def test_what_is_sent_is_kept_beside_the_stages_after_it(is_sent: bool) -> None:
     graphs = {f"{name}.onnx": write(*values) for name, values in STAGES.items()}
     found = Estimates(manifest, graphs).measure("predict", {"N": 5})
     assert found - FIXED == scaled(5 * (3 * IMAGE if is_sent else 2 * IMAGE + 4))
+
+
+def test_weights_that_are_turned_once_a_step_are_counted_in_its_micro_batches() -> None:
+    """They are kept between the runs of a stage; a step of one batch frees them in the run."""
+    turned = helper.make_node("Transpose", ["w"], ["turned"], perm=[1, 0, 2, 3])
+    nodes = [turned, helper.make_node("Conv", ["x", "turned"], ["y"])]
+    stage = tiny.make_stage("s", {"x": Source.DATA, "w": Source.STATE}, ("y",))
+    x = TensorSpec(name="x", dtype="F32", shape=("N", 30, 3, 3))
+    phases = [Phase(name=n, data=(x,), stages=(stage,), results=("y",))
+              for n in ("train", "accumulate")]  # fmt: skip
+    values = [shaped("x", "N", 30, 3, 3), shaped("w", 30, 50, 3, 3)]
+    made = [shaped("turned", 50, 30, 3, 3)]
+    output = [shaped("y", "N", 50, 1, 1)]
+    graph = helper.make_graph(nodes, "s", values, output, value_info=made)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    server = tiny.make_party("server", tuple(phases[:1]), {"s": nodes}, {}).manifest
+    manifest = replace(server, phases=tuple(phases))
+    estimates = Estimates(manifest, {"s.onnx": model.SerializeToString()})
+    train, adding = (estimates.measure(phase.name, {"N": 1}) - FIXED for phase in phases)
+    assert train > 4 * 50 * 30 * 9
+    assert adding == pytest.approx(train + scaled(4 * 50 * 30 * 9), abs=1)

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from splitonnx.runtime.engine.invariants.divisions import GraphDivision, divide
+from splitonnx.runtime.engine.invariants.divisions import GraphDivision, divide, find_origins
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
 
 SHAPES: dict[str, tuple[int | str, ...]] = {
@@ -107,3 +107,11 @@ def test_a_graph_with_bodies_stays_whole() -> None:
     branch = helper.make_node("If", ["condition"], ["y"], then_branch=body, else_branch=body)
     condition = helper.make_node("Constant", [], ["condition"], value_int=1)
     assert divide_graph(TURNED, condition, branch) is None
+
+
+def test_what_is_kept_has_the_values_of_one_steady_input() -> None:
+    picked = helper.make_node("Gather", ["mirrored", "axes"], ["picked"], axis=0)
+    other = helper.make_node("Conv", ["x", "picked"], ["z"], pads=[1] * 4)
+    graph = PlacedGraph(write_graph(TURNED, MIRRORED, picked, CONVOLVED, other, outputs="y z"))
+    assert find_origins(graph, {"w"}) == {"mirrored": "w", "picked": "w"}
+    assert find_origins(graph, {"v"}) == {}
