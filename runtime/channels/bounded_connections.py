@@ -54,7 +54,7 @@ class BoundedConnection(ClientConnection):
     def __init__(self, sock: socket.socket, protocol: ClientProtocol, **settings: Any) -> None:
         self._flow_mutex = threading.Lock()
         self._pauses: set[str] = set()
-        self._is_over = False
+        self._is_over = False  # this side closes the connection, and no message counts any more
         self._is_awaited = False
         self._whole = 0  # bytes of complete messages that were not taken yet
         self._fragments = 0  # of the message that is arriving
@@ -155,6 +155,8 @@ class BoundedConnection(ClientConnection):
         if event.fin:
             content = self._arriving.join()
             self._arriving, self._fragments = JoinedFragments(self._buffers, self._most), 0
+            if self._is_over:
+                return
             self._messages.append(content)
             with self._flow_mutex:
                 self._whole += len(content)
@@ -174,7 +176,9 @@ class BoundedConnection(ClientConnection):
 
     def close(self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = "") -> None:
         """Close the connection; skip the closing handshake if there is too much unread data."""
-        if self._pauses:
+        with self._flow_mutex:
+            is_paused, self._is_over = bool(self._pauses), True  # what still comes is not kept
+        if is_paused:
             self.close_socket()
         else:
             super().close(code, reason)
