@@ -129,11 +129,12 @@ def on_cores(cores: set[int]) -> Iterator[None]:
 
 
 class ClientProcess:
-    """A client that takes its steps when told to."""
+    """A client that takes its steps when told to; ``sizes`` are the numbers of its script."""
 
-    def __init__(self, language: str, folder: Path, url: str) -> None:
+    def __init__(self, language: str, folder: Path, url: str, *sizes: int) -> None:
         runner, script = CLIENTS[language]
-        command = [runner, str(ROOT / script), str(folder), url, str(BATCH), str(SIDE)]
+        numbers = map(str, sizes or (BATCH, SIDE))
+        command = [runner, str(ROOT / script), str(folder), url, *numbers]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -154,9 +155,13 @@ class ClientProcess:
 
     def finish(self) -> float:
         """End the training; give the peak of its memory, in bytes."""
+        return self.end()["peak"]
+
+    def end(self) -> dict[str, float]:
+        """End the training; give the figures of its memory, in bytes."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        return self._hear()["peak"]
+        return self._hear()
 
     def _hear(self) -> dict[str, float]:
         assert self._process.stdout is not None

@@ -24,7 +24,7 @@ from splitonnx.errors import (
 )
 from splitonnx.losses import CROSS_ENTROPY, LABELS, LossSource
 from splitonnx.manifests import WireKind
-from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Target
+from splitonnx.names import CLIENT, TRAINING, BatchNormModes, DropoutMode, Recompute, Target
 from splitonnx.optimizers import Optimizer
 from splitonnx.partitioner import partitions
 from splitonnx.partitioner.cutting.carried_states.declarations import Pairs
@@ -33,6 +33,7 @@ from splitonnx.partitioner.cutting.joints import JointGraph
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.cutting.transforms.codec_errors import describe_codec_error
 from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
+from splitonnx.partitioner.cutting.transforms.recomputations import recompute_stages
 from splitonnx.partitioner.gate.adjustments import Binding
 from splitonnx.partitioner.gate.gates import ModelSource
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
@@ -213,6 +214,7 @@ def cut(
     send_labels: bool = False,
     check: bool | None = None,
     wire: str | Mapping[str, str] | None = None,
+    recompute: Recompute | bool = False,
 ) -> Bundle:
     """Cut a model into a client part and a server part, ready for training.
 
@@ -285,6 +287,9 @@ def cut(
             step, which takes a fixed batch.
             By default tensors are sent as they are.  What is compared with the original are the
             parts without codecs; a warning says by how much the codec changes predictions.
+        recompute: ``client``, ``server`` or ``both`` (``True``): whose forward stage runs again
+            before its backward stage, with the same results, in place of keeping between the two
+            what the gradients are computed from.  This takes the time of one more forward stage.
 
     Returns:
         The bundle, in memory; ``bundle.save(folder)`` writes it to disk.
@@ -330,4 +335,4 @@ def cut(
     if encoded is not made and is_checked:
         for remark in describe_codec_error(made, encoded, str(codecs), partial(merge, made)):
             _log.warning("%s", remark)
-    return encoded
+    return recompute_stages(encoded, recompute)

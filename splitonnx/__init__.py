@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from splitonnx.partitioner.reports.inspections import inspect
     from splitonnx.partitioner.reports.u_shapes.pairs import inspect_pairs
     from splitonnx.runtime.channels.queries.server_parts import collect
+    from splitonnx.runtime.client.asynchronous.clients import AsyncClient
     from splitonnx.runtime.client.clients import Client
     from splitonnx.runtime.client.explanations import explain
     from splitonnx.runtime.client.histories import History
@@ -37,6 +38,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "AsyncClient",
     "Bundle",
     "Client",
     "History",
@@ -64,6 +66,7 @@ _HOMES = {
     "SGD": "optimizers",
     "Adam": "optimizers",
     "AdamW": "optimizers",
+    "AsyncClient": "runtime.client.asynchronous.clients",
     "Bundle": "bundles",
     "Client": "runtime.client.clients",
     "History": "runtime.client.histories",

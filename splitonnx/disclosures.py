@@ -111,7 +111,7 @@ def list_sent(
     same for the client's manifest and the server's.
     """
     part = manifest.phase(phase)
-    rows = _name_rows(manifest, part)
+    rows = name_rows(manifest, part)
     labels = list_labels(manifest)
     return Sending(
         phase=phase,
@@ -195,19 +195,19 @@ def _describe(
 ) -> SentTensor:
     """Describe a tensor that ``wires`` carry."""
     tensor = _strip_port(wire)
-    sizes = {} if batch is None else _bind(rows, batch)
+    sizes = {} if batch is None else bind_rows(rows, batch)
     declared = msgspec.structs.replace(
         wire.tensor, shape=tuple(_write(_fill_in(dim, sizes)) for dim in wire.tensor.shape)
     )
     is_labels = wire.kind is WireKind.INPUT and tensor in labels
-    fixed = [_count_bytes(sent.tensor, {}) for sent in wires] if len(wires) > 1 else [None]
+    fixed = [count_bytes(sent.tensor, {}) for sent in wires] if len(wires) > 1 else [None]
     free = [sent.tensor for sent, size in zip(wires, fixed, strict=True) if size is None]
     return SentTensor(
         wire=wires[0].tensor.name,
         tensor=tensor,
         kind=LABELS if is_labels else _WORDS[wire.kind],
         declared=f"{declared} as {wire.codec}" if isinstance(wire, Encoded) else str(declared),
-        bytes=_add(_count_bytes(sent.tensor, sizes) for sent in wires),
+        bytes=_add(count_bytes(sent.tensor, sizes) for sent in wires),
         bytes_per_sample=_add(count_bytes_per_sample(spec, rows) for spec in free),
         bytes_fixed=sum(size or 0 for size in fixed) if free else 0,
     )
@@ -225,11 +225,12 @@ def count_bytes_per_sample(spec: TensorSpec, rows: str | None) -> int | None:
     ``rows`` is the dimension for the number of samples, such as ``N``, or ``None`` if unknown.
     Return ``None`` if the tensor's size is unknown or not proportional to the number of samples.
     """
-    one, two = (_count_bytes(spec, _bind(rows, size)) for size in (1, 2))
+    one, two = (count_bytes(spec, bind_rows(rows, size)) for size in (1, 2))
     return one if one is not None and two == 2 * one else None
 
 
-def _count_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int | None:
+def count_bytes(spec: TensorSpec, sizes: Mapping[str, int]) -> int | None:
+    """Return the size of a tensor in bytes, or ``None`` if ``sizes`` lacks one of its symbols."""
     dims = [_fill_in(dim, sizes) for dim in spec.shape]
     numbers = [dim for dim in dims if isinstance(dim, int)]
     dtype = DTYPES.get(spec.dtype)  # a manifest of somebody else's may declare any
@@ -260,7 +261,7 @@ def _write(dim: int | str | None) -> int | str | None:
     return describe_size(dim) if isinstance(dim, str) else dim
 
 
-def _bind(rows: str | None, size: int) -> dict[str, int]:
+def bind_rows(rows: str | None, size: int) -> dict[str, int]:
     """Return the name in the dimension ``rows``, with its value if the dimension is ``size``."""
     names = [] if rows is None else find_unbound(rows, {})
     if rows is None or len(names) != 1:
@@ -269,7 +270,7 @@ def _bind(rows: str | None, size: int) -> dict[str, int]:
     return {} if bound is None else {names[0]: bound}
 
 
-def _name_rows(manifest: PartyManifest, phase: Phase) -> str | None:
+def name_rows(manifest: PartyManifest, phase: Phase) -> str | None:
     """Return the dimension for the number of samples in a step, if there is exactly one.
 
     It is a name such as ``N``, or ``N_less_1 + 1`` if there are at least two samples.

@@ -131,13 +131,23 @@ class StageInput(msgspec.Struct, frozen=True, kw_only=True):
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a phase: an ONNX graph that runs once per task, when all its inputs are available.
 
-    ``graph`` is the name of the graph's file in the party's folder.
+    ``graph`` is the name of the graph's file in the party's folder; stages may share one.  The
+    graph may have other outputs than those in ``outputs``, which nothing needs of this stage.
+    ``after`` names received or decoded tensors that the stage waits for although its graph does not
+    read them; it is not written if there are none.  Such a stage makes again what an earlier stage
+    made, with the same values.
     """
 
     name: str
     graph: str
     inputs: tuple[StageInput, ...]
     outputs: tuple[str, ...]
+    after: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Return the names in ``after``."""
+        return () if self.after is msgspec.UNSET else self.after
 
 
 class Phase(msgspec.Struct, frozen=True, kw_only=True):

@@ -55,6 +55,8 @@ DropoutMode: TypeAlias = Literal["keep", "off"]
 PORTABLE: Final = "portable"
 TRAINING: Final = "training"
 TARGETS: tuple[Target, ...] = get_args(Target)
+Recompute: TypeAlias = Literal["client", "server", "both"]
+"""Who computes its forward stage again before its backward stage, and keeps no values of it."""
 ADAPTERS = "splitonnx.adapters"
 """Metadata key of the note about a model's adapters, which is JSON."""
 

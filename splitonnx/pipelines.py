@@ -130,7 +130,8 @@ def list_pieces(phase: Phase, party: str) -> tuple[frozenset[str], ...]:
     behind: dict[str, frozenset[str]] = {name: frozenset((name,)) for name in received}
     pieces = [frozenset[str]()]
     for stage in phase.stages:
-        read = [item.name for item in stage.inputs if item.source is not Source.STATE]
+        read = {item.name for item in stage.inputs if item.source is not Source.STATE}
+        read.update(stage.awaited)
         needed = frozenset[str]().union(*(behind.get(name, frozenset()) for name in read))
         behind.update(dict.fromkeys(stage.outputs, needed))
         if not needed <= frozenset().union(*pieces):

@@ -22,6 +22,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     ``losses`` contains them all, and ``loss``, ``output``, ``class_axis`` and ``labels`` describe
     the first; otherwise ``losses`` is empty, as it is in bundles of earlier versions.  ``wire``
     holds the codecs of what crosses the cut; it is not written if tensors are sent as they are.
+    ``recompute`` names the parties that compute their forward stage again before their backward
+    stage; it is not written if none does.
     """
 
     at: tuple[str, ...]
@@ -45,6 +47,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     client_target: Target = TRAINING
     server_target: Target = TRAINING
     wire: str | msgspec.UnsetType = msgspec.UNSET
+    recompute: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
 
     def list_losses(self) -> tuple[Loss, ...]:
         """Return all losses with their settings."""

@@ -30,3 +30,9 @@ def test_a_recipe_says_nothing_of_codecs_where_there_are_none() -> None:
     assert b"wire" not in msgspec.json.encode(RECIPE)
     coded = msgspec.structs.replace(RECIPE, wire="int8")
     assert msgspec.json.decode(msgspec.json.encode(coded), type=Recipe) == coded
+
+
+def test_a_recipe_says_who_computes_again_only_where_someone_does() -> None:
+    assert b"recompute" not in msgspec.json.encode(RECIPE)
+    made = msgspec.structs.replace(RECIPE, recompute=("client",))
+    assert msgspec.json.decode(msgspec.json.encode(made), type=Recipe) == made

@@ -58,7 +58,7 @@ from splitonnx.partitioner.differentiation.updates import (
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.readings import copy_model
 from splitonnx.partitioner.graphs.transcripts import serialize
-from splitonnx.partitioner.graphs.traversals import map_values
+from splitonnx.partitioner.graphs.traversals import map_values, order_lazily
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.weights import read_array, restore_weights
 from splitonnx.recipes import Recipe
@@ -220,6 +220,7 @@ def _share_phase(
         graph = cut.extract()
         if portable:
             lower(graph)
+        order_lazily(graph)
         graphs[f"{label}.onnx"] = write_stage(label, graph, is_portable=portable)
     results = joint.results if party == CLIENT else ()
     used = {i.name for stage in stages for i in stage.inputs if i.source is Source.DATA}

@@ -263,3 +263,25 @@ def disconnect(nodes: Iterable[ir.Node]) -> None:
     """Disconnect removed nodes from their inputs, so that the inputs no longer count as used."""
     for node in nodes:
         node.resize_inputs(0)
+
+
+def order_lazily(graph: ir.Graph) -> None:
+    """Order a graph's nodes such that ONNX Runtime keeps few of their results at a time.
+
+    ONNX Runtime searches depth-first for what to run next: from the node listed last whose results
+    no other node reads, to the maker listed last of what a node reads.  In the order made here it
+    ends short ways first, as the gradient of a layer's weights before those of the layers before
+    it, so that what was read for it is no longer needed.  And it makes what has a long way behind
+    it first, so that a mask that is read beside it is made just before it is used, instead of all
+    masks at once.
+    """
+    depths: dict[ir.Node, int] = {}
+    needed: set[ir.Node] = set()
+    for node in graph:  # in topological order, so every maker's depth is known
+        found = [value.producer() for value in list_inputs(node)]
+        makers = [maker for maker in found if maker is not None and maker in depths]
+        depths[node] = 1 + max((depths[maker] for maker in makers), default=0)
+        needed.update(makers)
+    inner = sorted((node for node in depths if node in needed), key=lambda node: depths[node])
+    ends = sorted((node for node in depths if node not in needed), key=lambda node: -depths[node])
+    graph.extend([*inner, *ends])

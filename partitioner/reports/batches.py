@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
 from splitonnx.errors import BatchNotFreed, MixedSamples, SplitonnxError
 from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
-from splitonnx.partitioner.cutting.passes.batches import find_fixing_node
+from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
+from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fixing_node
 from splitonnx.partitioner.cutting.preparations import PreparedModel
 from splitonnx.partitioner.gate.exporters import CALL
 from splitonnx.partitioner.graphs.builders import known_array
@@ -17,6 +18,16 @@ from splitonnx.partitioner.normalization.recurrence_layouts import FIRST_STATES
 from splitonnx.partitioner.reports.remarks import Kind, Remark, list_names, make_option
 
 _BROADCASTING = frozenset({"Add", "Div", "Mul", "Sub", "Where"})
+
+
+def note_batch(prepared: PreparedModel, output: str, noticed: Sequence[Remark]) -> Sequence[Remark]:
+    """Return remarks on what was changed for a batch of 1, and on a node that fixes the batch."""
+    changes = (describe_freed(prepared.freed), describe_decided(prepared.decided))
+    remarks = [Remark(kind=Kind.BATCH, sentence=sentence) for sentence in changes if sentence]
+    fixing = find_fixing_node(prepared.training.graph, prepared.state, output)
+    if fixing and all(remark.kind is not Kind.FIXED_BATCH for remark in noticed):
+        remarks.append(Remark(kind=Kind.FIXED_BATCH, sentence=fixing))
+    return remarks
 
 
 def remark_on_batches(

@@ -27,8 +27,6 @@ from splitonnx.optimizers import ParameterGroup, assign_groups
 from splitonnx.partitioner.cutting.carried_states.declarations import Pairs, list_pairs
 from splitonnx.partitioner.cutting.conformance.freeing_trials import Trials
 from splitonnx.partitioner.cutting.joints import build_training
-from splitonnx.partitioner.cutting.passes.batch_decisions import describe_decided
-from splitonnx.partitioner.cutting.passes.batches import describe_freed, find_fixing_node
 from splitonnx.partitioner.cutting.passes.stored_options import describe_stored
 from splitonnx.partitioner.cutting.preparations import (
     PreparedModel,
@@ -45,7 +43,7 @@ from splitonnx.partitioner.graphs.traversals import find_moving
 from splitonnx.partitioner.legal_cuts import ReadOutputs
 from splitonnx.partitioner.lowerings import lower
 from splitonnx.partitioner.normalization.weights import list_returned
-from splitonnx.partitioner.reports.batches import remark_on_batches
+from splitonnx.partitioner.reports.batches import note_batch, remark_on_batches
 from splitonnx.partitioner.reports.detaches import remark_on_detaches
 from splitonnx.partitioner.reports.diagnoses import diagnose
 from splitonnx.partitioner.reports.inspections import CutCandidate, list_cuts
@@ -55,6 +53,7 @@ from splitonnx.partitioner.reports.loss_readings import (
     remark_on_losses,
     try_losses,
 )
+from splitonnx.partitioner.reports.memory.estimates import PartyMemory, estimate_memory
 from splitonnx.partitioner.reports.remarks import Kind, Remark, make_option
 from splitonnx.partitioner.reports.running_statistics import (
     remark_on_states,
@@ -116,7 +115,8 @@ class Check:
     lists the weights by layer, and ``groups`` the parameter groups that were given.  ``remarks``
     describe what the export changed, and where training may differ from what the model's author
     intended; they may include options of ``cut``.  If finding all cuts would take too long,
-    ``cuts`` is empty, and a remark gives the reason.
+    ``cuts`` is empty, and a remark gives the reason.  ``memory`` has an entry for each party of the
+    cut that was named, if one was.
 
     These fields count the elements of weights and states:
 
@@ -148,6 +148,7 @@ class Check:
     layers: tuple[Layer, ...]
     groups: tuple[AppliedGroup, ...]
     cuts: tuple[CutCandidate, ...]
+    memory: tuple[PartyMemory, ...] = ()
 
     @property
     def trainable(self) -> bool:
@@ -169,6 +170,9 @@ def check(
     train: Sequence[str] = (),
     freeze: Sequence[str] = (),
     groups: Sequence[ParameterGroup] = (),
+    at: Sequence[str] = (),
+    tail_at: Sequence[str] = (),
+    batch: int = 1,
 ) -> Check:
     """Check whether and how a model can be trained.
 
@@ -181,12 +185,14 @@ def check(
         dequantize: whether to replace integer arithmetic, as for ``cut``.
         dropout, train, freeze: whether Dropout nodes are on, and what is trained, as for ``cut``.
         groups: the optimizer's parameter groups.
+        at, tail_at: a cut, as for ``cut``, whose memory is estimated for batches of ``batch``.
 
     Raises:
         NotAModel, ForbiddenExternalData: the model cannot be read.
         UnsupportedModel: the model cannot be prepared; the message names the node.
         UsageError: ``loss`` is not a loss, the model has no such ``output``, or a group has no
             parameter.
+        CutError: the tensors in ``at`` and ``tail_at`` do not exist or do not divide the model.
     """
     adjustments = Adjustments(dims=dims or {}, bindings=bind or {}, dequantize=dequantize)
     opened = open_model(model, adjustments)
@@ -209,6 +215,8 @@ def check(
     cuts, unlisted = _list_cuts(prepared, tried)
     roles = find_roles(prepared, tried.outputs)
     carried = sum(prepared.weights[name].size for name in prepared.carried)
+    obstacles = (*map(str, faults), *obstacles, *mixed)
+    wants_memory = at and not obstacles
     untrained = [name for name, role in roles.items() if role is not prepared.roles[name]]
     return Check(
         opset=opened.graph.opset_imports.get("", 0),
@@ -216,7 +224,7 @@ def check(
         output=tried.outputs[0],
         outputs=tried.outputs,
         losses=tried.fitting,
-        obstacles=(*map(str, faults), *obstacles, *mixed),
+        obstacles=obstacles,
         remarks=(
             *exported,
             *noticed,
@@ -234,6 +242,7 @@ def check(
         layers=list_layers(prepared, doubts, roles),
         groups=_apply_groups(groups, list_trained(prepared, tried.outputs)),
         cuts=cuts,
+        memory=estimate_memory(prepared, at, tail_at, tried.trained, batch) if wants_memory else (),
     )
 
 
@@ -272,7 +281,7 @@ def _list_remarks(
         *remark_on_conditional(prepared),
         *remark_on_precisions(prepared),
     ]
-    noticed += _note_batch(prepared, output, noticed)
+    noticed += note_batch(prepared, output, noticed)
     scalings = dict.fromkeys(prepared.kept_scalings, "scales or shifts a raw input")
     return computed | scalings, noticed
 
@@ -294,18 +303,6 @@ def _note_dequantized(prepared: PreparedModel) -> Sequence[Remark]:
     if found is None:
         return ()
     return (Remark(kind=Kind.DEQUANTIZED, sentence=found.describe(), names=found.weights),)
-
-
-def _note_batch(
-    prepared: PreparedModel, output: str, noticed: Sequence[Remark]
-) -> Sequence[Remark]:
-    """Return remarks on what was changed for a batch of 1, and on a node that fixes the batch."""
-    changes = (describe_freed(prepared.freed), describe_decided(prepared.decided))
-    remarks = [Remark(kind=Kind.BATCH, sentence=sentence) for sentence in changes if sentence]
-    fixing = find_fixing_node(prepared.training.graph, prepared.state, output)
-    if fixing and all(remark.kind is not Kind.FIXED_BATCH for remark in noticed):
-        remarks.append(Remark(kind=Kind.FIXED_BATCH, sentence=fixing))
-    return remarks
 
 
 def _note_stored(prepared: PreparedModel) -> Iterator[Remark]:

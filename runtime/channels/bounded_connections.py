@@ -94,11 +94,7 @@ class BoundedConnection(ClientConnection):
         try:
             super().handshake(additional_headers, user_agent_header, timeout)
         except (InvalidHandshake, ConnectionClosed) as error:
-            if isinstance(self.connection_exc, ssl.SSLError):
-                raise self.connection_exc from error
-            if isinstance(error, InvalidStatus) and 300 <= error.response.status_code < 400:
-                target = ", ".join(error.response.headers.get_all("Location"))
-                raise Redirected(error.response.status_code, target) from error
+            raise_handshake(error, self.connection_exc)
             raise
 
     @property
@@ -136,6 +132,10 @@ class BoundedConnection(ClientConnection):
                 self._drop_pause("bytes")
         try:
             self.recv(timeout, decode=False)  # it only tells that there is one
+        except TimeoutError:
+            if self.protocol.close_expected():  # the server had time to end what is over
+                self.close_socket()
+            raise
         finally:
             self._is_awaited = False
         content = self._messages.popleft()
@@ -207,3 +207,17 @@ class BoundedConnection(ClientConnection):
             self._pauses.remove(reason)
             if not self._pauses:
                 self.recv_flow_control.release()
+
+
+def raise_handshake(error: Exception, cause: BaseException | None) -> None:
+    """Raise what a failed handshake hides: ``cause``, if it is an error of TLS, or a redirect.
+
+    Raises:
+        ssl.SSLError: the server rejects the client's certificate.
+        Redirected: the server answers with a redirect.
+    """
+    if isinstance(cause, ssl.SSLError):
+        raise cause from error
+    if isinstance(error, InvalidStatus) and 300 <= error.response.status_code < 400:
+        target = ", ".join(error.response.headers.get_all("Location"))
+        raise Redirected(error.response.status_code, target) from error

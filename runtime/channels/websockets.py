@@ -30,6 +30,7 @@ from splitonnx.errors import (
     ConnectionLost,
     MessageTooLarge,
     ProtocolError,
+    SplitonnxError,
     Unauthorized,
     UntrustedPeer,
     UsageError,
@@ -90,13 +91,10 @@ class WebSocketTransport:
         self._opened = ExitStack()  # websockets wants to be used as a context manager
         credentials = credentials or Credentials()
         check_url(url, credentials)
-        headers = (
-            {} if credentials.token is None else {"Authorization": f"Bearer {credentials.token}"}
-        )
         try:
             connecting = connect_websocket(
                 url,
-                additional_headers=headers,
+                additional_headers=make_headers(credentials),
                 ssl=credentials.tls,
                 compression=None,
                 max_size=credentials.message_bytes,
@@ -108,14 +106,8 @@ class WebSocketTransport:
                 create_connection=BoundedConnection,
             )
             self._socket = cast("BoundedConnection", self._opened.enter_context(connecting))
-        except InvalidURI as error:
-            raise UsageError(
-                f"'{self._url}' is not a websocket address such as ws://host:8765"
-            ) from error
-        except InvalidStatus as error:
-            raise _translate_status(self._url, error) from error
         except (OSError, WebSocketException) as error:
-            raise _translate_opening(self._url, error) from error
+            raise translate_opening(self._url, error) from error
 
     def send(self, chunks: Sequence[Chunk]) -> None:
         """Send ``chunks``, one after the other, as a single message.
@@ -130,7 +122,7 @@ class WebSocketTransport:
                 case fragments:
                     self._socket.send_fragments(fragments)
         except (OSError, WebSocketException) as error:
-            raise self._explain(error) from error
+            raise translate_end(self._url, error) from error
         self.bytes_sent += sum(map(len, chunks))
 
     def receive(self) -> Chunk | bytearray:
@@ -141,22 +133,15 @@ class WebSocketTransport:
         Raises:
             ConnectionLost: the connection has ended, or the message did not arrive in time.
         """
-        begin_by = time.monotonic() + self._reply_seconds
-        end_by: float | None = None
+        wait = ReplyWait(self._url, self._reply_seconds, self._message_seconds)
         while True:
-            deadline = begin_by if end_by is None else end_by
-            patience = min(deadline - time.monotonic(), self._message_seconds / 4)
             try:
-                content = self._socket.receive(max(patience, 0))
+                content = self._socket.receive(wait.patience)
             except TimeoutError:
                 check_interrupt()
-                if not self._socket.is_underway:
-                    end_by = None
-                elif end_by is None:
-                    end_by = time.monotonic() + self._message_seconds
-                self._check_patience(begin_by, end_by)
+                wait.check(is_underway=self._socket.is_underway)
             except (OSError, WebSocketException) as error:
-                raise self._explain(error) from error
+                raise translate_end(self._url, error) from error
             else:
                 self.bytes_received += len(content)
                 return content
@@ -165,26 +150,71 @@ class WebSocketTransport:
         """Close the connection; may be called twice."""
         self._opened.close()
 
-    def _check_patience(self, begin_by: float, end_by: float | None) -> None:
+
+class ReplyWait:
+    """One wait for a message, with a time limit until it starts and one until it is complete.
+
+    The caller waits for :attr:`patience` seconds at a time, and calls :meth:`check` after each.
+    """
+
+    def __init__(self, url: str, reply_seconds: float, message_seconds: float) -> None:
+        self._url = url
+        self._reply_seconds = reply_seconds
+        self._message_seconds = message_seconds
+        self._begin_by = time.monotonic() + reply_seconds
+        self._end_by: float | None = None
+
+    @property
+    def patience(self) -> float:
+        """Return how many seconds to wait before the next check."""
+        deadline = self._begin_by if self._end_by is None else self._end_by
+        return max(min(deadline - time.monotonic(), self._message_seconds / 4), 0)
+
+    def check(self, *, is_underway: bool) -> None:
+        """Check the time limits; ``is_underway`` tells whether part of a message has arrived.
+
+        Raises:
+            ConnectionLost: one of them was exceeded.
+        """
         now = time.monotonic()
-        if end_by is None and now >= begin_by:
+        if not is_underway:
+            self._end_by = None
+        elif self._end_by is None:
+            self._end_by = now + self._message_seconds
+        if self._end_by is None and now >= self._begin_by:
             raise ConnectionLost(self._url, f"no reply within {self._reply_seconds:g} s")
-        if end_by is not None and now >= end_by:
+        if self._end_by is not None and now >= self._end_by:
             raise ConnectionLost(self._url, f"a reply took longer than {self._message_seconds:g} s")
 
-    def _explain(self, error: Exception) -> ProtocolError:
-        lost = describe_loss(self._url, error)
-        cause = error.__cause__
-        if isinstance(cause, ssl.SSLError):
-            return _translate_opening(self._url, cause)
-        if not isinstance(error, ConnectionClosed) or (close := error.rcvd or error.sent) is None:
-            return lost
-        if close.code == TOO_BIG:
-            mine, reason = error.rcvd is not None, close.reason
-            return MessageTooLarge(self._url, is_outgoing=mine, reason=reason)
-        if close.code == POLICY and error.rcvd is not None:
-            return Unauthorized(self._url, POLICY, close.reason or "no reason given")
+
+def make_headers(credentials: Credentials) -> dict[str, str]:
+    """Return the headers of the handshake's HTTP request that show who the client is."""
+    return {} if credentials.token is None else {"Authorization": f"Bearer {credentials.token}"}
+
+
+def translate_end(url: str, error: Exception) -> ProtocolError:
+    """Return the error that says why an open connection to ``url`` ended."""
+    lost = describe_loss(url, error)
+    cause = error.__cause__
+    if isinstance(cause, ssl.SSLError):
+        return _translate_failure(url, cause)
+    if not isinstance(error, ConnectionClosed) or (close := error.rcvd or error.sent) is None:
         return lost
+    if close.code == TOO_BIG:
+        mine, reason = error.rcvd is not None, close.reason
+        return MessageTooLarge(url, is_outgoing=mine, reason=reason)
+    if close.code == POLICY and error.rcvd is not None:
+        return Unauthorized(url, POLICY, close.reason or "no reason given")
+    return lost
+
+
+def translate_opening(url: str, error: Exception) -> SplitonnxError:
+    """Return the error that says why a connection to ``url`` could not be opened."""
+    if isinstance(error, InvalidURI):
+        return UsageError(f"'{url}' is not a websocket address such as ws://host:8765")
+    if isinstance(error, InvalidStatus):
+        return _translate_status(url, error)
+    return _translate_failure(url, error)
 
 
 def _translate_status(url: str, error: InvalidStatus) -> ConnectionLost | Unauthorized:
@@ -196,7 +226,7 @@ def _translate_status(url: str, error: InvalidStatus) -> ConnectionLost | Unauth
     return ConnectionLost(url, reason, response.status_code)
 
 
-def _translate_opening(url: str, error: Exception) -> ConnectionLost | UntrustedPeer:
+def _translate_failure(url: str, error: Exception) -> ConnectionLost | UntrustedPeer:
     failure = describe_failure(error) if isinstance(error, ssl.SSLError) else None
     if failure is not None:
         return UntrustedPeer(url, failure)

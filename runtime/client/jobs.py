@@ -13,11 +13,27 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from splitonnx.errors import RemoteProtocolError
+from splitonnx.errors import RemoteProtocolError, UsageError
 from splitonnx.manifests import PartyManifest
 from splitonnx.messages import TaskKey
-from splitonnx.names import UPDATE
-from splitonnx.pipelines import Operation, list_pieces, make_schedule, sends_data_alone
+from splitonnx.micro_batches import (
+    MICRO_BATCH_WEIGHT,
+    MICRO_BATCHES,
+    check_accumulating,
+    find_weights,
+    split_batch,
+)
+from splitonnx.names import ACCUMULATE, PER_CLIENT, TRAIN, UPDATE
+from splitonnx.pipelines import (
+    Operation,
+    StepDivision,
+    list_pieces,
+    make_schedule,
+    sends_data_alone,
+)
+from splitonnx.runtime.channels.greetings import SharingTerms
+from splitonnx.runtime.client.metrics.dataset_means import DatasetMeans
+from splitonnx.runtime.engine.dataflows import can_overlap
 from splitonnx.runtime.engine.executors import Executor
 
 
@@ -42,6 +58,76 @@ class Ended:
     """The end of a task: the server need not hear of it again."""
 
     key: TaskKey
+
+
+class StepPlan:
+    """A training step of at most ``count`` micro-batches of nearly equal size, before it runs.
+
+    Perform the phase ``weigh`` on each of ``parts``, and pass its results to :meth:`weigh`.
+
+    Raises:
+        UnusableData: the batch cannot be divided.
+    """
+
+    def __init__(
+        self, manifest: PartyManifest, batch: Mapping[str, np.ndarray], count: int
+    ) -> None:
+        self.parts = split_batch(batch, manifest.phase(TRAIN).data, count)
+        self._counts: list[dict[str, float]] = []
+
+    def weigh(self, results: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Find how much each micro-batch counts in the step.
+
+        Raises:
+            UnusableData: two losses weigh the parts differently.
+        """
+        self._counts = [
+            {name: float(array) for name, array in counted.items()} for counted in results
+        ]
+        for part, weight in zip(self.parts, find_weights(self._counts), strict=True):
+            part[MICRO_BATCH_WEIGHT] = np.array(weight, np.float32)
+
+    def list_tasks(self, session: str, step: int) -> list[PlannedTask]:
+        """List the tasks of the step: the micro-batches, and the update."""
+        planned = [
+            *((ACCUMULATE, part) for part in self.parts),
+            (UPDATE, {MICRO_BATCHES: np.array(len(self.parts))}),
+        ]
+        return [
+            PlannedTask(key=TaskKey(session, phase, step, number), data=data)
+            for number, (phase, data) in enumerate(planned)
+        ]
+
+    def join(self, results: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return the means of the results of the step's tasks, which are the step's results."""
+        means = DatasetMeans()
+        for own, counted in zip(results, self._counts, strict=False):
+            numbers = {name: float(a) for name, a in own.items() if a.ndim == 0}
+            means.add({**numbers, **counted}, 1)
+        return {name: np.array(value) for name, value in means.compute().items()}
+
+
+def choose_in_flight(
+    manifest: PartyManifest, terms: SharingTerms | None, division: StepDivision
+) -> int:
+    """Return how many micro-batches of a step this party can have unfinished at a time.
+
+    ``terms`` are the server's; ``None`` means that there is no server.
+
+    Raises:
+        UsageError: the bundle or the server does not permit the division.
+    """
+    if division.count > 1:
+        check_accumulating(manifest)
+    if division.count > 1 and terms is not None and not terms.can_accumulate:
+        raise UsageError(
+            f"the server's policy '{terms.policy}' does not let a step consist of several "
+            "micro-batches, or the server is of an earlier version; train without accumulate "
+            "and micro_batches (--accumulate, --micro-batches), or serve with the policy "
+            f"'{PER_CLIENT}'"
+        )
+    accumulate = manifest.phase(ACCUMULATE)
+    return division.in_flight if can_overlap(accumulate, manifest.party) else 1
 
 
 class Job:

@@ -15,24 +15,21 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from splitonnx.errors import LocalProtocolError, NotSaved, StepRestarted, StepsLost, UsageError
+from splitonnx.errors import LocalProtocolError, NotSaved, StepRestarted, StepsLost
 from splitonnx.interrupts import check_interrupt
 from splitonnx.messages import TaskKey
-from splitonnx.micro_batches import (
-    MICRO_BATCH_WEIGHT,
-    MICRO_BATCHES,
-    check_accumulating,
-    find_weights,
-    split_batch,
-)
-from splitonnx.names import ACCUMULATE, PER_CLIENT, SHARE, TRAIN, UPDATE, WEIGH
+from splitonnx.names import ACCUMULATE, SHARE, TRAIN, UPDATE, WEIGH
 from splitonnx.pipelines import StepDivision
 from splitonnx.runtime.channels.channels import Channel
 from splitonnx.runtime.channels.greetings import SharingTerms
-from splitonnx.runtime.client.jobs import Job, PlannedTask, Sending
-from splitonnx.runtime.client.metrics.dataset_means import DatasetMeans
+from splitonnx.runtime.client.jobs import (
+    Job,
+    PlannedTask,
+    Sending,
+    StepPlan,
+    choose_in_flight,
+)
 from splitonnx.runtime.client.training_runs import TrainingRun
-from splitonnx.runtime.engine.dataflows import can_overlap
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.storage.positions import DataPosition
 from splitonnx.sharing import LEAVES, ROUND, SAMPLES, list_joined, name_own
@@ -96,9 +93,8 @@ class TaskRunner:
             KeyboardInterrupt: Ctrl-C was pressed earlier, and other code discarded the exception.
         """
         number = self.executor.step if phase in (TRAIN, SHARE) else next(self._others)
-        (results,) = self._perform(
-            [PlannedTask(key=self._name_task(phase, number), data=data)], learning_rate
-        )
+        key = TaskKey(self.run.session, phase, number, 0)
+        (results,) = self._perform([PlannedTask(key=key, data=data)], learning_rate)
         return results
 
     def divide(self, division: StepDivision) -> StepDivision:
@@ -107,18 +103,8 @@ class TaskRunner:
         Raises:
             UsageError: the bundle or the server does not permit it.
         """
-        if division.count > 1:
-            check_accumulating(self.executor.manifest)
-        if division.count > 1 and self._channel is not None and not self.terms.can_accumulate:
-            raise UsageError(
-                f"the server's policy '{self.terms.policy}' does not let a step consist of several "
-                "micro-batches, or the server is of an earlier version; train without accumulate "
-                "and micro_batches (--accumulate, --micro-batches), or serve with the policy "
-                f"'{PER_CLIENT}'"
-            )
-        accumulate = self.executor.manifest.phase(ACCUMULATE)
-        can_overlap_own = can_overlap(accumulate, self.executor.manifest.party)
-        self._in_flight = division.in_flight if can_overlap_own else 1
+        terms = None if self._channel is None else self.terms
+        self._in_flight = choose_in_flight(self.executor.manifest, terms, division)
         return division
 
     def prepare_training(self, accumulate: int) -> None:
@@ -145,48 +131,21 @@ class TaskRunner:
         """
         if accumulate == 1:
             return self.perform(TRAIN, batch, learning_rate)
-        specs = self.executor.manifest.phase(TRAIN).data
-        parts = split_batch(batch, specs, accumulate)
-        counts = [
-            {name: float(array) for name, array in self.perform(WEIGH, part, 0.0).items()}
-            for part in parts
-        ]
-        weights = find_weights(counts)
-        for part, weight in zip(parts, weights, strict=True):
-            part[MICRO_BATCH_WEIGHT] = np.array(weight, np.float32)
+        plan = StepPlan(self.executor.manifest, batch, accumulate)
+        plan.weigh([self.perform(WEIGH, part, 0.0) for part in plan.parts])
         if self._channel is not None:
             with ExitStack() as ending, self._going_back():
                 ending.push(self._close_after)
                 self._channel.widen(self._in_flight)
         for _ in range(MOST_RESTARTS):
             with suppress(StepRestarted):
-                return self._accumulate(parts, counts, learning_rate)
-        return self._accumulate(parts, counts, learning_rate)
+                return self._accumulate(plan, learning_rate)
+        return self._accumulate(plan, learning_rate)
 
-    def _accumulate(
-        self,
-        parts: Sequence[Mapping[str, np.ndarray]],
-        counts: Sequence[Mapping[str, float]],
-        learning_rate: float,
-    ) -> dict[str, np.ndarray]:
+    def _accumulate(self, plan: StepPlan, learning_rate: float) -> dict[str, np.ndarray]:
         """Add up the gradients of micro-batches, and update; return the means of the results."""
-        step, count = self.executor.step, len(parts)
-        planned = [
-            *((ACCUMULATE, part) for part in parts),
-            (UPDATE, {MICRO_BATCHES: np.array(count)}),
-        ]
-        tasks = [
-            PlannedTask(key=self._name_task(phase, step, number), data=data)
-            for number, (phase, data) in enumerate(planned)
-        ]
-        means = DatasetMeans()
-        for results, counted in zip(self._perform(tasks, learning_rate), counts, strict=False):
-            numbers = {name: float(a) for name, a in results.items() if a.ndim == 0}
-            means.add({**numbers, **counted}, 1)
-        return {name: np.array(value) for name, value in means.compute().items()}
-
-    def _name_task(self, phase: str, number: int, micro_batch: int = 0) -> TaskKey:
-        return TaskKey(session=self.run.session, phase=phase, step=number, micro_batch=micro_batch)
+        tasks = plan.list_tasks(self.run.session, self.executor.step)
+        return plan.join(self._perform(tasks, learning_rate))
 
     def _perform(
         self, tasks: Sequence[PlannedTask], learning_rate: float

@@ -9,19 +9,24 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
 
-from splitonnx.disclosures import list_labels
 from splitonnx.errors import StepsLost, UnusableData, UsageError
-from splitonnx.names import EVALUATE, LOSS, ONE_MODEL, PREDICT, TRAIN
+from splitonnx.manifests import PartyManifest
+from splitonnx.names import LOSS, ONE_MODEL, PREDICT, TRAIN
 from splitonnx.runtime.client.datasets import Batch, Dataset
 from splitonnx.runtime.client.histories import Evaluation, History, StepRecord
 from splitonnx.runtime.client.metrics.choices import Metric
-from splitonnx.runtime.client.metrics.dataset_means import DatasetMeans
-from splitonnx.runtime.client.metrics.metric_sets import MetricSet
+from splitonnx.runtime.client.metrics.evaluations import (
+    EvaluationResults,
+    EvaluationTask,
+    advance,
+    count_samples,
+    evaluate,
+)
 from splitonnx.runtime.client.options import FitOptions, LearningRate, count_rows, has_fixed_rows
 from splitonnx.runtime.client.runners import TaskRunner
 from splitonnx.runtime.engine.executors import Executor
@@ -265,7 +270,7 @@ class TrainingLoop:
             loss=metrics.pop(LOSS),
             metrics=metrics,
             learning_rate=learning_rate,
-            samples=self._count_samples(TRAIN, batch),
+            samples=count_samples(self._manifest, TRAIN, batch),
             seconds=seconds,
             bytes_up=sent - up,
             bytes_down=received - down,
@@ -285,33 +290,16 @@ class TrainingLoop:
     ) -> dict[str, float]:
         """Return the mean of each result over all samples of a dataset, and the metrics.
 
-        Batches weigh by what counted in them (:class:`DatasetMeans`).  A metric that the dataset
-        does not define is NaN, and a warning says why.
+        Batches weigh by what counted in them (:func:`evaluations.evaluate`).  A metric that the
+        dataset does not define is NaN, and a warning says why.
         """
-        means = DatasetMeans()
-        chosen = MetricSet(metrics)
-        for batch in dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False):
-            outputs = self.perform(PREDICT, batch)
-            results = self.perform(EVALUATE, {**batch, **outputs})
-            means.add({n: float(v) for n, v in results.items()}, self._weigh(batch))
-            chosen.add(batch, outputs)
-        values = chosen.compute()
-        for name, value in values.items():
-            if value.reason and self._told.get(name) != value.reason:
-                self._told[name] = value.reason
-                _logger.warning("the metric %s is not defined: %s", name, value.reason)
-        return {**means.compute(), **{name: value.value for name, value in values.items()}}
-
-    def _count_samples(self, phase: str, batch: Batch) -> int:
-        """Count the rows of the labels, or of the first input if there are none."""
-        labels = list_labels(self._manifest)
-        name = labels[0] if labels else self._manifest.phase(phase).data[0].name
-        return len(np.atleast_1d(batch[name]))
-
-    def _weigh(self, batch: Batch) -> int:
-        """Count the labels, or the samples if there are no labels."""
-        labels = list_labels(self._manifest)
-        return batch[labels[0]].size if labels else self._count_samples(PREDICT, batch)
+        batches = dataset.batches(batch_size, seed=self._seed, epoch=0, shuffle=False)
+        tasks = evaluate(self._manifest, batches, metrics)
+        found = advance(tasks)
+        while isinstance(found, EvaluationTask):
+            found = advance(tasks, self.perform(found.phase, found.data))
+        warn_of_undefined(found, self._told)
+        return found.numbers
 
     def perform(
         self, phase: str, data: Batch, learning_rate: LearningRate = None
@@ -331,13 +319,10 @@ class TrainingLoop:
 
     def predict(self, batch: Batch) -> dict[str, np.ndarray]:
         """Return the model's outputs, without what only an evaluation reads."""
-        results = self.perform(PREDICT, batch)
-        names = {spec.name for spec in self._manifest.outputs} or results.keys()
-        return {name: array for name, array in results.items() if name in names}
+        return select_outputs(self._manifest, self.perform(PREDICT, batch))
 
     def _choose_rate(self, given: LearningRate) -> float:
-        rate = given(self._executor.step) if callable(given) else given
-        return self._manifest.learning_rate if rate is None else float(rate)
+        return choose_rate(self._manifest, given, self._executor.step)
 
     def _find_rate(self, options: FitOptions, position: DataPosition) -> float:
         """Return the learning rate of the step that begins at a position in the data."""
@@ -345,6 +330,28 @@ class TrainingLoop:
         if options.rates is None:
             return rate
         return rate * options.rates.get_factor(position.epoch, position.batch)
+
+
+def warn_of_undefined(results: EvaluationResults, told: dict[str, str]) -> None:
+    """Log why metrics are not defined, unless ``told`` has the reason; then add it there."""
+    for name, value in results.metrics.items():
+        if value.reason and told.get(name) != value.reason:
+            told[name] = value.reason
+            _logger.warning("the metric %s is not defined: %s", name, value.reason)
+
+
+def select_outputs(
+    manifest: PartyManifest, results: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return the model's outputs, without what only an evaluation reads."""
+    names = {spec.name for spec in manifest.outputs} or results.keys()
+    return {name: array for name, array in results.items() if name in names}
+
+
+def choose_rate(manifest: PartyManifest, given: LearningRate, step: int) -> float:
+    """Return the learning rate of a step; by default, it is the optimizer's own."""
+    rate = given(step) if callable(given) else given
+    return manifest.learning_rate if rate is None else float(rate)
 
 
 def _is_before(one: DataPosition, other: DataPosition) -> bool:

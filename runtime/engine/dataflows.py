@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from splitonnx.manifests import Phase, Source, Stage
+from splitonnx.manifests import PartyManifest, Phase, Source, Stage
 from splitonnx.names import ACCUMULATE
 
 
@@ -27,6 +27,7 @@ class Dataflow:
         self.sends = tuple(w.tensor.name for w in phase.wires if w.sender == party)
         self.needs = {
             stage.name: frozenset(i.name for i in stage.inputs if i.source is not Source.STATE)
+            | frozenset(stage.awaited)
             for stage in phase.stages
         }
         self.kept = frozenset(phase.results)
@@ -38,11 +39,22 @@ class Dataflow:
             self.kept |= frozenset(phase.commits.values())
         self.uses = Counter(name for names in self.needs.values() for name in names)
         self.uses.update(self.sends)
-        """How many stages and outgoing wires use each value."""
-
-    def wants(self, name: str) -> bool:
-        """Return whether a value is used by a stage, sent, or kept as a result or new state."""
-        return self.uses[name] > 0 or name in self.kept
+        """How many stages and outgoing wires use each value, until a stage makes it again."""
+        self.later: dict[str, Counter[str]] = {}
+        """For each stage that makes values again: how many stages use each of them from then on."""
+        self.reread = frozenset(
+            i.name
+            for stage in phase.stages
+            if stage.awaited
+            for i in stage.inputs
+            if i.source is Source.STATE
+        )
+        """The state that is read again, with the values that it had when it was first read."""
+        for index, stage in reversed(list(enumerate(phase.stages))):
+            if stage.awaited:
+                after = Counter(n for s in phase.stages[index + 1 :] for n in self.needs[s.name])
+                self.later[stage.name] = Counter({name: after[name] for name in stage.outputs})
+                self.uses.subtract(self.later[stage.name])
 
     def start(self) -> Progress:
         """Start tracking a new task, for which no values are available yet."""
@@ -81,6 +93,7 @@ class Progress:
         """
         for index, stage in enumerate(self._waiting):
             if self._flow.needs[stage.name] <= self._present and is_ready(stage):
+                self._uses.update(self._flow.later.get(stage.name, {}))
                 return self._waiting.pop(index)
         return None
 
@@ -88,6 +101,13 @@ class Progress:
     def has_all_values(self) -> bool:
         """Return whether a stage that did not run needs nothing but the state."""
         return any(self._flow.needs[stage.name] <= self._present for stage in self._waiting)
+
+    def wants(self, name: str) -> bool:
+        """Return whether a value is used by a stage, sent, or kept as a result or new state.
+
+        Uses after a stage that makes the value again do not count before that stage is returned.
+        """
+        return self._uses[name] > 0 or name in self._flow.kept
 
     def next_wires(self) -> tuple[str, ...]:
         """Return the names of outgoing tensors that have become available since the last call."""
@@ -110,6 +130,31 @@ def list_steady(phase: Phase, stage: Stage) -> tuple[str, ...]:
         return ()
     state = (entry.name for entry in stage.inputs if entry.source is Source.STATE)
     return tuple(name for name in state if name not in phase.commits)
+
+
+def list_sums(manifest: PartyManifest, phase: Phase, stage: Stage) -> dict[str, str]:
+    """List the sums that a stage adds to, each with the output that takes its place.
+
+    They are those that nothing else reads in this phase, and whose new value nothing but the next
+    micro-batch reads, so that the stage may change them in place.
+    """
+    if phase.name != ACCUMULATE:
+        return {}
+    read = Counter(i.name for s in phase.stages for i in s.inputs if i.source is Source.STATE)
+    used = {i.name for s in phase.stages for i in s.inputs if i.source is not Source.STATE}
+    used |= {*phase.results, *(wire.tensor.name for wire in phase.wires)}
+    made = Counter(phase.commits.values())
+    own = {i.name for i in stage.inputs if i.source is Source.STATE}
+    pairs = {
+        spec.name: phase.commits[spec.name]
+        for spec in manifest.accumulators
+        if spec.name in own and spec.name in phase.commits
+    }
+    return {
+        name: value
+        for name, value in pairs.items()
+        if value in stage.outputs and read[name] == made[value] == 1 and value not in used
+    }
 
 
 def can_overlap(phase: Phase, party: str) -> bool:

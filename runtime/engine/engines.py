@@ -12,7 +12,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +28,7 @@ from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, se
 from splitonnx.runtime.engine.placements import Placement
 from splitonnx.runtime.engine.providers import CPU, PROVIDERS, choose_provider
 from splitonnx.runtime.engine.runs import Runs
+from splitonnx.runtime.engine.stage_graphs import OperatorKernel
 from splitonnx.runtime.engine.tiles.sessions import open_arranged
 from splitonnx.runtime.gate.gates import check_graph, is_ort_format
 from splitonnx.session_settings import EXACT_SETTINGS
@@ -91,27 +92,17 @@ class Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OperatorKernel:
-    """An operator that a graph in ORT format (ONNX Runtime's own file format) needs.
-
-    ``version`` is the opset that defined the operator.  ``types`` lists the element types that the
-    operator is used with, as JSON for ONNX Runtime's build scripts; the text is empty if a reduced
-    build cannot leave out types of this operator.
-    """
-
-    domain: str
-    version: int
-    operator: str
-    types: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class LoadedStage:
-    """A stage graph that is ready to run; ``outputs`` are the names of its outputs, in order."""
+    """A stage graph that is ready to run; ``outputs`` are the names of those that a run returns.
+
+    Inputs ``zeros`` may be left out if they are zero; ``sources`` maps renamed inputs, by output.
+    """
 
     name: str
     outputs: tuple[str, ...]
     session: Any
+    zeros: frozenset[str] = frozenset()
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine:
@@ -160,7 +151,13 @@ class Engine:
         return None if self._accelerator is None else self._accelerator.describe()
 
     def load(
-        self, name: str, graph: bytes, *, training: bool, steady: Collection[str] = ()
+        self,
+        name: str,
+        graph: bytes,
+        *,
+        training: bool,
+        steady: Collection[str] = (),
+        sums: Mapping[str, str] = {},
     ) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
 
@@ -168,7 +165,8 @@ class Engine:
         it was differentiated, and split and unsplit runs must use the same kernels.  Convolutions
         run on blocked images (:mod:`layouts`), updates of large parameters over tiles
         (:mod:`tiles`).  What depends on the inputs ``steady`` alone is kept between runs
-        (:mod:`invariants`).  A graph in ORT format runs as it is, if the engine is ``trusted``.
+        (:mod:`invariants`).  ``sums`` maps inputs that a run may change to the outputs that replace
+        them.  A graph in ORT format runs as it is, if the engine is ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -186,25 +184,27 @@ class Engine:
             session = open_here(graph)
         else:
             session = open_arranged(
-                graph, self._ort, open_here, steady, threads=self._threads, keeps=self._arena
-            )
+                graph, self._ort, open_here, steady,
+                sums=sums, threads=self._threads, keeps=self._arena,
+            )  # fmt: skip
         outputs = tuple(output.name for output in session.get_outputs())
-        return LoadedStage(name=name, outputs=outputs, session=session)
+        more = {n: getattr(session, n) for n in ("zeros", "sources") if hasattr(session, n)}
+        return LoadedStage(name=name, outputs=outputs, session=session, **more)
 
     def _make_options(self, *, training: bool, own_format: bool) -> Any:
         levels = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
-        options.graph_optimization_level = (
-            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
-        )
+        level = levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
+        options.graph_optimization_level = level
         options.intra_op_num_threads = self._threads or 0
         options.enable_cpu_mem_arena = self._arena
+        # From the second run on, all results would be in one block beside what the first freed.
+        options.enable_mem_pattern = False
         # A thread that spins while it waits for the next stage takes the core from the other party.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Otherwise it would detect the format, and could mistake the bytes for ORT format.
-        options.add_session_config_entry(
-            "session.load_model_format", "ORT" if own_format else "ONNX"
-        )
+        model_format = "ORT" if own_format else "ONNX"
+        options.add_session_config_entry("session.load_model_format", model_format)
         return self._complete(options)
 
     def convert(self, name: str, graph: bytes, *, training: bool) -> bytes:
@@ -218,9 +218,8 @@ class Engine:
         check_graph(name, graph)
         levels = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
-        options.graph_optimization_level = (
-            levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_BASIC
-        )
+        level = levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_BASIC
+        options.graph_optimization_level = level
         options.intra_op_num_threads = 1
         options.add_session_config_entry("session.load_model_format", "ONNX")
         options.add_session_config_entry("session.save_model_format", "ORT")
@@ -281,12 +280,11 @@ class Engine:
         return _view(tensor)
 
     def run(self, stage: LoadedStage, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run a stage with the inputs in ``feeds``, and return all its outputs by name.
+        """Run a stage with the inputs in ``feeds``, and return its outputs by name.
 
         Raises:
             StageFailed: an operator failed, or the inputs do not fit the graph.
-            StageTooSlow: the stage exceeded its time limit.
-            StageStopped: :meth:`stop` was called.
+            StageTooSlow, StageStopped: it exceeded its time limit, or :meth:`stop` was called.
         """
         values = {name: tensor._value for name, tensor in feeds.items()}
         options = self._ort.RunOptions()
@@ -305,7 +303,7 @@ class Engine:
         # A graph's input that is also its output comes back as a second handle on the same memory,
         # which does not keep that memory alive: the feed itself does.
         return {
-            name: feeds.get(name) or Tensor(_detach(value), stage.session)
+            name: feeds.get(stage.sources.get(name, name)) or Tensor(_detach(value), stage.session)
             for name, value in zip(stage.outputs, produced, strict=True)
         }
 

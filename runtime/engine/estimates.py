@@ -76,10 +76,12 @@ class Estimates:
         uses = Counter(flow.uses)
         peak = 0
         for stage in phase.stages:
+            uses.update(flow.later.get(stage.name, {}))
             own = frozenset(i.name for i in stage.inputs if i.source is Source.STATE)
             walk = _Walk(self._graphs[stage.graph], sizes)
             peak = max(peak, sum(held.values()) + walk.run(own))
-            held.update({n: walk.bytes[n] for n in stage.outputs if flow.wants(n) and n not in own})
+            wanted = [n for n in stage.outputs if uses[n] > 0 or n in flow.kept]
+            held.update({name: walk.bytes[name] for name in wanted if name not in own})
             uses.subtract(flow.needs[stage.name])
             for value in flow.needs[stage.name]:
                 if uses[value] <= 0 and value not in sent and value not in flow.kept:

@@ -9,9 +9,9 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -25,7 +25,7 @@ from splitonnx.errors import (
     quote,
 )
 from splitonnx.faults import attribute_errors_to_us
-from splitonnx.manifests import Phase, Source, Stage, WireKind
+from splitonnx.manifests import Stage, WireKind
 from splitonnx.messages import TaskKey
 from splitonnx.names import (
     ACCUMULATE,
@@ -38,23 +38,13 @@ from splitonnx.names import (
     UPDATE,
     WEIGH,
 )
-from splitonnx.runtime.engine.dataflows import Dataflow, Progress, list_steady
+from splitonnx.runtime.engine.dataflows import Dataflow, list_steady, list_sums
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.providers import check_target
-from splitonnx.runtime.engine.steps import OpenStep, make_scalars
+from splitonnx.runtime.engine.steps import OpenStep, OpenTask, make_scalars
 from splitonnx.runtime.storage.outcomes import check_outcome, publish_state
 from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array
-
-
-@dataclass(kw_only=True)
-class _Task:
-    key: TaskKey
-    phase: Phase
-    flow: Dataflow
-    progress: Progress
-    values: dict[str, Tensor] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
 
 
 class Executor:
@@ -80,11 +70,9 @@ class Executor:
         self._state = {name: engine.from_array(a) for name, a in party.state().items()}
         self._flows: dict[str, Dataflow] = {}
         self._loaded: dict[tuple[str, str], LoadedStage] = {}
-        self._shared: dict[
-            tuple[str, bool, tuple[str, ...]], LoadedStage
-        ] = {}  # phases share files
+        self._shared: dict[tuple[object, ...], LoadedStage] = {}  # phases share files
         self._open = OpenStep(party.manifest, engine)
-        self._tasks: dict[TaskKey, _Task] = {}
+        self._tasks: dict[TaskKey, OpenTask] = {}
 
     def fork(self) -> Executor:
         """Return an independent executor with the same state and no open tasks.
@@ -115,13 +103,15 @@ class Executor:
         training = self.manifest.target == TRAINING and phase not in (PREDICT, EVALUATE, WEIGH)
         for stage in declared.stages:
             steady = list_steady(declared, stage)
-            shared = (stage.graph, training, steady)
+            sums = list_sums(self.manifest, declared, stage)
+            shared = (stage.graph, training, steady, tuple(sums.items()))
             if shared not in self._shared:
                 graph = self.party.graphs[stage.graph]
                 self._shared[shared] = self._engine.load(
-                    stage.name, graph, training=training, steady=steady
+                    stage.name, graph, training=training, steady=steady, sums=sums
                 )
-            self._loaded[phase, stage.name] = self._shared[shared]
+            loaded = replace(self._shared[shared], outputs=stage.outputs)
+            self._loaded[phase, stage.name] = loaded
         self._flows[phase] = Dataflow(declared, self.manifest.party)
 
     def begin(
@@ -146,7 +136,7 @@ class Executor:
         self.prepare(key.phase)
         flow = self._flows[key.phase]
         phase = self.manifest.phase(key.phase)
-        task = _Task(key=key, phase=phase, flow=flow, progress=flow.start())
+        task = OpenTask(key=key, phase=phase, flow=flow, progress=flow.start())
         for spec in phase.data:
             if spec.name not in data:
                 raise MissingArray(spec.name, tuple(data))
@@ -311,39 +301,39 @@ class Executor:
     def close(self) -> None:
         """Do nothing, because an executor in this process has nothing to release."""
 
-    def _task(self, key: TaskKey) -> _Task:
+    def _task(self, key: TaskKey) -> OpenTask:
         if key not in self._tasks:
             raise LocalProtocolError(f"{key} is not open")
         return self._tasks[key]
 
-    def _finished(self, key: TaskKey) -> _Task:
+    def _finished(self, key: TaskKey) -> OpenTask:
         task = self._task(key)
         if not task.progress.is_finished:
             raise LocalProtocolError(f"{key} is not finished")
         return task
 
-    def _check_wires(self, task: _Task, tensors: Mapping[str, np.ndarray]) -> None:
+    def _check_wires(self, task: OpenTask, tensors: Mapping[str, np.ndarray]) -> None:
         for wire in task.phase.wires:
             if wire.tensor.name in tensors:
                 is_output = wire.kind is WireKind.OUTPUT
                 check_array(tensors[wire.tensor.name], wire.tensor, task.sizes, is_output=is_output)
 
-    def _supply(self, task: _Task, arrays: Mapping[str, np.ndarray]) -> None:
+    def _supply(self, task: OpenTask, arrays: Mapping[str, np.ndarray]) -> None:
         self._keep(task, {name: self._engine.from_array(a) for name, a in arrays.items()})
 
-    def _keep(self, task: _Task, tensors: Mapping[str, Tensor]) -> None:
-        task.values.update((n, t) for n, t in tensors.items() if task.flow.wants(n))
-        task.progress.arrive(tensors)
+    def _keep(self, task: OpenTask, tensors: Mapping[str, Tensor]) -> None:
+        task.keep(tensors)
         self._open.add(task.key, tensors)
 
-    def _run(self, task: _Task, stage: Stage) -> None:
-        feeds = {
-            i.name: self._open.read(self._state, task.key, i.name)
-            if i.source is Source.STATE
-            else task.values[i.name]
-            for i in stage.inputs
-        }
-        outputs = self._engine.run(self._loaded[task.phase.name, stage.name], feeds)
+    def _read(self, key: TaskKey, zeros: Collection[str], name: str) -> Tensor | None:
+        """Return a tensor of the state as a task reads it; ``None`` if it is zero and left out."""
+        is_left_out = name in zeros and self._open.is_zero(key, name)
+        return None if is_left_out else self._open.read(self._state, key, name)
+
+    def _run(self, task: OpenTask, stage: Stage) -> None:
+        loaded = self._loaded[task.phase.name, stage.name]
+        feeds = task.feed(stage, partial(self._read, task.key, loaded.zeros))
+        outputs = self._engine.run(loaded, feeds)
         if task.phase.name in STEP_PHASES and LOSS in outputs:
             loss = self._engine.to_array(outputs[LOSS])
             if not np.isfinite(loss).all():
@@ -353,7 +343,7 @@ class Executor:
         self._open.note_run(task.key, stage)
         self._drop(task, task.flow.needs[stage.name])
 
-    def _check_decoded(self, task: _Task, outputs: Mapping[str, Tensor]) -> None:
+    def _check_decoded(self, task: OpenTask, outputs: Mapping[str, Tensor]) -> None:
         """Check what a stage decoded as a received tensor that was not encoded is checked."""
         for encoded in task.phase.list_encoded():
             name = encoded.tensor.name
@@ -366,13 +356,13 @@ class Executor:
                 if self._norm is not None and encoded.kind is WireKind.GRADIENT:
                     check_norm(name, array, self._norm)
 
-    def _collect_wires(self, task: _Task, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
+    def _collect_wires(self, task: OpenTask, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Return outgoing tensors as arrays, and record the sizes that replies must have."""
         arrays = {name: self._engine.to_array(task.values[name]) for name in wires}
         self._check_wires(task, arrays)
         self._drop(task, wires)
         return arrays
 
-    def _drop(self, task: _Task, names: Iterable[str]) -> None:
+    def _drop(self, task: OpenTask, names: Iterable[str]) -> None:
         for name in task.progress.release(names):
             del task.values[name]

@@ -26,7 +26,8 @@ from splitonnx.manifests import PartyManifest
 from splitonnx.names import EVALUATE, PREDICT, TRAINING, WEIGH
 from splitonnx.operators import TRAINING_ONLY
 from splitonnx.outputs import check_place
-from splitonnx.runtime.engine.engines import Engine, OperatorKernel, installed_runtime, list_kernels
+from splitonnx.runtime.engine.engines import Engine, installed_runtime, list_kernels
+from splitonnx.runtime.engine.stage_graphs import OperatorKernel
 from splitonnx.runtime.gate import schemas
 from splitonnx.runtime.gate.gates import check_graph
 from splitonnx.runtime.gate.protobufs import Place, Reader

@@ -30,6 +30,21 @@ class Extent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OperatorKernel:
+    """An operator that a graph in ORT format (ONNX Runtime's own file format) needs.
+
+    ``version`` is the opset that defined the operator.  ``types`` lists the element types that the
+    operator is used with, as JSON for ONNX Runtime's build scripts; the text is empty if a reduced
+    build cannot leave out types of this operator.
+    """
+
+    domain: str
+    version: int
+    operator: str
+    types: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Node:
     """A node of a graph: its operator, and the names of its inputs and outputs.
 

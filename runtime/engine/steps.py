@@ -1,4 +1,4 @@
-"""What belongs to one training step: its scalar inputs, and what its micro-batches have changed.
+"""What belongs to one task or step: its values, its scalars, and what its micro-batches changed.
 
 A step of several micro-batches changes the state only as a whole.  Until its update is committed,
 the sums of gradients, and the running statistics and carried states that each micro-batch replaces,
@@ -10,16 +10,62 @@ it.  This module runs no stages.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from splitonnx.errors import LocalProtocolError, UsageError
-from splitonnx.manifests import KEY, LEARNING_RATE, STEP, PartyManifest, Source, Stage
+from splitonnx.manifests import (
+    KEY,
+    LEARNING_RATE,
+    STEP,
+    PartyManifest,
+    Phase,
+    Source,
+    Stage,
+)
 from splitonnx.messages import TaskKey
 from splitonnx.names import ACCUMULATE, STEP_PHASES, UPDATE
+from splitonnx.runtime.engine.dataflows import Dataflow, Progress
 from splitonnx.runtime.engine.engines import Engine, Tensor
 from splitonnx.tensors import DTYPES
+
+
+@dataclass(kw_only=True)
+class OpenTask:
+    """A task that is running: its values that something still needs, and its sizes.
+
+    ``reread`` is the state that a stage reads again later, as it was when it was first read.
+    """
+
+    key: TaskKey
+    phase: Phase
+    flow: Dataflow
+    progress: Progress
+    values: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    reread: dict[str, Tensor] = field(default_factory=dict)
+
+    def feed(self, stage: Stage, read: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+        """Return a stage's inputs; ``read`` returns a tensor of the state as it is now, or nothing.
+
+        Another task may have replaced the state since a stage ran whose values are made again.
+        """
+        names = [i.name for i in stage.inputs if i.source is Source.STATE]
+        own = {name: tensor for name in names if (tensor := read(name)) is not None}
+        for name in own.keys() & self.flow.reread:
+            first = self.reread.setdefault(name, own[name])
+            if stage.awaited:
+                own[name] = first
+        return own | {
+            i.name: self.values[i.name] for i in stage.inputs if i.source is not Source.STATE
+        }
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        """Record that values are there, and keep those that something needs."""
+        self.values.update((n, t) for n, t in tensors.items() if self.progress.wants(n))
+        self.progress.arrive(tensors)
 
 
 class OpenStep:
@@ -104,6 +150,10 @@ class OpenStep:
             if name in self._sums:
                 return self._make_zeros(name)
         return state[name]
+
+    def is_zero(self, key: TaskKey, name: str) -> bool:
+        """Return whether a task of the phase ``accumulate`` reads a sum of nothing."""
+        return name in self._sums and key.micro_batch not in self._versions[name]
 
     def add(self, key: TaskKey, values: Mapping[str, Tensor]) -> None:
         """Record what a task has changed, if its new values are among ``values``."""

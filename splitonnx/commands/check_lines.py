@@ -17,6 +17,7 @@ from splitonnx.errors import quote
 if TYPE_CHECKING:
     from splitonnx.partitioner.reports.checks import AppliedGroup, Check
     from splitonnx.partitioner.reports.layers import Layer
+    from splitonnx.partitioner.reports.memory.estimates import PartyMemory
     from splitonnx.partitioner.reports.remarks import Remark
 
 MOST_ROWS = 40
@@ -101,9 +102,30 @@ def format_check(check: Check, path: Path, width: int | None) -> Iterator[str]:
     if check.losses:
         outputs = "outputs" if len(check.outputs) > 1 else "output"
         yield f"losses that fit {outputs} {quote(check.outputs)}: {', '.join(check.losses)}"
+    for memory in check.memory:
+        yield from _wrap(_describe_memory(memory), width, "", " " * 8)
     yield from format_remarks(check.remarks, width)
     for obstacle in check.obstacles:
         yield from _wrap(f"in the way: {obstacle}", width, "", " " * 8)
+
+
+def _describe_memory(memory: PartyMemory) -> str:
+    """Describe what a party needs in a step, and what ``--recompute`` changes."""
+    from splitonnx.commands.rows import format_bytes
+
+    kept = f"{format_bytes(memory.stash)} kept for the backward stage"
+    if memory.stash != memory.stash_recomputed:
+        kept += f" ({format_bytes(memory.stash_recomputed)} with --recompute)"
+    samples = "sample" if memory.batch == 1 else "samples"
+    waiting = [format_bytes(size) for size in (memory.waiting, memory.waiting_recomputed)]
+    less = "" if waiting[0] == waiting[1] else f" ({waiting[1]} with --recompute)"
+    return (
+        f"memory of the {memory.party} for {memory.batch} {samples}: "
+        f"{format_bytes(memory.parameters)} of weights, {format_bytes(memory.optimizer)} of "
+        f"optimizer state, {format_bytes(memory.gradients)} of gradients, {kept}, "
+        f"{format_bytes(memory.wires)} of wires; {waiting[0]} while it waits{less}, and "
+        f"{format_bytes(memory.peak)} at its peak, without what kernels need"
+    )
 
 
 def _describe_group(applied: AppliedGroup) -> str:

@@ -143,6 +143,34 @@ def read_states(given: Sequence[str] | None) -> list[tuple[str, str]]:
     return [_part("--state", text, "OUT=IN") for text in given or ()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasuredCut:
+    """The options for a cut whose memory is estimated."""
+
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A cut, as for cut, whose memory is estimated; repeatable."
+        ),
+    ] = None
+    tail_at: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Its second end, as for cut; repeatable."),
+    ] = None
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Batch size of that estimate; 1 by default.")
+    ] = None
+
+    def check(self) -> None:
+        """Check that a cut is named if anything is said of it.
+
+        Raises:
+            UsageError: its second end or its batch size is given alone.
+        """
+        if not self.at and (self.tail_at or self.batch):
+            raise UsageError("--tail-at and --batch are for a cut's memory; name the cut with --at")
+
+
 def read_dims(given: Sequence[str] | None) -> dict[str, int | str]:
     """Return the sizes of inputs from ``--dim`` options such as ``T=128`` or ``x:0=N``.
 

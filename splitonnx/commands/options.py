@@ -33,6 +33,14 @@ class Target(StrEnum):
     TRAINING = names.TRAINING
 
 
+class Recomputing(StrEnum):
+    """The values that ``--recompute`` accepts."""
+
+    CLIENT = "client"
+    SERVER = "server"
+    BOTH = "both"
+
+
 RECIPE_PANEL = "What is trained, and how"
 """The heading of these options in the help."""
 _GROUP_SETTINGS = ("lr-factor", "weight-decay")
@@ -130,6 +138,15 @@ WireOption = Annotated[
         metavar="CODEC",
         help="Encode what crosses the cut: fp16, bf16, int8, int4, topk=0.1 or randtopk=0.1; or "
         "each direction its own way, as fwd=int8,bwd=bf16.",
+        show_default=False,
+        rich_help_panel=RECIPE_PANEL,
+    ),
+]
+RecomputeOption = Annotated[
+    Recomputing | None,
+    typer.Option(
+        help="Whose forward stage runs again before its backward stage, in place of keeping what "
+        "the gradients are computed from: less memory, the same results, one more forward stage.",
         show_default=False,
         rich_help_panel=RECIPE_PANEL,
     ),

@@ -17,6 +17,7 @@ from splitonnx.commands.model_options import (
     BindOption,
     DequantizeOption,
     DimOption,
+    MeasuredCut,
     ModelOptions,
     StateOption,
     read_bindings,
@@ -41,6 +42,7 @@ from splitonnx.commands.options import (
     OutputOption,
     ParamGroupOption,
     QuietOption,
+    RecomputeOption,
     SeedOption,
     ServerTargetOption,
     Target,
@@ -80,13 +82,16 @@ def check(
     train: TrainOption = None,
     freeze: FreezeOption = None,
     param_group: ParamGroupOption = None,
+    measured: MeasuredCut,
     as_json: JsonOption = False,
 ) -> None:
     """Check whether a model can be trained; list the rewritten operators and any obstacles.
 
     Without --loss, each loss is tried, and the first that fits is trained with.
+    With --at, the memory that each party of that cut needs is estimated, by AdamW.
     The exit code is 1 if the model cannot be trained.
     """
+    measured.check()
     groups = read_groups(param_group)
     _begin()
     found = splitonnx.check(
@@ -101,6 +106,9 @@ def check(
         train=train or (),
         freeze=freeze or (),
         groups=groups,
+        at=measured.at or (),
+        tail_at=measured.tail_at or (),
+        batch=measured.batch or 1,
     )
     if as_json:
         printing.print_json(found)
@@ -285,6 +293,7 @@ def cut(
     freeze: FreezeOption = None,
     means: ModelOptions,
     wire: WireOption = None,
+    recompute: RecomputeOption = None,
     client_target: ClientTargetOption = None,
     server_target: ServerTargetOption = None,
     check: CheckOption = None,
@@ -331,6 +340,7 @@ def cut(
         send_labels=send_labels,
         check=check,
         wire=wire,
+        recompute=False if recompute is None else recompute.value,
     )
     made.save(bundle, overwrite=force)
     if as_json:

@@ -49,8 +49,11 @@ class TrainingDisplay(ABC):
         """Show which nodes an execution provider leaves to the CPU, and the time they take."""
 
     @abstractmethod
-    def summarize(self, history: History, saved: str) -> None:
-        """Show the result of the training; ``saved`` describes where it was saved."""
+    def summarize(self, history: History, saved: str, peak: int | None = None) -> None:
+        """Show the result of the training; ``saved`` describes where it was saved.
+
+        ``peak`` is the most memory that this process had resident, in bytes, if it is known.
+        """
 
 
 def choose_display(*, as_json: bool, quiet: bool, epochs: int) -> TrainingDisplay:
@@ -100,7 +103,7 @@ class Silence(TrainingDisplay):
     def show_placement(self, placement: Placement) -> None:
         """Show nothing."""
 
-    def summarize(self, history: History, saved: str) -> None:
+    def summarize(self, history: History, saved: str, peak: int | None = None) -> None:
         """Show nothing."""
 
 
@@ -119,9 +122,10 @@ class Lines(TrainingDisplay):
         """Print what is known of the provider as a JSON line."""
         print_json_lines([{"placement": placement.summarize()}])
 
-    def summarize(self, history: History, saved: str) -> None:
-        """Print the evaluation whose state was kept, if there is one; the rest was printed."""
+    def summarize(self, history: History, saved: str, peak: int | None = None) -> None:
+        """Print the evaluation whose state was kept, if there is one, and the peak of memory."""
         print_json_lines([] if history.best is None else [{"best": history.best}])
+        print_json_lines([] if peak is None else [{"memory": {"peak_bytes": peak}}])
 
 
 class Bar(TrainingDisplay):
@@ -190,7 +194,7 @@ class Bar(TrainingDisplay):
         """Print a remark above the bar."""
         print_remark(placement.describe())
 
-    def summarize(self, history: History, saved: str) -> None:
+    def summarize(self, history: History, saved: str, peak: int | None = None) -> None:
         """Print the totals of the training, and where the result was saved."""
         steps = history.steps
         up = sum(record.bytes_up for record in steps)
@@ -203,6 +207,8 @@ class Bar(TrainingDisplay):
         if up or down:
             figures["up / step"] = format_bytes(up // len(steps))
             figures["down / step"] = format_bytes(down // len(steps))
+        if peak is not None:
+            figures["peak memory"] = format_bytes(peak)
         last = history.evaluations[-1].metrics if history.evaluations else {}
         figures |= {f"held-out {name}": f"{value:.4f}" for name, value in last.items()}
         table = make_table()

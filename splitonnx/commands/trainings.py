@@ -57,6 +57,7 @@ from splitonnx.commands.training_displays import PlacementNote, choose_display
 from splitonnx.commands.training_logs import TrainingLogOptions, call_both
 from splitonnx.errors import UsageError
 from splitonnx.names import CLIENT
+from splitonnx.peak_memory import read_peak_memory
 from splitonnx.schedules import plan_rates
 
 if TYPE_CHECKING:
@@ -338,7 +339,8 @@ def train(
         note.finish()
         if bundle is not None:
             whole.write(bundle, client)
-    display.summarize(history, _describe_saved(source, local, whole.merged))
+    saved = _describe_saved(source, local, whole.merged)
+    display.summarize(history, saved, read_peak_memory())
 
 
 def _refuse_remote(

@@ -233,3 +233,23 @@ def test_verify_says_that_a_codec_is_part_of_the_difference(
     assert "--wire fp16 rounds what crosses the cut, which --rtol must allow" in out
     code, out, _ = command(*arguments, "--rtol", 0.05, "--json")
     assert (code, json.loads(out.splitlines()[-1])["wire"]) == (0, "fp16")
+
+
+def test_check_estimates_the_memory_of_a_cut(command: Command) -> None:
+    out = command.succeed("check", MODEL, "--at", AT, "--batch", 32)
+    assert "memory of the client for 32 samples:" in out
+    assert "with --recompute" in out
+    found = json.loads(command.succeed("check", MODEL, "--at", AT, "--batch", 32, "--json"))
+    client, server = found["memory"]
+    assert (client["party"], client["batch"], server["party"]) == ("client", 32, "server")
+    assert client["stash"] > client["stash_recomputed"] == 0
+    assert "name the cut with --at" in command.fail("check", MODEL, "--batch", 32)
+
+
+def test_cut_lets_a_part_compute_its_forward_stage_again(command: Command, tmp_path: Path) -> None:
+    line = ["cut", MODEL, "--at", AT, "--send-labels", "-o", tmp_path / "bundle", "--no-check"]
+    made = json.loads(command.succeed(*line, "--recompute", "client", "--json"))
+    assert made["recipe"]["recompute"] == ["client"]
+    assert "head.recompute" in made["parties"]["client"]["stages"]
+    assert "choose client" in command.fail(*line, "--recompute", "server", "--force")
+    assert "both" in command.fail(*line, "--recompute", "head", "--force")

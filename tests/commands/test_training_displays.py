@@ -90,6 +90,17 @@ def test_a_bar_moves_on_stderr_and_sums_up_on_stdout(capsys: Capture) -> None:
         assert word in out
 
 
+def test_the_peak_of_memory_is_shown_where_it_is_known(capsys: Capture) -> None:
+    Lines().summarize(HISTORY, "saved", 123_000_000)
+    assert json.loads(capsys.readouterr().out) == {"memory": {"peak_bytes": 123_000_000}}
+    Bar(epochs=1).summarize(HISTORY, "saved", 123_000_000)
+    out = capsys.readouterr().out
+    assert "peak memory" in out
+    assert "123.0 MB" in out
+    Silence().summarize(HISTORY, "saved", 123_000_000)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_run_that_resumes_does_not_begin_at_0(capsys: Capture) -> None:
     bar = Bar(epochs=2)
     resumed = StepRecord(

@@ -30,6 +30,8 @@ def test_training_prints_a_line_of_json_a_step(
     )  # fmt: skip
     records = [json.loads(line) for line in out.splitlines()]
     disclosed = records.pop(0)["leaves"]
+    peak = records.pop()["memory"]["peak_bytes"]
+    assert 1e7 < peak < 1e11
     assert {phase: part["steps"] for phase, part in disclosed.items()} == {"train": 6, "predict": 6}
     steps = [record for record in records if "step" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
@@ -99,7 +101,7 @@ def test_micro_batches_change_neither_the_steps_nor_their_samples(
 ) -> None:
     train = ["train", MODEL, "--local", "--data", data, "--batch-size", 8, "--json"]
     lines = [
-        [json.loads(line) for line in command.succeed(*train, *more).splitlines()]
+        [json.loads(line) for line in command.succeed(*train, *more).splitlines()][:-1]
         for more in ([], ["--accumulate", 3])
     ]
     whole, parted = ([(line["step"], line["samples"]) for line in each] for each in lines)
@@ -112,7 +114,8 @@ def test_the_learning_rate_follows_a_schedule(command: Command, data: Path) -> N
         "train", MODEL, "--local", "--data", data, "--batch-size", 8, "--epochs", 2, "--lr", 0.1,
         "--lr-schedule", "linear", "--warmup", 2, "--json",
     )  # fmt: skip
-    rates = [json.loads(line)["learning_rate"] for line in out.splitlines()]
+    *steps, _ = map(json.loads, out.splitlines())
+    rates = [line["learning_rate"] for line in steps]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.075, 0.05, 0.025])
 
 

@@ -27,6 +27,7 @@ from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import MemoryTransport, connect_in_memory
 from splitonnx.verifications import verify
+from tests.support.tiled_stages import sized
 from tests.support.wholes import share_wholes
 from tests.support.zoo import ZOO, Arrays
 
@@ -106,6 +107,24 @@ def test_a_cut_accumulates_as_the_whole_model(name: str, shape: str) -> None:
     found = verify(bundle, data, steps=STEPS, batch_size=ROWS, accumulate=PARTS)
     assert len(found.steps) == STEPS
     assert found.largest_difference <= (1e-5 if name in FUSED else 0.0)
+
+
+@pytest.mark.parametrize("target", ["training", "portable"])
+@pytest.mark.parametrize("shape", ["whole", "U-shaped"])
+def test_large_sums_grow_in_place_with_the_same_bits(shape: str, target: Target) -> None:
+    """Each micro-batch adds to the sums of the one before it, and the update reads the last."""
+    batches = [ZOO["convolutions"].data(ROWS, seed=seed) for seed in range(STEPS)]
+    bundle = cut_zoo("convolutions", shape, target)
+    state, results = train(bundle, batches, PARTS)
+    with sized(16, 64):
+        tiled, told = train(bundle, batches, PARTS)
+        executor = Executor(bundle.client, Engine(threads=1))
+        executor.prepare("accumulate")
+        assert executor._loaded["accumulate", "accumulate"].zeros
+    assert {name: a.tobytes() for name, a in tiled.items()} == {
+        name: a.tobytes() for name, a in state.items()
+    }
+    assert told == results
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in BY_MICRO_BATCH])

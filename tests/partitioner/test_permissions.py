@@ -295,7 +295,7 @@ def test_users_have_every_option_of_a_cut() -> None:
     asked = inspect.signature(permissions.cut).parameters
     made = inspect.signature(partitions.cut).parameters
     assert splitonnx.cut is permissions.cut
-    assert set(asked) - set(made) == {"send_inputs", "send_labels", "wire"}
+    assert set(asked) - set(made) == {"recompute", "send_inputs", "send_labels", "wire"}
     assert set(made) - set(asked) == {"approve"}
     assert all(asked[name] == made[name] for name in set(asked) & set(made))
 

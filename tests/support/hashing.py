@@ -44,7 +44,13 @@ class HashingEngine(Engine):
         self._forms = {name: _read_form(spec) for name, spec in self._specs.items()}
 
     def load(
-        self, name: str, graph: bytes, *, training: bool, steady: Collection[str] = ()
+        self,
+        name: str,
+        graph: bytes,
+        *,
+        training: bool,
+        steady: Collection[str] = (),
+        sums: Mapping[str, str] = {},
     ) -> LoadedStage:
         """Look a stage up by its name and its file's digest."""
         outputs = self._outputs[name, hashlib.sha256(graph).hexdigest()]

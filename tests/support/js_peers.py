@@ -3,7 +3,9 @@
     python -m tests.support.js_peers FOLDER
 
 cuts every model of the zoo into portable parts, wherever it can be cut and U-shaped, and each small
-model that once went wrong at one place, and one model with each codec.  For each it writes
+model that once went wrong at one place, and one model with each codec.  One cut of some models is
+written a second time with ``-recomputed`` added to its name: its parties compute their forward
+stages again.  For each bundle it writes
 ``FOLDER/NAME/bundle``,
 ``data.safetensors``, or ``data-0.safetensors`` and so on with a batch each, and
 ``trained.safetensors``: the losses, the state and the evaluation of the unsplit model, trained by
@@ -32,6 +34,7 @@ from splitonnx.names import PORTABLE, TRAINING, Target
 from splitonnx.optimizers import Adam
 from splitonnx.partitioner.cutting.preparations import prepare
 from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
+from splitonnx.partitioner.cutting.transforms.recomputations import recompute_stages
 from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut, cut_prepared
 from splitonnx.partitioner.reports.inspections import list_cuts
@@ -179,6 +182,10 @@ CASES = {
 }
 
 
+RECOMPUTED = ("attention", "batchnorm_trained", "dropout")
+"""Models of the zoo of which one cut is also written so that forward stages are computed again."""
+
+
 def write_model(folder: Path, name: str) -> list[str]:
     """Cut one model of the zoo in several places, and train it whole; return the bundles' names."""
     entry = ZOO[name]
@@ -187,6 +194,7 @@ def write_model(folder: Path, name: str) -> list[str]:
     trained = train_whole(cut_prepared(prepared, at=None, loss=entry.loss), data)
     cuts = [found.tensor for found in list_cuts(prepared, None)]
     written: list[str] = []
+    repeated: list[str] = []
     whole = cut_prepared(prepared, at=None, loss=entry.loss)
     accumulated = train_whole(whole, data, accumulate=MICRO_BATCHES)
     for at, tail in [*((tensor, ()) for tensor in cuts), (cuts[0], cuts[-1])]:
@@ -200,8 +208,14 @@ def write_model(folder: Path, name: str) -> list[str]:
         )
         written.append(f"{name}-{len(written)}")
         write(folder / written[-1], bundle, data, trained)
+        if at == cuts[len(cuts) // 2] and name in RECOMPUTED:
+            write(
+                folder / f"{written[-1]}-recomputed", recompute_stages(bundle, True), data, trained
+            )
+            repeated.append(f"{written[-1]}-recomputed")
     written.append(f"{name}-accumulated")
     write(folder / written[-1], bundle, data, accumulated)  # the U-shaped one
+    written += repeated
     return written
 
 

@@ -152,6 +152,13 @@ def make_stage(name: str, inputs: Mapping[str, Source], outputs: tuple[str, ...]
     )
 
 
+def make_wire(name: str, sender: str, kind: WireKind = WireKind.ACTIVATION) -> Wire:
+    """Declare a single number that travels."""
+    receiver = "client" if sender == "server" else "server"
+    tensor = TensorSpec(name=name, dtype="F32", shape=())
+    return Wire(tensor=tensor, sender=sender, receiver=receiver, kind=kind)
+
+
 def split_bundle() -> Bundle:
     """The vanilla cut: the server holds the last layer and the loss and is sent the labels."""
     return _bundle({"client": _client(), "server": _server()})

@@ -14,7 +14,7 @@ import struct
 import sys
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -48,17 +48,25 @@ Place = tuple[str | Sequence[str], str | tuple[str, ...]]
 class _SharedEngine(Engine):
     """Loads a graph once, however many clients and servers run it."""
 
-    _stages: dict[tuple[str, bytes, bool, Collection[str]], LoadedStage] = {}  # noqa: RUF012
+    _stages: dict[tuple[object, ...], LoadedStage] = {}  # noqa: RUF012
 
     def __init__(self, threads: int | None = None, **options: Any) -> None:
         super().__init__(1, **options)
 
     def load(
-        self, name: str, graph: bytes, *, training: bool = False, steady: Collection[str] = ()
+        self,
+        name: str,
+        graph: bytes,
+        *,
+        training: bool = False,
+        steady: Collection[str] = (),
+        sums: Mapping[str, str] = {},
     ) -> LoadedStage:
-        key = name, graph, training, steady
+        key = name, graph, training, steady, tuple(sums.items())
         if key not in self._stages:
-            self._stages[key] = super().load(name, graph, training=training, steady=steady)
+            self._stages[key] = super().load(
+                name, graph, training=training, steady=steady, sums=sums
+            )
         return self._stages[key]
 
 

@@ -9,7 +9,6 @@ other stage reads them.  What a codec computes is in the modules beside this one
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,12 +16,11 @@ import msgspec
 import onnx
 import onnx_ir as ir
 
-from splitonnx.bundles import Bundle, PartyBundle, compute_digest
+from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import UsageError
 from splitonnx.manifests import (
     KEY,
     Encoded,
-    Phase,
     Source,
     Stage,
     StageInput,
@@ -47,6 +45,7 @@ from splitonnx.partitioner.cutting.transforms.feedbacks import (
     make_residual,
     refuse_feedback,
 )
+from splitonnx.partitioner.cutting.transforms.replacements import replace_parties, replace_phase
 from splitonnx.partitioner.graphs.builders import NodeBuilder
 from splitonnx.partitioner.graphs.faults import attribute_errors_to_pass
 from splitonnx.partitioner.graphs.random_numbers import find_key
@@ -136,20 +135,8 @@ def encode_crossings(bundle: Bundle, codecs: WireCodecs) -> Bundle:
     for name, plans in phases.items():
         if plans:
             parties = _encode_phase(parties, bundle.parties, name, plans)
-    unsigned = {
-        name: replace(party, manifest=msgspec.structs.replace(party.manifest, digest=""))
-        for name, party in parties.items()
-    }
-    digest = compute_digest(unsigned)
     recipe = msgspec.structs.replace(bundle.manifest.recipe, wire=str(codecs))
-    return replace(
-        bundle,
-        manifest=msgspec.structs.replace(bundle.manifest, digest=digest, recipe=recipe),
-        parties={
-            name: replace(party, manifest=msgspec.structs.replace(party.manifest, digest=digest))
-            for name, party in unsigned.items()
-        },
-    )
+    return replace_parties(bundle, parties, recipe)
 
 
 def _plan_phase(bundle: Bundle, phase: str, codecs: WireCodecs) -> dict[str, _Plan]:
@@ -212,22 +199,7 @@ def _declare(party: PartyBundle, phase: str, coded: Mapping[str, _Coded]) -> Par
     changed = msgspec.structs.replace(
         part, wires=tuple(wires), encoded=tuple(one.declare() for one in order)
     )
-    return _replace_phase(party, changed, {})
-
-
-def _replace_phase(party: PartyBundle, phase: Phase, graphs: Mapping[str, bytes]) -> PartyBundle:
-    """Return a party with another phase of the same name, and with new or changed graphs."""
-    manifest = party.manifest
-    files = {file: hashlib.sha256(graph).hexdigest() for file, graph in graphs.items()}
-    return replace(
-        party,
-        manifest=msgspec.structs.replace(
-            manifest,
-            phases=tuple(phase if p.name == phase.name else p for p in manifest.phases),
-            files={**manifest.files, **files},
-        ),
-        graphs={**party.graphs, **graphs},
-    )
+    return replace_phase(party, changed, {})
 
 
 def _add_encoders(
@@ -252,7 +224,7 @@ def _add_encoders(
         stages.append(stage)
     changed = msgspec.structs.replace(part, stages=tuple(stages))
     fed = [one.plan.wire.tensor for one in coded.values() if one.plan.has_feedback]
-    return _keep_residuals(_replace_phase(party, changed, graphs), phase, fed), coded
+    return _keep_residuals(replace_phase(party, changed, graphs), phase, fed), coded
 
 
 def _keep_residuals(party: PartyBundle, phase: str, fed: Sequence[TensorSpec]) -> PartyBundle:
@@ -261,7 +233,7 @@ def _keep_residuals(party: PartyBundle, phase: str, fed: Sequence[TensorSpec]) -
     weights = {spec.tensor.name: make_residual(spec.tensor) for spec in specs}
     part = party.manifest.phase(phase)
     commits = {**part.commits, **{name: name_carried(name) for name in weights}}
-    changed = _replace_phase(party, msgspec.structs.replace(part, commits=commits), {})
+    changed = replace_phase(party, msgspec.structs.replace(part, commits=commits), {})
     return replace(
         changed,
         weights={**party.weights, **weights},
@@ -363,7 +335,7 @@ def _add_decoders(party: PartyBundle, phase: str, received: Sequence[_Coded]) ->
         stages.append(msgspec.structs.replace(stage, inputs=inputs))
     if waiting:  # no stage reads it
         decode(f"{phase}.decode", list(waiting.values()))
-    return _replace_phase(party, msgspec.structs.replace(part, stages=tuple(stages)), graphs)
+    return replace_phase(party, msgspec.structs.replace(part, stages=tuple(stages)), graphs)
 
 
 def _build_decoder(coded: Sequence[_Coded]) -> ir.Graph:

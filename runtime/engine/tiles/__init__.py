@@ -1,1 +1,1 @@
-"""Elementwise parts of a stage over tiles that stay in cache: which, their graphs, their runs."""
+"""Parts of a stage over tiles that stay in cache, in memory of their own, or without any copy."""

@@ -6,7 +6,7 @@ regions, as are those of most parameters, have the same bytes and can share a se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
 from splitonnx.runtime.engine.layouts.messages import write_model, write_node, write_value
@@ -59,15 +59,21 @@ def list_rest(graph: PlacedGraph, regions: Sequence[Region]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*own, *(name for name in scalars if name not in given)]))
 
 
-def write_rest(graph: PlacedGraph, regions: Sequence[Region]) -> bytes:
-    """Return the model without its regions' nodes, which has the outputs of :func:`list_rest`."""
+def write_rest(
+    graph: PlacedGraph, regions: Sequence[Region], dropped: Collection[str] = ()
+) -> bytes:
+    """Return the model without its regions' nodes, which has the outputs of :func:`list_rest`.
+
+    The inputs ``dropped``, which only the regions read, are left out.
+    """
     content = graph.content
     left_out = {node.place for region in regions for node in region.nodes}
     wanted = list_rest(graph, regions)
     fields: list[tuple[str, bytes]] = []
-    labels = iter(graph.outputs)
+    labels, inputs = iter(graph.outputs), iter(graph.inputs)
     for name, start, stop in graph.fields:
         is_dropped = name == "value" or (name == "node" and (start, stop) in left_out)
+        is_dropped |= name == "input" and next(inputs) in dropped
         if is_dropped or (name == "output" and next(labels) not in wanted):
             continue
         fields.append((name, content[start:stop]))

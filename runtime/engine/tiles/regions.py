@@ -88,6 +88,23 @@ def find_regions(graph: PlacedGraph) -> tuple[Region, ...]:
     )
 
 
+def find_replaced(graph: PlacedGraph, region: Region, sums: Mapping[str, str]) -> dict[str, str]:
+    """Map the outputs of a region that can be written over an input to that input.
+
+    ``sums`` maps inputs that may be changed to the outputs that take their place.  An element of
+    such an input must be read by nothing but what makes the same element of the output.
+    """
+    makers = {node.results[0]: node for node in region.nodes}
+    return {
+        output: name
+        for name, output in sums.items()
+        if name in region.arrays
+        and output in region.outputs
+        and name in makers[output].arguments
+        and graph.uses[name] == 1
+    }
+
+
 def _is_exact(node: PlacedNode, large: set[str], shapes: Mapping[str, FixedShape]) -> bool:
     """Return whether a node is exact, and all its tensors are large ones of one shape, or numbers.
 

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
 from splitonnx.runtime.engine.layouts.convolutions import block_placed
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
 from splitonnx.runtime.engine.tiles.buffers import BufferPool
+from splitonnx.runtime.engine.tiles.feeds import check_feed, read_scalar
 from splitonnx.runtime.engine.tiles.programs import (
     list_rest,
     name_array,
@@ -32,7 +33,12 @@ from splitonnx.runtime.engine.tiles.programs import (
     write_program,
     write_rest,
 )
-from splitonnx.runtime.engine.tiles.regions import FixedShape, Region, find_regions
+from splitonnx.runtime.engine.tiles.regions import (
+    Region,
+    find_regions,
+    find_replaced,
+)
+from splitonnx.runtime.engine.tiles.renamings import RenamedSession, find_sources
 
 TILE = 1 << 17
 """Most elements of a tile.
@@ -41,7 +47,6 @@ Measured with 2 MiB of cache for a core: half of it costs more calls than it sav
 """
 _STEP = 16
 """Tiles begin at multiples of this many elements, so that none shares a line of the cache."""
-_FLOAT = "tensor(float)"
 _WIDTH = 4
 
 
@@ -56,6 +61,7 @@ def open_arranged(
     open_graph: _Open,
     steady: Collection[str] = (),
     *,
+    sums: Mapping[str, str],
     threads: int | None,
     keeps: bool,
 ) -> Any:
@@ -64,9 +70,12 @@ def open_arranged(
     Convolutions run on blocked images; large elementwise parts of other graphs run over tiles, on
     ``threads`` threads (``None``: one for each core).  ``runtime`` is the onnxruntime module.
     With ``keeps``, memory of outputs that were freed is used again.  What depends on the inputs
-    ``steady`` alone is kept between runs.
+    ``steady`` alone is kept between runs.  ``sums`` maps inputs that a run may change to the
+    outputs that take their place, which may be written to the same memory.
     """
     graph = PlacedGraph(content)
+    if sources := find_sources(graph):
+        return RenamedSession(graph, sources)
     blocked = block_placed(graph, find_block_size(runtime, arena=keeps))
     regions = find_regions(graph) if blocked is content else ()
     if not regions:
@@ -75,14 +84,18 @@ def open_arranged(
             return open_graph(blocked)
         return DividedSession(division, open_graph(division.invariant), open_graph(division.rest))
     rest = list_rest(graph, regions)
+    replaced = [find_replaced(graph, region, sums) for region in regions]
+    zeros = {name for outputs in replaced for name in outputs.values()}
     programs = [write_program(graph, region) for region in regions]
     opened = {program: open_graph(program, threads=1) for program in dict.fromkeys(programs)}
     return TiledSession(
         runtime,
         graph.outputs,
-        _Rest(outputs=rest, session=open_graph(write_rest(graph, regions))) if rest else None,
+        _Rest(outputs=rest, session=open_graph(write_rest(graph, regions, zeros)))
+        if rest
+        else None,
         [
-            _Part(index=index, region=region, session=opened[program])
+            _Part(index=index, region=region, session=opened[program], replaced=replaced[index])
             for index, (region, program) in enumerate(zip(regions, programs, strict=True))
         ],
         threads=threads or _count_cores(),
@@ -98,9 +111,12 @@ class _Rest:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
+    """A region; ``replaced`` maps outputs of it to the inputs whose memory they take."""
+
     index: int
     region: Region
     session: Any
+    replaced: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +129,12 @@ class _Addresses:
     """Where the tensors of a part lie in one run.
 
     ``owners`` keep that memory alive, also if a second Ctrl-C ends the wait for the other threads.
+    Each of ``arrays`` has an address and the bytes from an element to the next: 0 if all tiles read
+    the same zeros.
     """
 
     owners: object
-    arrays: Sequence[int]
+    arrays: Sequence[tuple[int, int]]
     scalars: Sequence[int]
     outputs: Sequence[int]
 
@@ -125,7 +143,11 @@ _Tile = tuple[_Part, int, int]
 
 
 class TiledSession:
-    """A stage that runs partly over tiles, with the methods of ONNX Runtime's sessions."""
+    """A stage that runs partly over tiles, with the methods of ONNX Runtime's sessions.
+
+    The inputs ``zeros`` may be left out, and are zero then.  Otherwise a run changes them: the new
+    sum is written over the old one.
+    """
 
     def __init__(
         self,
@@ -144,6 +166,9 @@ class TiledSession:
         self._threads = threads
         self._tiles = [tile for part in parts for tile in _divide(part)]
         self._scalars = {name for part in parts for name in part.region.scalars}
+        self.zeros = frozenset(name for part in parts for name in part.replaced.values())
+        longest = max(stop - start for _, start, stop in self._tiles) if self.zeros else 0
+        self._zero_tile = np.zeros(longest, np.float32)
         shapes = (part.region.shape for part in parts for _ in part.region.outputs)
         self._pool = BufferPool(shapes, keeps=keeps)
 
@@ -161,25 +186,37 @@ class TiledSession:
         Raises:
             ValueError: an input is missing, or does not have the shape that the graph declares.
         """
+        absent = self.zeros - feeds.keys()
         for part in self._parts:
             for name in part.region.arrays:
-                _check_feed(name, feeds, part.region.shape)
-        known = dict(feeds)
+                if name not in absent:
+                    check_feed(name, feeds, part.region.shape)
+        known = {name: value for name, value in feeds.items() if name not in self.zeros}
         if self._rest is not None:
             made = self._rest.session.run_with_ort_values(self._rest.outputs, known, options)
             known |= zip(self._rest.outputs, made, strict=True)
-        scalars = {name: _read_scalar(name, known) for name in self._scalars}
+        for part in self._parts:
+            known |= {o: feeds[n] for o, n in part.replaced.items() if n not in absent}
+        scalars = {name: read_scalar(name, known) for name in self._scalars}
         outputs = {
             name: self._pool.take(part.region.shape)
             for part in self._parts
             for name in part.region.outputs
+            if name not in known
         }
+        zeros = _find(self._zero_tile)
         places = [
             _Addresses(
-                owners=(known, scalars, outputs),
-                arrays=[feeds[name].data_ptr() for name in part.region.arrays],
+                owners=(feeds, known, scalars, outputs, self._zero_tile),
+                arrays=[
+                    (zeros, 0) if name in absent else (feeds[name].data_ptr(), _WIDTH)
+                    for name in part.region.arrays
+                ],
                 scalars=[_find(scalars[name]) for name in part.region.scalars],
-                outputs=[_find(outputs[name]) for name in part.region.outputs],
+                outputs=[
+                    _find(outputs[name]) if name in outputs else known[name].data_ptr()
+                    for name in part.region.outputs
+                ],
             )
             for part in self._parts
         ]
@@ -241,8 +278,8 @@ def _compute(tiles: Iterator[_Tile], places: Sequence[_Addresses], options: Any)
             bound[key] = part.region.scalars
             for index, address in enumerate(place.scalars):
                 binding.bind_input(name_scalar(index), "cpu", 0, np.float32, (), address)
-        for index, address in enumerate(place.arrays):
-            at = address + start * _WIDTH
+        for index, (address, width) in enumerate(place.arrays):
+            at = address + start * width
             binding.bind_input(name_array(index), "cpu", 0, np.float32, size, at)
         for index, address in enumerate(place.outputs):
             at = address + start * _WIDTH
@@ -257,30 +294,6 @@ def _find(array: np.ndarray) -> int:
 def _exhaust(tiles: Iterator[_Tile]) -> None:
     for _ in tiles:
         pass
-
-
-def _check_feed(name: str, feeds: Mapping[str, Any], shape: FixedShape) -> None:
-    """Check an input whose memory is about to be read by its address."""
-    if name not in feeds:
-        raise ValueError(f"input '{name}' is missing")
-    found = tuple(feeds[name].shape())
-    if found != shape:
-        raise ValueError(f"input '{name}' has the shape {list(found)} instead of {list(shape)}")
-    if feeds[name].data_type() != _FLOAT:
-        raise ValueError(f"input '{name}' is a {feeds[name].data_type()} instead of a {_FLOAT}")
-
-
-def _read_scalar(name: str, values: Mapping[str, Any]) -> np.ndarray:
-    """Return a number as an array of no dimensions, which the caller keeps alive."""
-    if name not in values:
-        raise ValueError(f"input '{name}' is missing")
-    found: np.ndarray = np.array(values[name].numpy())
-    if found.size != 1 or found.dtype != np.float32:
-        raise ValueError(
-            f"'{name}' has the shape {list(found.shape)} and the type {found.dtype} instead of "
-            "one element of the type float32"
-        )
-    return found.reshape(())
 
 
 def _count_cores() -> int:

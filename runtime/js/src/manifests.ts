@@ -97,6 +97,7 @@ const readStage = readRecord({
     readRecord({ name: readText, source: readOneOf("data", "wire", "stash", "state", "scalar") }),
   ),
   outputs: readList(readText),
+  after: readOptional(readList(readText), []),
 });
 const readPhase = readRecord({
   name: readText,

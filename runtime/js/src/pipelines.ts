@@ -74,9 +74,9 @@ export function traceWires(phase: Phase, party: string): {
   const received = phase.wires.filter(({ receiver }) => receiver === party);
   const values = new Map(received.map(({ tensor: { name } }) => [name, new Set([name])]));
   const stages = new Map<string, ReadonlySet<string>>();
-  for (const { name, inputs, outputs } of phase.stages) {
-    const read = inputs.filter(({ source }) => source !== "state");
-    const needed = new Set(read.flatMap((input) => [...(values.get(input.name) ?? [])]));
+  for (const { name, inputs, outputs, after } of phase.stages) {
+    const read = inputs.filter(({ source }) => source !== "state").map((input) => input.name);
+    const needed = new Set([...read, ...after].flatMap((one) => [...(values.get(one) ?? [])]));
     stages.set(name, needed);
     for (const output of outputs) values.set(output, needed);
   }

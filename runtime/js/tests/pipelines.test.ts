@@ -77,6 +77,7 @@ describe("the pieces of a phase", () => {
         return { name: input, source } as const;
       }),
       outputs,
+      after: [],
     })),
     wires: [...new Set(stages.flatMap(([, inputs]) => inputs))]
       .filter((name) => name.startsWith("w:"))

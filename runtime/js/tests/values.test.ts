@@ -97,6 +97,7 @@ test("stages run as their inputs come, and values go when nothing needs them", (
     graph: "",
     inputs: inputs.map((input) => ({ name: input, source: "wire" as const })),
     outputs,
+    after: [] as string[],
   });
   const wire = (name: string, sender: string, receiver: string) => ({
     tensor: { name, dtype: "F32", shape: [], bounds: null },
@@ -128,6 +129,46 @@ test("stages run as their inputs come, and values go when nothing needs them", (
   progress.arrive(["w.new"]);
   assert.deepEqual(progress.release(["a", "back"]), ["a", "back"]);
   assert.ok(progress.isFinished);
+});
+
+test("what is made again is dropped until then", () => {
+  const stage = (name: string, inputs: string[], outputs: string[], after: string[] = []) => ({
+    name,
+    graph: "",
+    inputs: inputs.map((input) => ({
+      name: input, source: input === "w" ? ("state" as const) : ("stash" as const),
+    })),
+    outputs,
+    after,
+  });
+  const phase: Phase = {
+    name: "train",
+    stages: [
+      stage("forward", ["x", "w"], ["kept", "h"]),
+      stage("middle", ["kept"], ["m"]),
+      stage("again", ["x", "w"], ["kept"], ["g"]),
+      stage("backward", ["kept", "g"], ["new"]),
+    ],
+    data: [], wires: [], results: [], commits: new Map([["w", "new"]]), encoded: [],
+  };
+  const flow = new Dataflow(phase, "client");
+  const progress = flow.start();
+  progress.arrive(["x"]);
+  assert.equal(progress.nextStage()!.name, "forward");
+  progress.arrive(["kept"]);
+  assert.ok(progress.wants("kept"));
+  assert.deepEqual(progress.release(["x"]), []); // it is needed to make the value again
+  assert.equal(progress.nextStage()!.name, "middle");
+  assert.deepEqual(progress.release(["kept"]), ["kept"]);
+  assert.equal(progress.nextStage(), undefined); // the gradient is not there
+  assert.ok(!progress.wants("kept"));
+  progress.arrive(["g"]);
+  assert.equal(progress.nextStage()!.name, "again");
+  assert.ok(progress.wants("kept"));
+  assert.deepEqual(progress.release(["x", "g"]), ["x"]);
+  assert.equal(progress.nextStage()!.name, "backward");
+  assert.deepEqual(progress.release(["kept", "g"]), ["kept", "g"]);
+  assert.deepEqual([...flow.reread], ["w"]);
 });
 
 test("batches weigh by their size or by what counted, and a mean of nothing is 0", () => {

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from splitonnx.partitioner.graphs.builders import NodeBuilder
+from splitonnx.partitioner.graphs.transcripts import serialize
 from splitonnx.partitioner.graphs.traversals import (
     ResumedWalk,
     disconnect,
@@ -22,9 +23,11 @@ from splitonnx.partitioner.graphs.traversals import (
     list_inner,
     list_inputs,
     map_values,
+    order_lazily,
     prune,
     walk_back,
 )
+from splitonnx.runtime.engine.stage_graphs import read_stage
 
 FLOAT = TensorProto.FLOAT
 
@@ -218,3 +221,50 @@ def test_the_last_value_read_is_the_last_in_the_row_that_a_target_is_or_depends_
         y: 1,
     }
     assert find_last_read([y], row[:1]) == {y: 0}
+
+
+def build_backward() -> ir.Model:
+    """A gradient through five layers: masks and weights' gradients beside the way back."""
+    nodes, value = [], "g"
+    for layer in range(5):
+        nodes.append(helper.make_node("Cast", [f"x{layer}"], [f"mask{layer}"], to=FLOAT))
+    for layer in range(5):
+        nodes.append(helper.make_node("Mul", [value, f"mask{layer}"], [f"back{layer}"]))
+        value = f"back{layer}"
+    for layer in reversed(range(5)):
+        nodes.append(helper.make_node("ReduceSum", [f"back{layer}"], [f"w{layer}"]))
+    inputs = [helper.make_tensor_value_info(f"x{n}", TensorProto.BOOL, [4]) for n in range(5)]
+    graph = helper.make_graph(
+        nodes,
+        "backward",
+        [helper.make_tensor_value_info("g", FLOAT, [4]), *inputs],
+        [helper.make_tensor_value_info(f"w{n}", FLOAT, None) for n in range(5)],
+    )
+    opsets = [helper.make_opsetid("", 18)]
+    return ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+
+
+def list_run(graph: ir.Graph) -> list[str]:
+    """List the results of a graph's nodes in the order in which ONNX Runtime computes them."""
+    content = serialize(graph, [""])
+    ordered = read_stage(content).nodes  # held against ONNX Runtime in its own test
+    return [node.results[0] for node in ordered]
+
+
+def test_masks_are_made_when_they_are_used_and_what_ends_comes_first() -> None:
+    graph = build_backward().graph
+    assert list_run(graph)[:5] != ["back0", "w0", "mask1", "back1", "w1"]
+    before = {node.outputs[0].name for node in graph}
+    order_lazily(graph)
+    assert {node.outputs[0].name for node in graph} == before
+    expected = [f"{name}{n}" for n in range(5) for name in ("mask", "back", "w")]
+    assert list_run(graph) == expected
+
+
+def test_a_graph_stays_in_an_order_in_which_it_can_run() -> None:
+    graph = build_backward().graph
+    order_lazily(graph)
+    made: set[str | None] = {value.name for value in graph.inputs}
+    for node in graph:
+        assert made >= {value.name for value in node.inputs if value is not None}
+        made.update(value.name for value in node.outputs)

@@ -146,7 +146,7 @@ def test_a_message_of_too_many_fragments_is_refused(content: bytes) -> None:
             continue
 
     with pretending(crumble) as url:
-        transport = connect(url)
+        transport = WebSocketTransport(url, message_seconds=0.4)
         with pytest.raises(MessageTooLarge, match="too many fragments"):
             transport.receive()
         transport.close()

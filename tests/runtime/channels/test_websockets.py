@@ -178,6 +178,20 @@ def test_a_reply_over_the_client_s_limit_is_not_waited_for_again() -> None:
         transport.close()
 
 
+def test_a_server_that_stays_after_a_reply_that_is_too_large_is_left() -> None:
+    def boast(connection: socket.socket) -> None:
+        accept(connection)
+        connection.sendall(b"\x82\x7f" + (257 << 20).to_bytes(8, "big"))
+        while connection.recv(1 << 16):  # it does not close its side
+            continue
+
+    with pretending(boast) as url:
+        transport = WebSocketTransport(url, message_seconds=0.4)
+        with pytest.raises(MessageTooLarge, match="sent a message larger"):
+            transport.receive()
+        transport.close()
+
+
 def test_an_address_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="not a websocket address"):
         connect("http://127.0.0.1:1")

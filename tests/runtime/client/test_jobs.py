@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections import deque
 
+import msgspec
 import numpy as np
 import pytest
 
-from splitonnx.errors import RemoteProtocolError
+from splitonnx.errors import RemoteProtocolError, UsageError
 from splitonnx.messages import TaskKey
 from splitonnx.micro_batches import MICRO_BATCH_WEIGHT, MICRO_BATCHES
-from splitonnx.names import ACCUMULATE, UPDATE
+from splitonnx.names import ACCUMULATE, COUNTED, LOSS, UPDATE
 from splitonnx.optimizers import SGD
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.client.jobs import Ended, Job, PlannedTask, Sending
+from splitonnx.pipelines import StepDivision
+from splitonnx.runtime.channels.greetings import SharingTerms
+from splitonnx.runtime.client.jobs import (
+    Ended,
+    Job,
+    PlannedTask,
+    Sending,
+    StepPlan,
+    choose_in_flight,
+)
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from tests.support import tiny
+from tests.support.exchange_players import make_manifest
 from tests.support.zoo import ZOO
 
 SESSION = "5" * 32
@@ -117,3 +128,40 @@ def test_a_step_with_clipping_ends_the_same_however_many_tasks_are_in_flight() -
     for name, array in states[0].items():
         for other in states[1:]:
             np.testing.assert_array_equal(other[name], array)
+
+
+def test_a_step_is_planned_as_micro_batches_and_an_update_and_its_results_are_their_means() -> None:
+    plan = StepPlan(make_manifest(), tiny.batch(0, 5), 2)
+    assert [len(part["x"]) for part in plan.parts] == [3, 2]
+    plan.weigh([{LOSS + COUNTED: np.array(6.0)}, {LOSS + COUNTED: np.array(4.0)}])
+    assert [float(part[MICRO_BATCH_WEIGHT]) for part in plan.parts] == [
+        pytest.approx(0.6),
+        pytest.approx(0.4),
+    ]
+    tasks = plan.list_tasks(SESSION, 7)
+    assert [(task.key.phase, task.key.step, task.key.micro_batch) for task in tasks] == [
+        ("accumulate", 7, 0),
+        ("accumulate", 7, 1),
+        ("update", 7, 2),
+    ]
+    assert tasks[0].data is plan.parts[0]
+    assert tasks[2].data[MICRO_BATCHES] == 2
+    results = [{"loss": np.array(1.0)}, {"loss": np.array(2.0)}, {}]
+    assert plan.join(results)["loss"] == pytest.approx(0.6 * 1.0 + 0.4 * 2.0)
+
+
+def test_a_step_is_divided_only_where_bundle_and_server_permit_it() -> None:
+    manifest = make_manifest()
+    division = StepDivision(count=4, in_flight=3)
+    permitting = SharingTerms(can_accumulate=True)
+    assert choose_in_flight(manifest, permitting, division) == 1  # a piece reads what a later gives
+    free = msgspec.structs.replace(
+        manifest,
+        phases=tuple(msgspec.structs.replace(phase, commits={}) for phase in manifest.phases),
+    )
+    assert choose_in_flight(free, permitting, division) == 3
+    assert choose_in_flight(free, None, division) == 3
+    with pytest.raises(UsageError, match="does not let a step consist of several"):
+        choose_in_flight(manifest, SharingTerms(can_accumulate=False), division)
+    with pytest.raises(UsageError, match="cut by an earlier version"):
+        choose_in_flight(tiny.split_bundle().client.manifest, permitting, division)

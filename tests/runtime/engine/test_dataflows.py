@@ -1,7 +1,12 @@
+from typing import Any
+
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from splitonnx.manifests import Phase, Source, Wire, WireKind
-from splitonnx.runtime.engine.dataflows import Dataflow, can_overlap, list_steady
+from splitonnx.runtime.engine.dataflows import Dataflow, can_overlap, list_steady, list_sums
+from splitonnx.tensors import TensorSpec
 from tests.support import tiny
 
 CLIENT = tiny.split_bundle().client.manifest.phase("train")
@@ -57,11 +62,54 @@ def test_a_value_is_released_after_its_last_use_and_not_before() -> None:
 
 
 def test_results_and_commits_are_never_released() -> None:
-    flow = Dataflow(CLIENT, "client")
-    assert flow.start().release(["loss", "W1.new"]) == ()
-    assert flow.wants("loss")
-    assert flow.wants("W1.m.new")
-    assert not flow.wants("a")
+    progress = Dataflow(CLIENT, "client").start()
+    assert progress.release(["loss", "W1.new"]) == ()
+    assert progress.wants("loss")
+    assert progress.wants("W1.m.new")
+    assert not progress.wants("a")
+
+
+def make_repeating() -> Phase:
+    """Make stages of which the third makes ``kept`` again, which the second and the last read."""
+    again = tiny.make_stage("again", {"x": Source.DATA, "w": Source.STATE}, ("kept",))
+    return Phase(
+        name="train",
+        stages=(
+            tiny.make_stage("forward", {"x": Source.DATA, "w": Source.STATE}, ("kept", "h")),
+            tiny.make_stage("middle", {"kept": Source.STASH}, ("m",)),
+            msgspec.structs.replace(again, after=("g",)),
+            tiny.make_stage("backward", {"kept": Source.STASH, "g": Source.WIRE}, ("new",)),
+        ),
+        wires=(tiny.make_wire("h", "client"), tiny.make_wire("g", "server")),
+        commits={"w": "new"},
+    )
+
+
+def test_what_is_made_again_is_dropped_until_then() -> None:
+    flow = Dataflow(make_repeating(), "client")
+    progress = flow.start()
+
+    def run(expected: str) -> None:
+        stage = progress.next_stage()
+        assert stage is not None
+        assert stage.name == expected
+
+    progress.arrive(["x"])
+    run("forward")
+    progress.arrive(["kept", "h"])
+    assert progress.wants("kept")
+    assert progress.release(["x"]) == ()  # it is needed to make the value again
+    run("middle")
+    assert progress.release(["kept"]) == ("kept",)
+    assert progress.next_stage() is None  # the gradient is not there
+    assert not progress.wants("kept")
+    progress.arrive(["g"])
+    run("again")
+    assert progress.wants("kept")
+    assert progress.release(["x", "g"]) == ("x",)
+    run("backward")
+    assert progress.release(["kept", "g"]) == ("kept", "g")
+    assert flow.reread == {"w"}
 
 
 def test_wires_of_other_parties_are_neither_sent_nor_awaited() -> None:
@@ -95,8 +143,8 @@ def test_a_stage_whose_state_is_not_there_lets_others_pass() -> None:
 
 def test_what_a_micro_batch_changes_is_not_kept_in_its_task() -> None:
     phase = Phase(name="accumulate", stages=CLIENT.stages, commits={"W1": "W1.new"})
-    assert not Dataflow(phase, "client").wants("W1.new")
-    assert Dataflow(Phase(name="train", commits={"W1": "W1.new"}), "client").wants("W1.new")
+    assert not Dataflow(phase, "client").start().wants("W1.new")
+    assert Dataflow(Phase(name="train", commits={"W1": "W1.new"}), "client").start().wants("W1.new")
 
 
 @pytest.mark.parametrize(
@@ -134,3 +182,40 @@ def test_steady_inputs_are_the_state_that_micro_batches_do_not_change() -> None:
     adding = Phase(name="accumulate", stages=(stage,), commits=commits)
     assert list_steady(adding, stage) == ("w",)
     assert list_steady(Phase(name="train", stages=(stage,), commits=commits), stage) == ()
+
+
+SUM, ADDED = "w#gradient", "w#gradient#next"
+READS = {"grad": Source.STASH, SUM: Source.STATE}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, {SUM: ADDED}),
+        ({"name": "update"}, {}),
+        ({"commits": {}}, {}),
+        ({"commits": {SUM: "grad"}}, {}),
+        ({"commits": {SUM: ADDED, "other": ADDED}}, {}),
+        ({"results": (ADDED,)}, {}),
+        ({"stages": ({"x": Source.STASH}, "x")}, {SUM: ADDED}),
+        ({"stages": ({SUM: Source.STATE}, "x")}, {}),
+        ({"stages": ({ADDED: Source.STASH}, "x")}, {}),
+    ],
+)
+@pytest.mark.parametrize("is_sent", [False, True])
+def test_a_sum_is_changed_in_place_if_only_the_next_micro_batch_reads_it(
+    change: dict[str, Any], expected: dict[str, str], is_sent: bool
+) -> None:
+    adding = tiny.make_stage("accumulate", READS, (ADDED,))
+    spec = TensorSpec(name=SUM, dtype="F32", shape=(3,))
+    wires = (Wire(tensor=replace(spec, name=ADDED), sender="client", receiver="server",
+                  kind=WireKind.GRADIENT),)  # fmt: skip
+    fields: dict[str, Any] = {"name": "accumulate", "commits": {SUM: ADDED}} | change
+    others = [tiny.make_stage("other", *fields.pop("stages"))] if "stages" in change else []
+    phase = Phase(stages=(adding, *others), wires=wires if is_sent else (), **fields)
+    manifest = replace(tiny.split_bundle().client.manifest, phases=(phase,))
+    assert list_sums(manifest, phase, adding) == {}
+    summing = replace(manifest, accumulators=(spec,))
+    assert list_sums(summing, phase, adding) == ({} if is_sent else expected)
+    for stage in others:
+        assert list_sums(summing, phase, stage) == {}

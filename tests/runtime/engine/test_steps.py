@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import weakref
 
+import msgspec
 import numpy as np
 import pytest
 
 from splitonnx.errors import LocalProtocolError, UsageError
 from splitonnx.manifests import PartyManifest, Phase, Source, Stage, StageInput
 from splitonnx.messages import TaskKey
+from splitonnx.runtime.engine.dataflows import Dataflow
 from splitonnx.runtime.engine.engines import Engine, Tensor
-from splitonnx.runtime.engine.steps import OpenStep, make_scalars
+from splitonnx.runtime.engine.steps import OpenStep, OpenTask, make_scalars
 from splitonnx.tensors import TensorSpec
+from tests.support import tiny
 
 
 def name_task(phase: str, step: int = 0, micro_batch: int = 0) -> TaskKey:
@@ -72,6 +75,19 @@ def test_sums_begin_at_zero_and_are_no_part_of_the_state(step: OpenStep, engine:
     assert step.micro_batches == 0
     step.begin(first)
     assert not engine.to_array(step.read(before, first, SUM)).any()
+
+
+def test_only_sums_that_nothing_was_added_to_are_zero(step: OpenStep, engine: Engine) -> None:
+    first, second = (name_task("accumulate", micro_batch=number) for number in range(2))
+    for task in (first, second):
+        step.begin(task)
+    assert step.is_zero(first, SUM)
+    assert not step.is_zero(first, "statistic")
+    step.add(first, {ADDED: make(engine, 1)})
+    assert not step.is_zero(second, SUM)
+    step.reset()
+    step.begin(first)
+    assert step.is_zero(first, SUM)
 
 
 def test_a_micro_batch_waits_for_what_the_one_before_it_adds(
@@ -186,3 +202,20 @@ def test_scalars_hold_the_micro_batch_and_are_in_range() -> None:
     assert scalars["splitonnx.step"] == 5
     with pytest.raises(UsageError, match="learning rate"):
         make_scalars(name_task("train"), 0, float("nan"))
+
+
+def test_a_stage_that_runs_again_reads_the_state_as_it_was_at_first(engine: Engine) -> None:
+    """Another task may have committed in the meantime; what is updated is the state of now."""
+    sources = {"x": Source.DATA, "w": Source.STATE}
+    first = tiny.make_stage("forward", sources, ("kept",))
+    again = msgspec.structs.replace(tiny.make_stage("again", sources, ("kept",)), after=("g",))
+    last = tiny.make_stage("update", {"kept": Source.STASH, "w": Source.STATE}, ("new",))
+    phase = Phase(name="train", stages=(first, again, last), wires=(tiny.make_wire("g", "server"),))
+    flow = Dataflow(phase, "client")
+    task = OpenTask(key=name_task("train"), phase=phase, flow=flow, progress=flow.start())
+    x, old, new = (engine.from_array(np.full(2, value, np.float32)) for value in (0, 1, 2))
+    task.keep({"x": x})
+    assert task.feed(first, {"w": old}.__getitem__) == {"x": x, "w": old}
+    assert task.feed(again, {"w": new}.__getitem__) == {"x": x, "w": old}
+    task.values["kept"] = x
+    assert task.feed(last, {"w": new}.__getitem__) == {"kept": x, "w": new}

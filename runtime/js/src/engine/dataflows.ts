@@ -22,8 +22,12 @@ export class Dataflow {
   readonly needs: ReadonlyMap<string, readonly string[]>;
   /** Values that outlive the stages: results and the state's replacements. */
   readonly kept: ReadonlySet<string>;
-  /** How many stages and outgoing wires need a value. */
+  /** How many stages and outgoing wires need a value, until a stage makes it again. */
   readonly uses: ReadonlyMap<string, number>;
+  /** For each stage that makes values again: how many stages need each of them from then on. */
+  readonly later: ReadonlyMap<string, ReadonlyMap<string, number>>;
+  /** The state that is read again, with the values that it had when it was first read. */
+  readonly reread: ReadonlySet<string>;
 
   constructor(phase: Phase, party: string) {
     this.stages = phase.stages;
@@ -31,12 +35,19 @@ export class Dataflow {
     this.sends = namesOf(phase.wires.filter((wire) => wire.sender === party));
     this.needs = new Map(phase.stages.map((stage) => [stage.name, listNeeds(stage)]));
     this.kept = new Set([...phase.results, ...phase.commits.values()]);
-    this.uses = count([...[...this.needs.values()].flat(), ...this.sends]);
+    const uses = count([...[...this.needs.values()].flat(), ...this.sends]);
+    const again = this.stages.filter((stage) => stage.after.length);
+    this.later = new Map(again.map((stage) => [stage.name, this.#countLater(stage)]));
+    for (const later of this.later.values()) add(uses, later, -1);
+    this.uses = uses;
+    const read = again.flatMap((stage) => stage.inputs.filter(({ source }) => source === "state"));
+    this.reread = new Set(read.map(({ name }) => name));
   }
 
-  /** Check whether anything needs this value, so that it must be kept. */
-  wants(name: string): boolean {
-    return this.uses.has(name) || this.kept.has(name);
+  #countLater(stage: Stage): ReadonlyMap<string, number> {
+    const after = this.stages.slice(this.stages.indexOf(stage) + 1);
+    const uses = count(after.flatMap(({ name }) => this.needs.get(name)!));
+    return new Map(stage.outputs.map((name) => [name, uses.get(name) ?? 0]));
   }
 
   /** Begin one task, in which nothing is there yet. */
@@ -85,7 +96,18 @@ export class Progress {
     const index = this.#waiting.findIndex(
       (stage) => needs(stage).every((name) => this.#present.has(name)) && hasState(stage),
     );
-    return index < 0 ? undefined : this.#waiting.splice(index, 1)[0];
+    const stage = index < 0 ? undefined : this.#waiting.splice(index, 1)[0];
+    if (stage) add(this.#uses, this.#flow.later.get(stage.name) ?? new Map(), 1);
+    return stage;
+  }
+
+  /**
+   * Check whether anything needs this value, so that it must be kept.
+   *
+   * What needs it after a stage that makes it again counts only once that stage was returned.
+   */
+  wants(name: string): boolean {
+    return (this.#uses.get(name) ?? 0) > 0 || this.#flow.kept.has(name);
   }
 
   /** Check whether a stage that has not run reads this state. */
@@ -133,7 +155,11 @@ function namesOf(wires: Phase["wires"]): string[] {
 
 function listNeeds(stage: Stage): readonly string[] {
   const taken = stage.inputs.filter((input) => input.source !== "state");
-  return [...new Set(taken.map((input) => input.name))];
+  return [...new Set([...taken.map((input) => input.name), ...stage.after])];
+}
+
+function add(uses: Map<string, number>, others: ReadonlyMap<string, number>, factor: number): void {
+  for (const [name, number] of others) uses.set(name, (uses.get(name) ?? 0) + factor * number);
 }
 
 function count(names: readonly string[]): Map<string, number> {

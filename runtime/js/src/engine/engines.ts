@@ -90,11 +90,16 @@ const EXACT_SETTINGS: Readonly<Record<string, string>> = {
   disable_double_qdq_remover: "1",
 };
 
-/** Add the settings to the app's options, which may name other ones, and other values of these. */
+/**
+ * Add the settings to the app's options, which may name other ones, and other values of these.
+ *
+ * With memory patterns, from the second run on, all results would be in one block, beside what the
+ * first run freed.
+ */
 function addSettings(options: InferenceSession.SessionOptions): InferenceSession.SessionOptions {
   const extra = options.extra ?? {};
   const session = { ...EXACT_SETTINGS, ...(extra["session"] as object | undefined) };
-  return { logSeverityLevel: 4, ...options, extra: { ...extra, session } };
+  return { logSeverityLevel: 4, enableMemPattern: false, ...options, extra: { ...extra, session } };
 }
 
 /**
@@ -190,7 +195,7 @@ export class Engine {
   }
 
   /**
-   * Run a stage and return all its outputs by name, in this side's memory.
+   * Run a stage and return its outputs by name, in this side's memory.
    *
    * @throws StageFailed: an operator failed, or the feeds are not the graph's inputs.
    */
@@ -198,7 +203,7 @@ export class Engine {
     try {
       const gpu = await this.#findGpu();
       gpu?.pushErrorScope("validation");
-      const running = stage.session.run(Object.fromEntries(feeds));
+      const running = stage.session.run(Object.fromEntries(feeds), stage.outputs);
       // ONNX Runtime continues where a GPU refuses a kernel, with whatever its memory held.
       const outputs = await running.finally(async () => {
         const refusal = await gpu?.popErrorScope();

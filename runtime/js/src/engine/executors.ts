@@ -38,6 +38,8 @@ interface Task {
   readonly values: Map<string, Tensor>;
   /** What the data and the wires of either direction bind. */
   readonly sizes: Sizes;
+  /** The state that a stage reads again later, as it was when it was first read. */
+  readonly reread: Map<string, Tensor>;
 }
 
 /** What a task begins with, beside its key. */
@@ -90,7 +92,8 @@ export class Executor {
         this.#shared.get(stage.graph) ??
         (await this.#engine.load(stage.name, this.party.graphs.get(stage.graph)!));
       this.#shared.set(stage.graph, loaded);
-      this.#loaded.set(JSON.stringify([phase, stage.name]), loaded);
+      const own = { ...loaded, outputs: stage.outputs };
+      this.#loaded.set(JSON.stringify([phase, stage.name]), own);
     }
     this.#flows.set(phase, new Dataflow(declared, this.manifest.party));
   }
@@ -117,6 +120,7 @@ export class Executor {
       progress: flow.start(),
       values: new Map(),
       sizes: new Map(),
+      reread: new Map(),
     };
     const own = new Map(phase.data.map((spec) => [spec.name, take(data, spec.name)]));
     for (const spec of phase.data) checkArray(own.get(spec.name)!, spec, task.sizes);
@@ -244,7 +248,7 @@ export class Executor {
 
   #keep(task: Task, tensors: ReadonlyMap<string, Tensor>): void {
     for (const [name, tensor] of tensors) {
-      if (task.flow.wants(name)) task.values.set(name, tensor);
+      if (task.progress.wants(name)) task.values.set(name, tensor);
     }
     if (isPart(task.key)) this.#open.note(task.key, tensors);
     task.progress.arrive(tensors.keys());
@@ -257,8 +261,12 @@ export class Executor {
     };
     const feeds = new Map(
       stage.inputs.map(({ name, source }) => {
-        const value = source === "state" ? readState(name) : task.values.get(name);
+        let value = source === "state" ? readState(name) : task.values.get(name);
         if (!value) throw new BundleError(`stage '${stage.name}'`, `nothing provides its '${name}'`);
+        if (source === "state" && task.flow.reread.has(name)) {
+          if (stage.after.length) value = task.reread.get(name) ?? value;
+          else if (!task.reread.has(name)) task.reread.set(name, value);
+        }
         return [name, value];
       }),
     );

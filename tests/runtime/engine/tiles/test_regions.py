@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
-from splitonnx.runtime.engine.tiles.regions import Region, find_regions
+from splitonnx.runtime.engine.tiles.regions import Region, find_regions, find_replaced
 from tests.support.tiled_stages import LARGE
 
 FLOAT = TensorProto.FLOAT
@@ -140,3 +141,31 @@ def test_nodes_with_too_few_inputs_or_results_are_left_to_onnx_runtime() -> None
         assert len(find(*STEP, odd)) == 1
     nameless = [helper.make_node("Neg", ["x"], [""]), helper.make_node("Abs", [""], ["y"])]
     assert not find(*nameless)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sums", "expected"),
+    [
+        ([node("Mul", "x rate", "a"), node("Add", "w a", "y")], {"w": "y"}, {"y": "w"}),
+        ([node("Mul", "x rate", "a"), node("Add", "a w", "y")], {"w": "y"}, {"y": "w"}),
+        ([node("Mul", "x rate", "a"), node("Add", "w a", "y")], {"x": "y"}, {}),
+        ([node("Mul", "x rate", "a"), node("Add", "w a", "y")], {"w": "z", "row": "y"}, {}),
+        ([node("Mul", "w rate", "a"), node("Add", "w a", "y")], {"w": "y"}, {}),
+        ([node("Mul", "x rate", "a"), node("Add", "w w", "b"), node("Add", "b a", "y")],
+         {"w": "y"}, {}),
+    ],
+    ids=["first", "second", "earlier", "others", "twice", "squared"],
+)  # fmt: skip
+def test_an_input_is_written_over_if_only_the_node_that_replaces_it_reads_it(
+    nodes: list[onnx.NodeProto], sums: dict[str, str], expected: dict[str, str]
+) -> None:
+    graph = PlacedGraph(write_graph(*nodes))
+    (region,) = find_regions(graph)
+    assert find_replaced(graph, region, sums) == expected
+
+
+def test_an_input_that_is_itself_an_output_is_not_written_over() -> None:
+    content = write_graph(node("Mul", "x rate", "a"), node("Add", "w a", "y"), outputs="y w")
+    graph = PlacedGraph(content)
+    (region,) = find_regions(graph)
+    assert find_replaced(graph, region, {"w": "y"}) == {}

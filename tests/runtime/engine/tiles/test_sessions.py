@@ -14,7 +14,7 @@ from splitonnx.errors import StageFailed, StageStopped
 from splitonnx.manifests import LEARNING_RATE
 from splitonnx.optimizers import SGD, Adam, AdamW, Optimizer, ParameterGroup
 from splitonnx.partitioner.differentiation.updates import NEXT
-from splitonnx.runtime.engine.engines import Engine, LoadedStage
+from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.tiles import regions, sessions
 from tests.runtime.engine.tiles.test_regions import STEP as STEPS
 from tests.runtime.engine.tiles.test_regions import node, write_graph
@@ -323,3 +323,76 @@ def test_stages_of_several_threads_share_a_session() -> None:
     for seed, right in enumerate(expected):
         for made in found[seed]:
             assert_same_bits(made, right)
+
+
+ADDING = [node("Mul", "x rate", "change"), node("Add", "w change", "y")]
+ODD = [np.nan, np.inf, -np.inf, 0.0, -0.0, 3e38, 1e-45, -1e-45, -1e-38]
+
+
+def load_adding(threads: int = 1) -> tuple[Engine, LoadedStage]:
+    engine = Engine(threads=threads)
+    with sized(100, 1024):
+        stage = engine.load("accumulate", write_graph(*ADDING), training=True, sums={"w": "y"})
+    return engine, stage
+
+
+def draw_terms(count: int) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    terms = [random.standard_normal(LARGE, np.float32) for _ in range(count)]
+    for term in terms:
+        term.flat[: len(ODD)] = term.flat[-len(ODD) :] = random.permutation(ODD)
+        term.flat[len(ODD)] = -0.0  # always, so that the sum shows what it began with
+    return terms
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_sum_grows_where_it_is_with_the_bits_of_one_that_began_with_zeros(threads: int) -> None:
+    engine, stage = load_adding(threads)
+    assert stage.zeros == {"w"}
+    whole = load_whole(write_graph(*ADDING))
+    expected, found, feeds = np.zeros(LARGE, np.float32), None, fill()
+    for term in draw_terms(4):
+        feeds = {**feeds, "x": term}
+        expected = run(*whole, {**feeds, "w": expected})["y"]
+        tensors = {name: engine.from_array(a) for name, a in feeds.items() if name != "w"}
+        place = None if found is None else found.__array_interface__["data"][0]
+        found = engine.run(stage, tensors | ({} if found is None else {"w": found}))["y"]
+        assert place in (None, found.__array_interface__["data"][0])
+        assert engine.to_array(found).tobytes() == expected.tobytes()
+        np.testing.assert_array_equal(engine.to_array(tensors["x"]), term)
+    assert not np.signbit(expected.flat[len(ODD)])
+
+
+def test_sums_of_two_sessions_of_the_same_stage_do_not_mix() -> None:
+    engine, stage = load_adding()
+    feeds = {name: engine.from_array(a) for name, a in fill().items() if name != "w"}
+    sums: list[Tensor] = [engine.run(stage, feeds)["y"] for _ in range(2)]
+    sums[1] = engine.run(stage, {**feeds, "w": sums[1]})["y"]
+    once = np.full(LARGE, RATE, np.float32)
+    np.testing.assert_array_equal(engine.to_array(sums[0]), once)
+    np.testing.assert_array_equal(engine.to_array(sums[1]), once + once)
+
+
+def test_a_sum_outlives_the_stage_and_its_earlier_versions() -> None:
+    engine, stage = load_adding()
+    feeds = {name: engine.from_array(a) for name, a in fill().items() if name != "w"}
+    tensor = engine.run(stage, feeds)["y"]
+    tensor = engine.run(stage, {**feeds, "w": tensor})["y"]
+    found = engine.to_array(tensor)
+    del engine, stage, feeds, tensor
+    gc.collect()
+    np.testing.assert_array_equal(found, np.full(LARGE, 2 * np.float32(RATE)))
+
+
+def test_what_is_no_sum_may_not_be_left_out_nor_is_it_written_over() -> None:
+    engine, stage = load_tiled(write_graph(*ADDING))
+    assert not stage.zeros
+    feeds = fill()
+    run(engine, stage, feeds)
+    assert (feeds["w"] == 1).all()
+    del feeds["w"]
+    with pytest.raises(StageFailed, match="'w' is missing"):
+        run(engine, stage, feeds)
+    engine, stage = load_adding()
+    with pytest.raises(StageFailed, match=r"'w' has the shape \[2\] instead"):
+        run(engine, stage, {**fill(), "w": np.ones(2, np.float32)})
