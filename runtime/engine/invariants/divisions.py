@@ -117,12 +117,13 @@ def _write_invariant(
 def _write_rest(
     graph: PlacedGraph, moved: Collection[tuple[int, int]], handed: Collection[str]
 ) -> bytes:
+    # with the shapes that are declared, as onnxruntime-training crashes on some nodes without
     fields = [
         (name, graph.content[start:stop])
         for name, start, stop in graph.fields
-        if name != "value" and (start, stop) not in moved
+        if (start, stop) not in moved
     ]
-    fields += [("input", write_value(name, None)) for name in handed]
+    fields += [("input", write_value(name, graph.all_shapes.get(name))) for name in handed]
     return _write(graph, fields)
 
 

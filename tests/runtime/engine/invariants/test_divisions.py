@@ -96,6 +96,18 @@ def test_nothing_else_is_taken_out(nodes: list[onnx.NodeProto]) -> None:
     assert divide_graph(*nodes, used) is None
 
 
+def test_declared_shapes_are_kept() -> None:
+    model = onnx.load_from_string(write_graph(TURNED, MIRRORED, CONVOLVED))
+    for name, shape in (("mirrored", (32, 16, 3, 3)), ("y", ("N", 32, 5, 5))):
+        value = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        model.graph.value_info.append(value)
+    division = divide(PlacedGraph(model.SerializeToString()), {"w"})
+    assert division is not None
+    rest = onnx.load_from_string(division.rest).graph
+    assert rest.value_info == model.graph.value_info
+    assert rest.input[-1] == model.graph.value_info[0]
+
+
 def test_what_a_graph_returns_stays_in_it() -> None:
     assert divide_graph(TURNED, MIRRORED, CONVOLVED, outputs="y turned") is None
 
