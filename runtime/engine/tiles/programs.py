@@ -72,7 +72,8 @@ def write_rest(
     fields: list[tuple[str, bytes]] = []
     labels, inputs = iter(graph.outputs), iter(graph.inputs)
     for name, start, stop in graph.fields:
-        is_dropped = name == "value" or (name == "node" and (start, stop) in left_out)
+        # declared shapes stay, as onnxruntime-training crashes on some nodes without them
+        is_dropped = name == "node" and (start, stop) in left_out
         is_dropped |= name == "input" and next(inputs) in dropped
         if is_dropped or (name == "output" and next(labels) not in wanted):
             continue
