@@ -63,6 +63,7 @@ class SentTasks:
         self._open: dict[TaskKey, OpenTask] = {}
         self._echoed: dict[TaskKey, OpenTask] = {}  # ended, while replies come once more
         self._sent: list[tuple[OpenTask, Sent]] = []  # by open tasks, in order
+        self._done = 0  # micro-batches of the running step that have ended
         self._last: OpenTask | None = None
         self._beside: frozenset[TaskKey] = frozenset()  # tasks that were open when that one ended
 
@@ -73,8 +74,11 @@ class SentTasks:
 
     @property
     def micro_batch(self) -> int:
-        """Return how many micro-batches of its step come before the oldest open task."""
-        return next((task.micro_batch for task in self._open.values()), 0)
+        """Return how many micro-batches of the running step come before the oldest open task.
+
+        Between two tasks of a step, this is how many have ended.
+        """
+        return next((task.micro_batch for task in self._open.values()), self._done)
 
     def find_answered(self, message: Tensors) -> OpenTask:
         """Return the open task that a reply belongs to.
@@ -119,13 +123,15 @@ class SentTasks:
         self._sent = [(own, sent) for own, sent in self._sent if own is not task]
         if task is not None and key.phase in STEP_PHASES:
             self._last, self._beside = task, frozenset(self._open)
+            self._done = key.micro_batch + 1 if key.phase == ACCUMULATE else 0
         if task is not None and task.due < task.received:
             self._echoed[key] = task
 
     def end_all(self) -> None:
-        """Close all tasks."""
+        """Close all tasks, and give up the micro-batches of the running step."""
         for key in tuple(self._open):
             self.end(key)
+        self._done = 0
 
     def note_reply(self, task: OpenTask) -> None:
         """Forget the last task if the server answered one that began after it had ended.

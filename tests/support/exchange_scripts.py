@@ -173,6 +173,16 @@ SCRIPTS: Mapping[str, list[Entry]] = {
         ["reply", *FIRST, 0],
         ["reply", *SECOND, 0],
     ],
+    "a connection that is lost between two micro-batches": [
+        *START,
+        ["send", *FIRST],
+        ["reply", *FIRST, 0],
+        ["end", *FIRST],
+        *RECONNECT,
+        ["welcome", {}],
+        ["send", *SECOND],
+        ["reply", *SECOND, 0],
+    ],
     "a server that misses the end of the last step": [
         *START,
         ["send", *TRAIN],

@@ -103,12 +103,22 @@ def test_the_task_before_the_next_one_is_kept_to_be_sent_again() -> None:
 def test_within_a_step_the_micro_batch_before_is_kept() -> None:
     tasks = SentTasks()
     end_task(tasks, "accumulate", 5, 0)
-    assert tasks.find_last(5) is None  # the step would begin again, which needs none
+    assert tasks.micro_batch == 1
+    assert tasks.find_last(5) is not None
     second = TaskKey("a" * 32, "accumulate", 5, 1)
     message = tasks.record(second, {}, 0, 0.1)
     assert (found := tasks.find_last(5)) is not None
     assert found.key.micro_batch == 0
     tasks.note_reply(tasks.find_answered(message))
+    assert tasks.find_last(5) is None
+
+
+def test_a_step_that_was_given_up_begins_at_its_first_micro_batch() -> None:
+    tasks = SentTasks()
+    end_task(tasks, "accumulate", 5, 0)
+    tasks.record(TaskKey("a" * 32, "accumulate", 5, 1), {}, 0, 0.1)
+    tasks.end_all()
+    assert tasks.micro_batch == 0
     assert tasks.find_last(5) is None
 
 
