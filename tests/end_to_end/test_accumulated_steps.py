@@ -16,6 +16,7 @@ from splitonnx.bundles import Bundle, PartyBundle
 from splitonnx.errors import UnusableData, UsageError
 from splitonnx.losses import Loss
 from splitonnx.manifests import Role
+from splitonnx.messages import TaskKey
 from splitonnx.names import Target
 from splitonnx.optimizers import SGD, AdamW
 from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
@@ -125,6 +126,35 @@ def test_large_sums_grow_in_place_with_the_same_bits(shape: str, target: Target)
         name: a.tobytes() for name, a in state.items()
     }
     assert told == results
+
+
+def take_step(executor: Executor, parts: list[dict[str, np.ndarray]], until: int) -> None:
+    """Take the first ``until`` tasks of a step of micro-batches and their update."""
+    for number in range(until):
+        phase = "accumulate" if number < len(parts) else "update"
+        key = TaskKey("a" * 32, phase, executor.step, number)
+        data = parts[number] if number < len(parts) else {}
+        executor.begin(key, data=data, seed=1, learning_rate=0.01)
+        assert list(executor.advance(key)) == []
+        executor.finish(key)
+
+
+def test_what_an_abandoned_step_added_in_place_is_in_no_later_step() -> None:
+    weight = np.array(1 / PARTS, np.float32)
+    parts = [ZOO["convolutions"].data(ROWS, seed=seed) for seed in range(PARTS)]
+    parts = [{**part, "splitonnx.weight": weight} for part in parts]
+    bundle = cut_zoo("convolutions", "whole")
+    with sized(16, 64):
+        calm, rough = (Executor(bundle.client, Engine(threads=1)) for _ in range(2))
+        for step in range(STEPS):
+            take_step(calm, parts, PARTS + 1)
+            take_step(rough, parts[::-1], step + 1)  # as many micro-batches
+            rough.abandon(TaskKey("a" * 32, "accumulate", step, step))
+            take_step(rough, parts, PARTS + 1)
+            assert rough._loaded["accumulate", "accumulate"].zeros
+    assert {name: a.tobytes() for name, a in rough.state().items()} == {
+        name: a.tobytes() for name, a in calm.state().items()
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in BY_MICRO_BATCH])
