@@ -59,7 +59,7 @@ class Run:
         """Read what ``train --json`` printed: a line a step, and a line an evaluation."""
         records = [json.loads(line) for line in lines.splitlines()]
         steps = [record for record in records if record.get("samples") == BATCH]
-        evaluations = [record for record in records if "samples" not in record]
+        evaluations = [one for one in records if "metrics" in one and "samples" not in one]
         return cls(
             accuracy=evaluations[-1]["metrics"]["accuracy"],
             seconds=median(step["seconds"] for step in steps),
