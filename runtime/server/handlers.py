@@ -242,8 +242,8 @@ class ConnectionHandler:
         try:
             is_work = isinstance(message, Tensors)
             turns = self._context.compute if is_work else self._context.storage
-            task = message.key if isinstance(message, Tensors) else None
-            await self._reply(dispatcher.answer(received), turns, task)
+            group = self._sender.find_group(message)
+            await self._reply(dispatcher.answer(received), turns, group)
         finally:  # count the work even if the reply could not be sent
             if session is not None:
                 seconds = time.perf_counter() - begun
@@ -306,13 +306,13 @@ class ConnectionHandler:
     def _withdraw(turns: Turns, piece: asyncio.Future[_Result], _: object) -> None:
         turns.withdraw(piece)
 
-    async def _reply(self, replies: Iterator[Reply], turns: Turns, task: Hashable = None) -> None:
+    async def _reply(self, replies: Iterator[Reply], turns: Turns, group: Hashable = None) -> None:
         """Compute all replies, and send each once it is ready and the previous one was sent.
 
         The work does not wait for the client to read, and the task's memory is freed as soon as the
-        work is done.  The next message waits while more tasks are unread than may be open.
+        work is done.  The next message waits while more runs of tasks are unread than may be open.
         """
-        dispatcher, work = self._dispatcher, partial(self._work_off, replies, task)
+        dispatcher, work = self._dispatcher, partial(self._work_off, replies, group)
         assert dispatcher is not None
         try:
             await asyncio.shield(turns.run(self._owner, work))
@@ -349,12 +349,12 @@ class ConnectionHandler:
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 
-    def _work_off(self, replies: Iterator[Reply], task: Hashable) -> None:
+    def _work_off(self, replies: Iterator[Reply], group: Hashable) -> None:
         """Compute all replies in a thread; each is sent as soon as it is ready."""
         begun = time.perf_counter()
         try:
             for reply in replies:
-                self._loop.call_soon_threadsafe(self._sender.put, reply, task)
+                self._loop.call_soon_threadsafe(self._sender.put, reply, group)
         finally:
             self._seconds["compute"] += time.perf_counter() - begun
 

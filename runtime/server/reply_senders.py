@@ -5,9 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable
+from dataclasses import dataclass
 from typing import Any
 
+from splitonnx.messages import Message, TaskKey, Tensors
 from splitonnx.runtime.server.ledgers import Reply
+
+
+@dataclass(eq=False, kw_only=True)
+class ReplyGroup:
+    """The replies to one run of a task, which count as one while they are unread.
+
+    ``turn`` is the number of the newest message that they answer.
+    """
+
+    task: TaskKey
+    turn: int
 
 
 class ReplySender:
@@ -26,19 +39,39 @@ class ReplySender:
 
     @property
     def unsent(self) -> int:
-        """Return of how many tasks there are replies that were not sent whole yet."""
-        return len({task for _, task in self._unsent})
+        """Return of how many groups there are replies that were not sent whole yet."""
+        return len({group for _, group in self._unsent})
 
-    def put(self, reply: Reply, task: Hashable = None) -> None:
-        """Add a task's reply, which is sent as soon as all earlier replies have been sent."""
+    def find_group(self, message: Message) -> Hashable:
+        """Return the group of the replies to a message.
+
+        It is that of the unread replies to earlier messages of the same task.  A message that
+        begins a task, also one that began before, and one that comes again have groups of their
+        own: otherwise, a client could make any number of replies wait by one task.
+        """
+        if not isinstance(message, Tensors):
+            return object()
+        for _, group in reversed(self._unsent):
+            if isinstance(group, ReplyGroup) and group.task == message.key:
+                if group.turn >= message.turn:
+                    break
+                group.turn = message.turn
+                return group
+        return ReplyGroup(task=message.key, turn=message.turn)
+
+    def put(self, reply: Reply, group: Hashable = None) -> None:
+        """Add a group's reply, which is sent as soon as all earlier replies have been sent.
+
+        Without a group, it is one of its own.
+        """
         if self._is_over:
             return
-        self._unsent.append((reply, task))
+        self._unsent.append((reply, object() if group is None else group))
         if self._sending is None or (self._sending.done() and not self._has_failed(self._sending)):
             self._sending = asyncio.create_task(self._send_all())
 
     async def wait(self, most: int = 0) -> None:
-        """Wait until there are unsent replies of at most ``most`` tasks.
+        """Wait until there are unsent replies of at most ``most`` groups.
 
         Raises:
             ConnectionLost: as raised by ``send``.

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from splitonnx.errors import ConnectionLost
+from splitonnx.messages import Tensors
 from splitonnx.runtime.server.ledgers import Reply
 from splitonnx.runtime.server.reply_senders import ReplySender
 
@@ -105,6 +106,47 @@ def test_who_may_leave_some_tasks_unread_waits_for_the_others_alone() -> None:
         reader.may_take.release()
         await settle()
         assert (sender.unsent, waiting.done()) == (1, True)
+
+    asyncio.run(run())
+
+
+def make_message(step: int, turn: int) -> Tensors:
+    return Tensors(
+        session="5" * 32,
+        phase="accumulate",
+        step=0,
+        micro_batch=step,
+        turn=turn,
+        seed=0,
+        learning_rate=0.1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("turns", "count"),
+    [
+        (((0, 0), (1, 0), (0, 1), (1, 1), (0, 2)), 2),  # two tasks, each as far as it is
+        (((0, 0), (0, 0), (0, 0)), 3),  # one that begins again
+        (((0, 0), (0, 1), (0, 1), (0, 1)), 3),  # a message that comes again
+        (((0, 0), (0, 1), (0, 0), (0, 1)), 2),  # one that begins again and goes on
+    ],
+)
+def test_a_task_counts_once_unless_it_begins_again_or_repeats_itself(
+    turns: tuple[tuple[int, int], ...], count: int
+) -> None:
+    """A client that reads nothing would otherwise make any number of replies wait."""
+
+    async def run() -> None:
+        sender = ReplySender(Reader().send)
+        for task, turn in turns:
+            group = sender.find_group(make_message(task, turn))
+            for reply in (b"first", b"second"):
+                sender.put([reply], group)
+        assert sender.unsent == count
+        sender.put([b"of no task"])
+        sender.put([b"of no task"])
+        assert sender.unsent == count + 2
+        sender.cancel()
 
     asyncio.run(run())
 
