@@ -101,7 +101,8 @@ class RunOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Most micro-batches under way at a time, with --micro-batches; 3 if not given.",
+            help="Most micro-batches under way at a time, with --micro-batches: up to 16; 3 if not "
+            "given.",
         ),
     ] = None
     lr: Annotated[
@@ -267,11 +268,17 @@ def train(
         _refuse_remote(server, run, trusted, give_up_after, share)
     else:
         _refuse_local(server, whole)
-    from splitonnx.pipelines import USUAL_IN_FLIGHT
+    from splitonnx.pipelines import USUAL_IN_FLIGHT, choose_division
     from splitonnx.runtime.client.datasets import open_dataset
     from splitonnx.runtime.client.options import choose_measures
     from splitonnx.runtime.workers.heaps import exempt_loaded
 
+    if run.in_flight is not None and run.micro_batches == 1:
+        raise UsageError(
+            "--in-flight bounds the micro-batches under way; give --micro-batches, too"
+        )
+    in_flight = run.in_flight or USUAL_IN_FLIGHT
+    choose_division(run.accumulate, run.micro_batches, in_flight)
     dataset = open_dataset(data)  # before the work of a cut, and before a server makes a session
     held_out = None if eval_data is None else open_dataset(eval_data)
     batch_size = choose_batch_size(
@@ -319,7 +326,7 @@ def train(
                 batch_size=batch_size,
                 accumulate=run.accumulate,
                 micro_batches=run.micro_batches,
-                in_flight=run.in_flight or USUAL_IN_FLIGHT,
+                in_flight=in_flight,
                 shuffle=run.shuffle,
                 eval_data=held_out,
                 metrics=names,

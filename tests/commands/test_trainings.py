@@ -163,6 +163,27 @@ def test_data_and_warmup_are_refused_before_a_server_is_called(
     assert "missing.npz" in command.fail("train", bundle / "client", "--data", missing, *nowhere)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((("--micro-batches", 2), ("--in-flight", 17)), "in_flight must be from 1 to 16, not 17"),
+        ((("--micro-batches", 2), ("--accumulate", 2)), "give one of them"),
+        ((("--in-flight", 4),), "give --micro-batches, too"),
+    ],
+)
+def test_numbers_of_micro_batches_are_refused_before_a_server_is_called(
+    command: Command,
+    bundle: Path,
+    data: Path,
+    options: tuple[tuple[str, int], ...],
+    reason: str,
+) -> None:
+    words = [word for option in options for word in option]
+    nowhere = ("--server", "ws://127.0.0.1:9")
+    found = command.fail("train", bundle / "client", "--data", data, *nowhere, *words)
+    assert reason in " ".join(found.split())
+
+
 def test_data_and_warmup_are_refused_before_a_model_is_prepared(
     command: Command, data: Path, tmp_path: Path
 ) -> None:
