@@ -39,6 +39,7 @@ from splitonnx.runtime.client.options import (
     check_client,
     choose_measures,
     fit_schedule,
+    list_kept,
     open_run,
     open_whole,
     plan_joining,
@@ -117,8 +118,7 @@ class Client:
         self._seed = seed
         self._engine = Engine(threads, provider=provider, trusted=trusted)
         self._executor = Executor(party, self._engine)
-        self._kept = {spec.tensor.name for spec in party.manifest.state}
-        self._kept.update(party.manifest.remote_states)
+        self._kept = list_kept(party.manifest)
         self._run = TrainingRun.open(self._executor, resume=resume)
         with ExitStack() as undo:  # release the folder if no client is made
             undo.callback(self._run.release)

@@ -7,6 +7,7 @@ twin.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from splitonnx.micro_batches import (
     find_weights,
     split_batch,
 )
-from splitonnx.names import ACCUMULATE, PER_CLIENT, TRAIN, UPDATE
+from splitonnx.names import ACCUMULATE, PER_CLIENT, SHARE, TRAIN, UPDATE
 from splitonnx.pipelines import (
     Operation,
     StepDivision,
@@ -126,8 +127,9 @@ def choose_in_flight(
             "and micro_batches (--accumulate, --micro-batches), or serve with the policy "
             f"'{PER_CLIENT}'"
         )
-    accumulate = manifest.phase(ACCUMULATE)
-    return division.in_flight if can_overlap(accumulate, manifest.party) else 1
+    if division.in_flight == 1 or not can_overlap(manifest.phase(ACCUMULATE), manifest.party):
+        return 1
+    return division.in_flight
 
 
 class Job:
@@ -135,12 +137,14 @@ class Job:
 
     ``results`` has the results of each task that has ended, in order.  At most ``in_flight`` tasks
     are unfinished at a time.  The order in which they run does not change their results.
+    ``pieces`` are those of each task, as of :func:`~splitonnx.pipelines.list_pieces`.
     """
 
     def __init__(
         self,
         executor: Executor,
         tasks: Sequence[PlannedTask],
+        pieces: Sequence[Sequence[frozenset[str]]],
         *,
         in_flight: int,
         seed: int,
@@ -151,7 +155,7 @@ class Job:
         self._tasks = tasks
         self._seed = seed
         self._learning_rate = learning_rate
-        self._pieces = [_list_pieces(executor.manifest, task.key) for task in tasks]
+        self._pieces = pieces
         self._operations = deque(self._list_operations(in_flight))
         self._received: list[set[str]] = [set() for _ in tasks]
         self._numbers = {task.key: number for number, task in enumerate(tasks)}
@@ -233,5 +237,49 @@ class Job:
         )
 
 
-def _list_pieces(manifest: PartyManifest, key: TaskKey) -> tuple[frozenset[str], ...]:
-    return list_pieces(manifest.phase(key.phase), manifest.party)
+class JobMaker:
+    """What the runners of a client share: it numbers tasks, and makes jobs of them.
+
+    ``seed`` determines the random masks of Dropout.  ``in_flight`` is the largest number of tasks
+    of one step that are unfinished at a time.
+    """
+
+    def __init__(self, executor: Executor, *, seed: int) -> None:
+        self.seed = seed
+        self.in_flight = 1
+        self._executor = executor
+        self._others = itertools.count()  # numbers the tasks that are not training steps
+        self._pieces: dict[str, tuple[frozenset[str], ...]] = {}  # by phase
+
+    def divide(self, terms: SharingTerms | None, division: StepDivision) -> None:
+        """Divide each step from now on, if that is possible; ``terms`` are the server's.
+
+        Raises:
+            UsageError: as raised by :func:`choose_in_flight`.
+        """
+        self.in_flight = choose_in_flight(self._executor.manifest, terms, division)
+
+    def plan(self, session: str, phase: str, data: Mapping[str, np.ndarray]) -> PlannedTask:
+        """Return a task of a phase that has no micro-batches."""
+        number = self._executor.step if phase in (TRAIN, SHARE) else next(self._others)
+        return PlannedTask(key=TaskKey(session, phase, number, 0), data=data)
+
+    def make(self, tasks: Sequence[PlannedTask], learning_rate: float, *, permitted: int) -> Job:
+        """Make the job of one task, or of the tasks of one step.
+
+        ``permitted`` is how many tasks of one step the server lets be open at once.
+        """
+        return Job(
+            self._executor,
+            tasks,
+            [self._find_pieces(task.key.phase) for task in tasks],
+            in_flight=min(permitted, self.in_flight),
+            seed=self.seed,
+            learning_rate=learning_rate,
+        )
+
+    def _find_pieces(self, phase: str) -> tuple[frozenset[str], ...]:
+        if phase not in self._pieces:
+            manifest = self._executor.manifest
+            self._pieces[phase] = list_pieces(manifest.phase(phase), manifest.party)
+        return self._pieces[phase]

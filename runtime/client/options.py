@@ -82,6 +82,11 @@ def check_client(manifest: PartyManifest, *, has_server: bool, seed: int) -> Non
         )
 
 
+def list_kept(manifest: PartyManifest) -> frozenset[str]:
+    """Return the names of what both parts of a model keep from step to step."""
+    return frozenset(spec.tensor.name for spec in manifest.state).union(manifest.remote_states)
+
+
 def require_positive(**counts: int | None) -> None:
     """Check that each argument is ``None`` or at least 1.
 

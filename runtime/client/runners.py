@@ -7,7 +7,6 @@ training loop handles data, epochs and records.
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,17 +16,16 @@ import numpy as np
 
 from splitonnx.errors import LocalProtocolError, NotSaved, StepRestarted, StepsLost
 from splitonnx.interrupts import check_interrupt
-from splitonnx.messages import TaskKey
 from splitonnx.names import ACCUMULATE, SHARE, TRAIN, UPDATE, WEIGH
 from splitonnx.pipelines import StepDivision
 from splitonnx.runtime.channels.channels import Channel
 from splitonnx.runtime.channels.greetings import SharingTerms
 from splitonnx.runtime.client.jobs import (
     Job,
+    JobMaker,
     PlannedTask,
     Sending,
     StepPlan,
-    choose_in_flight,
 )
 from splitonnx.runtime.client.training_runs import TrainingRun
 from splitonnx.runtime.engine.executors import Executor
@@ -59,10 +57,8 @@ class TaskRunner:
         self.run = run
         self.position: DataPosition | None = None
         self._channel = channel
-        self._seed = seed
-        self._in_flight = 1  # tasks of one step that are unfinished at a time
+        self._jobs = JobMaker(executor, seed=seed)
         self._closed = self._is_half_published = False
-        self._others = itertools.count()  # numbers the tasks that are not training steps
 
     @property
     def terms(self) -> SharingTerms:
@@ -92,9 +88,7 @@ class TaskRunner:
                 closed.
             KeyboardInterrupt: Ctrl-C was pressed earlier, and other code discarded the exception.
         """
-        number = self.executor.step if phase in (TRAIN, SHARE) else next(self._others)
-        key = TaskKey(self.run.session, phase, number, 0)
-        (results,) = self._perform([PlannedTask(key=key, data=data)], learning_rate)
+        (results,) = self._perform([self._jobs.plan(self.run.session, phase, data)], learning_rate)
         return results
 
     def divide(self, division: StepDivision) -> StepDivision:
@@ -103,8 +97,7 @@ class TaskRunner:
         Raises:
             UsageError: the bundle or the server does not permit it.
         """
-        terms = None if self._channel is None else self.terms
-        self._in_flight = choose_in_flight(self.executor.manifest, terms, division)
+        self._jobs.divide(None if self._channel is None else self.terms, division)
         return division
 
     def prepare_training(self, accumulate: int) -> None:
@@ -136,7 +129,7 @@ class TaskRunner:
         if self._channel is not None:
             with ExitStack() as ending, self._going_back():
                 ending.push(self._close_after)
-                self._channel.widen(self._in_flight)
+                self._channel.widen(self._jobs.in_flight)
         for _ in range(MOST_RESTARTS):
             with suppress(StepRestarted):
                 return self._accumulate(plan, learning_rate)
@@ -151,14 +144,8 @@ class TaskRunner:
         self, tasks: Sequence[PlannedTask], learning_rate: float
     ) -> list[dict[str, np.ndarray]]:
         """Run one task, or the tasks of one step, and return the results of each."""
-        in_flight = 1 if self._channel is None else self._channel.in_flight
-        job = Job(
-            self.executor,
-            tasks,
-            in_flight=min(in_flight, self._in_flight),
-            seed=self._seed,
-            learning_rate=learning_rate,
-        )
+        permitted = 1 if self._channel is None else self._channel.in_flight
+        job = self._jobs.make(tasks, learning_rate, permitted=permitted)
         with ExitStack() as undo:
             undo.callback(job.abandon)
             self._require_open()
@@ -291,7 +278,9 @@ class TaskRunner:
                 continue
             for event in job.work():
                 if isinstance(event, Sending):
-                    self._remote().send_wires(event.key, event.wires, self._seed, learning_rate)
+                    self._remote().send_wires(
+                        event.key, event.wires, self._jobs.seed, learning_rate
+                    )
                 elif self._channel is not None:
                     self._channel.end(event.key)
 

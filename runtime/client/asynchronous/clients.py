@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -42,6 +42,7 @@ from splitonnx.runtime.client.metrics.evaluations import EvaluationTask, advance
 from splitonnx.runtime.client.options import (
     LearningRate,
     check_client,
+    list_kept,
     open_whole,
     plan_joining,
     require_phase,
@@ -127,14 +128,12 @@ class AsyncClient:
             raise LocalProtocolError("a client is opened once; make another one")
         self._is_used = True
         async with self._taking_turn():
-            try:
+            with ExitStack() as undo:  # if no client is made
+                undo.callback(self._thread.close)
+                undo.callback(self._release)
                 executor, run = await self._thread.run(self._load)
                 channel = await self._connect(executor, run)
-            except BaseException:
-                if self._run is not None:
-                    self._run.release()  # if no client is made
-                self._thread.close()
-                raise
+                undo.pop_all()
             runner = AsyncTaskRunner(executor, run, channel, self._thread, seed=self._seed)
             self._opened = _Opened(executor, run, runner)
         return self
@@ -275,11 +274,10 @@ class AsyncClient:
             ConnectionLost, RemoteFault: see :meth:`step`.
         """
         async with self._calling() as opened:
-            try:
+            with ExitStack() as undo:
+                undo.callback(opened.run.release)
                 await opened.runner.publish()
-            except BaseException:
-                opened.run.release()
-                raise
+                undo.pop_all()
 
     async def close(self) -> None:
         """End the session and close the connection; may be called twice.
@@ -297,6 +295,10 @@ class AsyncClient:
                     await self._opened.runner.close()
             finally:
                 self._thread.close()
+
+    def _release(self) -> None:
+        if self._run is not None:
+            self._run.release()
 
     def _load(self) -> tuple[Executor, TrainingRun]:
         bundle = self._bundle
@@ -320,13 +322,12 @@ class AsyncClient:
             backoff=Backoff(give_up_after=self._give_up_after),
             can_share=self._share,
         )
-        try:
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(channel.close, for_good=False)
             await channel.open(is_patient=self._resume or self._give_up_after is not None)
             if channel.step != executor.step:
                 await self._thread.run(run.go_back, executor, channel.step)
-        except BaseException:
-            await channel.close(for_good=False)
-            raise
+            undo.pop_all()
         return channel
 
     @asynccontextmanager
@@ -391,5 +392,4 @@ class _Opened:
         self.executor = executor
         self.run = run
         self.runner = runner
-        self.kept = {spec.tensor.name for spec in executor.manifest.state}
-        self.kept.update(executor.manifest.remote_states)
+        self.kept = list_kept(executor.manifest)

@@ -6,14 +6,12 @@ consists of is planned in :mod:`jobs`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 
 import numpy as np
 
 from splitonnx.errors import LocalProtocolError, NotSaved, StepRestarted, StepsLost
-from splitonnx.messages import TaskKey
 from splitonnx.names import TRAIN, WEIGH
 from splitonnx.pipelines import StepDivision
 from splitonnx.runtime.channels.asynchronous.channels import AsyncChannel
@@ -21,10 +19,10 @@ from splitonnx.runtime.channels.asynchronous.threads import WorkThread
 from splitonnx.runtime.channels.greetings import SharingTerms
 from splitonnx.runtime.client.jobs import (
     Job,
+    JobMaker,
     PlannedTask,
     Sending,
     StepPlan,
-    choose_in_flight,
 )
 from splitonnx.runtime.client.runners import MOST_RESTARTS
 from splitonnx.runtime.client.training_runs import TrainingRun
@@ -51,10 +49,8 @@ class AsyncTaskRunner:
         self._run = run
         self._channel = channel
         self._thread = thread
-        self._seed = seed
-        self._in_flight = 1  # tasks of one step that are unfinished at a time
+        self._jobs = JobMaker(executor, seed=seed)
         self._closed = self._is_half_published = False
-        self._others = itertools.count()  # numbers the tasks that are not training steps
 
     @property
     def terms(self) -> SharingTerms:
@@ -73,8 +69,7 @@ class AsyncTaskRunner:
         Raises:
             UsageError: the bundle or the server does not permit it.
         """
-        terms = None if self._channel is None else self.terms
-        self._in_flight = choose_in_flight(self._executor.manifest, terms, division)
+        self._jobs.divide(None if self._channel is None else self.terms, division)
 
     async def perform(
         self, phase: str, data: Mapping[str, np.ndarray], learning_rate: float
@@ -87,9 +82,8 @@ class AsyncTaskRunner:
             DataError, StageFailed, ProtocolError, CancelledError: the task failed and was aborted;
                 the runner is closed.
         """
-        number = self._executor.step if phase == TRAIN else next(self._others)
-        key = TaskKey(self._run.session, phase, number, 0)
-        (results,) = await self._perform([PlannedTask(key=key, data=data)], learning_rate)
+        task = self._jobs.plan(self._run.session, phase, data)
+        (results,) = await self._perform([task], learning_rate)
         return results
 
     async def train(
@@ -110,8 +104,9 @@ class AsyncTaskRunner:
         plan = StepPlan(self._executor.manifest, batch, accumulate)
         plan.weigh([await self.perform(WEIGH, part, 0.0) for part in plan.parts])
         if self._channel is not None:
-            async with self._closing_after(), self._going_back():
-                await self._channel.widen(self._in_flight)
+            async with AsyncExitStack() as ending, self._going_back():
+                ending.push_async_exit(self._close_after)
+                await self._channel.widen(self._jobs.in_flight)
         for _ in range(MOST_RESTARTS):
             with suppress(StepRestarted):
                 return await self._accumulate(plan, learning_rate)
@@ -172,25 +167,20 @@ class AsyncTaskRunner:
         self, tasks: Sequence[PlannedTask], learning_rate: float
     ) -> list[dict[str, np.ndarray]]:
         """Run one task, or the tasks of one step, and return the results of each."""
-        in_flight = 1 if self._channel is None else self._channel.in_flight
-        job = Job(
-            self._executor,
-            tasks,
-            in_flight=min(in_flight, self._in_flight),
-            seed=self._seed,
-            learning_rate=learning_rate,
-        )
-        try:
-            self.require_open()
-            await self._thread.run(job.begin)
-            async with self._closing_after(), self._going_back():
-                await self._exchange(job, learning_rate)
-        except BaseException:
-            job.abandon()
-            raise
-        finally:
-            if self._channel is not None:
-                self._channel.end_all()
+        permitted = 1 if self._channel is None else self._channel.in_flight
+        job = self._jobs.make(tasks, learning_rate, permitted=permitted)
+        with ExitStack() as undo:
+            undo.callback(job.abandon)
+            try:
+                self.require_open()
+                await self._thread.run(job.begin)
+                async with AsyncExitStack() as ending, self._going_back():
+                    ending.push_async_exit(self._close_after)
+                    await self._exchange(job, learning_rate)
+            finally:
+                if self._channel is not None:
+                    self._channel.end_all()
+            undo.pop_all()
         return job.results
 
     async def _exchange(self, job: Job, learning_rate: float) -> None:
@@ -203,21 +193,17 @@ class AsyncTaskRunner:
             while (event := await self._thread.run(next, events, None)) is not None:
                 if isinstance(event, Sending):
                     await self._remote().send_wires(
-                        event.key, event.wires, self._seed, learning_rate
+                        event.key, event.wires, self._jobs.seed, learning_rate
                     )
                 elif self._channel is not None:
                     self._channel.end(event.key)
 
-    @asynccontextmanager
-    async def _closing_after(self) -> AsyncIterator[None]:
+    async def _close_after(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         """Close the session after any error, including cancellation, except if steps were lost."""
-        try:
-            yield
-        except (StepsLost, StepRestarted):
-            raise
-        except BaseException:
+        if kind is not None and not issubclass(kind, StepsLost | StepRestarted):
             await self.close()
-            raise
 
     @asynccontextmanager
     async def _going_back(self) -> AsyncIterator[None]:

@@ -19,6 +19,7 @@ from splitonnx.runtime.channels.greetings import SharingTerms
 from splitonnx.runtime.client.jobs import (
     Ended,
     Job,
+    JobMaker,
     PlannedTask,
     Sending,
     StepPlan,
@@ -36,7 +37,7 @@ SESSION = "5" * 32
 def make_job(executor: Executor) -> Job:
     key = TaskKey(SESSION, "train", executor.step, 0)
     task = PlannedTask(key=key, data=tiny.batch(0))
-    job = Job(executor, [task], in_flight=1, seed=0, learning_rate=tiny.RATE)
+    job = JobMaker(executor, seed=0).make([task], tiny.RATE, permitted=1)
     job.begin()
     return job
 
@@ -119,7 +120,9 @@ def test_a_step_with_clipping_ends_the_same_however_many_tasks_are_in_flight() -
             PlannedTask(key=TaskKey(SESSION, phase, 0, number), data=one)
             for number, (phase, one) in enumerate(planned)
         ]
-        job = Job(client, tasks, in_flight=in_flight, seed=0, learning_rate=0.1)
+        maker = JobMaker(client, seed=0)
+        maker.divide(None, StepDivision(count=len(tasks) - 1, in_flight=in_flight))
+        job = maker.make(tasks, 0.1, permitted=in_flight)
         job.begin()
         server = Executor(bundle.server, Engine(threads=1))
         run_step(job, server)
