@@ -97,14 +97,11 @@ def start(core: int, *command: object, folder: Path) -> Iterator[subprocess.Pope
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
             text=True, cwd=folder, env={**os.environ, **single, **settings},
         )  # fmt: skip
-    try:
+    with ExitStack() as ending:
+        ending.callback(process.communicate)
+        ending.callback(process.kill)
+        ending.push(lambda kind, *_: kind and print(log.read_text()[-1000:], file=sys.stderr))
         yield process
-    except BaseException:
-        print(log.read_text()[-1000:], file=sys.stderr)
-        raise
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def tell(processes: Sequence[subprocess.Popen[str]], line: str) -> float:

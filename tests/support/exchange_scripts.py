@@ -14,6 +14,13 @@ SESSION = "5" * 32
 Entry = Sequence[Any]
 
 START: list[Entry] = [["start", False], ["connected"], ["welcome", {}]]
+WIDENED: list[Entry] = [
+    *START,
+    ["widen", 2],
+    ["wake"],
+    ["connected"],
+    ["welcome", {"in_flight": 2}],
+]
 RECONNECT: list[Entry] = [["lost"], ["wake"], ["connected"]]
 FIRST = ("accumulate", 0, 0)
 SECOND = ("accumulate", 0, 1)
@@ -66,11 +73,7 @@ SCRIPTS: Mapping[str, list[Entry]] = {
     "a reply out of order": [*START, ["send", *TRAIN], ["reply", *TRAIN, 1]],
     "a reply that nobody asked for": [*START, ["reply", *TRAIN, 0]],
     "two tasks in flight": [
-        *START,
-        ["widen", 2],
-        ["wake"],
-        ["connected"],
-        ["welcome", {"in_flight": 2}],
+        *WIDENED,
         ["send", *FIRST],
         ["send", *SECOND],
         ["reply", *FIRST, 0],
@@ -79,11 +82,7 @@ SCRIPTS: Mapping[str, list[Entry]] = {
         ["end", *SECOND],
     ],
     "two tasks in flight, sent again in order": [
-        *START,
-        ["widen", 2],
-        ["wake"],
-        ["connected"],
-        ["welcome", {"in_flight": 2}],
+        *WIDENED,
         ["send", *FIRST],
         ["send", *SECOND],
         ["reply", *FIRST, 0],
@@ -95,11 +94,7 @@ SCRIPTS: Mapping[str, list[Entry]] = {
         ["reply", *FIRST, 1],
     ],
     "a first task that has ended is not sent again": [
-        *START,
-        ["widen", 2],
-        ["wake"],
-        ["connected"],
-        ["welcome", {"in_flight": 2}],
+        *WIDENED,
         ["send", *FIRST],
         ["send", *SECOND],
         ["reply", *FIRST, 0],
@@ -109,11 +104,7 @@ SCRIPTS: Mapping[str, list[Entry]] = {
         ["reply", *SECOND, 0],
     ],
     "a task that ends while its replies come again": [
-        *START,
-        ["widen", 2],
-        ["wake"],
-        ["connected"],
-        ["welcome", {"in_flight": 2}],
+        *WIDENED,
         ["send", *FIRST],
         ["send", *SECOND],
         ["reply", *FIRST, 0],
@@ -125,11 +116,7 @@ SCRIPTS: Mapping[str, list[Entry]] = {
         ["reply", *FIRST, 0],
     ],
     "a server that permits fewer tasks than are open": [
-        *START,
-        ["widen", 2],
-        ["wake"],
-        ["connected"],
-        ["welcome", {"in_flight": 2}],
+        *WIDENED,
         ["send", *FIRST],
         ["send", *SECOND],
         *RECONNECT,
@@ -153,11 +140,7 @@ SCRIPTS: Mapping[str, list[Entry]] = {
         ["welcome", {"restarts": True}],
     ],
     "a step that begins again after its replies were to come again": [
-        *START,
-        ["widen", 2],
-        ["wake"],
-        ["connected"],
-        ["welcome", {"in_flight": 2}],
+        *WIDENED,
         ["send", *FIRST],
         ["send", *SECOND],
         ["reply", *FIRST, 0],
