@@ -24,7 +24,7 @@ from splitonnx.runtime.edge.http import STATUSES, Refusal, deny
 from splitonnx.runtime.edge.rate_limits import Timers, TokenBucket
 from splitonnx.runtime.edge.tokens import Identity
 from splitonnx.runtime.wire.fragments import JoinedFragments
-from splitonnx.runtime.wire.payloads import DATA_FRAMES, read_payloads, write_fragment
+from splitonnx.runtime.wire.payloads import DATA_FRAMES, read_payloads, write_fragments
 
 REQUEST_BYTES = 16 << 10
 """Largest HTTP request of a handshake, in bytes."""
@@ -241,17 +241,7 @@ class LimitedConnection(ServerConnection, asyncio.BufferedProtocol):
         """
         while self.send_in_progress is not None:
             await asyncio.shield(self.send_in_progress)
-        sending = self.send_in_progress = self.loop.create_future()
-        last = len(fragments) - 1
-        try:
-            for number, fragment in enumerate(fragments):
-                async with self.send_context():
-                    write_fragment(
-                        self.protocol, fragment, is_first=number == 0, is_last=number == last
-                    )
-        finally:
-            sending.set_result(None)
-            self.send_in_progress = None
+        await write_fragments(self, fragments)
 
     @property
     def owner(self) -> str | None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Callable, Generator
-from typing import cast
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from websockets.exceptions import InvalidState
@@ -22,6 +22,9 @@ from websockets.streams import StreamReader
 
 from splitonnx.runtime.wire.fragments import FRAGMENT
 from splitonnx.runtime.wire.masks import unmask
+
+if TYPE_CHECKING:  # a client that waits needs no event loop
+    from websockets.asyncio.connection import Connection
 
 try:
     from websockets.speedups import apply_mask
@@ -210,3 +213,24 @@ def write_fragment(
         key = secrets.token_bytes(4)
         header, data = header + key, apply_mask(payload, key)
     protocol.writes += [header, data]
+
+
+async def write_fragments(connection: Connection, fragments: Sequence[memoryview]) -> None:
+    """Send a message in fragments on a connection of an event loop, on which no other is sent.
+
+    If this is cancelled, the connection is of no more use.
+
+    Raises:
+        ConnectionClosed: the connection has ended.
+    """
+    sending = connection.send_in_progress = connection.loop.create_future()
+    last = len(fragments) - 1
+    try:
+        for number, fragment in enumerate(fragments):
+            async with connection.send_context():
+                write_fragment(
+                    connection.protocol, fragment, is_first=number == 0, is_last=number == last
+                )
+    finally:
+        sending.set_result(None)
+        connection.send_in_progress = None

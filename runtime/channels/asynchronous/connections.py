@@ -27,7 +27,7 @@ from splitonnx.runtime.channels.bounded_connections import (
 )
 from splitonnx.runtime.wire.buffers import BufferPool
 from splitonnx.runtime.wire.fragments import JoinedFragments
-from splitonnx.runtime.wire.payloads import DATA_FRAMES, read_payloads, write_fragment
+from splitonnx.runtime.wire.payloads import DATA_FRAMES, read_payloads, write_fragments
 
 HANG_UP_SECONDS = 5.0
 """Seconds that the server has to end a connection that this side has refused to continue."""
@@ -162,17 +162,7 @@ class BoundedAsyncConnection(ClientConnection):
         Raises:
             ConnectionClosed: the connection has ended.
         """
-        sending = self.send_in_progress = self.loop.create_future()
-        last = len(fragments) - 1
-        try:
-            for number, fragment in enumerate(fragments):
-                async with self.send_context():
-                    write_fragment(
-                        self.protocol, fragment, is_first=number == 0, is_last=number == last
-                    )
-        finally:
-            sending.set_result(None)
-            self.send_in_progress = None
+        await write_fragments(self, fragments)
 
     async def close(
         self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = ""
