@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -15,12 +14,9 @@ from splitonnx.manifests import Role
 from splitonnx.messages import TaskKey
 from splitonnx.names import TRAIN, Target
 from splitonnx.optimizers import SGD, AdamW
-from splitonnx.partitioner.cutting.preparations import PreparedModel, prepare
 from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
 from splitonnx.partitioner.cutting.transforms.recomputations import recompute_stages
-from splitonnx.partitioner.gate.gates import open_model
 from splitonnx.partitioner.partitions import cut, cut_prepared
-from splitonnx.partitioner.reports.inspections import list_cuts as list_tensors
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.client.explanations import explain
 from splitonnx.runtime.engine.engines import Engine
@@ -28,21 +24,12 @@ from splitonnx.runtime.engine.estimates import Estimates
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 from splitonnx.wire_codecs import read_wire
+from tests.end_to_end.test_accumulated_steps import list_cuts, prepare_zoo
 from tests.support.carried import RECURRENT, build_recurrent
 from tests.support.carried import draw_data as draw_recurrent
 from tests.support.zoo import ZOO, Arrays
 
 ROWS, STEPS, PARTS = 7, 3, 3
-
-
-@cache
-def prepare_zoo(name: str) -> PreparedModel:
-    return prepare(open_model(ZOO[name].build()))
-
-
-@cache
-def list_cuts(name: str) -> tuple[str, ...]:
-    return tuple(found.tensor for found in list_tensors(prepare_zoo(name), None))
 
 
 def cut_zoo(name: str, shape: str, target: Target = "training") -> Bundle:

@@ -52,16 +52,21 @@ async def reserve(memory: TaskMemory, session: OpenSession, size: int) -> None:
     await memory.reserve(cast("Session", session), session.id, make_first(session.id), size)
 
 
-async def check_repeats(size: int) -> tuple[list[str], int, bool]:
-    """Open a step of 60 bytes, let another one wait, and begin the first again with ``size``."""
-    budget = Budget(100)
-    never = asyncio.create_task(asyncio.sleep(3600))
-    memory = TaskMemory(
+def make_memory(budget: Budget, never: asyncio.Task[None]) -> TaskMemory:
+    """Make the memory of a connection that stays, at a server that goes on."""
+    return TaskMemory(
         cast("ServerContext", Shared(budget)),
         cast("Peer", None),
         gone=never,
         stopping=cast("asyncio.Task[bool]", never),
     )
+
+
+async def check_repeats(size: int) -> tuple[list[str], int, bool]:
+    """Open a step of 60 bytes, let another one wait, and begin the first again with ``size``."""
+    budget = Budget(100)
+    never = asyncio.create_task(asyncio.sleep(3600))
+    memory = make_memory(budget, never)
     first, second = OpenSession("a"), OpenSession("b")
     await reserve(memory, first, 60)
     waiting = asyncio.create_task(reserve(memory, second, 60))
@@ -90,12 +95,7 @@ async def list_idle(*, awaits_others: bool) -> list[object]:
     now = [0.0]
     budget = Budget(100, clock=lambda: now[0])
     never = asyncio.create_task(asyncio.sleep(3600))
-    memory = TaskMemory(
-        cast("ServerContext", Shared(budget)),
-        cast("Peer", None),
-        gone=never,
-        stopping=cast("asyncio.Task[bool]", never),
-    )
+    memory = make_memory(budget, never)
     session = OpenSession("a")
     session.awaits_others = awaits_others
     await reserve(memory, session, 60)
@@ -124,12 +124,7 @@ def make_part(name: str, number: int, turn: int = 0, phase: str = "accumulate") 
 async def have_open(budget: Budget, sizes: list[tuple[int, int, int]], *ended: int) -> Budget:
     """Send messages of micro-batches: their numbers, turns and sizes; some end before the last."""
     never = asyncio.create_task(asyncio.sleep(3600))
-    memory = TaskMemory(
-        cast("ServerContext", Shared(budget)),
-        cast("Peer", None),
-        gone=never,
-        stopping=cast("asyncio.Task[bool]", never),
-    )
+    memory = make_memory(budget, never)
     session = OpenSession("a")
     session.open_phases = frozenset({"accumulate"})
     open_tasks: dict[int, TaskKey] = {}
