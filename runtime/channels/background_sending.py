@@ -48,7 +48,7 @@ class BackgroundSending:
         return self._transport.bytes_received
 
     def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send ``chunks``, one after the other, as a single message, while the caller goes on.
+        """Send ``chunks``, one after the other, as a single message, while the caller continues.
 
         Raises:
             ConnectionLost: an earlier message could not be sent.

@@ -32,7 +32,7 @@ class QueuedSending:
         self._failure: SplitonnxError | None = None
 
     async def send(self, chunks: Sequence[Chunk]) -> None:
-        """Send ``chunks``, one after the other, as a single message, while the caller goes on.
+        """Send ``chunks``, one after the other, as a single message, while the caller continues.
 
         Raises:
             ConnectionLost: an earlier message could not be sent.
