@@ -1,34 +1,36 @@
 """Load and run stage graphs with the installed ONNX Runtime.
 
-No other module of the runtime imports onnxruntime, and this module does not expose onnxruntime's
-own values or exceptions.  It handles graphs, arrays and threads, but not phases, wires or training
-steps.
+This module does not expose onnxruntime's own values or exceptions.  It handles graphs, arrays and
+threads, but not phases, wires or training steps.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from splitonnx.element_types import ELEMENT_TYPES
-from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
-from splitonnx.imports import leaving_out
+from splitonnx.errors import StageFailed, WrongRuntime
 from splitonnx.kernel_errors import describe_kernel_error
 from splitonnx.runtime.engine.accelerators import Accelerator
+from splitonnx.runtime.engine.builds.installed import (
+    SILENT,
+    get_bindings,
+    import_onnxruntime,
+    installed_runtime,
+    list_exceptions,
+)
 from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
 from splitonnx.runtime.engine.placements import Placement
 from splitonnx.runtime.engine.providers import CPU, PROVIDERS, choose_provider
 from splitonnx.runtime.engine.runs import Runs
-from splitonnx.runtime.engine.stage_graphs import OperatorKernel
 from splitonnx.runtime.engine.tiles.sessions import open_arranged
 from splitonnx.runtime.gate.gates import check_graph, is_ort_format
 from splitonnx.session_settings import EXACT_SETTINGS
@@ -40,33 +42,6 @@ _UNKNOWN_OPERATOR = re.compile(
     r"No Op registered for (\w+)|(\S+?)(?:\(-?\d+\))? is not a registered"
 )
 _CPU = PROVIDERS[CPU].runtime_name
-_SILENT = 4
-"""ONNX Runtime's log severity "fatal": errors are raised anyway, and its lines bypass our log."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InstalledRuntime:
-    """The version of the installed ONNX Runtime, and whether it is the training build.
-
-    ``training`` is true for onnxruntime-training, which can compute gradients.
-    """
-
-    version: str
-    training: bool
-
-    def __str__(self) -> str:
-        return f"onnxruntime{'-training' if self.training else ''} {self.version}"
-
-
-def installed_runtime() -> InstalledRuntime:
-    """Return the version of the installed ONNX Runtime and whether it is the training build.
-
-    Raises:
-        MissingExtra: ONNX Runtime is not installed.
-    """
-    # The training build and the stock build share a folder: only what is inside tells them apart.
-    training = hasattr(_bindings(), "GradientGraphBuilder")
-    return InstalledRuntime(version=_import_onnxruntime().__version__, training=training)
 
 
 class Tensor:
@@ -138,7 +113,7 @@ class Engine:
         stage_seconds: float | None = None,
         on_stuck: Callable[[str], object] | None = None,
     ) -> None:
-        self._ort = _import_onnxruntime()
+        self._ort = import_onnxruntime()
         self._threads = threads
         self._trusted = trusted
         self._arena = arena
@@ -234,13 +209,13 @@ class Engine:
             self.provider,
             threads=self._threads,
             installed=str(installed_runtime()),
-            failures=_exceptions(),
+            failures=list_exceptions(),
             to_array=lambda value: _view(Tensor(value)),
         )
 
     def _complete(self, options: Any) -> Any:
         """Add every session's settings."""
-        options.log_severity_level = _SILENT
+        options.log_severity_level = SILENT
         for entry in EXACT_SETTINGS.items():
             options.add_session_config_entry(*entry)
         if CAN_FLUSH:
@@ -255,7 +230,7 @@ class Engine:
         try:
             with flushing_denormals():  # otherwise the first session would set it for good
                 return self._ort.InferenceSession(graph, options, providers=[_CPU])
-        except _exceptions() as error:
+        except list_exceptions() as error:
             _refuse(name, error)
 
     def from_array(self, array: np.ndarray) -> Tensor:
@@ -287,7 +262,7 @@ class Engine:
         """
         values = {name: tensor._value for name, tensor in feeds.items()}
         options = self._ort.RunOptions()
-        options.log_severity_level = _SILENT
+        options.log_severity_level = SILENT
         run = self._running.begin(stage.name, options)
         try:
             restore = set_flush()
@@ -295,7 +270,7 @@ class Engine:
                 produced = stage.session.run_with_ort_values(stage.outputs, values, options)
             finally:
                 restore()
-        except _exceptions() as error:
+        except list_exceptions() as error:
             run.explain(error, _one_line(error), self._running.seconds)
         finally:
             self._running.finish(run)
@@ -311,55 +286,6 @@ class Engine:
         self._running.stop()
 
 
-def list_kernels(graphs: Iterable[bytes]) -> tuple[OperatorKernel, ...]:
-    """List the operators that a reduced ONNX Runtime build needs to run graphs in ORT format.
-
-    The graphs must come from :meth:`Engine.convert`.  A tool of onnxruntime reads them.
-    """
-    _import_onnxruntime()
-    from onnxruntime.tools import ort_format_model
-
-    types = ort_format_model.OperatorTypeUsageManager()
-    found: dict[str, dict[int, set[str]]] = {}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # the tool does not close its file
-        for graph in graphs:
-            path = Path(folder, "stage.ort")
-            path.write_bytes(graph)
-            ort_format_model.OrtFormatModelProcessor(str(path), found, types).process()
-    return tuple(
-        OperatorKernel(
-            domain=domain,
-            version=version,
-            operator=operator,
-            types=types.get_config_entry(domain, operator) or "",
-        )
-        for domain, versions in sorted(found.items())
-        for version, operators in sorted(versions.items())
-        for operator in sorted(operators)
-    )
-
-
-@cache
-def _import_onnxruntime() -> Any:
-    # From 1.29 on it reports models and errors to its maker, keeps an identifier of the device, and
-    # does both while it is imported, unless the environment says this before.
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    try:
-        # The training build imports onnx and more there, which takes as long as all the rest.
-        with leaving_out("onnxruntime.training"):
-            import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("onnxruntime", "portable", "running a bundle") from error
-    onnxruntime.disable_telemetry_events()  # a program that imported it before us
-    onnxruntime.set_default_logger_severity(_SILENT)  # device discovery warns on its own
-    return onnxruntime
-
-
-def _bindings() -> Any:
-    return _import_onnxruntime().capi.onnxruntime_pybind11_state
-
-
 def _view(tensor: Tensor) -> np.ndarray:
     if 0 in tensor._value.shape():  # it has no memory to share
         interface = tensor.__array_interface__
@@ -369,16 +295,9 @@ def _view(tensor: Tensor) -> np.ndarray:
 
 def _detach(value: Any) -> Any:
     """Detach an output from its run's others, which it would keep alive, but not from its array."""
-    alone = _bindings().OrtValueVector()
+    alone = get_bindings().OrtValueVector()
     alone.push_back(value._ortvalue)
     return type(value)(alone[0], value._numpy_obj)
-
-
-@cache
-def _exceptions() -> tuple[type[Exception], ...]:
-    # They have no base class in common, and each version adds some.  ValueError: a feed is missing.
-    own = (kind for kind in vars(_bindings()).values() if isinstance(kind, type))
-    return (RuntimeError, ValueError, *(kind for kind in own if issubclass(kind, Exception)))
 
 
 def _refuse(stage: str, error: Exception) -> NoReturn:
