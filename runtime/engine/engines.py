@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +28,9 @@ from splitonnx.runtime.engine.builds.installed import (
     installed_runtime,
     list_exceptions,
 )
-from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
+from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals
+from splitonnx.runtime.engine.early.halves import OpenedHalves
+from splitonnx.runtime.engine.invariants.sessions import DividedSession
 from splitonnx.runtime.engine.placements import Placement
 from splitonnx.runtime.engine.providers import CPU, PROVIDERS, choose_provider
 from splitonnx.runtime.engine.runs import Runs
@@ -71,6 +74,7 @@ class LoadedStage:
     """A stage graph that is ready to run; ``outputs`` are the names of those that a run returns.
 
     Inputs ``zeros`` may be left out if they are zero; ``sources`` maps renamed inputs, by output.
+    If the stage is divided, ``then`` is its other part, which takes the outputs ``handed``, too.
     """
 
     name: str
@@ -78,6 +82,17 @@ class LoadedStage:
     session: Any
     zeros: frozenset[str] = frozenset()
     sources: Mapping[str, str] = field(default_factory=dict)
+    handed: tuple[str, ...] = ()
+    then: LoadedStage | None = None
+
+    def choose(self, outputs: Sequence[str]) -> LoadedStage:
+        """Return the stage with these outputs alone, and what its parts hand on."""
+        then = None if self.then is None else self.then.choose(outputs)
+        if then is not None and not then.outputs:
+            then = None
+        handed = () if then is None else self.handed
+        own = tuple(name for name in self.outputs if name in outputs or name in handed)
+        return replace(self, outputs=own, handed=handed, then=then)
 
 
 class Engine:
@@ -133,6 +148,7 @@ class Engine:
         training: bool,
         steady: Collection[str] = (),
         sums: Mapping[str, str] = {},
+        early: Collection[str] = (),
     ) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
 
@@ -141,7 +157,8 @@ class Engine:
         run on blocked images (:mod:`layouts`), updates of large parameters over tiles
         (:mod:`tiles`).  What depends on the inputs ``steady`` alone is kept between runs
         (:mod:`invariants`).  ``sums`` maps inputs that a run may change to the outputs that replace
-        them.  A graph in ORT format runs as it is, if the engine is ``trusted``.
+        them.  If the stage has much to do that outputs ``early`` do not need, it is divided
+        (:mod:`halves`).  A graph in ORT format runs as it is, if the engine is ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -159,11 +176,19 @@ class Engine:
             session = open_here(graph)
         else:
             session = open_arranged(
-                graph, self._ort, open_here, steady, sums, threads=self._threads, keeps=self._arena
+                graph,
+                self._ort,
+                open_here,
+                steady,
+                sums,
+                threads=self._threads,
+                keeps=self._arena,
+                early=early,
             )
-        outputs = tuple(output.name for output in session.get_outputs())
-        more = {n: getattr(session, n) for n in ("zeros", "sources") if hasattr(session, n)}
-        return LoadedStage(name=name, outputs=outputs, session=session, **more)
+        if not isinstance(session, OpenedHalves):
+            return _describe(name, session)
+        then = _describe(name, session.rest)
+        return replace(_describe(name, session.first), handed=session.handed, then=then)
 
     def _make_options(self, *, training: bool, own_format: bool) -> Any:
         levels = self._ort.GraphOptimizationLevel
@@ -261,19 +286,8 @@ class Engine:
             StageTooSlow, StageStopped: it exceeded its time limit, or :meth:`stop` was called.
         """
         values = {name: tensor._value for name, tensor in feeds.items()}
-        options = self._ort.RunOptions()
-        options.log_severity_level = SILENT
-        run = self._running.begin(stage.name, options)
-        try:
-            restore = set_flush()
-            try:
-                produced = stage.session.run_with_ort_values(stage.outputs, values, options)
-            finally:
-                restore()
-        except list_exceptions() as error:
-            run.explain(error, _one_line(error), self._running.seconds)
-        finally:
-            self._running.finish(run)
+        with self._watching(stage) as options:
+            produced = stage.session.run_with_ort_values(stage.outputs, values, options)
         # A graph's input that is also its output comes back as a second handle on the same memory,
         # which does not keep that memory alive: the feed itself does.
         return {
@@ -281,9 +295,45 @@ class Engine:
             for name, value in zip(stage.outputs, produced, strict=True)
         }
 
+    def renew(self, stage: LoadedStage, tensors: Mapping[str, Tensor]) -> None:
+        """Compute what the next run would compute of inputs that are the same for many runs.
+
+        ``tensors`` has these inputs, and may have more.
+
+        Raises:
+            StageFailed, StageTooSlow, StageStopped: see :meth:`run`.
+        """
+        part: LoadedStage | None = stage
+        while part is not None:
+            if isinstance(part.session, DividedSession):
+                values = {name: tensors[name]._value for name in part.session.reads}
+                with self._watching(part) as options:
+                    part.session.renew(values, options)
+            part = part.then
+
+    @contextmanager
+    def _watching(self, stage: LoadedStage) -> Iterator[Any]:
+        """Yield the options of a run, which :meth:`stop` and a time limit may end."""
+        options = self._ort.RunOptions()
+        options.log_severity_level = SILENT
+        run = self._running.begin(stage.name, options)
+        try:
+            with flushing_denormals():
+                yield options
+        except list_exceptions() as error:
+            run.explain(error, _one_line(error), self._running.seconds)
+        finally:
+            self._running.finish(run)
+
     def stop(self) -> None:
         """Stop all running stages and run no more stages; call this from another thread."""
         self._running.stop()
+
+
+def _describe(name: str, session: Any) -> LoadedStage:
+    outputs = tuple(output.name for output in session.get_outputs())
+    more = {n: getattr(session, n) for n in ("zeros", "sources") if hasattr(session, n)}
+    return LoadedStage(name=name, outputs=outputs, session=session, **more)
 
 
 def _view(tensor: Tensor) -> np.ndarray:
