@@ -32,7 +32,7 @@ from splitonnx.bundles import PartyBundle
 from splitonnx.names import PORTABLE, TRAINING, Target
 from splitonnx.optimizers import AdamW
 from splitonnx.runtime.client.clients import Client
-from splitonnx.runtime.engine.engines import installed_runtime
+from splitonnx.runtime.engine.builds.installed import installed_runtime
 
 WARM, LEAST, RATE = 3, 5, 1e-3
 PORTABLE_MORE = 1.1

@@ -125,7 +125,7 @@ def test_nothing_is_refused_where_the_package_is_loaded_already() -> None:
 @pytest.mark.parametrize(
     ("module", "load"),
     [
-        ("splitonnx.runtime.engine.engines", "_import_onnxruntime"),
+        ("splitonnx.runtime.engine.builds.installed", "import_onnxruntime"),
         ("splitonnx.partitioner.native.natives", "import_onnxruntime"),
     ],
 )

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from splitonnx.manifests import PartyManifest, Phase, Source, Stage
-from splitonnx.names import ACCUMULATE
+from splitonnx.names import ACCUMULATE, TRAIN
 
 
 class Dataflow:
@@ -130,6 +130,14 @@ def list_steady(phase: Phase, stage: Stage) -> tuple[str, ...]:
         return ()
     state = (entry.name for entry in stage.inputs if entry.source is Source.STATE)
     return tuple(name for name in state if name not in phase.commits)
+
+
+def list_early(phase: Phase, stage: Stage, party: str) -> tuple[str, ...]:
+    """List the stage's outputs that a training step sends, for which the other party waits."""
+    if phase.name not in (TRAIN, ACCUMULATE):
+        return ()
+    sent = {wire.tensor.name for wire in phase.wires if wire.sender == party}
+    return tuple(name for name in stage.outputs if name in sent)
 
 
 def list_sums(manifest: PartyManifest, phase: Phase, stage: Stage) -> dict[str, str]:

@@ -1,34 +1,39 @@
 """Load and run stage graphs with the installed ONNX Runtime.
 
-No other module of the runtime imports onnxruntime, and this module does not expose onnxruntime's
-own values or exceptions.  It handles graphs, arrays and threads, but not phases, wires or training
-steps.
+This module does not expose onnxruntime's own values or exceptions.  It handles graphs, arrays and
+threads, but not phases, wires or training steps.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache, partial
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from splitonnx.element_types import ELEMENT_TYPES
-from splitonnx.errors import MissingExtra, StageFailed, WrongRuntime
-from splitonnx.imports import leaving_out
+from splitonnx.errors import StageFailed, WrongRuntime
 from splitonnx.kernel_errors import describe_kernel_error
 from splitonnx.runtime.engine.accelerators import Accelerator
-from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals, set_flush
+from splitonnx.runtime.engine.builds.installed import (
+    SILENT,
+    get_bindings,
+    import_onnxruntime,
+    installed_runtime,
+    list_exceptions,
+)
+from splitonnx.runtime.engine.denormals import CAN_FLUSH, flushing_denormals
+from splitonnx.runtime.engine.early.halves import OpenedHalves
+from splitonnx.runtime.engine.invariants.sessions import DividedSession
 from splitonnx.runtime.engine.placements import Placement
 from splitonnx.runtime.engine.providers import CPU, PROVIDERS, choose_provider
 from splitonnx.runtime.engine.runs import Runs
-from splitonnx.runtime.engine.stage_graphs import OperatorKernel
 from splitonnx.runtime.engine.tiles.sessions import open_arranged
 from splitonnx.runtime.gate.gates import check_graph, is_ort_format
 from splitonnx.session_settings import EXACT_SETTINGS
@@ -40,33 +45,6 @@ _UNKNOWN_OPERATOR = re.compile(
     r"No Op registered for (\w+)|(\S+?)(?:\(-?\d+\))? is not a registered"
 )
 _CPU = PROVIDERS[CPU].runtime_name
-_SILENT = 4
-"""ONNX Runtime's log severity "fatal": errors are raised anyway, and its lines bypass our log."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class InstalledRuntime:
-    """The version of the installed ONNX Runtime, and whether it is the training build.
-
-    ``training`` is true for onnxruntime-training, which can compute gradients.
-    """
-
-    version: str
-    training: bool
-
-    def __str__(self) -> str:
-        return f"onnxruntime{'-training' if self.training else ''} {self.version}"
-
-
-def installed_runtime() -> InstalledRuntime:
-    """Return the version of the installed ONNX Runtime and whether it is the training build.
-
-    Raises:
-        MissingExtra: ONNX Runtime is not installed.
-    """
-    # The training build and the stock build share a folder: only what is inside tells them apart.
-    training = hasattr(_bindings(), "GradientGraphBuilder")
-    return InstalledRuntime(version=_import_onnxruntime().__version__, training=training)
 
 
 class Tensor:
@@ -96,6 +74,7 @@ class LoadedStage:
     """A stage graph that is ready to run; ``outputs`` are the names of those that a run returns.
 
     Inputs ``zeros`` may be left out if they are zero; ``sources`` maps renamed inputs, by output.
+    If the stage is divided, ``then`` is its other part, which takes the outputs ``handed``, too.
     """
 
     name: str
@@ -103,6 +82,17 @@ class LoadedStage:
     session: Any
     zeros: frozenset[str] = frozenset()
     sources: Mapping[str, str] = field(default_factory=dict)
+    handed: tuple[str, ...] = ()
+    then: LoadedStage | None = None
+
+    def choose(self, outputs: Sequence[str]) -> LoadedStage:
+        """Return the stage with these outputs alone, and what its parts hand on."""
+        then = None if self.then is None else self.then.choose(outputs)
+        if then is not None and not then.outputs:
+            then = None
+        handed = () if then is None else self.handed
+        own = tuple(name for name in self.outputs if name in outputs or name in handed)
+        return replace(self, outputs=own, handed=handed, then=then)
 
 
 class Engine:
@@ -138,7 +128,7 @@ class Engine:
         stage_seconds: float | None = None,
         on_stuck: Callable[[str], object] | None = None,
     ) -> None:
-        self._ort = _import_onnxruntime()
+        self._ort = import_onnxruntime()
         self._threads = threads
         self._trusted = trusted
         self._arena = arena
@@ -158,6 +148,7 @@ class Engine:
         training: bool,
         steady: Collection[str] = (),
         sums: Mapping[str, str] = {},
+        early: Collection[str] = (),
     ) -> LoadedStage:
         """Check a stage graph with the gate and load it into ONNX Runtime.
 
@@ -166,7 +157,8 @@ class Engine:
         run on blocked images (:mod:`layouts`), updates of large parameters over tiles
         (:mod:`tiles`).  What depends on the inputs ``steady`` alone is kept between runs
         (:mod:`invariants`).  ``sums`` maps inputs that a run may change to the outputs that replace
-        them.  A graph in ORT format runs as it is, if the engine is ``trusted``.
+        them.  If the stage has much to do that outputs ``early`` do not need, it is divided
+        (:mod:`halves`).  A graph in ORT format runs as it is, if the engine is ``trusted``.
 
         Raises:
             ForbiddenGraph: the gate refused the graph; ONNX Runtime did not see it.
@@ -184,11 +176,19 @@ class Engine:
             session = open_here(graph)
         else:
             session = open_arranged(
-                graph, self._ort, open_here, steady, sums, threads=self._threads, keeps=self._arena
+                graph,
+                self._ort,
+                open_here,
+                steady,
+                sums,
+                threads=self._threads,
+                keeps=self._arena,
+                early=early,
             )
-        outputs = tuple(output.name for output in session.get_outputs())
-        more = {n: getattr(session, n) for n in ("zeros", "sources") if hasattr(session, n)}
-        return LoadedStage(name=name, outputs=outputs, session=session, **more)
+        if not isinstance(session, OpenedHalves):
+            return _describe(name, session)
+        then = _describe(name, session.rest)
+        return replace(_describe(name, session.first), handed=session.handed, then=then)
 
     def _make_options(self, *, training: bool, own_format: bool) -> Any:
         levels = self._ort.GraphOptimizationLevel
@@ -234,13 +234,13 @@ class Engine:
             self.provider,
             threads=self._threads,
             installed=str(installed_runtime()),
-            failures=_exceptions(),
+            failures=list_exceptions(),
             to_array=lambda value: _view(Tensor(value)),
         )
 
     def _complete(self, options: Any) -> Any:
         """Add every session's settings."""
-        options.log_severity_level = _SILENT
+        options.log_severity_level = SILENT
         for entry in EXACT_SETTINGS.items():
             options.add_session_config_entry(*entry)
         if CAN_FLUSH:
@@ -255,7 +255,7 @@ class Engine:
         try:
             with flushing_denormals():  # otherwise the first session would set it for good
                 return self._ort.InferenceSession(graph, options, providers=[_CPU])
-        except _exceptions() as error:
+        except list_exceptions() as error:
             _refuse(name, error)
 
     def from_array(self, array: np.ndarray) -> Tensor:
@@ -286,19 +286,8 @@ class Engine:
             StageTooSlow, StageStopped: it exceeded its time limit, or :meth:`stop` was called.
         """
         values = {name: tensor._value for name, tensor in feeds.items()}
-        options = self._ort.RunOptions()
-        options.log_severity_level = _SILENT
-        run = self._running.begin(stage.name, options)
-        try:
-            restore = set_flush()
-            try:
-                produced = stage.session.run_with_ort_values(stage.outputs, values, options)
-            finally:
-                restore()
-        except _exceptions() as error:
-            run.explain(error, _one_line(error), self._running.seconds)
-        finally:
-            self._running.finish(run)
+        with self._watching(stage) as options:
+            produced = stage.session.run_with_ort_values(stage.outputs, values, options)
         # A graph's input that is also its output comes back as a second handle on the same memory,
         # which does not keep that memory alive: the feed itself does.
         return {
@@ -306,58 +295,45 @@ class Engine:
             for name, value in zip(stage.outputs, produced, strict=True)
         }
 
+    def renew(self, stage: LoadedStage, tensors: Mapping[str, Tensor]) -> None:
+        """Compute what the next run would compute of inputs that are the same for many runs.
+
+        ``tensors`` has these inputs, and may have more.
+
+        Raises:
+            StageFailed, StageTooSlow, StageStopped: see :meth:`run`.
+        """
+        part: LoadedStage | None = stage
+        while part is not None:
+            if isinstance(part.session, DividedSession):
+                values = {name: tensors[name]._value for name in part.session.reads}
+                with self._watching(part) as options:
+                    part.session.renew(values, options)
+            part = part.then
+
+    @contextmanager
+    def _watching(self, stage: LoadedStage) -> Iterator[Any]:
+        """Yield the options of a run, which :meth:`stop` and a time limit may end."""
+        options = self._ort.RunOptions()
+        options.log_severity_level = SILENT
+        run = self._running.begin(stage.name, options)
+        try:
+            with flushing_denormals():
+                yield options
+        except list_exceptions() as error:
+            run.explain(error, _one_line(error), self._running.seconds)
+        finally:
+            self._running.finish(run)
+
     def stop(self) -> None:
         """Stop all running stages and run no more stages; call this from another thread."""
         self._running.stop()
 
 
-def list_kernels(graphs: Iterable[bytes]) -> tuple[OperatorKernel, ...]:
-    """List the operators that a reduced ONNX Runtime build needs to run graphs in ORT format.
-
-    The graphs must come from :meth:`Engine.convert`.  A tool of onnxruntime reads them.
-    """
-    _import_onnxruntime()
-    from onnxruntime.tools import ort_format_model
-
-    types = ort_format_model.OperatorTypeUsageManager()
-    found: dict[str, dict[int, set[str]]] = {}
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # the tool does not close its file
-        for graph in graphs:
-            path = Path(folder, "stage.ort")
-            path.write_bytes(graph)
-            ort_format_model.OrtFormatModelProcessor(str(path), found, types).process()
-    return tuple(
-        OperatorKernel(
-            domain=domain,
-            version=version,
-            operator=operator,
-            types=types.get_config_entry(domain, operator) or "",
-        )
-        for domain, versions in sorted(found.items())
-        for version, operators in sorted(versions.items())
-        for operator in sorted(operators)
-    )
-
-
-@cache
-def _import_onnxruntime() -> Any:
-    # From 1.29 on it reports models and errors to its maker, keeps an identifier of the device, and
-    # does both while it is imported, unless the environment says this before.
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    try:
-        # The training build imports onnx and more there, which takes as long as all the rest.
-        with leaving_out("onnxruntime.training"):
-            import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("onnxruntime", "portable", "running a bundle") from error
-    onnxruntime.disable_telemetry_events()  # a program that imported it before us
-    onnxruntime.set_default_logger_severity(_SILENT)  # device discovery warns on its own
-    return onnxruntime
-
-
-def _bindings() -> Any:
-    return _import_onnxruntime().capi.onnxruntime_pybind11_state
+def _describe(name: str, session: Any) -> LoadedStage:
+    outputs = tuple(output.name for output in session.get_outputs())
+    more = {n: getattr(session, n) for n in ("zeros", "sources") if hasattr(session, n)}
+    return LoadedStage(name=name, outputs=outputs, session=session, **more)
 
 
 def _view(tensor: Tensor) -> np.ndarray:
@@ -369,16 +345,9 @@ def _view(tensor: Tensor) -> np.ndarray:
 
 def _detach(value: Any) -> Any:
     """Detach an output from its run's others, which it would keep alive, but not from its array."""
-    alone = _bindings().OrtValueVector()
+    alone = get_bindings().OrtValueVector()
     alone.push_back(value._ortvalue)
     return type(value)(alone[0], value._numpy_obj)
-
-
-@cache
-def _exceptions() -> tuple[type[Exception], ...]:
-    # They have no base class in common, and each version adds some.  ValueError: a feed is missing.
-    own = (kind for kind in vars(_bindings()).values() if isinstance(kind, type))
-    return (RuntimeError, ValueError, *(kind for kind in own if issubclass(kind, Exception)))
 
 
 def _refuse(stage: str, error: Exception) -> NoReturn:

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
 from splitonnx.expressions import evaluate
 from splitonnx.manifests import PartyManifest, Source
-from splitonnx.runtime.engine.dataflows import Dataflow, list_steady
+from splitonnx.runtime.engine.dataflows import Dataflow, list_early, list_steady
+from splitonnx.runtime.engine.early.halves import find_first
 from splitonnx.runtime.engine.invariants.divisions import find_origins
 from splitonnx.runtime.engine.layouts.convolutions import block_placed
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
@@ -58,7 +60,14 @@ class Estimates:
         self._phases = {phase.name: phase for phase in manifest.phases}
         self._flows = {p.name: Dataflow(p, manifest.party) for p in manifest.phases}
         files = {stage.graph for phase in manifest.phases for stage in phase.stages}
-        self._graphs = {file: read_stage(graphs[file]) for file in sorted(files)}
+        read = {file: read_stage(graphs[file]) for file in sorted(files)}
+        self._graphs = {
+            (phase.name, stage.name): _order(
+                read[stage.graph], list_early(phase, stage, manifest.party)
+            )
+            for phase in manifest.phases
+            for stage in phase.stages
+        }
         self._origins = {
             (phase.name, stage.name): _find_origins(graphs[stage.graph], list_steady(phase, stage))
             for phase in manifest.phases
@@ -87,7 +96,7 @@ class Estimates:
         for stage in phase.stages:
             uses.update(flow.later.get(stage.name, {}))
             own = frozenset(i.name for i in stage.inputs if i.source is Source.STATE)
-            walk = _Walk(self._graphs[stage.graph], sizes)
+            walk = _Walk(self._graphs[name, stage.name], sizes)
             peak = max(peak, sum(held.values()) + walk.run(own))
             for value, origin in self._origins[name, stage.name].items():
                 kept += walk.bytes.get(value, walk.bytes.get(origin, 0))
@@ -202,6 +211,15 @@ _IMAGES: Mapping[str, tuple[int, int]] = {
 For each, the first number is the input whose size is the image's (-1 for the output), and the
 second is the input with the convolution kernel.
 """
+
+
+def _order(graph: StageGraph, early: Collection[str]) -> StageGraph:
+    """Put what outputs ``early`` need first, if that is how the engine runs the graph."""
+    first = () if any(n.has_body for n in graph.nodes) else find_first(graph.nodes, early)
+    if not first:
+        return graph
+    numbered = sorted(enumerate(graph.nodes), key=lambda entry: entry[0] not in first)
+    return replace(graph, nodes=tuple(node for _, node in numbered))
 
 
 def _find_origins(graph: bytes, steady: Collection[str]) -> dict[str, str]:

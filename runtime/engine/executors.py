@@ -10,9 +10,10 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import copy
-from dataclasses import replace
 from functools import partial
+from weakref import WeakSet
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from splitonnx.errors import (
     MissingArray,
     NotFinite,
     RemoteProtocolError,
+    StageFailed,
+    StageStopped,
+    StageTooSlow,
     quote,
 )
 from splitonnx.faults import attribute_errors_to_us
@@ -38,7 +42,7 @@ from splitonnx.names import (
     UPDATE,
     WEIGH,
 )
-from splitonnx.runtime.engine.dataflows import Dataflow, list_steady, list_sums
+from splitonnx.runtime.engine.dataflows import Dataflow, list_early, list_steady, list_sums
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.providers import check_target
 from splitonnx.runtime.engine.steps import OpenStep, OpenTask, make_scalars
@@ -57,13 +61,23 @@ class Executor:
     must not use an executor at the same time.
 
     ``norm`` is the largest L2 norm allowed for a gradient that this party decodes; ``None`` means
-    no limit.
+    no limit.  With ``renews``, what a step computes once for all its micro-batches is computed
+    right after the update before it, for a party that waits then.
     """
 
-    def __init__(self, party: PartyBundle, engine: Engine, *, norm: float | None = None) -> None:
+    def __init__(
+        self,
+        party: PartyBundle,
+        engine: Engine,
+        *,
+        norm: float | None = None,
+        renews: bool = False,
+    ) -> None:
         check_target(engine.provider, party.manifest.party, party.manifest.target)
         self.step = party.step
         self._norm = norm
+        self._renews = renews
+        self._divided: WeakSet[Executor] = WeakSet()  # the forks that share what stages keep
         self.manifest = party.manifest
         self.party = party
         self._engine = engine
@@ -104,14 +118,14 @@ class Executor:
         for stage in declared.stages:
             steady = list_steady(declared, stage)
             sums = list_sums(self.manifest, declared, stage)
-            shared = (stage.graph, training, steady, tuple(sums.items()))
+            early = list_early(declared, stage, self.manifest.party)
+            shared = (stage.graph, training, steady, tuple(sums.items()), early)
             if shared not in self._shared:
                 graph = self.party.graphs[stage.graph]
                 self._shared[shared] = self._engine.load(
-                    stage.name, graph, training=training, steady=steady, sums=sums
+                    stage.name, graph, training=training, steady=steady, sums=sums, early=early
                 )
-            loaded = replace(self._shared[shared], outputs=stage.outputs)
-            self._loaded[phase, stage.name] = loaded
+            self._loaded[phase, stage.name] = self._shared[shared].choose(stage.outputs)
         self._flows[phase] = Dataflow(declared, self.manifest.party)
 
     def begin(
@@ -142,6 +156,8 @@ class Executor:
                 raise MissingArray(spec.name, tuple(data))
             check_array(data[spec.name], spec, task.sizes)
         self._open.begin(key)
+        if key.phase == ACCUMULATE:
+            self._divided.add(self)
         self._supply(task, {spec.name: data[spec.name] for spec in phase.data})
         self._supply(task, scalars)
         self._tasks[key] = task
@@ -157,7 +173,7 @@ class Executor:
         task = self._task(key)
         if unexpected := tensors.keys() - task.progress.missing:
             raise RemoteProtocolError(f"it sent {quote(sorted(unexpected))}, not expected now")
-        self._check_wires(task, tensors)
+        task.check_wires(tensors)
         self._supply(task, tensors)
 
     def advance(self, key: TaskKey) -> Iterator[dict[str, np.ndarray]]:
@@ -179,10 +195,9 @@ class Executor:
         """
         task = self._task(key)
         while stage := task.progress.next_stage(partial(self._open.is_ready, key)):
-            with attribute_errors_to_us(f"stage '{stage.name}'"):
-                self._run(task, stage)
-            if wires := task.progress.next_wires():
-                yield self._collect_wires(task, wires)
+            for _ in self._run(task, stage):
+                if wires := task.progress.next_wires():
+                    yield self._collect_wires(task, wires)
         if wires := task.progress.next_wires():  # data alone: no stage was ready
             yield self._collect_wires(task, wires)
 
@@ -227,6 +242,8 @@ class Executor:
             changes = {**self._open.close(), **changes}
         self._state.update(changes)
         self.step += key.phase in (TRAIN, UPDATE)
+        if key.phase == UPDATE and self._renews:
+            self._renew()
         return results
 
     def abandon(self, key: TaskKey) -> None:
@@ -312,12 +329,6 @@ class Executor:
             raise LocalProtocolError(f"{key} is not finished")
         return task
 
-    def _check_wires(self, task: OpenTask, tensors: Mapping[str, np.ndarray]) -> None:
-        for wire in task.phase.wires:
-            if wire.tensor.name in tensors:
-                is_output = wire.kind is WireKind.OUTPUT
-                check_array(tensors[wire.tensor.name], wire.tensor, task.sizes, is_output=is_output)
-
     def _supply(self, task: OpenTask, arrays: Mapping[str, np.ndarray]) -> None:
         self._keep(task, {name: self._engine.from_array(a) for name, a in arrays.items()})
 
@@ -330,18 +341,30 @@ class Executor:
         is_left_out = name in zeros and self._open.is_zero(key, name)
         return None if is_left_out else self._open.read(self._state, key, name)
 
-    def _run(self, task: OpenTask, stage: Stage) -> None:
-        loaded = self._loaded[task.phase.name, stage.name]
-        feeds = task.feed(stage, partial(self._read, task.key, loaded.zeros))
-        outputs = self._engine.run(loaded, feeds)
+    def _run(self, task: OpenTask, stage: Stage) -> Iterator[None]:
+        """Run a stage, and yield after each part of it."""
+        with attribute_errors_to_us(f"stage '{stage.name}'"):
+            loaded = self._loaded[task.phase.name, stage.name]
+            feeds = task.feed(stage, partial(self._read, task.key, loaded.zeros))
+            part: LoadedStage | None = loaded
+            while part is not None:
+                outputs = self._engine.run(part, feeds)
+                feeds |= {name: outputs[name] for name in part.handed}
+                self._take(task, {n: t for n, t in outputs.items() if n in stage.outputs})
+                part = part.then
+                if part is None:
+                    self._open.note_run(task.key, stage)
+                    self._drop(task, task.flow.needs[stage.name])
+                yield
+
+    def _take(self, task: OpenTask, outputs: Mapping[str, Tensor]) -> None:
+        """Check what a stage has computed, and keep it."""
         if task.phase.name in STEP_PHASES and LOSS in outputs:
             loss = self._engine.to_array(outputs[LOSS])
             if not np.isfinite(loss).all():
                 raise NotFinite(LOSS, f"{loss} at step {self.step + 1}")
         self._check_decoded(task, outputs)
         self._keep(task, outputs)
-        self._open.note_run(task.key, stage)
-        self._drop(task, task.flow.needs[stage.name])
 
     def _check_decoded(self, task: OpenTask, outputs: Mapping[str, Tensor]) -> None:
         """Check what a stage decoded as a received tensor that was not encoded is checked."""
@@ -356,10 +379,19 @@ class Executor:
                 if self._norm is not None and encoded.kind is WireKind.GRADIENT:
                     check_norm(name, array, self._norm)
 
+    def _renew(self) -> None:
+        """Compute what the next step computes once, unless another fork's step may be the next."""
+        if len(self._divided) > 1:
+            return
+        for (phase, _), stage in self._loaded.items():
+            if phase == ACCUMULATE:
+                with suppress(StageFailed, StageTooSlow, StageStopped):  # the next step says so
+                    self._engine.renew(stage, self._state)
+
     def _collect_wires(self, task: OpenTask, wires: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Return outgoing tensors as arrays, and record the sizes that replies must have."""
         arrays = {name: self._engine.to_array(task.values[name]) for name in wires}
-        self._check_wires(task, arrays)
+        task.check_wires(arrays)
         self._drop(task, wires)
         return arrays
 

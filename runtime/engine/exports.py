@@ -26,7 +26,9 @@ from splitonnx.manifests import PartyManifest
 from splitonnx.names import EVALUATE, PREDICT, TRAINING, WEIGH
 from splitonnx.operators import TRAINING_ONLY
 from splitonnx.outputs import check_place
-from splitonnx.runtime.engine.engines import Engine, installed_runtime, list_kernels
+from splitonnx.runtime.engine.builds.installed import installed_runtime
+from splitonnx.runtime.engine.builds.kernel_lists import list_kernels
+from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.stage_graphs import OperatorKernel
 from splitonnx.runtime.gate import schemas
 from splitonnx.runtime.gate.gates import check_graph

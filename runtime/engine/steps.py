@@ -24,12 +24,13 @@ from splitonnx.manifests import (
     Phase,
     Source,
     Stage,
+    WireKind,
 )
 from splitonnx.messages import TaskKey
 from splitonnx.names import ACCUMULATE, STEP_PHASES, UPDATE
 from splitonnx.runtime.engine.dataflows import Dataflow, Progress
 from splitonnx.runtime.engine.engines import Engine, Tensor
-from splitonnx.tensors import DTYPES
+from splitonnx.tensors import DTYPES, check_array
 
 
 @dataclass(kw_only=True)
@@ -66,6 +67,17 @@ class OpenTask:
         """Record that values are there, and keep those that something needs."""
         self.values.update((n, t) for n, t in tensors.items() if self.progress.wants(n))
         self.progress.arrive(tensors)
+
+    def check_wires(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Check tensors that are sent or were received, and record the sizes that they have.
+
+        Raises:
+            ArrayMismatch, ValueOutOfRange: a tensor does not match its declaration.
+        """
+        for wire in self.phase.wires:
+            if wire.tensor.name in tensors:
+                is_output = wire.kind is WireKind.OUTPUT
+                check_array(tensors[wire.tensor.name], wire.tensor, self.sizes, is_output=is_output)
 
 
 class OpenStep:

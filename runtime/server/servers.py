@@ -169,7 +169,7 @@ class Server:
                     party = replace(party, weights=shared.tensors)
                 self._workers = self._make_workers(party, shared, threads)
             self._registry = Registry(
-                Executor(party, self._engine, norm=self._limits.norm),
+                Executor(party, self._engine, norm=self._limits.norm, renews=True),
                 sessions=self._limits.sessions,
                 sessions_per_owner=self._limits.sessions_per_token,
                 memory_bytes=self._limits.memory,

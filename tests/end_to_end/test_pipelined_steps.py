@@ -50,7 +50,7 @@ class Delayed(MemoryTransport):
 def connect(bundle: Bundle, breaks: Iterable[bool] = ()) -> Iterator[tuple[Client, list[Delayed]]]:
     """Connect a client to a server in memory; it reconnects whenever its connection breaks."""
     assert bundle.server is not None
-    registry = Registry(Executor(bundle.server, Engine(threads=1)))
+    registry = Registry(Executor(bundle.server, Engine(threads=1), renews=True))
     opened: list[Delayed] = []
     cuts = iter(breaks)
 
@@ -134,7 +134,7 @@ def test_several_messages_are_under_way_at_once() -> None:
             return super().receive()
 
     assert bundle.server is not None
-    registry = Registry(Executor(bundle.server, Engine(threads=1)))
+    registry = Registry(Executor(bundle.server, Engine(threads=1), renews=True))
     with Client(
         bundle.client, lambda: Counting(Dispatcher(registry), iter(())), threads=1
     ) as client:

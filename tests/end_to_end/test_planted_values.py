@@ -20,7 +20,8 @@ from splitonnx.manifests import Phase, Wire
 from splitonnx.messages import TaskKey
 from splitonnx.partitioner.lowerings.kernels import choices
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.engine.engines import Engine, installed_runtime
+from splitonnx.runtime.engine.builds.installed import installed_runtime
+from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.models import SessionExecutor
 from splitonnx.runtime.workers.pools import WorkerPool

@@ -51,6 +51,7 @@ class HashingEngine(Engine):
         training: bool,
         steady: Collection[str] = (),
         sums: Mapping[str, str] = {},
+        early: Collection[str] = (),
     ) -> LoadedStage:
         """Look a stage up by its name and its file's digest."""
         outputs = self._outputs[name, hashlib.sha256(graph).hexdigest()]

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from splitonnx.errors import StageFailed
-from splitonnx.runtime.engine.engines import Engine, installed_runtime
+from splitonnx.runtime.engine.builds.installed import installed_runtime
+from splitonnx.runtime.engine.engines import Engine
 
 
 def run(path: Path, engine: Engine) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 
 from splitonnx.bundles import PartyBundle
 from splitonnx.runtime.client.clients import Client
-from splitonnx.runtime.engine.engines import Engine, installed_runtime
+from splitonnx.runtime.engine.builds.installed import installed_runtime
+from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.memory import connect_in_memory
 

@@ -61,11 +61,12 @@ class _SharedEngine(Engine):
         training: bool = False,
         steady: Collection[str] = (),
         sums: Mapping[str, str] = {},
+        early: Collection[str] = (),
     ) -> LoadedStage:
-        key = name, graph, training, steady, tuple(sums.items())
+        key = name, graph, training, steady, tuple(sums.items()), early
         if key not in self._stages:
             self._stages[key] = super().load(
-                name, graph, training=training, steady=steady, sums=sums
+                name, graph, training=training, steady=steady, sums=sums, early=early
             )
         return self._stages[key]
 

@@ -26,11 +26,12 @@ class DividedSession:
 
     Tensors are compared by identity, so whoever replaces an input must hand in another object, as
     an executor does.  What is kept is freed as soon as an input that it was computed from is.
-    Several threads may run the stage at the same time.
+    Several threads may run the stage at the same time.  ``reads`` are the inputs that the invariant
+    part is computed from.
     """
 
     def __init__(self, division: GraphDivision, invariant: Any, rest: Any) -> None:
-        self._reads, self._handed = division.reads, division.handed
+        self.reads, self._handed = division.reads, division.handed
         self._invariant = invariant
         self._rest = rest
         self._kept: _Kept | None = None
@@ -48,18 +49,22 @@ class DividedSession:
         Raises:
             ValueError: an input is missing.
         """
-        if missing := [name for name in self._reads if name not in feeds]:
+        if missing := [name for name in self.reads if name not in feeds]:
             raise ValueError(f"input '{missing[0]}' is missing")
-        values = self._find([feeds[name] for name in self._reads], options)
+        values = self._find([feeds[name] for name in self.reads], options)
         made: list[Any] = self._rest.run_with_ort_values(names, {**feeds, **values}, options)
         return made
+
+    def renew(self, feeds: Mapping[str, Any], options: Any) -> None:
+        """Compute the invariant part now, for the inputs ``reads`` of the next run."""
+        self._find([feeds[name] for name in self.reads], options)
 
     def _find(self, sources: Sequence[Any], options: Any) -> Mapping[str, Any]:
         kept = self._kept
         if kept is not None and kept.is_of(sources):
             return kept.values
         self._kept = None  # before there is more: both at once would be twice the memory
-        feeds = dict(zip(self._reads, sources, strict=True))
+        feeds = dict(zip(self.reads, sources, strict=True))
         made = self._invariant.run_with_ort_values(self._handed, feeds, options)
         values = dict(zip(self._handed, made, strict=True))
         references = [weakref.ref(source, self._forget) for source in sources]

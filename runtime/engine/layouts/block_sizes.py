@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from splitonnx.runtime.engine.builds.installed import SILENT, list_exceptions
 from splitonnx.runtime.engine.layouts.convolutions import DOMAIN, block_convolutions
 from splitonnx.runtime.engine.layouts.messages import (
     write_attribute,
@@ -27,8 +28,6 @@ from splitonnx.runtime.engine.providers import CPU, PROVIDERS
 SIZES = (16, 8, 4)
 """The sizes that are looked for."""
 _IR_VERSION, _OPSET_VERSION = 8, 17
-_SILENT = 4
-"""ONNX Runtime's log severity "fatal"."""
 
 Run = Callable[[bytes, Mapping[str, np.ndarray]], np.ndarray]
 """Runs a model and returns its only output."""
@@ -45,7 +44,7 @@ def find_block_size(runtime: Any, *, arena: bool = True) -> int:
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
     options.enable_cpu_mem_arena = arena
-    options.log_severity_level = _SILENT
+    options.log_severity_level = SILENT
     providers = [PROVIDERS[CPU].runtime_name]
     load = partial(runtime.InferenceSession, sess_options=options, providers=providers)
     return read_block_size(lambda model, feeds: load(model).run(None, dict(feeds))[0])
@@ -54,12 +53,12 @@ def find_block_size(runtime: Any, *, arena: bool = True) -> int:
 def read_block_size(run: Run) -> int:
     """Return the same for a function that runs models.
 
-    Whatever it raises counts as "no such layout".
+    An error of ONNX Runtime counts as "no such layout".
     """
     try:
         block = _read_size(run)
         return block if block and _is_right(run, block) else 0
-    except Exception:  # noqa: BLE001 - the kinds of errors differ between versions
+    except list_exceptions():
         return 0
 
 

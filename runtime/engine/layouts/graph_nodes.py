@@ -54,7 +54,8 @@ class PlacedGraph:
     of the graph's fields, each with its name.  ``inputs`` and ``outputs`` are the graph's, in
     order.  ``shapes`` are the declared ones of float32 values, ``all_shapes`` those of values of
     any type whose dimensions are all fixed.  ``constants`` are one-dimensional lists of 64-bit
-    integers, and ``initializers`` the places of tensors, by name.  ``uses`` counts how often nodes
+    integers; ``declared`` and ``initializers`` are the places of declarations and of tensors, by
+    name.  ``uses`` counts how often nodes
     and outputs mention a value; ``has_bodies`` is true if bodies might mention more.
     """
 
@@ -71,6 +72,7 @@ class PlacedGraph:
         self.shapes: dict[str, Shape] = {}
         self.all_shapes: dict[str, tuple[int, ...]] = {}
         self.constants: dict[str, tuple[int, ...]] = {}
+        self.declared: dict[str, Place] = {}
         self.initializers: dict[str, Place] = {}
         self.uses: Counter[str] = Counter()
         self.has_bodies = False
@@ -160,6 +162,7 @@ class PlacedGraph:
             if name == "name":
                 label = self._reader.read_text((start, stop), STAGE.name_bytes)
             elif name == "type":
+                self.declared[label] = place
                 for kind, *tensor in self._reader.read((start, stop), schemas.TYPE):
                     if kind == "tensor":
                         self._read_type(label, (tensor[0], tensor[1]))

@@ -19,7 +19,7 @@ _GRAPH_FIELDS = {
     "metadata": 16,
 }  # fmt: skip
 """The numbers of a graph's fields, by the names that :mod:`schemas` gives them."""
-_FLOAT, _INT64 = 1, 7
+FLOAT, _INT64 = 1, 7
 _KIND_INT, _KIND_INTS = 2, 7
 
 
@@ -75,12 +75,14 @@ def write_constant(name: str, numbers: Sequence[int]) -> bytes:
     return dims + write_integer(2, _INT64) + write_field(8, name) + write_field(9, raw)
 
 
-def write_value(name: str, shape: Sequence[int] | None) -> bytes:
-    """Return the declaration of a graph's input or output of type float32.
+def write_value(name: str, shape: Sequence[int] | None, *, code: int | None = FLOAT) -> bytes:
+    """Return the declaration of a graph's input or output, by default of type float32.
 
-    ``None`` leaves the shape open.
+    ``None`` leaves the shape open, or the type, which only an output may.
     """
-    kind = write_integer(1, _FLOAT)
+    if code is None:
+        return write_field(1, name)
+    kind = write_integer(1, code)
     if shape is not None:
         kind += write_field(2, b"".join(write_field(1, write_integer(1, dim)) for dim in shape))
     return write_field(1, name) + write_field(2, write_field(1, kind))

@@ -13,11 +13,13 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from splitonnx.runtime.engine.denormals import flushing_denormals
+from splitonnx.runtime.engine.early.halves import divide as halve
 from splitonnx.runtime.engine.invariants.divisions import divide
 from splitonnx.runtime.engine.invariants.sessions import DividedSession
 from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
@@ -64,6 +66,7 @@ def open_arranged(
     *,
     threads: int | None,
     keeps: bool,
+    early: Collection[str] = (),
 ) -> Any:
     """Open a stage graph that has passed the gate, in the form that runs fastest on the CPU.
 
@@ -71,7 +74,8 @@ def open_arranged(
     ``threads`` threads (``None``: one for each core).  ``runtime`` is the onnxruntime module.
     With ``keeps``, memory of outputs that were freed is used again.  What depends on the inputs
     ``steady`` alone is kept between runs.  ``sums`` maps inputs that a run may change to the
-    outputs that take their place, which may be written to the same memory.
+    outputs that take their place, which may be written to the same memory.  What outputs ``early``
+    do not need may run later (:mod:`halves`).
     """
     graph = PlacedGraph(content)
     if sources := find_sources(graph):
@@ -79,10 +83,9 @@ def open_arranged(
     blocked = block_placed(graph, find_block_size(runtime, arena=keeps))
     regions = find_regions(graph) if blocked is content else ()
     if not regions:
-        division = divide(PlacedGraph(blocked), steady) if steady else None
-        if division is None:
-            return open_graph(blocked)
-        return DividedSession(division, open_graph(division.invariant), open_graph(division.rest))
+        open_here = partial(_open_steady, open_graph, steady)
+        halves = halve(PlacedGraph(blocked), early) if early else None
+        return open_here(blocked) if halves is None else halves.open(open_here)
     rest = list_rest(graph, regions)
     replaced = [find_replaced(graph, region, sums) for region in regions]
     zeros = {name for outputs in replaced for name in outputs.values()}
@@ -101,6 +104,14 @@ def open_arranged(
         threads=threads or _count_cores(),
         keeps=keeps,
     )
+
+
+def _open_steady(open_graph: _Open, steady: Collection[str], content: bytes) -> Any:
+    """Open a graph; what depends on the inputs ``steady`` alone is kept between runs."""
+    division = divide(PlacedGraph(content), steady) if steady else None
+    if division is None:
+        return open_graph(content)
+    return DividedSession(division, open_graph(division.invariant), open_graph(division.rest))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,14 @@
 import gc
-import sys
 
 import numpy as np
 import pytest
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, helper
 
-from splitonnx.errors import ForbiddenGraph, MissingExtra, StageFailed, WrongRuntime
+from splitonnx.errors import ForbiddenGraph, StageFailed, WrongRuntime
 from splitonnx.manifests import Source, StageInput
 from splitonnx.runtime.engine import engines
-from splitonnx.runtime.engine.engines import Engine, InstalledRuntime
+from splitonnx.runtime.engine.builds.installed import InstalledRuntime
+from splitonnx.runtime.engine.engines import Engine
 from tests.support import tiny
 from tests.support.quantized_graphs import X, build_quantized, compute_quantized
 
@@ -152,25 +152,3 @@ def test_an_operator_unknown_to_the_training_runtime_is_a_failed_stage(
     nonsense = graph(helper.make_node("ReluGrad", ["x", "x"], ["y"]), inputs="x", outputs="y")
     with pytest.raises(StageFailed, match="ReluGrad"):
         ENGINE.load("head.forward", nonsense, training=False)
-
-
-def test_the_installed_runtime_is_told_apart_by_what_it_can_do() -> None:
-    grad = helper.make_node("ReluGrad", ["x", "x"], ["y"], domain="com.microsoft")
-    info = helper.make_tensor_value_info("x", TensorProto.FLOAT, None)
-    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(
-        helper.make_graph([grad], "g", [info], [out]), opset_imports=opsets, ir_version=10
-    )
-    if engines.installed_runtime().training:
-        ENGINE.load("relu", model.SerializeToString(), training=True)
-    else:
-        with pytest.raises(WrongRuntime):
-            ENGINE.load("relu", model.SerializeToString(), training=True)
-
-
-def test_without_any_runtime_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    engines._import_onnxruntime.cache_clear()
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingExtra, match=r"splitonnx\[portable\]"):
-        Engine()

@@ -10,6 +10,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from splitonnx.bundles import Bundle
 from splitonnx.manifests import Phase, Source, Wire, WireKind
 from splitonnx.partitioner.partitions import cut
+from splitonnx.runtime.engine import estimates as module
 from splitonnx.runtime.engine.estimates import FIXED, FRAGMENTATION, Estimates
 from splitonnx.tensors import TensorSpec
 from tests.support import tiny
@@ -31,6 +32,17 @@ def test_the_estimate_grows_with_the_batch_alone(estimates: Estimates) -> None:
     small, large = (estimates.measure("train", {"N": rows}) - FIXED for rows in (1000, 2000))
     assert 1.9 < large / small < 2.1
     assert estimates.measure("predict", {"N": 1000}) - FIXED < small
+
+
+def test_what_waits_until_the_reply_has_left_is_counted(
+    bundle: Bundle, estimates: Estimates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of activations are held until those of the weights are computed from them."""
+    monkeypatch.setattr(module, "find_first", lambda *_: frozenset())
+    assert bundle.server is not None
+    at_once = Estimates(bundle.server.manifest, bundle.server.graphs)
+    assert estimates.measure("predict", {"N": 1000}) == at_once.measure("predict", {"N": 1000})
+    assert estimates.measure("train", {"N": 1000}) > at_once.measure("train", {"N": 1000})
 
 
 def test_a_dimension_that_inference_does_not_know_counts_as_the_batch() -> None:

@@ -23,7 +23,8 @@ from splitonnx.errors import BundleError, ForbiddenGraph, NotExportable, StageFa
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.client.clients import Client
 from splitonnx.runtime.engine import engines, exports
-from splitonnx.runtime.engine.engines import Engine, InstalledRuntime
+from splitonnx.runtime.engine.builds.installed import InstalledRuntime, installed_runtime
+from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.engine.exports import OPERATORS, OPERATORS_AND_TYPES, export
 from splitonnx.runtime.memory import connect_in_memory
@@ -243,7 +244,7 @@ def test_training_operators_are_refused_with_what_to_do(
 ) -> None:
     cut(MODEL, at=AT).save(tmp_path / "bundle")
     sentence = r"'head\.\w+\.onnx' has training operators .*BatchNorm.*--client-target portable$"
-    for installed in (engines.installed_runtime(), InstalledRuntime(version="1", training=False)):
+    for installed in (installed_runtime(), InstalledRuntime(version="1", training=False)):
         monkeypatch.setattr(engines, "installed_runtime", lambda found=installed: found)
         with pytest.raises(NotExportable, match=sentence):
             export(tmp_path / "bundle" / "client")

@@ -1,0 +1,1 @@
+"""Which build of ONNX Runtime is installed."""

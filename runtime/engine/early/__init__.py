@@ -1,0 +1,1 @@
+"""What the other party waits for is computed and sent before the rest of a stage."""
