@@ -8,6 +8,7 @@ whose ``NAME.json`` is there is not tried again.  The table of networks is shipp
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
@@ -332,4 +333,8 @@ def quote_some(words: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where packages and results are kept")
+    parser.add_argument("names", nargs="*", metavar="network", help="those to try; all by default")
+    given = parser.parse_args()
+    sys.exit(main(given.folder, given.names))
