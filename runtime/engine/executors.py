@@ -9,7 +9,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from functools import partial
@@ -29,7 +29,7 @@ from splitonnx.errors import (
     quote,
 )
 from splitonnx.faults import attribute_errors_to_us
-from splitonnx.manifests import Stage, WireKind
+from splitonnx.manifests import WireKind
 from splitonnx.messages import TaskKey
 from splitonnx.names import (
     ACCUMULATE,
@@ -45,7 +45,7 @@ from splitonnx.names import (
 from splitonnx.runtime.engine.dataflows import Dataflow, list_early, list_steady, list_sums
 from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.runtime.engine.providers import check_target
-from splitonnx.runtime.engine.steps import OpenStep, OpenTask, make_scalars
+from splitonnx.runtime.engine.steps import OpenStep, OpenTask, RunningStage, make_scalars
 from splitonnx.runtime.storage.outcomes import check_outcome, publish_state
 from splitonnx.runtime.wire.validation import check_finite, check_norm
 from splitonnx.tensors import check_array
@@ -194,10 +194,11 @@ class Executor:
             ArrayMismatch: what was decoded does not have the declared shape.
         """
         task = self._task(key)
-        while stage := task.progress.next_stage(partial(self._open.is_ready, key)):
-            for _ in self._run(task, stage):
-                if wires := task.progress.next_wires():
-                    yield self._collect_wires(task, wires)
+        while (running := task.running or self._start(task)) is not None:
+            with attribute_errors_to_us(f"stage '{running.stage.name}'"):
+                self._run(task, running)
+            if wires := task.progress.next_wires():
+                yield self._collect_wires(task, wires)
         if wires := task.progress.next_wires():  # data alone: no stage was ready
             yield self._collect_wires(task, wires)
 
@@ -214,11 +215,13 @@ class Executor:
         A task is ready once every stage has run, every expected tensor has arrived, and every
         outgoing tensor has been yielded.
         """
-        return self._task(key).progress.is_finished
+        return self._task(key).is_finished
 
     def results(self, key: TaskKey) -> dict[str, np.ndarray]:
         """Return the results of a finished task, without committing its changes to the state."""
-        task = self._finished(key)
+        task = self._task(key)
+        if not task.is_finished:
+            raise LocalProtocolError(f"{key} is not finished")
         return {name: self._engine.to_array(task.values[name]) for name in task.phase.results}
 
     def finish(self, key: TaskKey) -> dict[str, np.ndarray]:
@@ -302,13 +305,9 @@ class Executor:
             NotSaved: the folder was deleted or replaced after it was loaded.
         """
         publish_state(
-            self.party,
-            self.state(),
-            step=self.step,
-            session=session,
-            position=position,
-            owner=owner,
-        )
+            self.party, self.state(), step=self.step,
+            session=session, position=position, owner=owner,
+        )  # fmt: skip
 
     @property
     def is_lost(self) -> bool:
@@ -323,12 +322,6 @@ class Executor:
             raise LocalProtocolError(f"{key} is not open")
         return self._tasks[key]
 
-    def _finished(self, key: TaskKey) -> OpenTask:
-        task = self._task(key)
-        if not task.progress.is_finished:
-            raise LocalProtocolError(f"{key} is not finished")
-        return task
-
     def _supply(self, task: OpenTask, arrays: Mapping[str, np.ndarray]) -> None:
         self._keep(task, {name: self._engine.from_array(a) for name, a in arrays.items()})
 
@@ -336,26 +329,28 @@ class Executor:
         task.keep(tensors)
         self._open.add(task.key, tensors)
 
-    def _read(self, key: TaskKey, zeros: Collection[str], name: str) -> Tensor | None:
-        """Return a tensor of the state as a task reads it; ``None`` if it is zero and left out."""
-        is_left_out = name in zeros and self._open.is_zero(key, name)
-        return None if is_left_out else self._open.read(self._state, key, name)
+    def _start(self, task: OpenTask) -> RunningStage | None:
+        """Begin the next stage whose inputs are there, if there is one."""
+        stage = task.progress.next_stage(partial(self._open.is_ready, task.key))
+        if stage is None:
+            return None
+        loaded = self._loaded[task.phase.name, stage.name]
+        feeds = task.feed(stage, partial(self._open.find, self._state, task.key, loaded.zeros))
+        task.running = RunningStage(stage=stage, part=loaded, feeds=feeds)
+        return task.running
 
-    def _run(self, task: OpenTask, stage: Stage) -> Iterator[None]:
-        """Run a stage, and yield after each part of it."""
-        with attribute_errors_to_us(f"stage '{stage.name}'"):
-            loaded = self._loaded[task.phase.name, stage.name]
-            feeds = task.feed(stage, partial(self._read, task.key, loaded.zeros))
-            part: LoadedStage | None = loaded
-            while part is not None:
-                outputs = self._engine.run(part, feeds)
-                feeds |= {name: outputs[name] for name in part.handed}
-                self._take(task, {n: t for n, t in outputs.items() if n in stage.outputs})
-                part = part.then
-                if part is None:
-                    self._open.note_run(task.key, stage)
-                    self._drop(task, task.flow.needs[stage.name])
-                yield
+    def _run(self, task: OpenTask, running: RunningStage) -> None:
+        """Run the next part of a stage that has begun."""
+        part, stage = running.part, running.stage
+        outputs = self._engine.run(part, running.feeds)
+        self._take(task, {n: t for n, t in outputs.items() if n in stage.outputs})
+        if part.then is not None:
+            running.feeds |= {name: outputs[name] for name in part.handed}
+            running.part = part.then
+            return
+        task.running = None
+        self._open.note_run(task.key, stage)
+        self._drop(task, task.flow.needs[stage.name])
 
     def _take(self, task: OpenTask, outputs: Mapping[str, Tensor]) -> None:
         """Check what a stage has computed, and keep it."""

@@ -10,7 +10,7 @@ it.  This module runs no stages.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,8 +29,17 @@ from splitonnx.manifests import (
 from splitonnx.messages import TaskKey
 from splitonnx.names import ACCUMULATE, STEP_PHASES, UPDATE
 from splitonnx.runtime.engine.dataflows import Dataflow, Progress
-from splitonnx.runtime.engine.engines import Engine, Tensor
+from splitonnx.runtime.engine.engines import Engine, LoadedStage, Tensor
 from splitonnx.tensors import DTYPES, check_array
+
+
+@dataclass(kw_only=True)
+class RunningStage:
+    """A stage that has begun: the part of it that runs next, and all that was given to it."""
+
+    stage: Stage
+    part: LoadedStage
+    feeds: dict[str, Tensor]
 
 
 @dataclass(kw_only=True)
@@ -47,6 +56,12 @@ class OpenTask:
     values: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     reread: dict[str, Tensor] = field(default_factory=dict)
+    running: RunningStage | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether all stages have run, and all tensors have been received or sent."""
+        return self.running is None and self.progress.is_finished
 
     def feed(self, stage: Stage, read: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
         """Return a stage's inputs; ``read`` returns a tensor of the state as it is now, or nothing.
@@ -162,6 +177,13 @@ class OpenStep:
             if name in self._sums:
                 return self._make_zeros(name)
         return state[name]
+
+    def find(
+        self, state: Mapping[str, Tensor], key: TaskKey, zeros: Collection[str], name: str
+    ) -> Tensor | None:
+        """Return the same; ``None`` if it is zero and, as one of ``zeros``, may be left out."""
+        is_left_out = name in zeros and self.is_zero(key, name)
+        return None if is_left_out else self.read(state, key, name)
 
     def is_zero(self, key: TaskKey, name: str) -> bool:
         """Return whether a task of the phase ``accumulate`` reads a sum of nothing."""

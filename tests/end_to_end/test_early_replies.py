@@ -94,6 +94,30 @@ def test_the_reply_comes_before_the_gradients_of_weights(phase: str, target: Tar
     assert set(stage.outputs) <= set(engine.computed)
 
 
+def test_a_stage_whose_reply_was_taken_goes_on_where_it_was() -> None:
+    """Whoever takes replies may stop, and ask again later for what is left."""
+    found, expected = (Parties(cut_zoo(NAME, "vanilla"), Engine(threads=1)) for _ in range(2))
+    key = TaskKey("s", "accumulate", 0, 0)
+    for parties in (found, expected):
+        begin(parties.client, key)
+        begin(parties.server, key)
+        for wires in parties.client.advance(key):
+            parties.server.deliver(key, wires)
+    replies = found.server.advance(key)
+    next(replies)
+    del replies
+    assert not found.server.is_finished(key)
+    assert list(found.server.advance(key)) == []
+    list(expected.server.advance(key))
+    for parties in (found, expected):
+        parties.server.finish(key)
+    sums = [dict(parties.server._open._versions) for parties in (found, expected)]
+    assert sums[0]
+    for name, versions in sums[0].items():
+        (one,), (other,) = versions.values(), sums[1][name].values()
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_a_step_computes_once_is_there_before_it_begins(target: Target) -> None:
     parties = Parties(cut_zoo(NAME, "vanilla", target), Engine(threads=1))
