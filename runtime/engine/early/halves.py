@@ -56,10 +56,17 @@ class GraphHalves:
     _graph: PlacedGraph
     _ahead: frozenset[Place]
 
-    def open(self, open_graph: Callable[[bytes], Any]) -> OpenedHalves:
-        """Open both graphs in ONNX Runtime, which knows the types of what is handed on."""
+    def open(self, open_graph: Callable[[bytes], Any]) -> Any:
+        """Open both graphs in ONNX Runtime, which knows the types of what is handed on.
+
+        Returns:
+            Their sessions as :class:`OpenedHalves`; or that of the whole graph, if something that
+            would be handed on has a type that tensors between stages do not have.
+        """
         first = open_graph(self.first)
         types = {output.name: output.type for output in first.get_outputs()}
+        if not all(types[name] in _CODES for name in self.handed):
+            return open_graph(self._graph.content)
         rest = open_graph(self.write_rest(types))
         return OpenedHalves(first=first, rest=rest, handed=self.handed)
 

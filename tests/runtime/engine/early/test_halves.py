@@ -110,6 +110,25 @@ def test_values_of_any_type_are_handed_on_and_constants_are_in_both() -> None:
     )
 
 
+def test_a_graph_that_would_hand_on_another_type_stays_whole() -> None:
+    nodes = (
+        helper.make_node("Cast", ["dz"], ["short"], to=TensorProto.BFLOAT16),
+        helper.make_node("Cast", ["short"], ["dy"], to=FLOAT),
+        TURNED,
+        GRADIENT,
+        helper.make_node("Cast", ["short"], ["again"], to=FLOAT),
+        helper.make_node("Transpose", ["x"], ["flipped"], perm=[1, 0]),
+        helper.make_node("MatMul", ["flipped", "again"], ["dw"]),
+    )
+    halves = halve(*nodes, outputs="dx dw")
+    assert halves is not None
+    runtime = import_onnxruntime()
+    opened = halves.open(
+        lambda graph: runtime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    )
+    assert [output.name for output in opened.get_outputs()] == ["dx", "dw"]
+
+
 def test_declared_shapes_are_kept_at_the_boundary() -> None:
     halves = halve(*STEP, outputs="dx dw", declared="dy")
     assert halves is not None
