@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from splitonnx.cores import count_cores, is_bound
 from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import StageFailed, WrongRuntime
 from splitonnx.kernel_errors import describe_kernel_error
@@ -98,10 +99,10 @@ class LoadedStage:
 class Engine:
     """An engine that loads stage graphs into ONNX Runtime and runs them.
 
-    ``threads`` is the number of threads per operator; ``None`` lets ONNX Runtime use all cores.
-    Other Python threads can run while a stage is running.  ``provider`` is the execution provider,
-    ``NAME`` or ``NAME:DEVICE`` (:mod:`providers`); what it cannot run correctly, the CPU runs
-    (:mod:`accelerators`), and :meth:`describe_placement` says what that is.
+    ``threads`` is the number of threads per operator; ``None`` means all cores that the
+    process may use.  Other Python threads can run while a stage is running.  ``provider`` is the
+    execution provider, ``NAME`` or ``NAME:DEVICE`` (:mod:`providers`); what it cannot run
+    correctly, the CPU runs (:mod:`accelerators`), and :meth:`describe_placement` says what that is.
 
     Set ``trusted`` only if you trust whoever made the bundle.  Only then are graphs in ORT format
     accepted, because the gate cannot check such graphs.  ``arena`` means that ONNX Runtime keeps
@@ -195,7 +196,9 @@ class Engine:
         options = self._ort.SessionOptions()
         level = levels.ORT_DISABLE_ALL if training else levels.ORT_ENABLE_ALL
         options.graph_optimization_level = level
-        options.intra_op_num_threads = self._threads or 0
+        # By itself, it makes a thread for each core of the machine and binds it there, also to
+        # cores that this process may not use.
+        options.intra_op_num_threads = self._threads or (count_cores() if is_bound() else 0)
         options.enable_cpu_mem_arena = self._arena
         # From the second run on, all results would be in one block beside what the first freed.
         options.enable_mem_pattern = False

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+
+from splitonnx.cores import count_cores
 
 SHORT = 0.1
 """Longest time in seconds of a short piece; owners with only short pieces share an extra place."""
@@ -160,8 +161,9 @@ class Turns:
     """A scheduler that runs pieces of work in threads, in the order of a :class:`FairQueue`.
 
     A waiting piece does not occupy a thread.  Use a scheduler from one event loop only.  ``places``
-    is the number of pieces that may run at the same time, by default the number of CPUs.  ``name``
-    begins the names of the threads.  ``clock`` is a monotonic clock in seconds.
+    is the number of pieces that may run at the same time, by default one for each core that the
+    process may use.  ``name`` begins the names of the threads.  ``clock`` is a monotonic clock in
+    seconds.
     """
 
     def __init__(
@@ -171,7 +173,7 @@ class Turns:
         name: str = "splitonnx",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        places = places or os.cpu_count() or 1
+        places = places or count_cores()
         self._queue: FairQueue[_Work] = FairQueue(places)
         self._threads = ThreadPoolExecutor(places + 1, thread_name_prefix=name)
         self._clock = clock

@@ -11,7 +11,11 @@ from splitonnx.partitioner.lowerings.kernels.convolution_gradients import separa
 from splitonnx.partitioner.lowerings.kernels.depthwise_gradients import stack_images
 from splitonnx.partitioner.lowerings.kernels.relu_gradients import multiply_by_slope
 from splitonnx.partitioner.lowerings.kernels.scalars import fit_scalars
-from splitonnx.partitioner.lowerings.kernels.turned_products import read_turned, write_turned
+from splitonnx.partitioner.lowerings.kernels.turned_products import (
+    read_turned,
+    turn_first,
+    write_turned,
+)
 
 _CHOICES = {
     "ConvGrad": (separate_input_gradient, stack_images),
@@ -39,3 +43,7 @@ def choose_kernels(graph: ir.Graph) -> None:
                 clips.add(node)
             elif node.op_type == "And":
                 compare_with_output(node, clips)
+    for node in list(graph):  # after those that have a product transpose its matrices
+        if node.op_type == "Gemm" and not node.domain:
+            with attribute_errors_to(node, "given a faster kernel", is_valid=True):
+                turn_first(node)

@@ -8,7 +8,6 @@ and the last writes go to memory.  Tiles are bound in place: nothing is copied.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from splitonnx.cores import count_cores
 from splitonnx.runtime.engine.denormals import flushing_denormals
 from splitonnx.runtime.engine.early.halves import divide as halve
 from splitonnx.runtime.engine.invariants.divisions import divide
@@ -101,7 +101,7 @@ def open_arranged(
             _Part(index=index, region=region, session=opened[program], replaced=replaced[index])
             for index, (region, program) in enumerate(zip(regions, programs, strict=True))
         ],
-        threads=threads or _count_cores(),
+        threads=threads or count_cores(),
         keeps=keeps,
     )
 
@@ -305,9 +305,3 @@ def _find(array: np.ndarray) -> int:
 def _exhaust(tiles: Iterator[_Tile]) -> None:
     for _ in tiles:
         pass
-
-
-def _count_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -1,4 +1,7 @@
 import gc
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -152,3 +155,21 @@ def test_an_operator_unknown_to_the_training_runtime_is_a_failed_stage(
     nonsense = graph(helper.make_node("ReluGrad", ["x", "x"], ["y"]), inputs="x", outputs="y")
     with pytest.raises(StageFailed, match="ReluGrad"):
         ENGINE.load("head.forward", nonsense, training=False)
+
+
+BOUND = """
+import os, pathlib
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from tests.runtime.engine.test_engines import ADD, Engine
+tasks = pathlib.Path("/proc/self/task")
+before = len([*tasks.iterdir()])
+stage = Engine().load("add", ADD, training=True)
+print(len([*tasks.iterdir()]) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
+def test_a_process_bound_to_a_core_computes_in_no_other_thread() -> None:
+    done = subprocess.run([sys.executable, "-c", BOUND], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "0"

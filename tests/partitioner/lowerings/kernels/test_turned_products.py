@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper
 
+from splitonnx.partitioner.lowerings.kernels import turned_products
 from tests.partitioner.lowerings.kernels.chosen import choose, run
 
 X, D, W = (5, 2, 3), (5, 2, 4), (4, 3)
+TURNED = ["Transpose", "Reshape", "Gemm"]
+PRODUCT = helper.make_node("Gemm", ["x", "d"], ["y"], transA=1)
 
 
 def build(
@@ -120,3 +126,56 @@ def test_a_product_that_is_read_in_both_orders_keeps_its_own() -> None:
     product = helper.make_node("Gemm", ["x", "d"], ["t0"], transA=1)
     model = build(product, turn("t0", "y"), outputs=("y", "t0"), x=(7, 3), d=(7, 4))
     assert choose(model) == ["Gemm", "Transpose"]
+
+
+@pytest.mark.parametrize("turns_second", [0, 1])
+@pytest.mark.parametrize("added", [(), ("c",)], ids=["", "added"])
+def test_a_wide_product_reads_its_first_matrix_from_a_transpose(
+    added: tuple[str, ...], turns_second: int
+) -> None:
+    wide, rows = turned_products.WIDE, 3
+    shapes: dict[str, Any] = {"x": (7, rows), "d": (wide, 7) if turns_second else (7, wide)}
+    shapes |= dict.fromkeys(added, (wide,))
+    product = helper.make_node(
+        "Gemm", ["x", "d", *added], ["y"], transA=1, transB=turns_second, alpha=2.0, beta=0.5
+    )
+    arrays = draw(**shapes)
+    second = arrays["d"].T if turns_second else arrays["d"]
+    expected = 2.0 * arrays["x"].T @ second + 0.5 * arrays.get("c", np.float32(0))
+    assert check(build(product, **shapes), arrays, expected) == TURNED
+
+
+def test_a_wide_product_written_in_the_order_of_a_transpose_reads_what_is_transposed() -> None:
+    """First it transposes both its matrices itself, and then it is found to be wide."""
+    shapes: dict[str, Any] = {"x": (turned_products.WIDE, 7), "d": (7, 3)}
+    product = helper.make_node("Gemm", ["x", "d"], ["t0"])
+    arrays = draw(**shapes)
+    expected = (arrays["x"] @ arrays["d"]).T
+    found = check(build(product, turn("t0", "y"), **shapes), arrays, expected)
+    assert found == TURNED
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        build(PRODUCT, x=(7, 3), d=(7, 767)),
+        build(PRODUCT, x=(7, 3), d=(7, None)),
+        build(PRODUCT, x=(7, None), d=(7, 768)),
+        build(PRODUCT, x=(7, 3), d=(7, 768), kind=TensorProto.DOUBLE),
+        build(helper.make_node("Gemm", ["x", "d"], ["y"]), x=(3, 7), d=(7, 768)),
+    ],
+    ids=["narrow", "unknown", "unknown rows", "another type", "not transposed"],
+)  # fmt: skip
+def test_other_products_read_their_first_matrix_as_it_is(model: ir.Model) -> None:
+    assert choose(model) == ["Gemm"]
+
+
+def test_the_optimizer_takes_nothing_back(tmp_path: Path) -> None:
+    """Portable stages pass ONNX Runtime's optimizer, which joins a Transpose with a Gemm."""
+    model = build(PRODUCT, x=("N", 3), d=("N", turned_products.WIDE))
+    choose(model)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    optimized = onnx.load(tmp_path / "optimized.onnx").graph
+    assert [node.op_type for node in optimized.node] == TURNED
