@@ -8,7 +8,6 @@ and the last writes go to memory.  Tiles are bound in place: nothing is copied.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from splitonnx.runtime.engine.invariants.sessions import DividedSession
 from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
 from splitonnx.runtime.engine.layouts.convolutions import block_placed
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
+from splitonnx.runtime.engine.parallel.sessions import count_cores, open_parallel
 from splitonnx.runtime.engine.tiles.buffers import BufferPool
 from splitonnx.runtime.engine.tiles.feeds import check_feed, read_scalar
 from splitonnx.runtime.engine.tiles.programs import (
@@ -75,7 +75,8 @@ def open_arranged(
     With ``keeps``, memory of outputs that were freed is used again.  What depends on the inputs
     ``steady`` alone is kept between runs.  ``sums`` maps inputs that a run may change to the
     outputs that take their place, which may be written to the same memory.  What outputs ``early``
-    do not need may run later (:mod:`halves`).
+    do not need may run later (:mod:`halves`), and gradients of weights run beside the rest, with
+    several threads (:mod:`parallel`).
     """
     graph = PlacedGraph(content)
     if sources := find_sources(graph):
@@ -83,7 +84,8 @@ def open_arranged(
     blocked = block_placed(graph, find_block_size(runtime, arena=keeps))
     regions = find_regions(graph) if blocked is content else ()
     if not regions:
-        open_here = partial(_open_steady, open_graph, steady)
+        open_whole = partial(open_parallel, runtime, open_graph, threads or count_cores())
+        open_here = partial(_open_steady, open_whole, steady)
         halves = halve(PlacedGraph(blocked), early) if early else None
         return open_here(blocked) if halves is None else halves.open(open_here)
     rest = list_rest(graph, regions)
@@ -101,12 +103,14 @@ def open_arranged(
             _Part(index=index, region=region, session=opened[program], replaced=replaced[index])
             for index, (region, program) in enumerate(zip(regions, programs, strict=True))
         ],
-        threads=threads or _count_cores(),
+        threads=threads or count_cores(),
         keeps=keeps,
     )
 
 
-def _open_steady(open_graph: _Open, steady: Collection[str], content: bytes) -> Any:
+def _open_steady(
+    open_graph: Callable[[bytes], Any], steady: Collection[str], content: bytes
+) -> Any:
     """Open a graph; what depends on the inputs ``steady`` alone is kept between runs."""
     division = divide(PlacedGraph(content), steady) if steady else None
     if division is None:
@@ -305,9 +309,3 @@ def _find(array: np.ndarray) -> int:
 def _exhaust(tiles: Iterator[_Tile]) -> None:
     for _ in tiles:
         pass
-
-
-def _count_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
