@@ -12,16 +12,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph, PlacedNode
-from splitonnx.runtime.engine.layouts.messages import write_model, write_value
+from splitonnx.runtime.engine.layouts.graph_pieces import CODES, declare, write_piece
 from splitonnx.runtime.gate.protobufs import Place
 
 COSTLY = frozenset(
     {"Conv", "ConvGrad", "ConvTranspose", "Einsum", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
 )
 """Operators that take so long that what does not need them should not wait for them."""
-_CODES = {kind.runtime: kind.code for kind in ELEMENT_TYPES}
 
 
 class _Node(Protocol):
@@ -65,7 +63,7 @@ class GraphHalves:
         """
         first = open_graph(self.first)
         types = {output.name: output.type for output in first.get_outputs()}
-        if not all(types[name] in _CODES for name in self.handed):
+        if not all(types[name] in CODES for name in self.handed):
             return open_graph(self._graph.content)
         rest = open_graph(self.write_rest(types))
         return OpenedHalves(first=first, rest=rest, handed=self.handed)
@@ -77,10 +75,10 @@ class GraphHalves:
             for name, start, stop in self._graph.fields
             if (start, stop) not in self._ahead and name != "output"
         ]
-        fields += [("input", _declare(self._graph, name, types)) for name in self.handed]
+        fields += [("input", declare(self._graph, name, types)) for name in self.handed]
         others = (name for name in self._graph.outputs if name not in self.outputs)
-        fields += [("output", _declare(self._graph, name)) for name in others]
-        return _write(self._graph, fields)
+        fields += [("output", declare(self._graph, name)) for name in others]
+        return write_piece(self._graph, fields)
 
 
 def find_first(nodes: Sequence[_Node], early: Collection[str]) -> frozenset[int]:
@@ -117,23 +115,11 @@ def divide(graph: PlacedGraph, early: Collection[str]) -> GraphHalves | None:
         for name, start, stop in graph.fields
         if (start, stop) not in later and name != "output"
     ]
-    fields += [("output", _declare(graph, name)) for name in dict.fromkeys(outputs + handed)]
+    fields += [("output", declare(graph, name)) for name in dict.fromkeys(outputs + handed)]
     return GraphHalves(
-        first=_write(graph, fields),
+        first=write_piece(graph, fields),
         outputs=outputs,
         handed=handed,
         _graph=graph,
         _ahead=frozenset(node.place for node in ahead),
     )
-
-
-def _declare(graph: PlacedGraph, name: str, types: Mapping[str, str] = {}) -> bytes:
-    """Return the declaration of a value as the graph has it, or with its type, if that is known."""
-    if place := graph.declared.get(name):
-        return graph.content[slice(*place)]
-    return write_value(name, None, code=_CODES[types[name]] if name in types else None)
-
-
-def _write(graph: PlacedGraph, fields: Sequence[tuple[str, bytes]]) -> bytes:
-    opsets = [graph.content[start:stop] for start, stop in graph.opsets]
-    return write_model(graph.ir_version, opsets, fields)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from splitonnx.runtime.engine.layouts.convolutions import DOMAIN
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph, PlacedNode
-from splitonnx.runtime.engine.layouts.messages import write_model, write_value
+from splitonnx.runtime.engine.layouts.graph_pieces import write_piece
+from splitonnx.runtime.engine.layouts.messages import write_value
 
 MOVES = frozenset(
     {("", "Gather"), ("", "Reshape"), ("", "Slice"), ("", "Transpose"), (DOMAIN, "ReorderInput")}
@@ -111,7 +112,7 @@ def _write_invariant(
         if is_read or (start, stop) in kept:
             fields.append((name, graph.content[start:stop]))
     fields += [("output", write_value(name, None)) for name in handed]
-    return _write(graph, fields)
+    return write_piece(graph, fields)
 
 
 def _write_rest(
@@ -124,9 +125,4 @@ def _write_rest(
         if (start, stop) not in moved
     ]
     fields += [("input", write_value(name, graph.all_shapes.get(name))) for name in handed]
-    return _write(graph, fields)
-
-
-def _write(graph: PlacedGraph, fields: list[tuple[str, bytes]]) -> bytes:
-    opsets = [graph.content[start:stop] for start, stop in graph.opsets]
-    return write_model(graph.ir_version, opsets, fields)
+    return write_piece(graph, fields)

@@ -55,15 +55,18 @@ def write_attribute(name: str, value: int | Sequence[int]) -> bytes:
 def write_node(
     operator: str,
     arguments: Iterable[str],
-    result: str,
-    *,
+    *results: str,
     name: str = "",
     domain: str = "",
     attributes: Iterable[bytes] = (),
 ) -> bytes:
-    """Return a node with one output; ``attributes`` are messages, as :func:`write_attribute`'s."""
+    """Return a node; ``attributes`` are messages, as :func:`write_attribute`'s.
+
+    The name of an argument or result that is left out is ``""``.
+    """
     fields = [write_field(1, argument) for argument in arguments]
-    fields += [write_field(2, result), write_field(3, name), write_field(4, operator)]
+    fields += [write_field(2, result) for result in results]
+    fields += [write_field(3, name), write_field(4, operator)]
     fields += [write_field(5, attribute) for attribute in attributes]
     return b"".join([*fields, write_field(7, domain)])
 

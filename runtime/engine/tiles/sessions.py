@@ -25,6 +25,7 @@ from splitonnx.runtime.engine.invariants.sessions import DividedSession
 from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
 from splitonnx.runtime.engine.layouts.convolutions import block_placed
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
+from splitonnx.runtime.engine.parallel.sessions import open_parallel
 from splitonnx.runtime.engine.tiles.buffers import BufferPool
 from splitonnx.runtime.engine.tiles.feeds import check_feed, read_scalar
 from splitonnx.runtime.engine.tiles.programs import (
@@ -75,7 +76,8 @@ def open_arranged(
     With ``keeps``, memory of outputs that were freed is used again.  What depends on the inputs
     ``steady`` alone is kept between runs.  ``sums`` maps inputs that a run may change to the
     outputs that take their place, which may be written to the same memory.  What outputs ``early``
-    do not need may run later (:mod:`halves`).
+    do not need may run later (:mod:`halves`), and gradients of weights run beside the rest, with
+    several threads (:mod:`parallel`).
     """
     graph = PlacedGraph(content)
     if sources := find_sources(graph):
@@ -83,7 +85,8 @@ def open_arranged(
     blocked = block_placed(graph, find_block_size(runtime, arena=keeps))
     regions = find_regions(graph) if blocked is content else ()
     if not regions:
-        open_here = partial(_open_steady, open_graph, steady)
+        open_whole = partial(open_parallel, runtime, open_graph, threads or count_cores())
+        open_here = partial(_open_steady, open_whole, steady)
         halves = halve(PlacedGraph(blocked), early) if early else None
         return open_here(blocked) if halves is None else halves.open(open_here)
     rest = list_rest(graph, regions)
@@ -106,7 +109,9 @@ def open_arranged(
     )
 
 
-def _open_steady(open_graph: _Open, steady: Collection[str], content: bytes) -> Any:
+def _open_steady(
+    open_graph: Callable[[bytes], Any], steady: Collection[str], content: bytes
+) -> Any:
     """Open a graph; what depends on the inputs ``steady`` alone is kept between runs."""
     division = divide(PlacedGraph(content), steady) if steady else None
     if division is None:

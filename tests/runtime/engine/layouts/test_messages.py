@@ -21,12 +21,14 @@ from splitonnx.runtime.engine.layouts.messages import (
 
 def test_a_node_is_read_as_it_was_meant() -> None:
     attributes = [write_attribute("axis", 2), write_attribute("perm", [0, 300, 1])]
-    written = write_node("Op", ["a", ""], "y", name="n", domain="d", attributes=attributes)
+    written = write_node("Op", ["a", ""], "", "y", name="n", domain="d", attributes=attributes)
     node = onnx.NodeProto.FromString(written)
-    expected = helper.make_node("Op", ["a", ""], ["y"], "n", domain="d", axis=2, perm=[0, 300, 1])
+    expected = helper.make_node(
+        "Op", ["a", ""], ["", "y"], "n", domain="d", axis=2, perm=[0, 300, 1]
+    )
     assert list(node.input) == ["a", ""]
     assert (node.op_type, node.name, node.domain) == ("Op", "n", "d")
-    assert list(node.output) == ["y"]
+    assert list(node.output) == ["", "y"]
     assert sorted(node.attribute, key=lambda a: a.name) == list(expected.attribute)
 
 
