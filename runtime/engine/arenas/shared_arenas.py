@@ -36,8 +36,7 @@ from splitonnx.runtime.engine.providers import CPU, PROVIDERS
 REGION = 1 << 25
 """Bytes of the first region that is released when no session uses the arena any more.
 
-Measured with a transformer and two parts of a ResNet-18 at six sizes of batches: with half of it,
-or with a quarter, the transformer takes more, and with twice as much the others do.
+Smaller ones take more memory with a transformer, larger ones with a ResNet-18.
 """
 _FIRST = 1 << 12
 """Bytes of the region before it, the only one that ONNX Runtime never releases."""
