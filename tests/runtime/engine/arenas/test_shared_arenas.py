@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[4]
-linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 START = """
 import gc
@@ -61,7 +61,6 @@ def execute(script: str, start: str = START, python: Path = Path(sys.executable)
     return [int(line) for line in done.stdout.split()]
 
 
-@linux
 def test_a_stage_uses_what_another_has_freed() -> None:
     (once, twice) = execute("""
 run(first, 60)
@@ -73,7 +72,6 @@ print(read("VmHWM") - before)
     assert twice - once < 10
 
 
-@linux
 def test_memory_does_not_grow_with_the_number_of_sizes() -> None:
     (most,) = execute("""
 for size in range(1, 41):
@@ -84,7 +82,6 @@ print(read("VmHWM") - before)
     assert most < 2 * 3 * 40  # the input and two results of the largest size
 
 
-@linux
 @pytest.mark.parametrize("last", ["made", "first", "engine", "array", "cycle"])
 def test_memory_is_released_with_the_last_stage_or_tensor(last: str) -> None:
     held, freed = execute(f"""
@@ -109,7 +106,6 @@ print(read("VmRSS") - before)
     assert freed < 10
 
 
-@linux
 def test_a_later_engine_takes_and_releases_the_same_memory_again() -> None:
     for freed in execute("""
 del engine, first, second
