@@ -22,6 +22,7 @@ from splitonnx.element_types import ELEMENT_TYPES
 from splitonnx.errors import StageFailed, WrongRuntime
 from splitonnx.kernel_errors import describe_kernel_error
 from splitonnx.runtime.engine.accelerators import Accelerator
+from splitonnx.runtime.engine.arenas.shared_arenas import open_arena
 from splitonnx.runtime.engine.builds.installed import (
     SILENT,
     get_bindings,
@@ -54,11 +55,12 @@ class Tensor:
     Use :meth:`Engine.to_array` to read its values.
     """
 
-    __slots__ = ("_session", "_value")
+    # Freed in this order: the session may be the last that has a lease of the arena.
+    __slots__ = ("_value", "_within")
 
     def __init__(self, value: Any, session: Any = None) -> None:
         self._value = value
-        self._session = session  # a constant output lives in its session's memory
+        self._within = session  # a constant output lives in its session's memory
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class Engine:
 
     Set ``trusted`` only if you trust whoever made the bundle.  Only then are graphs in ORT format
     accepted, because the gate cannot check such graphs.  ``arena`` means that ONNX Runtime keeps
-    the memory that a stage frees and reuses it in the next run.
+    the memory that a stage frees, and reuses it for any stage on the CPU (:mod:`shared_arenas`).
 
     A stage that runs longer than ``stage_seconds`` is stopped, but only between two operators.
     Ctrl-C stops a stage that is running in the main thread.  ``on_stuck`` is called with the name
@@ -136,6 +138,7 @@ class Engine:
         self._running = Runs(stage_seconds, on_stuck)
         self.provider = choose_provider(provider)
         self._accelerator = self._accelerate() if self.provider.name != CPU else None
+        self._shared = open_arena() if arena and self._accelerator is None else None
 
     def describe_placement(self) -> Placement | None:
         """Return what the provider left to the CPU so far; ``None`` for the CPU or if unknown."""
@@ -202,6 +205,8 @@ class Engine:
         options.enable_cpu_mem_arena = self._arena
         # From the second run on, all results would be in one block beside what the first freed.
         options.enable_mem_pattern = False
+        if self._shared is not None:
+            self._shared.join(options)
         # A thread that spins while it waits for the next stage takes the core from the other party.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Otherwise it would detect the format, and could mistake the bytes for ORT format.
@@ -257,9 +262,12 @@ class Engine:
         options.intra_op_num_threads = threads or options.intra_op_num_threads
         try:
             with flushing_denormals():  # otherwise the first session would set it for good
-                return self._ort.InferenceSession(graph, options, providers=[_CPU])
+                session = self._ort.InferenceSession(graph, options, providers=[_CPU])
         except list_exceptions() as error:
             _refuse(name, error)
+        if self._shared is not None:
+            session.splitonnx_lease = self._shared.lease()
+        return session
 
     def from_array(self, array: np.ndarray) -> Tensor:
         """Return a tensor with the values of an array.
@@ -278,7 +286,7 @@ class Engine:
         The array keeps that memory alive.  Values in a device's memory are copied.
         """
         if self._accelerator is not None:
-            tensor = Tensor(self._accelerator.take(tensor._value), tensor._session)
+            tensor = Tensor(self._accelerator.take(tensor._value), tensor._within)
         return _view(tensor)
 
     def run(self, stage: LoadedStage, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
