@@ -12,7 +12,7 @@ from splitonnx.messages import TaskKey, Tensors
 from splitonnx.names import ASYNCHRONOUS, SPLITFED_V2, SYNCHRONOUS
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.server.policies.shared_steps import SharedSteps
+from splitonnx.runtime.server.policies.steps.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.tasks import Task
 from tests.support.one_model import ACTIVATION, GRADIENT, RATE, Member, Table, make_bundle
 from tests.support.shared_models import make_model, tell
