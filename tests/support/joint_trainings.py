@@ -53,9 +53,7 @@ def train_together(
             size = len(next(iter(data.values())))
             with Client(bundle.client, server.url, threads=1, share=True) as client:
                 count = accumulate[number] if accumulate else 1
-                client.fit(
-                    data, epochs=epochs, batch_size=size, shuffle=False, accumulate=count
-                )
+                client.fit(data, epochs=epochs, batch_size=size, shuffle=False, accumulate=count)
                 model = server._registry.policy.models[client.session]  # type: ignore[attr-defined]
                 states[number] = client.state()
                 copies[number] = model.executor.state()

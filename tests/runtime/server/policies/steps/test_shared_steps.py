@@ -11,8 +11,8 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import StageFailed, StepEnded, WorkerLost
 from splitonnx.names import SERVER
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.server.policies.steps.joint_batches import BatchLayout
 from splitonnx.runtime.server.policies.models import ServerModel
+from splitonnx.runtime.server.policies.steps.joint_batches import BatchLayout
 from splitonnx.runtime.server.policies.steps.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.tasks import Delivery, Task
 from tests.support import tiny
