@@ -155,8 +155,8 @@ class Ledger:
 
     ``micro_batch`` is the number of that step's micro-batches that were accumulated.  ``in_flight``
     is the number of tasks that a client may have open at once.  A task is named by its step and its
-    number in the step.  ``is_joint`` means that a step is made with other clients, so that it is not
-    taken back: then all tasks of the newest step are kept.
+    number in the step.  ``is_joint`` means that a step is made with other clients, so that it is
+    not taken back: then all tasks of the newest step are kept.
     """
 
     def __init__(self, step: int, in_flight: int = 1, *, is_joint: bool = False) -> None:

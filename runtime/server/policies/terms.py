@@ -28,7 +28,7 @@ class Terms:
     def can_accumulate(self, manifest: PartyManifest) -> bool:
         """Return whether a client's step may consist of several micro-batches.
 
-        ``manifest`` is that of the server's part.  A joint step needs to know what the micro-batches
+        ``manifest`` is that of the server's part.  A joint step needs to know what micro-batches
         count, which clients do not send to a server that trains nothing.
         """
         from splitonnx.micro_batches import MICRO_BATCH_WEIGHT
