@@ -87,8 +87,8 @@ def _refuse(count: int, weight: float) -> RemoteProtocolError:
     return RemoteProtocolError(
         f"of its micro-batches, one of {count:,} rows counts {weight:.6g} of its step, which is "
         "not its part of the rows: the loss ignores labels, or weighs classes or samples.  With "
-        "the policy 'synchronous' each row must count alike in steps of micro-batches; train without "
-        "accumulate and micro_batches (--accumulate, --micro-batches)"
+        "the policy 'synchronous' each row must count alike in steps of micro-batches; train "
+        "without accumulate and micro_batches (--accumulate, --micro-batches)"
     )
 
 

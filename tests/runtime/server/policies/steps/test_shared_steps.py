@@ -9,9 +9,7 @@ import pytest
 
 from splitonnx.bundles import Bundle
 from splitonnx.errors import StageFailed, StepEnded, WorkerLost
-from splitonnx.messages import TaskKey
-from splitonnx.micro_batches import MICRO_BATCH_WEIGHT
-from splitonnx.names import ACCUMULATE, SERVER
+from splitonnx.names import SERVER
 from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.steps.joint_batches import BatchLayout
@@ -390,51 +388,3 @@ def test_only_steps_with_a_layout_are_joint() -> None:
     manifest = tiny.split_bundle().parties[SERVER].manifest
     assert SharedSteps(layout=BatchLayout(manifest)).are_joint
     assert not SharedSteps().are_joint
-
-
-def chain_bundle() -> Bundle:
-    return cut(ZOO["chain"].build(), at="act1")
-
-
-def chain_task(session: str, number: int, weight: float) -> Task:
-    tensors = {
-        UP: np.full((2, 7), 1.0 + number, np.float32),
-        "labels@server": np.array([0, 1]),
-        MICRO_BATCH_WEIGHT: np.array(weight, np.float32),
-    }
-    key = TaskKey(session, ACCUMULATE, 0, number)
-    return Task(key=key, turn=0, seed=0, learning_rate=0.1, tensors=tensors)
-
-
-def test_clients_that_send_whole_batches_are_not_joined_with_those_that_do_not() -> None:
-    scene = Scene(chain_bundle(), joint=True)
-    scene.awaited = {ANN, BOB, EVE}
-    whole = {n: a for n, a in chain_task(ANN, 0, 1).tensors.items() if n != MICRO_BATCH_WEIGHT}
-    assert scene.say(ANN, whole) == []
-    assert tell(scene.submit(chain_task(BOB, 0, 0.5))) == []
-    told = dict(tell(scene.submit(chain_task(EVE, 0, 0.5))))
-    assert told["a"] == "RemoteProtocolError"
-    assert told["b"].endswith("done")
-    assert told["e"].endswith("done")
-    assert scene.steps.take_left_out() == {ANN}
-
-
-def test_where_one_client_withdraws_between_two_micro_batches_the_others_begin_again() -> None:
-    scene = Scene(chain_bundle(), joint=True)
-    for session in (ANN, BOB):
-        told = scene.submit(chain_task(session, 0, 0.5))
-    assert len(told) == 2
-    scene.steps.withdraw(scene.model, TaskKey(ANN, ACCUMULATE, 0, 0))
-    with pytest.raises(StepEnded):
-        scene.submit(chain_task(BOB, 1, 0.5))
-    assert scene.model.version == 0
-
-
-def test_a_client_whose_weights_are_not_its_rows_is_refused_alone() -> None:
-    scene = Scene(chain_bundle(), joint=True)
-    assert tell(scene.submit(chain_task(ANN, 0, 0.3))) == []
-    assert sorted(tell(scene.submit(chain_task(BOB, 0, 0.5)))) == [
-        ("a", "StepEnded"), ("b", "StepEnded")
-    ]  # fmt: skip
-    assert tell(scene.submit(chain_task(ANN, 0, 0.3))) == [("a", "RemoteProtocolError")]
-    assert tell(scene.submit(chain_task(BOB, 0, 0.5)))[-1][1].endswith("done")
