@@ -174,7 +174,7 @@ class Dispatcher:
         if isinstance(message, Hello):
             self._admit(message)
         if isinstance(message, Tensors):
-            self._terms.check(message.phase)
+            self._terms.check(message.phase, self.registry.manifest)
         return ReceivedMessage(
             message=message,
             tensors=tensors,
@@ -289,7 +289,7 @@ class Dispatcher:
                 digest=manifest.digest,
                 step=found.step,
                 wants_repeat=found.wants_repeat,
-                can_accumulate=self._terms.can_accumulate,
+                can_accumulate=self._terms.can_accumulate(manifest),
                 restarts=found.restarts,
                 policy=self._terms.policy,
                 local_steps=self._terms.local_steps,

@@ -155,13 +155,15 @@ class Ledger:
 
     ``micro_batch`` is the number of that step's micro-batches that were accumulated.  ``in_flight``
     is the number of tasks that a client may have open at once.  A task is named by its step and its
-    number in the step.
+    number in the step.  ``is_joint`` means that a step is made with other clients, so that it is
+    not taken back: then all tasks of the newest step are kept.
     """
 
-    def __init__(self, step: int, in_flight: int = 1) -> None:
+    def __init__(self, step: int, in_flight: int = 1, *, is_joint: bool = False) -> None:
         self.step = step
         self.micro_batch = 0
         self.in_flight = in_flight
+        self.is_joint = is_joint
         self._tasks: dict[tuple[int, int], _Task] = {}  # the newest, in the order of their numbers
 
     @property
@@ -175,13 +177,10 @@ class Ledger:
         turns = [turn for task in self._tasks.values() if task.is_finished for turn in task.turns]
         return sum(len(chunk) for turn in turns for reply in turn.replies for chunk in reply)
 
-    def welcome(self, hello: Hello, *, is_joint: bool) -> Continuation | None:
-        """Return how a client can continue where it is, or ``None`` if it cannot.
-
-        ``is_joint`` means that a step is made with other clients, so that it is not taken back.
-        """
+    def welcome(self, hello: Hello) -> Continuation | None:
+        """Return how a client can continue where it is, or ``None`` if it cannot."""
         step, number, can_repeat = hello.step, hello.micro_batch, hello.can_repeat
-        is_open = hello.is_open or is_joint
+        is_open = hello.is_open or (self.is_joint and step < self.step)
         if not self.suits(step, is_open=is_open, can_repeat=can_repeat, micro_batch=number):
             return None
         return Continuation(step=step, wants_repeat=self.is_behind(step, number))
@@ -248,7 +247,7 @@ class Ledger:
         place = (self.step, self.micro_batch + len(self._list_open()))
         if place[1] == 0:
             self._tasks = {}  # a client that begins a step has all replies of the one before
-        while len(self._tasks) >= self.in_flight:
+        while len(self._tasks) >= self.in_flight and not self.is_joint:
             del self._tasks[next(iter(self._tasks))]
         self._tasks[place] = _Task(ends_step=ends_step, turns=[_Turn(fingerprint=fingerprint)])
 

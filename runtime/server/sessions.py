@@ -56,7 +56,7 @@ class Session:
     def __init__(self, name: str, joined: Joined, policy: Policy) -> None:
         self.id = name
         self.owner = joined.owner
-        self.ledger = Ledger(joined.step)
+        self.ledger = Ledger(joined.step, is_joint=joined.is_joint)
         self.generation = 0
         self.tasks_done = 0
         self._policy = policy
@@ -151,7 +151,7 @@ class Session:
         if len(self._open) > 1 and not (hello.is_open or hello.micro_batch):
             self.abandon()  # it makes the step anew, and its first message may be the same
         self.ledger.in_flight = in_flight
-        found = self.ledger.welcome(hello, is_joint=self.is_joint)
+        found = self.ledger.welcome(hello)
         if found is None:
             step = self._find_common(hello)
             self._go_back(step)
@@ -395,5 +395,5 @@ class Session:
         if step == self.ledger.step:
             return
         self._policy.rewind(self.id, step)
-        self.ledger = Ledger(step, self.ledger.in_flight)
+        self.ledger = Ledger(step, self.ledger.in_flight, is_joint=self.is_joint)
         self._saved = step

@@ -64,7 +64,7 @@ class TaskMemory:
         if message.turn > 0 or _continues_step(session, message):
             budget.extend(task, owner, needed)  # the task has its memory already, or is not open
             return
-        is_joint = message.phase == TRAIN and session.is_joint
+        is_joint = message.phase in (TRAIN, ACCUMULATE) and session.is_joint
         if is_joint:
             with suppress(ServerBusy):  # other tasks may end, unless they wait for this one
                 budget.extend(task, owner, needed)

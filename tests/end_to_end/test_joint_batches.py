@@ -56,16 +56,25 @@ def list_trials() -> list[tuple[str, str, tuple[str, ...]]]:
     return trials
 
 
+@pytest.mark.parametrize(
+    "counts", [(), (2, 3, 4), (3, 5, 2)], ids=["whole", "2, 3 and 4", "3, 5 and 2"]
+)
 @pytest.mark.parametrize(("name", "at", "tails"), list_trials())
 def test_a_joint_step_is_a_step_of_the_unsplit_model_on_the_joined_batch(
-    name: str, at: str, tails: tuple[str, ...]
+    name: str, at: str, tails: tuple[str, ...], counts: tuple[int, ...]
 ) -> None:
+    """Whether each client sends its batch whole or as micro-batches, in numbers of its own."""
     entry = ZOO[name]
     model, data = entry.build(), entry.data(sum(SIZES))
     dims = {"T": data["x"].shape[1]} if name == "shape_paths" else {}
     bundle = cut(model, at=at, tail_at=tails, loss=entry.loss, optimizer=MOMENTUM, dims=dims)
+    assert bundle.server is not None
+    if counts and name == "batchnorm_trained":
+        pytest.skip("its normalization has the statistics of a micro-batch, whoever trains it")
+    if counts and not bundle.server.manifest.accumulators:
+        pytest.skip("its server trains nothing, and so takes no micro-batches")
     options = PolicyOptions(name=SYNCHRONOUS, clients_min=len(SIZES), round_timeout=20.0)
-    clients, servers = train_together(bundle, split(data), options, STEPS)
+    clients, servers = train_together(bundle, split(data), options, STEPS, accumulate=counts)
     whole = train_whole(model, entry.loss, data, MOMENTUM)
     compared = 0
     for party, states in ((CLIENT, clients), (SERVER, servers)):

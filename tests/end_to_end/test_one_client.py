@@ -92,8 +92,23 @@ def test_steps_of_micro_batches_are_the_same_in_a_worker_and_with_other_policies
                 np.testing.assert_array_equal(state[key], array, err_msg=key)
 
 
-def test_joint_steps_refuse_micro_batches_before_training() -> None:
-    bundle = cut(ZOO["chain"].build(), at="act1")
+@pytest.mark.parametrize("name", ["batchnorm_trained", "bce", "chain"])
+def test_a_joint_step_of_one_client_is_its_step_of_micro_batches(name: str) -> None:
+    entry = ZOO[name]
+    tensors = [found.tensor for found in list_cuts(prepare(open_model(entry.build())), None)]
+    optimizer = AdamW(lr=0.01)
+    bundle = cut(entry.build(), at=tensors[1], loss=entry.loss, optimizer=optimizer)
+    data = entry.data(SAMPLES)
+    plain = train(bundle, data, PER_CLIENT, accumulate=3)
+    for isolate in (False, True):
+        joint = train(bundle, data, SYNCHRONOUS, accumulate=3, isolate=isolate)
+        for expected, state in zip(plain, joint, strict=True):
+            for key, array in expected.items():
+                np.testing.assert_array_equal(state[key], array, err_msg=key)
+
+
+def test_joint_steps_refuse_micro_batches_where_the_server_trains_nothing() -> None:
+    bundle = cut(ZOO["chain"].build(), at="act1", freeze=("^(w|b)[234]$",))
     with pytest.raises(UsageError, match="policy 'synchronous' does not let a step consist of"):
         train(bundle, ZOO["chain"].data(SAMPLES), SYNCHRONOUS, accumulate=2)
 

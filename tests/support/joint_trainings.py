@@ -25,9 +25,17 @@ def split(data: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
 
 
 def train_together(
-    bundle: Bundle, parts: Sequence[Mapping[str, np.ndarray]], options: PolicyOptions, epochs: int
+    bundle: Bundle,
+    parts: Sequence[Mapping[str, np.ndarray]],
+    options: PolicyOptions,
+    epochs: int,
+    *,
+    accumulate: Sequence[int] = (),
 ) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
-    """Train one client per part of the data; return the states of the clients and the copies."""
+    """Train one client per part of the data; return the states of the clients and the copies.
+
+    ``accumulate`` says how many micro-batches each client's step has.
+    """
     states: dict[int, dict[str, np.ndarray]] = {}
     errors: list[Exception] = []
     copies: dict[int, dict[str, np.ndarray]] = {}
@@ -44,7 +52,8 @@ def train_together(
             data = parts[number]
             size = len(next(iter(data.values())))
             with Client(bundle.client, server.url, threads=1, share=True) as client:
-                client.fit(data, epochs=epochs, batch_size=size, shuffle=False)
+                count = accumulate[number] if accumulate else 1
+                client.fit(data, epochs=epochs, batch_size=size, shuffle=False, accumulate=count)
                 model = server._registry.policy.models[client.session]  # type: ignore[attr-defined]
                 states[number] = client.state()
                 copies[number] = model.executor.state()

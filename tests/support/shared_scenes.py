@@ -19,11 +19,11 @@ from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
 from splitonnx.runtime.server.policies.joining.asynchronous import Asynchronous
 from splitonnx.runtime.server.policies.joining.rounds import RoundRules, Rounds
-from splitonnx.runtime.server.policies.joint_batches import BatchLayout
 from splitonnx.runtime.server.policies.model_makers import ModelMaker
 from splitonnx.runtime.server.policies.models import ServerModel
-from splitonnx.runtime.server.policies.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.shared_training import SharedTraining
+from splitonnx.runtime.server.policies.steps.joint_batches import BatchLayout
+from splitonnx.runtime.server.policies.steps.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.tasks import Delivery, Joined, Task
 from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.runtime.storage.archives import Archive

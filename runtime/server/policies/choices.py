@@ -18,13 +18,13 @@ from splitonnx.names import (
 from splitonnx.runtime.server.policies.joining.asynchronous import Asynchronous
 from splitonnx.runtime.server.policies.joining.relay import Relay
 from splitonnx.runtime.server.policies.joining.rounds import RoundRules, Rounds
-from splitonnx.runtime.server.policies.joint_batches import BatchLayout
 from splitonnx.runtime.server.policies.joint_training import JointTraining
 from splitonnx.runtime.server.policies.per_client import PerClient
 from splitonnx.runtime.server.policies.policies import Policy
 from splitonnx.runtime.server.policies.policy_options import PolicyOptions
-from splitonnx.runtime.server.policies.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.shared_training import SharedSource, SharedTraining
+from splitonnx.runtime.server.policies.steps.joint_batches import BatchLayout
+from splitonnx.runtime.server.policies.steps.shared_steps import SharedSteps
 from splitonnx.runtime.storage.round_records import RoundRecord, RoundRecords
 from splitonnx.sharing import list_carried
 

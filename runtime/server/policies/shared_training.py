@@ -28,7 +28,7 @@ from splitonnx.runtime.server.policies.joining.kept_rounds import KeptRounds
 from splitonnx.runtime.server.policies.joining.rounds import Answer, Rounds, Share
 from splitonnx.runtime.server.policies.models import ServerModel
 from splitonnx.runtime.server.policies.per_client import ModelSource, PerClient
-from splitonnx.runtime.server.policies.shared_steps import SharedSteps
+from splitonnx.runtime.server.policies.steps.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.tasks import (
     Delivery,
     Joined,

@@ -25,14 +25,16 @@ class Terms:
     local_steps: int = 0
     rounds: int = 0
 
-    @property
-    def can_accumulate(self) -> bool:
+    def can_accumulate(self, manifest: PartyManifest) -> bool:
         """Return whether a client's step may consist of several micro-batches.
 
-        A joint step may not, since it has the rows of all clients, of which nobody knows in advance
-        how many there are in the micro-batches to come.
+        ``manifest`` is that of the server's part.  A joint step needs to know what micro-batches
+        count, which clients do not send to a server that trains nothing.
         """
-        return self.policy != SYNCHRONOUS
+        from splitonnx.micro_batches import MICRO_BATCH_WEIGHT
+
+        sent = {wire.tensor.name for wire in manifest.phase(ACCUMULATE).wires}
+        return self.policy != SYNCHRONOUS or MICRO_BATCH_WEIGHT in sent
 
     def count_in_flight(self, manifest: PartyManifest) -> int:
         """Return how many tasks of one step a client of a server's part may have open at once.
@@ -46,13 +48,13 @@ class Terms:
             return 1
         return MOST_IN_FLIGHT
 
-    def check(self, phase: str) -> None:
-        """Check that a client may send tensors in a phase.
+    def check(self, phase: str, manifest: PartyManifest) -> None:
+        """Check that a client of a server's part may send tensors in a phase.
 
         Raises:
             RemoteProtocolError: the phase accumulates, which the policy does not permit.
         """
-        if phase in (ACCUMULATE, UPDATE) and not self.can_accumulate:
+        if phase in (ACCUMULATE, UPDATE) and not self.can_accumulate(manifest):
             raise RemoteProtocolError(f"the policy '{self.policy}' does not let it {phase}")
 
     def describe(self) -> tuple[str, ...]:

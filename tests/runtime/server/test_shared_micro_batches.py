@@ -12,7 +12,7 @@ from splitonnx.messages import TaskKey, Tensors
 from splitonnx.names import ASYNCHRONOUS, SPLITFED_V2, SYNCHRONOUS
 from splitonnx.runtime.engine.engines import Engine
 from splitonnx.runtime.engine.executors import Executor
-from splitonnx.runtime.server.policies.shared_steps import SharedSteps
+from splitonnx.runtime.server.policies.steps.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.tasks import Task
 from tests.support.one_model import ACTIVATION, GRADIENT, RATE, Member, Table, make_bundle
 from tests.support.shared_models import make_model, tell
@@ -182,10 +182,12 @@ def test_a_micro_batch_that_is_wrong_ends_its_own_step_alone(policy: str) -> Non
         np.testing.assert_array_equal(read_state(table)[name], array, err_msg=name)
 
 
-def test_a_joint_step_does_not_consist_of_micro_batches() -> None:
-    ann = Table(SYNCHRONOUS).members[0]
+def test_a_joint_step_begins_when_all_have_sent_a_micro_batch() -> None:
+    ann, bob = Table(SYNCHRONOUS).members[:2]
     say(ann, list_messages(1)[0])
-    assert "does not let it accumulate" in str(ann.error)
+    assert (ann.heard, ann.error) == ([], None)
+    say(bob, list_messages(2)[0])
+    assert (bob.error, ann.error) == (None, None)
 
 
 def test_a_step_of_ever_more_micro_batches_does_not_hold_the_others_for_long() -> None:

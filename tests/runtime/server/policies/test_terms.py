@@ -8,9 +8,12 @@ import pytest
 from splitonnx.errors import RemoteProtocolError
 from splitonnx.manifests import PartyManifest, Phase, Source, Wire, WireKind
 from splitonnx.micro_batches import MOST_IN_FLIGHT
+from splitonnx.names import SERVER
+from splitonnx.partitioner.partitions import cut
 from splitonnx.runtime.server.policies.terms import Terms
 from splitonnx.tensors import TensorSpec
 from tests.support import tiny
+from tests.support.zoo import ZOO
 
 
 def test_without_more_clients_share_nothing() -> None:
@@ -26,21 +29,24 @@ def test_it_is_said_what_clients_share() -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", ["per-client", "sequential", "splitfed-v1", "splitfed-v2", "asynchronous"]
+    "policy",
+    ["per-client", "sequential", "splitfed-v1", "splitfed-v2", "synchronous", "asynchronous"],
 )
-def test_steps_of_one_client_may_consist_of_micro_batches(policy: str) -> None:
-    terms = Terms(policy=policy)
-    assert terms.can_accumulate
-    terms.check("accumulate")
+def test_steps_may_consist_of_micro_batches(policy: str) -> None:
+    terms, manifest = Terms(policy=policy), cut(ZOO["chain"].build(), at="act1").parties[SERVER]
+    assert terms.can_accumulate(manifest.manifest)
+    terms.check("accumulate", manifest.manifest)
 
 
-def test_a_joint_step_takes_no_micro_batches_even_if_they_are_sent() -> None:
+def test_a_joint_step_takes_no_micro_batches_without_weights_even_if_they_are_sent() -> None:
     terms = Terms(policy="synchronous", local_steps=1)
-    assert not terms.can_accumulate
-    terms.check("train")
+    bundle = cut(ZOO["chain"].build(), at="act1", freeze=("^(w|b)[234]$",))
+    manifest = bundle.parties[SERVER].manifest
+    assert not terms.can_accumulate(manifest)
+    terms.check("train", manifest)
     for phase in ("accumulate", "update"):
         with pytest.raises(RemoteProtocolError, match=f"does not let it {phase}"):
-            terms.check(phase)
+            terms.check(phase, manifest)
 
 
 def declare(*, is_late: bool) -> PartyManifest:

@@ -1,18 +1,17 @@
 """The training steps of many clients on one model, which runs one step at a time.
 
 A step is either that of one client, or a joint one: the batches of several clients form one batch.
-A client's step of several micro-batches has the model from its first one to its update, one task
-after the other.  A step that waits for a message of its clients holds no thread.  This module does
-not know the rounds, and is not thread-safe.
+A step of several micro-batches has the model from its first one to its update, one task after the
+other; in a joint one, the clients' first micro-batches form one, then their second ones, and so on.
+A step that waits for a message of its clients holds no thread.  This module does not know the
+rounds, and is not thread-safe.
 """
 
 from __future__ import annotations
 
-import itertools
 import zlib
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,30 +23,12 @@ from splitonnx.errors import (
     WorkerLost,
 )
 from splitonnx.messages import TaskKey
+from splitonnx.micro_batches import CONFIRMED, MICRO_BATCH_WEIGHT, MICRO_BATCHES
 from splitonnx.names import ACCUMULATE, TRAIN, UPDATE
-from splitonnx.runtime.server.policies.joint_batches import BatchLayout, Tensors
 from splitonnx.runtime.server.policies.models import ServerModel
+from splitonnx.runtime.server.policies.steps.joint_batches import BatchLayout, Tensors
+from splitonnx.runtime.server.policies.steps.running_steps import RunningStep
 from splitonnx.runtime.server.policies.tasks import Delivery, Task
-
-
-@dataclass(kw_only=True, eq=False)
-class _Step:
-    """A step that has begun: its clients in order, and how many messages of each were handled.
-
-    The keys are those of the running task; ``is_between`` means that it is finished, and that
-    another one of the step follows.
-    """
-
-    keys: tuple[TaskKey, ...]
-    rows: tuple[int, ...]
-    begun: float
-    since: float  # when its clients were last answered
-    turn: int = 0
-    is_between: bool = False
-
-    @property
-    def lead(self) -> TaskKey:
-        return self.keys[0]
 
 
 class SharedSteps:
@@ -56,8 +37,8 @@ class SharedSteps:
     With a ``layout``, all clients that a step waits for make one batch; without, each step is of
     one client, in the order in which they came.  ``quorum`` is how many clients are enough for a
     joint step after ``timeout`` seconds.  After this time, a step whose client does not continue is
-    ended, and one of micro-batches, however many still come, if another step waits; ``None`` is to
-    wait forever.  Times are of a monotonic clock.
+    ended, and one of micro-batches, however many still come, if another step waits, or one of its
+    clients with its update; ``None`` is to wait forever.  Times are of a monotonic clock.
 
     If a joint step fails, its clients make it one by one, so that only a client whose own tensors
     are the cause receives the error.
@@ -71,7 +52,7 @@ class SharedSteps:
         self._timeout = timeout
         self._arrived: dict[TaskKey, deque[Task]] = {}  # messages that were not handled yet
         self._begun = 0.0  # when the first of those that wait came
-        self._step: _Step | None = None
+        self._step: RunningStep | None = None
         self._due: deque[Delivery] = deque()  # what was not taken yet
         self._apart: frozenset[TaskKey] = frozenset()  # failed together, are made one by one
         self._rate: float | None = None  # of the newest joint step
@@ -99,8 +80,9 @@ class SharedSteps:
             if step is None or task.key not in step.keys:
                 raise StepEnded(task.key.step)
         elif task.turn == 0 and _continues_step(task.key):
-            if step is None or task.key.session != step.lead.session:
+            if step is None or not step.includes(task.key):
                 raise StepEnded(task.key.step)
+            step.note(task.key, now)
         elif task.turn == 0 and not self._list_waiting():
             self._begun = now
         queue = self._arrived.setdefault(task.key, deque())
@@ -136,11 +118,11 @@ class SharedSteps:
 
     def withdraw(self, model: ServerModel | None, key: TaskKey) -> None:
         """Abort a client's step; the other clients of a joint step have to repeat it."""
-        self._arrived.pop(key, None)
-        self._due = deque(delivery for delivery in self._due if delivery.key != key)
+        self._forget(key.session)
+        self._due = deque(due for due in self._due if due.key.session != key.session)
         step = self._step
-        if step is not None and key in step.keys and model is not None:
-            self._end(model, step, StepEnded(step.lead.step), apart=(key,))
+        if step is not None and step.includes(key) and model is not None:
+            self._end(model, step, StepEnded(step.lead.step), apart=key.session)
 
     def interrupt(self, model: ServerModel, error: SplitonnxError) -> None:
         """End every step, whether it has begun or waits, and remember the error for its client."""
@@ -154,41 +136,39 @@ class SharedSteps:
     def end_if_silent(self, model: ServerModel, now: float) -> tuple[str, ...]:
         """End the step if a client has not continued it in time; return the silent sessions.
 
-        A step of micro-batches also ends if it has kept others waiting for as long.
+        A step of micro-batches also ends if it has kept others waiting for as long.  If these are
+        clients of a joint step that have sent all of theirs, those that have not are named, too.
         """
         step = self._step
         if step is None or self._timeout is None or now - step.begun < self._timeout:
             return ()
-        is_silent = now - step.since >= self._timeout
-        if not is_silent and (step.lead.phase == TRAIN or not self._list_waiting()):
+        silent = step.list_unfinished(now - self._timeout)
+        if now - step.since >= self._timeout:
+            silent += step.list_silent({k.session for k, tasks in self._arrived.items() if tasks})
+        elif not silent and not (step.is_chain and self._list_waiting()):
             return ()
-        silent = tuple(key.session for key in step.keys if is_silent and not self._arrived.get(key))
         self._end(model, step, StepEnded(step.lead.step))
-        return silent
+        return tuple(dict.fromkeys(silent))
 
-    def _find_ready(self, awaited: Collection[str], now: float) -> _Step | None:
+    def _find_ready(self, awaited: Collection[str], now: float) -> RunningStep | None:
         """Return the step whose messages are all there, beginning one if none has begun."""
         if self._step is None:
             keys = self._choose(awaited, now)
             if not keys:
                 return None
             self._begun = now
-            rows: tuple[int, ...] = ()
-            if self._layout is not None:
-                first = [self._arrived[key][0].tensors for key in keys]
-                rows = tuple(map(self._layout.count_rows, first))
-            self._step = _Step(keys=keys, rows=rows, begun=now, since=now)
+            rate = self._arrived[keys[0]][0].learning_rate
+            self._step = RunningStep(keys=keys, learning_rate=rate, begun=now, since=now)
         step = self._step
         if step.is_between:
-            following = (k for k in self._arrived if k.session == step.lead.session)
-            step.keys = tuple(itertools.islice(following, 1)) or step.keys
-            step.is_between, step.turn = step.keys[0] not in self._arrived, 0
-        return step if all(self._arrived.get(key) for key in step.keys) else None
+            step.go_on(self._arrived)
+        is_ready = not step.is_between and all(self._arrived.get(key) for key in step.keys)
+        return step if is_ready else None
 
     def _list_waiting(self) -> tuple[TaskKey, ...]:
         """Return the keys of the steps that have not begun, in the order in which they came."""
-        begun = () if self._step is None else self._step.keys
-        return tuple(key for key in self._arrived if key not in begun)
+        begun = {} if self._step is None else self._step.newest
+        return tuple(key for key in self._arrived if key.session not in begun)
 
     def _choose(self, awaited: Collection[str], now: float) -> tuple[TaskKey, ...]:
         waiting = self._list_waiting()
@@ -203,8 +183,28 @@ class SharedSteps:
             if not is_over or len(waiting) < min(self._quorum, len(awaited)):
                 return ()
             self._left_out |= missing
-        keys = self._refuse_rates(waiting)
+        keys = self._refuse_rates(self._refuse_kinds(waiting))
         return tuple(sorted(keys, key=lambda key: _rank(self._arrived[key][0])))
+
+    def _refuse_kinds(self, keys: Sequence[TaskKey]) -> list[TaskKey]:
+        """Refuse the clients that send micro-batches if most others do not, or the reverse.
+
+        If as many do as do not, those remain whose step is one task.
+        """
+        counts = Counter(key.phase for key in keys)
+        common = max(counts, key=lambda phase: (counts[phase], phase == TRAIN))
+        own, others = "micro-batches", "whole batches"
+        if common != TRAIN:
+            own, others = others, own
+        for key in keys:
+            if key.phase != common:
+                self._refuse(
+                    key,
+                    f"it sends {own} and most other clients send {others}, and a joint step has "
+                    "one kind; train all clients with accumulate or micro_batches (--accumulate, "
+                    "--micro-batches), whose numbers may differ, or all without",
+                )
+        return [key for key in keys if key.phase == common]
 
     def _refuse_rates(self, keys: Sequence[TaskKey]) -> list[TaskKey]:
         """Refuse the clients whose learning rate most others do not have; return the others.
@@ -216,25 +216,28 @@ class SharedSteps:
         self._rate = common = max(counts, key=lambda rate: (counts[rate], rate == self._rate))
         for key, rate in rates.items():
             if rate != common:
-                del self._arrived[key]
-                self._left_out |= {key.session}
-                error = RemoteProtocolError(
+                self._refuse(
+                    key,
                     f"its learning rate {rate:g} differs from that of most other clients, "
-                    f"{common:g}, and a joint step has one"
+                    f"{common:g}, and a joint step has one",
                 )
-                self._due.append(Delivery(key=key, version=0, error=error))
         return [key for key in keys if rates[key] == common]
 
-    def _perform(self, model: ServerModel, step: _Step, now: float) -> Iterator[Delivery]:
+    def _refuse(self, key: TaskKey, reason: str) -> None:
+        """Leave a client out of the joint steps, and remember why."""
+        del self._arrived[key]
+        self._left_out |= {key.session}
+        self._due.append(Delivery(key=key, version=0, error=RemoteProtocolError(reason)))
+
+    def _perform(self, model: ServerModel, step: RunningStep, now: float) -> Iterator[Delivery]:
         """Run the stages for which the clients' messages have arrived."""
         tasks = [self._arrived[key].popleft() for key in step.keys]
         has_ended = False
         try:
             if step.turn == 0:
-                first = tasks[0]
-                model.begin(step.lead, seed=first.seed, learning_rate=first.learning_rate)
+                self._begin(model, step, tasks)
             step.turn, step.since = step.turn + 1, now
-            outputs = model.run(step.lead, self._join(step, tasks))
+            outputs = model.run(step.own, self._join(step, tasks))
             if self._layout is None:
                 yield from self._answer_one(model, step, outputs)
             else:
@@ -242,41 +245,43 @@ class SharedSteps:
             has_ended = True
         except SplitonnxError as error:
             has_ended = True
-            if len(step.keys) > 1 and not isinstance(error, (StageStopped, WorkerLost)):
-                self._apart = frozenset(step.keys)
+            if len(step.newest) > 1 and not isinstance(error, (StageStopped, WorkerLost)):
+                self._apart = step.firsts
                 error = StepEnded(step.lead.step)
             self._end(model, step, error)
         finally:
             if not has_ended and self._step is step:  # a delivery could not be taken
                 self._end(model, step, StepEnded(step.lead.step))
 
+    def _begin(self, model: ServerModel, step: RunningStep, tasks: Sequence[Task]) -> None:
+        """Begin the running task of a step on the model."""
+        first = tasks[0]
+        if self._layout is not None:
+            step.check_rates(tasks)
+            if step.lead.phase != UPDATE:
+                step.rows = tuple(self._layout.count_rows(task.tensors) for task in tasks)
+        model.begin(step.own, seed=first.seed, learning_rate=first.learning_rate)
+
     def _answer_one(
-        self, model: ServerModel, step: _Step, outputs: Iterator[Tensors]
+        self, model: ServerModel, step: RunningStep, outputs: Iterator[Tensors]
     ) -> Iterator[Delivery]:
         """Yield what the client waits for as soon as it is there."""
         key, turn = step.lead, step.turn - 1
         for tensors in outputs:
             yield Delivery(key=key, version=model.version, tensors=tensors, turn=turn)
-        is_done = model.finish(key)
-        if is_done and key.phase == ACCUMULATE:
-            self._arrived.pop(key, None)
-            step.is_between = True
-        elif is_done:
-            self._close(step)
+        is_done = self._finish(model, step)
         yield Delivery(
             key=key, version=model.version, is_last=is_done, turn=turn, handled=step.turn
         )
 
-    def _answer_all(self, model: ServerModel, step: _Step, outputs: list[Tensors]) -> None:
+    def _answer_all(self, model: ServerModel, step: RunningStep, outputs: list[Tensors]) -> None:
         """Remember what the clients wait for once all stages have run.
 
         A client whose session is not told of the end with the last tensors would go on before that,
         also if the step is of it alone: the thread may be that of another client.
         """
         parts, turn = [self._divide(step, tensors) for tensors in outputs], step.turn - 1
-        is_done = model.finish(step.lead)
-        if is_done:
-            self._close(step)
+        is_done = self._finish(model, step)
         for place, key in enumerate(step.keys):
             own = [part[place] for part in parts]
             self._due += [
@@ -295,36 +300,74 @@ class SharedSteps:
                 )
             )
 
-    def _join(self, step: _Step, tasks: list[Task]) -> Tensors:
-        if self._layout is None or len(tasks) == 1:
-            return tasks[0].tensors
-        if any(task.tensors.keys() != tasks[0].tensors.keys() for task in tasks):
+    def _join(self, step: RunningStep, tasks: Sequence[Task]) -> Tensors:
+        """Return the tensors of the model's task from those of the clients' tasks."""
+        sent = [task.tensors for task in tasks]
+        if self._layout is None:
+            return sent[0]
+        if any(tensors.keys() != sent[0].keys() for tensors in sent):
             raise RemoteProtocolError("the clients of a joint step send different tensors")
-        return self._layout.join([task.tensors for task in tasks], step.rows)
+        if step.lead.phase == UPDATE:
+            if sent[0].keys() != {MICRO_BATCHES}:
+                raise RemoteProtocolError("it does not say how many micro-batches it updates after")
+            step.weights.check_end(step.keys, [tensors[MICRO_BATCHES] for tensors in sent])
+            return {MICRO_BATCHES: np.array(step.number, np.int64)}
+        weight = {}
+        if step.is_chain and MICRO_BATCH_WEIGHT in sent[0]:
+            own = [tensors[MICRO_BATCH_WEIGHT] for tensors in sent]
+            weight[MICRO_BATCH_WEIGHT] = step.weights.weigh(step.keys, step.rows, own)
+        if len(sent) == 1:
+            return {**sent[0], **weight}
+        rowed = [
+            {name: array for name, array in tensors.items() if name not in weight}
+            for tensors in sent
+        ]
+        return {**self._layout.join(rowed, step.rows), **weight}
 
-    def _divide(self, step: _Step, tensors: Tensors) -> list[dict[str, np.ndarray]]:
+    def _divide(self, step: RunningStep, tensors: Tensors) -> list[dict[str, np.ndarray]]:
         assert self._layout is not None  # otherwise a step has one client
+        if step.lead.phase == UPDATE:  # each is told its own number of micro-batches
+            return [{CONFIRMED: np.array(key.micro_batch, np.int64)} for key in step.keys]
         return self._layout.split(tensors, step.rows)
 
-    def _close(self, step: _Step) -> None:
+    def _finish(self, model: ServerModel, step: RunningStep) -> bool:
+        """End the running task if all its stages have run, and its step if it is the last one."""
+        is_done = model.finish(step.own)
+        if is_done and step.lead.phase == ACCUMULATE:
+            for key in step.keys:
+                self._arrived.pop(key, None)
+            step.is_between = True
+        elif is_done:
+            self._close(step)
+        return is_done
+
+    def _close(self, step: RunningStep) -> None:
         self._step = None
-        for key in step.keys:
-            self._arrived.pop(key, None)
+        for session in step.newest:
+            self._forget(session)
+
+    def _forget(self, session: str) -> None:
+        """Drop the messages of a session that were not handled."""
+        for key in [key for key in self._arrived if key.session == session]:
+            del self._arrived[key]
 
     def _end(
         self,
         model: ServerModel,
-        step: _Step,
+        step: RunningStep,
         error: SplitonnxError,
-        apart: Collection[TaskKey] = (),
+        apart: str = "",
     ) -> None:
-        """Discard a step's changes, and remember the error for its clients."""
-        model.abandon(step.lead)
+        """Discard a step's changes, and remember the error for its clients.
+
+        A client between two tasks has none to tell it of, and learns it with its next message.
+        """
+        model.abandon(step.own)
         self._close(step)
         self._due += [
             Delivery(key=key, version=model.version, error=error)
-            for key in step.keys
-            if key not in apart
+            for session, key in step.newest.items()
+            if session != apart
         ]
 
 

@@ -12,7 +12,7 @@ from splitonnx.errors import UsageError
 from splitonnx.manifests import PartyManifest, Wire, WireKind
 from splitonnx.names import SERVER, TRAIN
 from splitonnx.partitioner.cutting.transforms.crossings import encode_crossings
-from splitonnx.runtime.server.policies.joint_batches import BatchLayout
+from splitonnx.runtime.server.policies.steps.joint_batches import BatchLayout
 from splitonnx.tensors import TensorSpec
 from splitonnx.wire_codecs import read_wire
 from tests.support import tiny

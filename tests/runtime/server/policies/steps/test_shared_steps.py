@@ -11,9 +11,9 @@ from splitonnx.bundles import Bundle
 from splitonnx.errors import StageFailed, StepEnded, WorkerLost
 from splitonnx.names import SERVER
 from splitonnx.partitioner.partitions import cut
-from splitonnx.runtime.server.policies.joint_batches import BatchLayout
 from splitonnx.runtime.server.policies.models import ServerModel
-from splitonnx.runtime.server.policies.shared_steps import SharedSteps
+from splitonnx.runtime.server.policies.steps.joint_batches import BatchLayout
+from splitonnx.runtime.server.policies.steps.shared_steps import SharedSteps
 from splitonnx.runtime.server.policies.tasks import Delivery, Task
 from tests.support import tiny
 from tests.support.shared_models import draw, make_model, step_task, tell

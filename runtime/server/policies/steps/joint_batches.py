@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from splitonnx.errors import UsageError
+from splitonnx.errors import RemoteProtocolError, UsageError
 from splitonnx.manifests import PartyManifest, Wire, WireKind
 from splitonnx.names import SERVER, TRAIN
 
@@ -42,8 +42,15 @@ class BatchLayout:
             )
 
     def count_rows(self, tensors: Tensors) -> int:
-        """Return how many rows a client's tensors have."""
-        return int(next(iter(tensors.values())).shape[0])
+        """Return how many rows a client's tensors have.
+
+        Raises:
+            RemoteProtocolError: none of them has rows.
+        """
+        for name, array in tensors.items():
+            if name in self._wires and _has_rows(self._wires[name]):
+                return int(array.shape[0])
+        raise RemoteProtocolError("its first message of a task has no rows")
 
     def join(self, parts: Sequence[Tensors], rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Return one batch of the tensors of several clients, in the order of the clients.
