@@ -202,11 +202,14 @@ class Job:
         """Pass a reply of the server to its task.
 
         Raises:
-            RemoteProtocolError: the task has ended, or does not expect these wires.
+            RemoteProtocolError: the task has ended, or does not expect these wires, or there are
+                none.
             ArrayMismatch, ValueOutOfRange: a tensor does not match its declaration.
         """
         if key not in self._numbers:
             raise RemoteProtocolError(f"it answered {key}, which is not open")
+        if not wires:  # as progress, such replies would hold the client up for ever
+            raise RemoteProtocolError("its reply has no tensors")
         self._executor.deliver(key, wires)
         self._received[self._numbers[key]].update(wires)
 

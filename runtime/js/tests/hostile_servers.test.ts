@@ -62,6 +62,7 @@ const LIES: [string, Lies, new (...facts: never[]) => Error][] = [
     },
     client.RemoteProtocolError,
   ],
+  ["an answer without tensors", { reply: (a) => reply(a, {}, new Map()) }, client.RemoteProtocolError],
   ["an answer out of turn", { reply: (a) => reply(a, { turn: 1 }) }, client.RemoteProtocolError],
   ["an answer of another step", { reply: (a) => reply(a, { step: 5 }) }, client.RemoteProtocolError],
   [

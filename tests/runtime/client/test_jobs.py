@@ -74,6 +74,14 @@ def test_a_reply_to_a_task_of_another_job_is_refused() -> None:
         job.deliver(TaskKey(SESSION, "train", 7, 0), {})
 
 
+def test_a_reply_that_brings_nothing_is_refused() -> None:
+    """It would count as progress, so a server could hold up a client with such replies for ever."""
+    job = make_job(Executor(tiny.split_bundle().client, Engine(threads=1)))
+    (sent,) = job.work()
+    with pytest.raises(RemoteProtocolError, match="no tensors"):
+        job.deliver(sent.key, {})
+
+
 def test_an_abandoned_job_leaves_the_state_and_the_task_can_begin_again() -> None:
     executor = Executor(tiny.split_bundle().client, Engine(threads=1))
     before = executor.state()

@@ -110,6 +110,7 @@ export class Job {
   deliver({ key, wires }: TaskWires): void {
     const task = this.#tasks.findIndex((one) => nameTask(one.key) === nameTask(key));
     if (task < 0) throw new RemoteProtocolError(`it answered ${describeTask(key)}, which is not open`);
+    if (!wires.size) throw new RemoteProtocolError("its reply has no tensors");
     this.#executor.deliver(key, wires);
     for (const name of wires.keys()) this.#received[task]!.add(name);
   }
