@@ -15,6 +15,7 @@ from splitonnx.errors import (
     SplitonnxError,
     StaleConnection,
     TaskTooLarge,
+    flatten,
 )
 from splitonnx.messages import Fault, Message, Save, Saved, Unsaved
 
@@ -34,25 +35,26 @@ def expect(expected: type[_Answer], message: Message) -> _Answer:
 
 
 def translate_fault(fault: Fault, generation: int) -> SplitonnxError:
-    """Return the error that a fault of the server reports.
+    """Return the error that a fault of the server reports; its texts become single, short lines.
 
     ``generation`` is the number of the connection that the fault came on.
     """
+    reason, subject = flatten(fault.reason), flatten(fault.subject)
     if fault.code == StaleConnection.__name__:
         return StaleConnection(generation, fault.newest)
     if fault.code == ServerBusy.__name__:
-        return ServerBusy(fault.reason)
+        return ServerBusy(reason)
     if fault.code == NotFinite.__name__:
-        return NotFinite(fault.subject, f"{fault.reason}, at the server")
+        return NotFinite(subject, f"{reason}, at the server")
     if fault.code == BatchTooLarge.__name__:
-        return BatchTooLarge(fault.subject, fault.needed, fault.limit)
+        return BatchTooLarge(subject, fault.needed, fault.limit)
     if fault.code == NotPermitted.__name__:
-        return NotPermitted(fault.subject, fault.reason)
+        return NotPermitted(subject, reason)
     if fault.code == SharingNotPermitted.__name__:
-        return SharingNotPermitted(fault.subject)
+        return SharingNotPermitted(subject)
     if fault.code == TaskTooLarge.__name__:
         return TaskTooLarge(fault.needed, fault.limit)
-    return RemoteFault(fault.code, fault.reason)
+    return RemoteFault(fault.code, reason)
 
 
 def read_saved(asked: Save, answer: Message) -> str:
@@ -65,6 +67,8 @@ def read_saved(asked: Save, answer: Message) -> str:
         raise RemoteProtocolError(f"it sent {type(answer).__name__} where Saved was due")
     if answer.step != asked.step:
         raise RemoteProtocolError(f"it saved step {answer.step}, not {asked.step}")
+    if answer.session != asked.session:
+        raise RemoteProtocolError("it saved another session")
     if isinstance(answer, Unsaved):
-        return answer.reason
+        return flatten(answer.reason) or "no reason given"
     return "its version cannot keep the best state" if asked.keep and not answer.keep else ""
