@@ -1,0 +1,55 @@
+"""Servers that accept a websocket and then read nothing of what is sent, or little at a time."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tests.support.echoes import PATIENCE
+from tests.support.pretenders import accept, pretending
+
+LARGE = bytes(64 << 20)
+"""More than the buffers of two sockets hold."""
+PINGS = (b"\x89\x7d" + bytes(125)) * 1000
+
+
+@contextmanager
+def freezing(begin: Callable[[socket.socket], object] = lambda _: None) -> Iterator[str]:
+    """Run a server that accepts a websocket, calls ``begin``, and then reads nothing more."""
+    is_over = threading.Event()
+
+    def freeze(connection: socket.socket) -> None:
+        accept(connection)
+        begin(connection)
+        is_over.wait(PATIENCE)
+
+    with pretending(freeze) as url:
+        try:
+            yield url
+        finally:
+            is_over.set()
+
+
+def send_pings(connection: socket.socket) -> None:
+    """Send pings until the other side takes no more for half a second, or ends the connection."""
+    connection.settimeout(0.5)
+    try:
+        while True:
+            connection.sendall(PINGS)
+    except OSError:
+        return
+
+
+def read_slowly(connection: socket.socket) -> None:
+    """Read a message of ``LARGE``, a part every hundredth of a second, and answer it."""
+    accept(connection)
+    pace = threading.Event()
+    count = 0
+    while count < len(LARGE):
+        pace.wait(0.01)
+        count += len(connection.recv(1 << 18))
+    connection.sendall(b"\x82\x02ok")
+    while connection.recv(1 << 20):
+        continue
