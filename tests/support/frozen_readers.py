@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,22 +13,29 @@ from tests.support.pretenders import accept, pretending
 
 LARGE = bytes(64 << 20)
 """More than the buffers of two sockets hold."""
+SLOW = bytes(16 << 20)
+"""What takes seconds to read slowly."""
 PINGS = (b"\x89\x7d" + bytes(125)) * 1000
 
 
 @contextmanager
-def freezing(begin: Callable[[socket.socket], object] = lambda _: None) -> Iterator[str]:
+def freezing(
+    begin: Callable[[socket.socket], object] = lambda _: None, *, tls: ssl.SSLContext | None = None
+) -> Iterator[str]:
     """Run a server that accepts a websocket, calls ``begin``, and then reads nothing more."""
     is_over = threading.Event()
 
     def freeze(connection: socket.socket) -> None:
-        accept(connection)
-        begin(connection)
-        is_over.wait(PATIENCE)
+        if tls is not None:
+            connection = tls.wrap_socket(connection, server_side=True)
+        with connection:
+            accept(connection)
+            begin(connection)
+            is_over.wait(PATIENCE)
 
     with pretending(freeze) as url:
         try:
-            yield url
+            yield url if tls is None else url.replace("ws://", "wss://")
         finally:
             is_over.set()
 
@@ -43,11 +51,11 @@ def send_pings(connection: socket.socket) -> None:
 
 
 def read_slowly(connection: socket.socket) -> None:
-    """Read a message of ``LARGE``, a part every hundredth of a second, and answer it."""
+    """Read the message ``SLOW``, a part every hundredth of a second, and answer it."""
     accept(connection)
     pace = threading.Event()
     count = 0
-    while count < len(LARGE):
+    while count < len(SLOW):
         pace.wait(0.01)
         count += len(connection.recv(1 << 18))
     connection.sendall(b"\x82\x02ok")

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +16,10 @@ from splitonnx.runtime.channels import bounded_connections
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.wire.fragments import FRAGMENT
+from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
+from tests.support.certificates import Files
 from tests.support.echoes import PATIENCE, Echo
-from tests.support.frozen_readers import LARGE, freezing, read_slowly, send_pings
+from tests.support.frozen_readers import LARGE, SLOW, freezing, read_slowly, send_pings
 from tests.support.pretenders import accept, pretending
 
 SESAME = Credentials(token="open sesame")
@@ -182,11 +185,22 @@ def test_a_server_that_stops_reading_is_a_lost_connection() -> None:
         run_to_end(transport.close)
 
 
+def test_so_it_is_with_tls(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    access = Credentials(tls=make_client_tls(authority=files.authority))
+    with freezing(tls=make_server_tls(*files.server)) as url:
+        transport = WebSocketTransport(url, credentials=access)
+        transport._socket.limit_sending(0.2)
+        with pytest.raises(ConnectionLost, match="took nothing of a message"):
+            transport.send([LARGE])
+        run_to_end(transport.close)
+
+
 @pytest.mark.alone
 def test_a_server_that_reads_slowly_is_not_lost() -> None:
     with pretending(read_slowly) as url:
         transport = WebSocketTransport(url, reply_seconds=1)  # half as long as the message takes
-        assert ask(transport, LARGE) == b"ok"
+        assert ask(transport, SLOW) == b"ok"
         transport.close()
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
 from splitonnx.errors import ConnectionLost, MessageTooLarge
 from splitonnx.runtime.channels.asynchronous.websockets import AsyncWebSocketTransport, connect
 from splitonnx.runtime.channels.bounded_connections import MAX_FRAGMENTS, READ_AHEAD
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.wire.fragments import FRAGMENT
+from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
+from tests.support.certificates import Files
 from tests.support.echoes import PATIENCE, Echo
-from tests.support.frozen_readers import LARGE, freezing, read_slowly, send_pings
+from tests.support.frozen_readers import LARGE, SLOW, freezing, read_slowly, send_pings
 from tests.support.pretenders import accept, pretending
 
 CONNECTIONS = "splitonnx.runtime.channels.asynchronous.connections"
@@ -125,11 +129,26 @@ def test_a_server_that_stops_reading_is_a_lost_connection() -> None:
         asyncio.run(talk(url))
 
 
+def test_so_it_is_with_tls(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    access = Credentials(tls=make_client_tls(authority=files.authority))
+
+    async def talk(url: str) -> None:
+        transport = await AsyncWebSocketTransport.open(url, credentials=access)
+        transport._connection.limit_sending(0.2)
+        with pytest.raises(ConnectionLost, match="took nothing of a message"):
+            await asyncio.wait_for(transport.send([LARGE]), PATIENCE)
+        await asyncio.wait_for(transport.close(), PATIENCE)
+
+    with freezing(tls=make_server_tls(*files.server)) as url:
+        asyncio.run(talk(url))
+
+
 @pytest.mark.alone
 def test_a_server_that_reads_slowly_is_not_lost() -> None:
     async def talk(url: str) -> None:
         transport = await AsyncWebSocketTransport.open(url, reply_seconds=1)
-        await transport.send([LARGE])  # which takes twice as long
+        await transport.send([SLOW])  # which takes twice as long
         assert await transport.receive() == b"ok"
         await transport.close()
 
