@@ -13,6 +13,7 @@ import ssl
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 from websockets.client import ClientProtocol
@@ -40,6 +41,12 @@ MAX_FRAGMENTS = 4096
 """Most fragments of one message."""
 READ_BYTES = 1 << 18
 """Bytes that are read from the socket at a time; four times the library's number."""
+STALL_SECONDS = 600.0
+"""Longest time in seconds for which the server may take nothing of what is being sent to it."""
+
+
+class Stalled(TimeoutError):
+    """The server takes nothing of what this side sends."""
 
 
 class BoundedConnection(ClientConnection):
@@ -47,6 +54,9 @@ class BoundedConnection(ClientConnection):
 
     A message that is still arriving counts only while nobody waits for it.  Therefore, a message
     that is waited for is always read to its end, even if it is larger than ``READ_AHEAD``.
+
+    A server that takes nothing of what is sent for ``STALL_SECONDS`` is lost; :meth:`limit_sending`
+    changes that time.
     """
 
     recv_bufsize = READ_BYTES
@@ -63,6 +73,8 @@ class BoundedConnection(ClientConnection):
         self._buffers = BufferPool()
         self._arriving = JoinedFragments(self._buffers, self._most)
         self._reader = read_payloads(protocol, lambda *sizes: self._arriving.place(*sizes))
+        self._connected = sock
+        self.limit_sending(STALL_SECONDS)
         if not isinstance(sock, ssl.SSLSocket):
             sock = cast("socket.socket", DirectSocket(sock, self._reader))
         super().__init__(sock, protocol, **settings)
@@ -73,6 +85,16 @@ class BoundedConnection(ClientConnection):
     def waiting_bytes(self) -> int:
         """Return the size in bytes of the complete messages that the caller has not read yet."""
         return self._whole
+
+    def limit_sending(self, seconds: float) -> None:
+        """Set for how long the server may take nothing of what is sent.
+
+        The library reads only where a poll says that there is something, so a socket's time limit
+        counts for sending alone, and for a record of TLS of which only a part has arrived.
+        """
+        self._stall_seconds = seconds
+        with suppress(OSError):  # already closed
+            self._connected.settimeout(seconds)
 
     def handshake(
         self,
@@ -118,6 +140,21 @@ class BoundedConnection(ClientConnection):
                 write_fragment(
                     self.protocol, fragment, is_first=number == 0, is_last=number == last
                 )
+
+    def send_data(self) -> None:
+        """Send what waits; if that ends early, end the connection, since a frame is incomplete.
+
+        Other threads that want to send wait for this one, so it must not wait without end.
+        """
+        try:
+            super().send_data()
+        except BaseException as error:  # Ctrl-C, too
+            is_stall = isinstance(error, TimeoutError) and error.errno is None
+            if is_stall or not isinstance(error, Exception):
+                self._shut_down()
+            if is_stall:
+                raise make_stall(self._stall_seconds) from error
+            raise
 
     def receive(self, timeout: float) -> Chunk | bytearray:
         """Wait for the next message and return it.
@@ -178,18 +215,34 @@ class BoundedConnection(ClientConnection):
         """Close the connection; skip the closing handshake if there is too much unread data."""
         with self._flow_mutex:
             is_paused, self._is_over = bool(self._pauses), True  # what still comes is not kept
-        if is_paused:
+        if is_paused or not self._may_send():
             self.close_socket()
         else:
             super().close(code, reason)
 
+    def _may_send(self) -> bool:
+        """Wait for another thread that is sending, and return whether it is done in time."""
+        if self.close_timeout is None:
+            return True
+        self.limit_sending(self.close_timeout)  # for those that begin now
+        if not self.protocol_mutex.acquire(timeout=self.close_timeout):
+            return False
+        self.protocol_mutex.release()
+        return True
+
     def close_socket(self) -> None:
-        """Close the socket, and wake the thread that reads from it so that the thread can end."""
+        """Close the socket, and wake the threads that read from it or send, so that they end."""
+        self._shut_down()
         with self._flow_mutex:
             self._is_over = True
             for reason in tuple(self._pauses):
                 self._drop_pause(reason)
         super().close_socket()
+
+    def _shut_down(self) -> None:
+        with suppress(OSError):  # already closed
+            # not the method of TLS, after which another thread could send without encryption
+            socket.socket.shutdown(self._connected, socket.SHUT_RDWR)
 
     def _pause(self, reason: str) -> None:
         with self._flow_mutex:
@@ -211,6 +264,11 @@ class BoundedConnection(ClientConnection):
             self._pauses.remove(reason)
             if not self._pauses:
                 self.recv_flow_control.release()
+
+
+def make_stall(seconds: float) -> Stalled:
+    """Return the error that says for how long the server took nothing."""
+    return Stalled(f"the server took nothing of a message within {seconds:g} s")
 
 
 def raise_handshake(error: Exception, cause: BaseException | None) -> None:

@@ -21,13 +21,22 @@ class DirectSocket:
         self._reader = reader
         self._socket = connected
         self.fileno = connected.fileno
-        self.sendall = connected.sendall
         self.settimeout = connected.settimeout
         self.getsockname = connected.getsockname
         self.getpeername = connected.getpeername
         self.getsockopt = connected.getsockopt
         self.shutdown = connected.shutdown
         self.close = connected.close
+
+    def sendall(self, data: bytes) -> None:
+        """Send ``data``; the socket's time limit is for each part that the other side takes.
+
+        Raises:
+            TimeoutError: it took nothing for that time.
+        """
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[self._socket.send(rest) :]
 
     def recv(self, size: int) -> bytes:
         """Receive at most ``size`` bytes, or any number of those of a large payload.

@@ -36,7 +36,7 @@ from splitonnx.errors import (
     UsageError,
 )
 from splitonnx.interrupts import check_interrupt
-from splitonnx.runtime.channels.bounded_connections import BoundedConnection
+from splitonnx.runtime.channels.bounded_connections import BoundedConnection, Stalled
 from splitonnx.runtime.channels.channels import Dial
 from splitonnx.runtime.channels.credentials import Credentials, check_url
 from splitonnx.runtime.wire.close_codes import POLICY, TOO_BIG, describe_loss
@@ -47,7 +47,11 @@ from splitonnx.runtime.wire.transports import Transport
 OPEN_SECONDS = 10.0
 """Time limit in seconds for connecting, including TLS and HTTP."""
 REPLY_SECONDS = 600.0
-"""Seconds that a client waits for the first byte of a reply, while the server computes."""
+"""Seconds that a client waits for the first byte of a reply, while the server computes.
+
+A server that computes may also stop reading, if large messages wait there.  Therefore, this is also
+the longest time for which it may take nothing of what the client sends.
+"""
 MESSAGE_SECONDS = 60.0
 """Most seconds between the first and last byte of a reply, checked every quarter of that time."""
 PING_SECONDS = 20.0
@@ -63,7 +67,8 @@ class WebSocketTransport:
 
     Three time limits apply, in seconds: ``open_seconds`` for opening the connection,
     ``reply_seconds`` for the wait until a message from the server starts, and ``message_seconds``
-    for the time from the start of that message until it is complete.
+    for the time from the start of that message until it is complete.  ``reply_seconds`` is also the
+    longest time for which the server may take nothing of a message that is sent to it.
 
     Raises:
         ConnectionLost: no server answers, or the server is full; the client may try again.
@@ -108,12 +113,13 @@ class WebSocketTransport:
             self._socket = cast("BoundedConnection", self._opened.enter_context(connecting))
         except (OSError, WebSocketException) as error:
             raise translate_opening(self._url, error) from error
+        self._socket.limit_sending(reply_seconds)
 
     def send(self, chunks: Sequence[Chunk]) -> None:
         """Send ``chunks``, one after the other, as a single message.
 
         Raises:
-            ConnectionLost: the message cannot be sent.
+            ConnectionLost: the message cannot be sent, or the server stopped taking it.
         """
         try:
             match split_message(chunks):
@@ -198,6 +204,8 @@ def translate_end(url: str, error: Exception) -> ProtocolError:
     cause = error.__cause__
     if isinstance(cause, ssl.SSLError):
         return _translate_failure(url, cause)
+    if isinstance(cause, Stalled):
+        return describe_loss(url, cause)
     if not isinstance(error, ConnectionClosed) or (close := error.rcvd or error.sent) is None:
         return lost
     if close.code == TOO_BIG:

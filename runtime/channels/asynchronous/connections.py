@@ -23,6 +23,9 @@ from splitonnx.codecs import Chunk
 from splitonnx.runtime.channels.bounded_connections import (
     MAX_FRAGMENTS,
     READ_AHEAD,
+    STALL_SECONDS,
+    Stalled,
+    make_stall,
     raise_handshake,
 )
 from splitonnx.runtime.wire.buffers import BufferPool
@@ -31,6 +34,8 @@ from splitonnx.runtime.wire.payloads import DATA_FRAMES, read_payloads, write_fr
 
 HANG_UP_SECONDS = 5.0
 """Seconds that the server has to end a connection that this side has refused to continue."""
+MOST_UNSENT = 8 << 20
+"""Bytes that may wait to be sent: a message's fragments go one by one, answers to pings do not."""
 
 
 class BoundedAsyncConnection(ClientConnection):
@@ -38,6 +43,9 @@ class BoundedAsyncConnection(ClientConnection):
 
     A message that is still arriving counts only while nobody waits for it.  Therefore, a message
     that is waited for is always read to its end, even if it is larger than ``READ_AHEAD``.
+
+    A server that takes nothing of what is sent for ``STALL_SECONDS`` is lost; :meth:`limit_sending`
+    changes that time.  So is one for which more than ``MOST_UNSENT`` bytes wait.
     """
 
     def __init__(
@@ -61,6 +69,9 @@ class BoundedAsyncConnection(ClientConnection):
         self._pauses: set[str] = set()
         self._is_over = False  # this side closes the connection, and no message counts any more
         self._hanging_up: asyncio.TimerHandle | None = None
+        self._stall_seconds = STALL_SECONDS
+        self._stalled: asyncio.TimerHandle | None = None  # while what is sent has to wait
+        self._written = 0  # bytes that were handed to the transport
         self._is_awaited = False
         self._whole = 0  # bytes of complete messages that were not taken yet
         self._fragments = 0  # of the message that is arriving
@@ -73,6 +84,10 @@ class BoundedAsyncConnection(ClientConnection):
     def waiting_bytes(self) -> int:
         """Return the size in bytes of the complete messages that the caller has not read yet."""
         return self._whole
+
+    def limit_sending(self, seconds: float) -> None:
+        """Set for how long the server may take nothing of what is sent."""
+        self._stall_seconds = seconds
 
     @property
     def is_underway(self) -> bool:
@@ -103,14 +118,17 @@ class BoundedAsyncConnection(ClientConnection):
         self.recv_messages.resume = partial(self._resume, "frames")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting for the server to end the connection."""
-        if self._hanging_up is not None:
-            self._hanging_up.cancel()
+        """Stop waiting for the server to end the connection, or to take what is sent."""
+        for timer in (self._hanging_up, self._stalled):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Process received bytes; if they end the connection, the server must close it in time."""
         super().data_received(data)
+        if self.transport.get_write_buffer_size() > MOST_UNSENT:
+            self._give_up(Stalled("the server does not take the answers to its pings"))
         if self.protocol.close_expected() and self._hanging_up is None:
             self._hanging_up = self.loop.call_later(HANG_UP_SECONDS, self.transport.abort)
 
@@ -134,6 +152,40 @@ class BoundedAsyncConnection(ClientConnection):
         unread = self._whole if self._is_awaited else self._whole + self._arriving.size
         if unread > READ_AHEAD:
             self._pause("bytes")
+
+    def send_data(self) -> None:
+        """Hand what waits to the transport."""
+        self._written += sum(map(len, self.protocol.writes))
+        super().send_data()
+
+    def pause_writing(self) -> None:
+        """Stop sending until the server takes more, which it has to do in time."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """Continue to send."""
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+
+    def _watch(self) -> None:
+        self._stalled = self.loop.call_later(
+            self._stall_seconds, self._check_progress, self._count_taken()
+        )
+
+    def _check_progress(self, taken: int) -> None:
+        if self._count_taken() > taken:
+            self._watch()
+        else:
+            self._give_up(make_stall(self._stall_seconds))
+
+    def _count_taken(self) -> int:
+        return self._written - self.transport.get_write_buffer_size()
+
+    def _give_up(self, error: Stalled) -> None:
+        self.set_connection_exc(error)
+        self.transport.abort()
 
     async def receive(self) -> Chunk | bytearray:
         """Wait for the next message and return it; if this is cancelled, no message is lost.
@@ -167,9 +219,9 @@ class BoundedAsyncConnection(ClientConnection):
     async def close(
         self, code: CloseCode | int = CloseCode.NORMAL_CLOSURE, reason: str = ""
     ) -> None:
-        """Close the connection; skip the closing handshake if there is too much unread data."""
+        """Close the connection; skip the closing handshake if too much is unread, or unsent."""
         self._is_over = True
-        if self._pauses:
+        if self._pauses or self.paused:
             self.transport.abort()
         await super().close(code, reason)
 

@@ -52,6 +52,7 @@ class AsyncWebSocketTransport:
         self._connection = connection
         self._url = url
         self._reply_seconds = reply_seconds
+        connection.limit_sending(reply_seconds)
         self._message_seconds = message_seconds
 
     @classmethod
@@ -101,7 +102,7 @@ class AsyncWebSocketTransport:
         """Send ``chunks``, one after the other, as a single message.
 
         Raises:
-            ConnectionLost: the message cannot be sent.
+            ConnectionLost: the message cannot be sent, or the server stopped taking it.
         """
         try:
             match split_message(chunks):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +16,10 @@ from splitonnx.runtime.channels import bounded_connections
 from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.channels.websockets import WebSocketTransport, connect
 from splitonnx.runtime.wire.fragments import FRAGMENT
+from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
+from tests.support.certificates import Files
 from tests.support.echoes import PATIENCE, Echo
+from tests.support.frozen_readers import LARGE, SLOW, freezing, read_slowly, send_pings
 from tests.support.pretenders import accept, pretending
 
 SESAME = Credentials(token="open sesame")
@@ -161,3 +167,91 @@ def test_fragments_are_sent_one_after_the_other_by_one_thread_alone() -> None:
         transport._socket.send_in_progress = False
         assert ask(transport, bytes(2 * FRAGMENT)) == bytes(2 * FRAGMENT)
         transport.close()
+
+
+def run_to_end(work: Callable[[], object]) -> None:
+    """Run ``work`` in a thread, which has to end."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_a_server_that_stops_reading_is_a_lost_connection() -> None:
+    with freezing() as url:
+        transport = WebSocketTransport(url, reply_seconds=0.2)
+        with pytest.raises(ConnectionLost, match=r"took nothing of a message within 0\.2 s"):
+            transport.send([LARGE])
+        run_to_end(transport.close)
+
+
+def test_so_it_is_with_tls(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    access = Credentials(tls=make_client_tls(authority=files.authority))
+    with freezing(tls=make_server_tls(*files.server)) as url:
+        transport = WebSocketTransport(url, credentials=access)
+        transport._socket.limit_sending(0.2)
+        with pytest.raises(ConnectionLost, match="took nothing of a message"):
+            transport.send([LARGE])
+        run_to_end(transport.close)
+
+
+@pytest.mark.alone
+def test_a_server_that_reads_slowly_is_not_lost() -> None:
+    with pretending(read_slowly) as url:
+        transport = WebSocketTransport(url, reply_seconds=1)  # half as long as the message takes
+        assert ask(transport, SLOW) == b"ok"
+        transport.close()
+
+
+def test_ctrl_c_ends_sending_to_a_server_that_stopped_reading() -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def interrupt(connection: socket.socket) -> None:
+        assert connection.recv(1 << 20)  # the message has begun, and more than is read follows
+        signal.pthread_kill(main, signal.SIGINT)
+
+    with freezing(interrupt) as url:
+        transport = connect(url)
+        with pytest.raises(KeyboardInterrupt):
+            transport.send([LARGE])
+        run_to_end(transport.close)
+        with pytest.raises(ConnectionLost):
+            transport.send([b"late"])
+
+
+def test_closing_ends_what_another_thread_sends() -> None:
+    lost = threading.Event()
+
+    def send() -> None:
+        with pytest.raises(ConnectionLost):
+            transport.send([LARGE])
+        lost.set()
+
+    with freezing() as url:
+        transport = connect(url)
+        transport._socket.close_timeout = 0.2
+        sending = threading.Thread(target=send, daemon=True)
+        sending.start()
+        run_to_end(transport.close)
+        assert lost.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("seconds", [0.2, 600.0])
+def test_pings_of_a_server_that_reads_no_answers_hold_nothing_up(seconds: float) -> None:
+    stalled = threading.Event()
+
+    def flood(connection: socket.socket) -> None:
+        send_pings(connection)
+        stalled.set()
+
+    with freezing(flood) as url:
+        transport = connect(url)
+        transport._socket.close_timeout = 0.2
+        transport._socket.limit_sending(seconds)
+        assert stalled.wait(PATIENCE)
+        if seconds < 1:
+            with pytest.raises(ConnectionLost, match="took nothing"):
+                transport.receive()
+        run_to_end(transport.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -67,6 +68,31 @@ def test_the_end_within_a_payload_is_the_end_and_what_was_received_is_not(
     protocol.receive_data(direct.recv(100))
     assert direct.recv(100) != b""
     assert direct.recv(100) == b""
+
+
+@pytest.mark.alone
+def test_a_time_limit_is_for_each_part_that_the_other_side_takes(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    here, there = ends
+    protocol = ClientProtocol(parse_uri("ws://127.0.0.1/"), state=OPEN)
+    direct = DirectSocket(here, read_payloads(protocol, lambda *_: None))
+    content = np.random.default_rng(0).bytes(4 << 20)
+    received = bytearray()
+
+    def read() -> None:
+        while len(received) < len(content):
+            threading.Event().wait(0.02)
+            received.extend(there.recv(1 << 16))
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    direct.settimeout(0.5)  # less than half of what all of it takes
+    direct.sendall(content)
+    reading.join(PATIENCE)
+    assert received == content
+    with pytest.raises(TimeoutError):
+        direct.sendall(content)  # nobody reads any more
 
 
 def test_a_connection_reads_large_messages_so() -> None:

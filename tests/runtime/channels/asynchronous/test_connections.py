@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
 from splitonnx.errors import ConnectionLost, MessageTooLarge
-from splitonnx.runtime.channels.asynchronous.websockets import connect
+from splitonnx.runtime.channels.asynchronous.websockets import AsyncWebSocketTransport, connect
 from splitonnx.runtime.channels.bounded_connections import MAX_FRAGMENTS, READ_AHEAD
+from splitonnx.runtime.channels.credentials import Credentials
 from splitonnx.runtime.wire.fragments import FRAGMENT
+from splitonnx.runtime.wire.tls import make_client_tls, make_server_tls
+from tests.support.certificates import Files
 from tests.support.echoes import PATIENCE, Echo
+from tests.support.frozen_readers import LARGE, SLOW, freezing, read_slowly, send_pings
 from tests.support.pretenders import accept, pretending
 
 CONNECTIONS = "splitonnx.runtime.channels.asynchronous.connections"
@@ -110,4 +115,67 @@ def test_a_message_of_too_many_fragments_is_refused(content: bytes) -> None:
         await transport.close()
 
     with pretending(crumble) as url:
+        asyncio.run(wait(url))
+
+
+def test_a_server_that_stops_reading_is_a_lost_connection() -> None:
+    async def talk(url: str) -> None:
+        transport = await AsyncWebSocketTransport.open(url, reply_seconds=0.2)
+        with pytest.raises(ConnectionLost, match=r"took nothing of a message within 0\.2 s"):
+            await asyncio.wait_for(transport.send([LARGE]), PATIENCE)
+        await asyncio.wait_for(transport.close(), PATIENCE)
+
+    with freezing() as url:
+        asyncio.run(talk(url))
+
+
+def test_so_it_is_with_tls(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    access = Credentials(tls=make_client_tls(authority=files.authority))
+
+    async def talk(url: str) -> None:
+        transport = await AsyncWebSocketTransport.open(url, credentials=access)
+        transport._connection.limit_sending(0.2)
+        with pytest.raises(ConnectionLost, match="took nothing of a message"):
+            await asyncio.wait_for(transport.send([LARGE]), PATIENCE)
+        await asyncio.wait_for(transport.close(), PATIENCE)
+
+    with freezing(tls=make_server_tls(*files.server)) as url:
+        asyncio.run(talk(url))
+
+
+@pytest.mark.alone
+def test_a_server_that_reads_slowly_is_not_lost() -> None:
+    async def talk(url: str) -> None:
+        transport = await AsyncWebSocketTransport.open(url, reply_seconds=1)
+        await transport.send([SLOW])  # which takes twice as long
+        assert await transport.receive() == b"ok"
+        await transport.close()
+
+    with pretending(read_slowly) as url:
+        asyncio.run(talk(url))
+
+
+def test_closing_does_not_wait_for_a_server_that_stopped_reading() -> None:
+    async def talk(url: str) -> None:
+        transport = await connect(url)
+        sending = asyncio.create_task(transport.send([LARGE]))
+        while not transport._connection.paused:
+            await asyncio.sleep(0)
+        await asyncio.wait_for(transport.close(), PATIENCE)
+        with pytest.raises(ConnectionLost):
+            await asyncio.wait_for(sending, PATIENCE)
+
+    with freezing() as url:
+        asyncio.run(talk(url))
+
+
+def test_pings_of_a_server_that_reads_no_answers_take_no_memory_without_end() -> None:
+    async def wait(url: str) -> None:
+        transport = await connect(url)
+        with pytest.raises(ConnectionLost, match="does not take the answers to its pings"):
+            await asyncio.wait_for(transport.receive(), PATIENCE)
+        await transport.close()
+
+    with freezing(send_pings) as url:
         asyncio.run(wait(url))
