@@ -154,7 +154,7 @@ class BoundedAsyncConnection(ClientConnection):
             self._pause("bytes")
 
     def send_data(self) -> None:
-        """Hand what waits to the transport."""
+        """Write what waits to the transport."""
         self._written += sum(map(len, self.protocol.writes))
         super().send_data()
 

@@ -77,7 +77,7 @@ class RunningStep:
         if key.phase == UPDATE and self.is_done_since is None:
             self.is_done_since = now
 
-    def go_on(self, arrived: Collection[TaskKey]) -> None:
+    def begin_next_task(self, arrived: Collection[TaskKey]) -> None:
         """Begin the next task if all clients have begun theirs, which have ``arrived``."""
         newest = tuple(self.newest.values())
         if not all(key in arrived for key in newest):

@@ -161,7 +161,7 @@ class SharedSteps:
             self._step = RunningStep(keys=keys, learning_rate=rate, begun=now, since=now)
         step = self._step
         if step.is_between:
-            step.go_on(self._arrived)
+            step.begin_next_task(self._arrived)
         is_ready = not step.is_between and all(self._arrived.get(key) for key in step.keys)
         return step if is_ready else None
 

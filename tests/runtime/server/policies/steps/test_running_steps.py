@@ -24,17 +24,17 @@ def test_a_client_with_fewer_micro_batches_waits_with_its_update() -> None:
     step.is_between = True
     second, update = TaskKey(ANN, ACCUMULATE, 3, 1), TaskKey(BOB, UPDATE, 1, 1)
     step.note(update, 2.0)
-    step.go_on([update])
+    step.begin_next_task([update])
     assert (step.is_between, step.list_silent({BOB})) == (True, (ANN,))
     assert step.list_unfinished(1.9) == ()
     assert step.list_unfinished(2.0) == (ANN,)
     step.note(second, 3.0)
-    step.go_on([update, second])
+    step.begin_next_task([update, second])
     assert (step.keys, step.own) == ((second,), second)
     step.is_between = True
     last = TaskKey(ANN, UPDATE, 3, 2)
     step.note(last, 4.0)
-    step.go_on([update, last])
+    step.begin_next_task([update, last])
     assert step.keys == (last, update)
     assert step.own == last  # the model's own number of micro-batches is the largest
     assert step.list_unfinished(9.0) == ()
@@ -46,7 +46,7 @@ def test_the_model_s_tasks_are_named_by_one_client_whoever_takes_part() -> None:
     update, second = TaskKey(ANN, UPDATE, 3, 1), TaskKey(BOB, ACCUMULATE, 1, 1)
     for key in (update, second):
         step.note(key, 1.0)
-    step.go_on([update, second])
+    step.begin_next_task([update, second])
     assert step.keys == (second,)
     assert step.own == TaskKey(ANN, ACCUMULATE, 3, 1)
 
