@@ -9,11 +9,9 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from splitonnx.runtime.engine.denormals import flushing_denormals
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
 from splitonnx.runtime.engine.parallel.divisions import (
     ParallelDivision,
@@ -21,6 +19,7 @@ from splitonnx.runtime.engine.parallel.divisions import (
     divide,
     write_part,
 )
+from splitonnx.runtime.engine.parallel.shared_work import share_work
 
 
 class _Open(Protocol):
@@ -140,7 +139,6 @@ class _Run:
         for part in parts:
             self._uses.update(part.piece.reads)
         self._changing = threading.Lock()
-        self._failures: list[BaseException] = []
 
     def compute(self, opened: _Opened) -> None:
         """Run a piece, and keep what is needed of it."""
@@ -154,36 +152,17 @@ class _Run:
 
     def spread(self, parts: Sequence[_Opened], threads: int) -> None:
         """Have all threads take the next part again and again, until none is left."""
-        left = iter(parts)  # taking the next one is atomic
 
-        def work() -> None:
-            try:
-                with flushing_denormals():
-                    for part in left:
-                        self.compute(part)
-                        self._let_go(part.piece.reads)
-            except BaseException as error:  # noqa: BLE001 - raised again below
-                self._failures.append(error)  # the first one: the others end because of it
-                self._options.terminate = True
-                _exhaust(left)
+        def compute(left: Iterator[_Opened]) -> None:
+            for part in left:
+                self.compute(part)
+                self._let_go(part.piece.reads)
 
-        others = [
-            threading.Thread(target=work, name="splitonnx-parts", daemon=True)
-            for _ in range(min(threads, len(parts)) - 1)
-        ]
-        started: list[threading.Thread] = []
-        try:
-            with suppress(RuntimeError):  # no more threads: those that are there do all the work
-                for thread in others:
-                    thread.start()
-                    started.append(thread)
-            work()
-        finally:  # Ctrl-C comes here, too
-            _exhaust(left)
-            for thread in started:
-                thread.join()
-        if self._failures:
-            raise self._failures[0]
+        share_work(parts, compute, threads=threads, name="splitonnx-parts", stop=self._stop)
+
+    def _stop(self) -> None:
+        """Have the parts end that are running: the first one that failed is the cause."""
+        self._options.terminate = True
 
     def _let_go(self, names: Sequence[str]) -> None:
         with self._changing:
@@ -197,8 +176,3 @@ class _Run:
         alone = self._runtime.capi.onnxruntime_pybind11_state.OrtValueVector()
         alone.push_back(value._ortvalue)
         return type(value)(alone[0], value._numpy_obj)
-
-
-def _exhaust(parts: Iterator[_Opened]) -> None:
-    for _ in parts:
-        pass

@@ -8,9 +8,7 @@ and the last writes go to memory.  Tiles are bound in place: nothing is copied.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +16,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from splitonnx.cores import count_cores
-from splitonnx.runtime.engine.denormals import flushing_denormals
 from splitonnx.runtime.engine.early.halves import divide as halve
 from splitonnx.runtime.engine.invariants.divisions import divide
 from splitonnx.runtime.engine.invariants.sessions import DividedSession
@@ -26,6 +23,7 @@ from splitonnx.runtime.engine.layouts.block_sizes import find_block_size
 from splitonnx.runtime.engine.layouts.convolutions import block_placed
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
 from splitonnx.runtime.engine.parallel.sessions import open_parallel
+from splitonnx.runtime.engine.parallel.shared_work import share_work
 from splitonnx.runtime.engine.tiles.buffers import BufferPool
 from splitonnx.runtime.engine.tiles.feeds import check_feed, read_scalar
 from splitonnx.runtime.engine.tiles.programs import (
@@ -236,40 +234,14 @@ class TiledSession:
             )
             for part in self._parts
         ]
-        self._spread(lambda tiles: _compute(tiles, places, options))
+        share_work(
+            self._tiles,
+            lambda tiles: _compute(tiles, places, options),
+            threads=self._threads,
+            name="splitonnx-tiles",
+        )
         wrap = self._runtime.OrtValue.ortvalue_from_numpy
         return [wrap(outputs[name]) if name in outputs else known[name] for name in names]
-
-    def _spread(self, compute: Callable[[Iterator[_Tile]], None]) -> None:
-        """Have all threads take the next tile again and again, until none is left."""
-        tiles = iter(self._tiles)  # taking the next one is atomic
-        failures: list[Exception] = []
-
-        def work() -> None:
-            try:
-                with flushing_denormals():
-                    compute(tiles)
-            except Exception as error:  # noqa: BLE001 - raised again below
-                failures.append(error)
-                _exhaust(tiles)
-
-        others = [
-            threading.Thread(target=work, name="splitonnx-tiles", daemon=True)
-            for _ in range(min(self._threads, len(self._tiles)) - 1)
-        ]
-        started: list[threading.Thread] = []
-        try:
-            with suppress(RuntimeError):  # no more threads: those that are there do all the work
-                for thread in others:
-                    thread.start()
-                    started.append(thread)
-            work()
-        finally:  # Ctrl-C comes here, too
-            _exhaust(tiles)
-            for thread in started:
-                thread.join()
-        if failures:
-            raise failures[0]
 
 
 def _divide(part: _Part) -> Iterator[_Tile]:
@@ -305,8 +277,3 @@ def _compute(tiles: Iterator[_Tile], places: Sequence[_Addresses], options: Any)
 
 def _find(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
-
-
-def _exhaust(tiles: Iterator[_Tile]) -> None:
-    for _ in tiles:
-        pass
