@@ -3,9 +3,9 @@
 CIFAR's shape (3x32x32), batch 32, width 64, cut after the first stage; client and server are two
 processes on loopback that share the machine's cores, the unsplit step runs in the client's
 process.  Pairs of steps alternate, so that a drifting machine strikes both alike; the ratio is the
-median of the pairs' ratios.  Of two steps in a row the second counts: the server goes on after its
-reply, which belongs to the split step, so the first one of each kind begins with what was left of
-the other kind.  On Linux, the processor time of both parties is compared as well, which
+median of the pairs' ratios.  Of two steps in a row the second counts: the server computes more
+after its reply, which belongs to the split step, so the first one of each kind begins with what was
+left of the other kind.  On Linux, the processor time of both parties is compared as well, which
 other work on the machine hardly changes.  Weights and data are random: time does not depend on
 them.
 

@@ -25,7 +25,7 @@ from splitonnx.runtime.engine.accelerators import Accelerator
 from splitonnx.runtime.engine.arenas.shared_arenas import open_arena
 from splitonnx.runtime.engine.builds.installed import (
     SILENT,
-    get_bindings,
+    detach,
     import_onnxruntime,
     installed_runtime,
     list_exceptions,
@@ -302,7 +302,7 @@ class Engine:
         # A graph's input that is also its output comes back as a second handle on the same memory,
         # which does not keep that memory alive: the feed itself does.
         return {
-            name: feeds.get(stage.sources.get(name, name)) or Tensor(_detach(value), stage.session)
+            name: feeds.get(stage.sources.get(name, name)) or Tensor(detach(value), stage.session)
             for name, value in zip(stage.outputs, produced, strict=True)
         }
 
@@ -352,13 +352,6 @@ def _view(tensor: Tensor) -> np.ndarray:
         interface = tensor.__array_interface__
         return np.empty(interface["shape"], interface["typestr"])
     return np.asarray(tensor)
-
-
-def _detach(value: Any) -> Any:
-    """Detach an output from its run's others, which it would keep alive, but not from its array."""
-    alone = get_bindings().OrtValueVector()
-    alone.push_back(value._ortvalue)
-    return type(value)(alone[0], value._numpy_obj)
 
 
 def _refuse(stage: str, error: Exception) -> NoReturn:

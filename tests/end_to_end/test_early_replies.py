@@ -1,4 +1,4 @@
-"""The client need not wait for what only the server uses: gradients of weights, weights anew."""
+"""The client need not wait for what only the server uses, such as gradients of its weights."""
 
 from __future__ import annotations
 

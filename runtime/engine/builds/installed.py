@@ -1,4 +1,4 @@
-"""The ONNX Runtime that is installed: which build it is, and what it raises.
+"""The ONNX Runtime that is installed: which build it is, what it raises, and how it returns values.
 
 No other module of the runtime imports onnxruntime.  This one opens no sessions.
 """
@@ -74,3 +74,10 @@ def list_exceptions() -> tuple[type[Exception], ...]:
     # They have no base class in common, and each version adds some.  ValueError: a feed is missing.
     own = (kind for kind in vars(get_bindings()).values() if isinstance(kind, type))
     return (RuntimeError, ValueError, *(kind for kind in own if issubclass(kind, Exception)))
+
+
+def detach(value: Any) -> Any:
+    """Detach an output from its run's others, which it would keep alive, but not from its array."""
+    alone = get_bindings().OrtValueVector()
+    alone.push_back(value._ortvalue)
+    return type(value)(alone[0], value._numpy_obj)

@@ -1,6 +1,6 @@
 """Divide a stage graph into what the other party waits for, and the rest.
 
-The other party goes on as soon as it has the gradient of what it sent.  The gradients of this
+The other party continues as soon as it has the gradient of what it sent.  The gradients of this
 party's weights can follow (the two parts of a backward pass that arXiv 2401.10241, "Zero bubble
 pipeline parallelism", tells apart).  Each node stays as it is, so the bits are those of the whole
 graph.  Nothing here knows of parties.
@@ -84,7 +84,7 @@ class GraphHalves:
 def find_first(nodes: Sequence[_Node], early: Collection[str]) -> frozenset[int]:
     """Return the numbers of the nodes that outputs ``early`` need.
 
-    There are none if the others take no time to speak of, so that dividing gains nothing.
+    There are none if none of the others is costly, so that dividing gains nothing.
     """
     needed = set(early)
     first = set[int]()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from splitonnx.runtime.engine.builds.installed import detach
 from splitonnx.runtime.engine.layouts.graph_nodes import PlacedGraph
 from splitonnx.runtime.engine.parallel.divisions import (
     ParallelDivision,
@@ -41,16 +42,16 @@ class _Opened:
     session: Any
 
 
-def open_parallel(runtime: Any, open_graph: _Open, threads: int, content: bytes) -> Any:
+def open_parallel(open_graph: _Open, threads: int, content: bytes) -> Any:
     """Open a graph so that ``threads`` threads have work.
 
-    ``runtime`` is the onnxruntime module.  A graph that is not worth a division is opened whole.
+    A graph that is not worth a division is opened whole.
     """
     division = divide(PlacedGraph(content)) if threads > 1 else None
     opened = None if division is None else _open_pieces(division, open_graph)
     if division is None or opened is None:
         return open_graph(content)
-    return ParallelSession(runtime, division, opened, threads=threads)
+    return ParallelSession(division, opened, threads=threads)
 
 
 def _open_pieces(division: ParallelDivision, open_graph: _Open) -> list[Any] | None:
@@ -78,7 +79,7 @@ class ParallelSession:
     """
 
     def __init__(
-        self, runtime: Any, division: ParallelDivision, sessions: Sequence[Any], *, threads: int
+        self, division: ParallelDivision, sessions: Sequence[Any], *, threads: int
     ) -> None:
         opened = [
             _Opened(piece=piece, session=session)
@@ -86,7 +87,6 @@ class ParallelSession:
         ]
         made = {output.name: output for own in sessions for output in own.get_outputs()}
         self._outputs = [made.get(n) or _Output(name=n) for n in division.graph.outputs]
-        self._runtime = runtime
         self._inputs = division.graph.inputs
         self._trunk = opened.pop(0) if division.trunk else None
         self._parts = opened
@@ -111,7 +111,7 @@ class ParallelSession:
             raise ValueError(f"input '{missing[0]}' is missing")
         wanted = {*names}
         parts = [part for part in self._parts if not wanted.isdisjoint(part.piece.makes)]
-        run = _Run(self._runtime, parts, names, feeds, options)
+        run = _Run(parts, names, feeds, options)
         if self._trunk is not None:
             run.compute(self._trunk)
         run.spread(parts, self._threads)
@@ -126,14 +126,12 @@ class _Run:
 
     def __init__(
         self,
-        runtime: Any,
         parts: Sequence[_Opened],
         names: Sequence[str],
         feeds: Mapping[str, Any],
         options: Any,
     ) -> None:
         self.values = dict(feeds)
-        self._runtime = runtime
         self._options = options
         self._uses = Counter(names)
         for part in parts:
@@ -148,7 +146,7 @@ class _Run:
         feeds = {name: self.values[name] for name in opened.piece.reads}
         made = opened.session.run_with_ort_values(wanted, feeds, self._options)
         with self._changing:
-            self.values |= zip(wanted, map(self._detach, made), strict=True)
+            self.values |= zip(wanted, map(detach, made), strict=True)
 
     def spread(self, parts: Sequence[_Opened], threads: int) -> None:
         """Have all threads take the next part again and again, until none is left."""
@@ -170,9 +168,3 @@ class _Run:
             for name in names:
                 if not self._uses[name]:
                     del self.values[name]
-
-    def _detach(self, value: Any) -> Any:
-        """Detach an output from its run's others, which it would keep alive."""
-        alone = self._runtime.capi.onnxruntime_pybind11_state.OrtValueVector()
-        alone.push_back(value._ortvalue)
-        return type(value)(alone[0], value._numpy_obj)

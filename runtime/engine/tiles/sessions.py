@@ -83,7 +83,7 @@ def open_arranged(
     blocked = block_placed(graph, find_block_size(runtime, arena=keeps))
     regions = find_regions(graph) if blocked is content else ()
     if not regions:
-        open_whole = partial(open_parallel, runtime, open_graph, threads or count_cores())
+        open_whole = partial(open_parallel, open_graph, threads or count_cores())
         open_here = partial(_open_steady, open_whole, steady)
         halves = halve(PlacedGraph(blocked), early) if early else None
         return open_here(blocked) if halves is None else halves.open(open_here)
